@@ -1,0 +1,88 @@
+"""The exception tree: every error that this project raises on purpose.
+
+    KpError                     the root; the command line prints it as one line and exits 1
+    ├── InputError              what the caller gave can't be used
+    │   ├── ImageError          an image: missing, cut off, wrong dtype or shape
+    │   ├── BoxError            face boxes: NaN, no size, outside the image, wrong shape
+    │   └── DataError           a data set: labels, folders, too few faces
+    ├── BundleError             a model file or its manifest
+    │   ├── SchemaError         a manifest of a version that this release can't read
+    │   └── IntegrityError      a file that is missing, cut off, or not the one in the manifest
+    ├── BackendError            an inference engine that can't run, or gives wrong results
+    │   └── MissingExtraError   a package is not installed; the message has the pip line
+    └── ExportError             an export that did not reach its goal; the old bundle is untouched
+        └── ParityError         a file whose keypoints are too far from PyTorch's
+
+Each message says what is wrong, what was expected, and what to do next.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BoxError",
+    "BundleError",
+    "DataError",
+    "ExportError",
+    "ImageError",
+    "InputError",
+    "IntegrityError",
+    "KpError",
+    "MissingExtraError",
+    "ParityError",
+    "SchemaError",
+]
+
+
+class KpError(Exception):
+    """The root of all errors that this project raises on purpose."""
+
+
+class InputError(KpError, ValueError):
+    """What the caller gave can't be used."""
+
+
+class ImageError(InputError):
+    """An image is missing, cut off, or of a dtype or shape that is not taken."""
+
+
+class BoxError(InputError):
+    """A face box is not finite, has no size, or does not touch the image."""
+
+
+class DataError(InputError):
+    """A data set's labels or files can't be read."""
+
+
+class BundleError(KpError):
+    """A bundle's files or manifest can't be used."""
+
+
+class SchemaError(BundleError):
+    """The manifest has a schema version that this release can't read."""
+
+
+class IntegrityError(BundleError):
+    """A file is missing, cut off, or not the one that the manifest names."""
+
+
+class BackendError(KpError, RuntimeError):
+    """An inference engine can't be opened, or does not compute what it should."""
+
+
+class MissingExtraError(BackendError, ImportError):
+    """A package that this part needs is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package {package}, which is not installed; "
+            f"run: pip install 'kp-edge[{extra}]'"
+        )
+
+
+class ExportError(KpError, RuntimeError):
+    """An export did not reach its goal; the files that were there before are untouched."""
+
+
+class ParityError(ExportError):
+    """A file's keypoints are further from PyTorch's than its tolerance allows."""

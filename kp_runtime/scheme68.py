@@ -1,0 +1,67 @@
+"""The 68 points of the iBUG / Multi-PIE mark-up: names, regions, contours, mirrored pairs.
+
+Indices are 0-based (iBUG's own figures count from 1). "Left" is the picture's left, which is
+the person's right when the person looks into the camera.
+Source of the order: Sagonas et al. 2013, "300 Faces in-the-Wild Challenge", figure 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["CONTOURS", "EYE_CORNERS", "MIRROR", "POINTS", "REGIONS", "point_names"]
+
+POINTS = 68
+
+_PARTS: dict[str, range] = {
+    "jaw": range(0, 17),
+    "left_brow": range(17, 22),
+    "right_brow": range(22, 27),
+    "nose_bridge": range(27, 31),
+    "nose_base": range(31, 36),
+    "left_eye": range(36, 42),
+    "right_eye": range(42, 48),
+    "outer_lip": range(48, 60),
+    "inner_lip": range(60, 68),
+}
+
+REGIONS: dict[str, tuple[int, ...]] = {
+    "jaw": tuple(range(0, 17)),
+    "brows": tuple(range(17, 27)),
+    "nose": tuple(range(27, 36)),
+    "eyes": tuple(range(36, 48)),
+    "mouth": tuple(range(48, 68)),
+}
+
+EYE_CORNERS = (36, 45)
+"""The outer eye corners: their distance is the unit of the NME (Sagonas et al. 2013)."""
+
+_CLOSED = ("left_eye", "right_eye", "outer_lip", "inner_lip")
+CONTOURS: dict[str, tuple[int, ...]] = {
+    name: tuple(part) + ((part[0],) if name in _CLOSED else ()) for name, part in _PARTS.items()
+}
+"""Each part as the points that a drawn line joins, in order; eyes and lips end where they begin."""
+
+
+def _mirror() -> NDArray[np.intp]:
+    pairs = [(i, 16 - i) for i in range(8)]
+    pairs += [(17 + i, 26 - i) for i in range(5)]
+    pairs += [(31, 35), (32, 34)]
+    pairs += [(36, 45), (37, 44), (38, 43), (39, 42), (40, 47), (41, 46)]
+    pairs += [(48, 54), (49, 53), (50, 52), (55, 59), (56, 58)]
+    pairs += [(60, 64), (61, 63), (65, 67)]
+    order = np.arange(POINTS)
+    for left, right in pairs:
+        order[left], order[right] = right, left
+    order.setflags(write=False)
+    return order
+
+
+MIRROR: NDArray[np.intp] = _mirror()
+"""`(68,)` int: point `i` of a mirrored face is point `MIRROR[i]` of the face."""
+
+
+def point_names() -> tuple[str, ...]:
+    """The 68 names, such as `jaw_0` or `left_eye_3`, in order."""
+    return tuple(f"{part}_{i}" for part, indices in _PARTS.items() for i in range(len(indices)))

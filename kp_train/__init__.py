@@ -1,0 +1,1 @@
+"""Photos with 68 points in, a checkpoint out: data, augmentation, network, loss, training."""

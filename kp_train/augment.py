@@ -1,0 +1,127 @@
+"""How training crops are varied: the square's place, size and turn, then the grey levels.
+
+The square is jittered before the one sampling that makes the crop, so a varied crop is as sharp
+as a plain one. All that follows is `torchvision.transforms.v2` on `Image` and `KeyPoints`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from kp_runtime.scheme68 import MIRROR
+
+__all__ = ["Augment", "MirrorFace", "augment_from_name"]
+
+
+class MirrorFace(v2.Transform):
+    """Mirrors a face and gives each point the name of its partner on the other side."""
+
+    def __init__(self, p: float = 0.5) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, *inputs: Any) -> Any:
+        """Image and KeyPoints in, the same out, mirrored with probability `p`."""
+        image, points = inputs
+        if torch.rand(()) >= self.p:
+            return image, points
+        image = v2.functional.horizontal_flip(image)
+        points = v2.functional.horizontal_flip(points)
+        return image, tv_tensors.wrap(points[torch.from_numpy(MIRROR.copy())], like=points)
+
+
+class Augment:
+    """A jitter of the square and a chain of transforms on the crop.
+
+    Args:
+        shift: standard deviation of the centre's displacement, in sides of the square.
+        max_shift: the most of it, uniform instead of normal where `shift` is 0.
+        zoom: standard deviation of the logarithm of the side's factor.
+        turn: standard deviation of the turn in degrees.
+        transforms: what follows on the crop.
+    """
+
+    def __init__(self, shift: float, max_shift: float, zoom: float, turn: float, transforms: v2.Transform) -> None:
+        self.shift, self.max_shift, self.zoom, self.turn = shift, max_shift, zoom, turn
+        self.transforms = transforms
+
+    def draw_jitter(self) -> dict[str, Any]:
+        """Keyword arguments of `matrices_from_boxes` for one face."""
+        if self.shift:
+            shift = (torch.randn(2) * self.shift).clamp(-self.max_shift, self.max_shift)
+        else:
+            shift = (torch.rand(2) * 2 - 1) * self.max_shift
+        normal = torch.randn(2).clamp(-2.5, 2.5).tolist()
+        return {
+            "shift": shift.numpy(),
+            "zoom": math.exp(self.zoom * normal[0]),
+            "angle": math.radians(self.turn * normal[1]),
+        }
+
+    def __call__(self, image: tv_tensors.Image, points: tv_tensors.KeyPoints) -> Any:
+        return self.transforms(image, points)
+
+
+class _DownUp(v2.Transform):
+    """Shrinks and enlarges the image: a face that was small in its photo."""
+
+    def __init__(self, low: float) -> None:
+        super().__init__()
+        self.low = low
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"factor": float(torch.empty(()).uniform_(self.low, 0.9))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        size = list(inpt.shape[-2:])
+        small = [max(16, round(side * params["factor"])) for side in size]
+        return v2.functional.resize(v2.functional.resize(inpt, small, antialias=True), size, antialias=True)
+
+
+class _Noise(v2.Transform):
+    """Adds normal noise of up to `most` grey levels to a uint8 image."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.most = most
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"sigma": float(torch.empty(()).uniform_(0, self.most))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if not isinstance(inpt, tv_tensors.Image):
+            return inpt
+        noisy = inpt.float() + params["sigma"] * torch.randn(inpt.shape)
+        return tv_tensors.wrap(noisy.round().clamp(0, 255).to(torch.uint8), like=inpt)
+
+
+def _faces() -> Augment:
+    chain = v2.Compose(
+        [
+            MirrorFace(),
+            v2.ColorJitter(brightness=0.3, contrast=0.3),
+            v2.RandomApply([_DownUp(0.35)], p=0.2),
+            v2.RandomApply([v2.GaussianBlur(5, sigma=(0.3, 1.5))], p=0.1),
+            v2.RandomApply([v2.JPEG((30, 90))], p=0.1),
+            v2.RandomApply([_Noise(8)], p=0.15),
+            v2.RandomErasing(p=0.15, scale=(0.01, 0.08), ratio=(0.4, 2.5), value=127),
+        ]
+    )
+    return Augment(shift=0.035, max_shift=0.12, zoom=0.07, turn=8, transforms=chain)
+
+
+def augment_from_name(name: str) -> Augment | None:
+    """The augmentation that a recipe names: `faces`, `crop` (as the original) or `none`."""
+    if name == "none":
+        return None
+    if name == "crop":
+        # the original draws a 224 window from the 250 image: up to 13 px of 224 either way
+        return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, transforms=v2.Identity())
+    return _faces()

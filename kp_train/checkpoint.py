@@ -1,0 +1,158 @@
+"""Weights and training states on disk: safetensors and JSON, never a pickle.
+
+A checkpoint is a bundle that holds `checkpoint.safetensors` alone: the weights, with matrices as
+fp16 where asked and vectors (batch norm, biases) always as fp32, and `manifest.json` for the
+rest. A training state, for resuming, is a folder with `tensors.safetensors` and `tree.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kp_runtime.errors import BundleError, IntegrityError
+from kp_runtime.spec import MANIFEST_NAME, Manifest, file_entry, writing
+from kp_train.model import KeypointNet
+
+__all__ = ["CHECKPOINT_NAME", "SafetensorsIO", "load_checkpoint", "save_checkpoint"]
+
+CHECKPOINT_NAME = "checkpoint.safetensors"
+
+
+def save_checkpoint(bundle: Path, net: KeypointNet, manifest: Manifest, *, half: bool = True) -> None:
+    """Writes the weights and the manifest, whose `files` become this one file.
+
+    Args:
+        bundle: folder, made when it is not there.
+        net: the network; its weights are copied, not changed.
+        manifest: the contract and provenance to store.
+        half: store matrices as fp16; what is loaded back is then rounded to fp16.
+    """
+    tensors = {
+        name: (value.half() if half and value.ndim > 1 else value.float()).contiguous().cpu()
+        for name, value in net.backbone.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    bundle.mkdir(parents=True, exist_ok=True)
+    with writing(bundle / CHECKPOINT_NAME) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt", "spec": json.dumps(dataclasses.asdict(manifest.spec))})
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+    entry = file_entry(bundle / CHECKPOINT_NAME, "checkpoint", precision="fp16" if half else "fp32")
+    dataclasses.replace(manifest, files={CHECKPOINT_NAME: entry}).write(bundle)
+
+
+def load_checkpoint(path: Path) -> tuple[KeypointNet, Manifest]:
+    """Reads a checkpoint: a bundle's folder or the `checkpoint.safetensors` in it.
+
+    Returns:
+        The network in evaluation mode, float32, on the CPU; and the bundle's manifest.
+
+    Raises:
+        BundleError: no bundle there, or the weights are of another network.
+        IntegrityError: the file is cut off or not the one in the manifest.
+    """
+    bundle = path if path.is_dir() else path.parent
+    if not path.exists():
+        raise BundleError(f"there is no checkpoint at {path}; give a bundle's folder or its {CHECKPOINT_NAME}")
+    if not path.is_dir() and path.name != CHECKPOINT_NAME:
+        raise BundleError(f"{path} is no checkpoint: a checkpoint is a bundle's folder or its {CHECKPOINT_NAME}")
+    manifest = Manifest.read(bundle)
+    file = manifest.check_file(bundle, CHECKPOINT_NAME)
+    net = KeypointNet(manifest.spec.size)
+    try:
+        tensors = {name: value.float() for name, value in load_file(file).items()}
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{file} is cut off or no safetensors file ({error})") from error
+    wanted = {k: v.shape for k, v in net.backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
+    found = {k: v.shape for k, v in tensors.items()}
+    if found != wanted:
+        odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise BundleError(
+            f"{file} holds another network: {len(odd)} tensors differ from a one-channel ResNet-18 with 136 "
+            f"outputs, the first is {odd[0]} ({_shape(found, odd[0])} instead of {_shape(wanted, odd[0])})"
+        )
+    net.backbone.load_state_dict(tensors, strict=False)
+    return net.eval(), manifest
+
+
+def _shape(shapes: dict[str, torch.Size], name: str) -> str:
+    return "x".join(map(str, shapes[name])) if name in shapes else "nothing"
+
+
+class SafetensorsIO(CheckpointIO):
+    """Lightning's training states as a folder of safetensors and JSON."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes the state beside its place, then moves it there; the old one stays until then."""
+        target = Path(path)
+        fresh, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
+        tensors: dict[str, Tensor] = {}
+        tree = _pack(checkpoint, tensors)
+        for stale in (fresh, old):
+            shutil.rmtree(stale, ignore_errors=True)
+        with writing(fresh / "tree.json") as temporary:
+            temporary.write_text(json.dumps(tree), encoding="utf-8")
+        with writing(fresh / "tensors.safetensors") as temporary:
+            save_file(tensors, temporary)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(fresh, target)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a state; a run killed between the two moves has it under the name `.old`."""
+        target = Path(path)
+        if not target.exists():
+            target = target.with_name(target.name + ".old")
+        try:
+            tree = json.loads((target / "tree.json").read_text(encoding="utf-8"))
+            tensors = load_file(target / "tensors.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise BundleError(f"there is no training state to resume from at {path}: {error}") from error
+        state: dict[str, Any] = _unpack(tree, tensors)
+        return state
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Removes a state's folder."""
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """A tree of dicts, lists, tuples, numbers and tensors as JSON; tensors go into `tensors`."""
+    if isinstance(value, Tensor):
+        key = str(len(tensors))
+        tensors[key] = value.detach().cpu().clone().contiguous()
+        return {"tensor": key}
+    if isinstance(value, dict):
+        return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return {type(value).__name__: [_pack(item, tensors) for item in value]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"a training state can't hold a {type(value).__name__}")
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    (kind, inner), *_ = value.items()
+    if kind == "tensor":
+        return tensors[inner]
+    if kind == "dict":
+        return {_unpack(k, tensors): _unpack(v, tensors) for k, v in inner}
+    items = [_unpack(item, tensors) for item in inner]
+    return tuple(items) if kind == "tuple" else items

@@ -1,0 +1,101 @@
+"""The settings of a training run: one flat dataclass, stored with the weights that it made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from kp_runtime.spec import KpError
+
+__all__ = ["RECIPES", "TrainConfig", "recipe"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run does; every field is an option of `kp train` or fixed by the recipe.
+
+    Attributes:
+        recipe: the name that the defaults came from.
+        box: `keypoints` trains on face crops, `frame` on the original project's view.
+        size: side of the crop in pixels.
+        margin: side of the crop's square, in longer sides of the box.
+        epochs: most epochs; `patience` may end the run earlier.
+        batch_size: faces a step, on each device.
+        optimizer: `adamw` (with `weight_decay` and a one-cycle schedule) or `adam` (constant rate).
+        lr: learning rate, the peak of the schedule where there is one.
+        warmup: share of the steps in which the one-cycle schedule rises.
+        beta: of the SmoothL1 loss, in units of 50 px of a 224 px crop.
+        ema: decay of the weight averaging a step; 0 turns it off.
+        patience: epochs without a better validation loss before the run stops; 0 never stops.
+        augment: `faces`, `crop` (random crop alone, as the original) or `none`.
+        val_fraction: share of the people that are held out.
+        seed: of weights, order and augmentation.
+        precision: as Lightning names it: `32-true`, `bf16-mixed`, `16-mixed`.
+    """
+
+    recipe: str = "default"
+    box: str = "keypoints"
+    size: int = 224
+    margin: float = 1.3
+    epochs: int = 60
+    batch_size: int = 64
+    optimizer: str = "adamw"
+    lr: float = 2e-3
+    warmup: float = 0.15
+    weight_decay: float = 0.02
+    beta: float = 0.05
+    ema: float = 0.998
+    patience: int = 0
+    augment: str = "faces"
+    val_fraction: float = 0.1
+    seed: int = 68
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        _check(self.size >= 64 and self.size % 16 == 0, "size", self.size, "a multiple of 16, 64 or more")
+        _check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
+        _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _check(0 < self.lr < 1, "lr", self.lr, "over 0 and under 1")
+        _check(0 <= self.ema < 1, "ema", self.ema, "0 (off) to under 1")
+        _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _check(good: bool, name: str, got: object, expected: str) -> None:
+    if not good:
+        raise KpError(f"the setting {name} must be {expected}, got {got}")
+
+
+RECIPES: dict[str, TrainConfig] = {
+    "default": TrainConfig(),
+    # The original project: whole photos at 250 px, random 224 crops, Adam, early stopping.
+    "seed": TrainConfig(
+        recipe="seed",
+        box="frame",
+        margin=1.0,
+        epochs=200,
+        batch_size=32,
+        optimizer="adam",
+        lr=1e-3,
+        weight_decay=0.0,
+        beta=1.0,
+        ema=0.0,
+        patience=10,
+        augment="crop",
+    ),
+}
+
+
+def recipe(name: str, **changes: Any) -> TrainConfig:
+    """A recipe's settings with the given fields changed; `None` keeps the recipe's value.
+
+    Raises:
+        KpError: no such recipe, or a value out of range.
+    """
+    if name not in RECIPES:
+        raise KpError(f"there is no recipe {name!r}; the recipes are: {', '.join(RECIPES)}")
+    return dataclasses.replace(RECIPES[name], **{k: v for k, v in changes.items() if v is not None})

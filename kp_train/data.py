@@ -1,0 +1,242 @@
+"""Labelled faces from the two layouts that people have, and the data set that training draws from.
+
+Layout 1, CSV: a file name, then x0, y0, … x67, y67, in pixels of that image, an integer being a
+pixel's centre; one header line. Layout 2, folders of photos with an iBUG `.pts` file of the
+same stem beside each; those count pixels from 1 and are moved to 0 here.
+
+The person of a face is its file's stem up to the last underscore: both public data sets name
+their files so. Splits are by person, by a hash of the name, so they do not depend on order.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from kp_runtime.errors import DataError
+from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
+from kp_runtime.scheme68 import POINTS
+from kp_runtime.spec import ModelSpec, sha256_of_file
+from kp_train.augment import Augment
+
+__all__ = ["Face", "FaceDataset", "Source", "is_held_out", "luma_from_file", "parse_source", "read_pts", "read_source"]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+
+
+@dataclass(frozen=True)
+class Face:
+    """One labelled face: the image's path and `(68, 2)` float32 points in its pixels."""
+
+    image: Path
+    xy: NDArray[np.float32]
+
+    @property
+    def person(self) -> str:
+        """Who it is, as far as the file's name tells."""
+        return self.image.stem.rpartition("_")[0] or self.image.stem
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data source: its faces, how often they are drawn, and what was read.
+
+    Attributes:
+        path: as the user gave it.
+        weight: how often each face is drawn, on the average, in an epoch.
+        faces: in the order of the file or of the names.
+        sha256: of the label file, or of all label files in order of their names.
+    """
+
+    path: Path
+    weight: float
+    faces: tuple[Face, ...]
+    sha256: str
+
+
+def is_held_out(person: str, fraction: float) -> bool:
+    """Whether a person belongs to the held-out share: fixed by the name alone."""
+    bucket = int(hashlib.sha256(person.encode()).hexdigest()[:8], 16) / 0x1_0000_0000
+    return bucket < fraction
+
+
+def parse_source(text: str) -> Source:
+    """Reads `PATH` or `PATH=WEIGHT`, the way the command line names a source."""
+    path, sign, weight = text.rpartition("=")
+    if not sign:
+        return read_source(Path(text))
+    try:
+        value = float(weight)
+    except ValueError:
+        return read_source(Path(text))
+    if not (math.isfinite(value) and value > 0):
+        raise DataError(f"the weight of {path} must be a number over 0, got {weight}")
+    return read_source(Path(path), value)
+
+
+def read_source(path: Path, weight: float = 1.0) -> Source:
+    """Reads a CSV of 68 points or a folder of photos with `.pts` files.
+
+    Raises:
+        DataError: neither of the two, nothing in it, or a label that can't be read.
+    """
+    if path.is_dir():
+        return _read_pts_folder(path, weight)
+    if path.is_file() and path.suffix.lower() == ".csv":
+        return _read_csv(path, weight)
+    raise DataError(f"{path} is neither a CSV of 68 points nor a folder with .pts files; check the path")
+
+
+def _read_csv(path: Path, weight: float) -> Source:
+    faces: list[Face] = []
+    images: Path | None = None
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            for number, row in enumerate(csv.reader(file), start=1):
+                if number == 1 or not row:
+                    continue
+                xy = _points_of_row(path, number, row)
+                images = images or _image_folder(path, row[0])
+                faces.append(Face(images / row[0], xy))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path} can't be read as CSV: {error}") from error
+    if not faces:
+        raise DataError(f"{path} has no rows below its header line")
+    return Source(path, weight, tuple(faces), sha256_of_file(path))
+
+
+def _points_of_row(path: Path, number: int, row: list[str]) -> NDArray[np.float32]:
+    where = f"{path}, line {number} ({row[0]})"
+    if len(row) != 1 + 2 * POINTS:
+        raise DataError(
+            f"{where}: expected a file name and {2 * POINTS} numbers for {POINTS} points, got {len(row) - 1} numbers"
+        )
+    try:
+        xy = np.array([float(cell) for cell in row[1:]], np.float32).reshape(POINTS, 2)
+    except ValueError as error:
+        raise DataError(f"{where}: a cell is not a number ({error}); correct it or remove the row") from error
+    return _checked(xy, where)
+
+
+def _checked(xy: NDArray[np.float32], where: str) -> NDArray[np.float32]:
+    if not np.isfinite(xy).all():
+        raise DataError(f"{where}: a coordinate is not finite; correct it or remove the face")
+    if np.ptp(xy, axis=0).max() < 1:
+        raise DataError(f"{where}: all points lie on one spot; correct them or remove the face")
+    return xy
+
+
+def _image_folder(path: Path, name: str) -> Path:
+    """Beside `training_frames_keypoints.csv` the photos lie in `training/`, or in its own folder."""
+    places = [path.parent / path.stem.split("_")[0], path.parent / path.stem, path.parent]
+    for place in places:
+        if (place / name).is_file():
+            return place
+    raise DataError(f"{path} names the image {name}, which is in none of: {', '.join(map(str, places))}")
+
+
+def _read_pts_folder(path: Path, weight: float) -> Source:
+    labels = sorted(path.rglob("*.pts"))
+    if not labels:
+        raise DataError(f"{path} has no .pts files in it or below it; give the folder that holds the labelled photos")
+    digest = hashlib.sha256()
+    faces = []
+    for label in labels:
+        digest.update(label.read_bytes())
+        faces.append(Face(_image_beside(label), read_pts(label)))
+    return Source(path, weight, tuple(faces), digest.hexdigest())
+
+
+def _image_beside(label: Path) -> Path:
+    for suffix in IMAGE_SUFFIXES:
+        if (image := label.with_suffix(suffix)).is_file():
+            return image
+    raise DataError(f"{label} has no image beside it (looked for {', '.join(IMAGE_SUFFIXES)})")
+
+
+def read_pts(path: Path) -> NDArray[np.float32]:
+    """Reads an iBUG `.pts` file: `(68, 2)` float32, moved from 1-based to 0-based pixels.
+
+    Raises:
+        DataError: no header, not 68 points, or text where numbers belong.
+    """
+    try:
+        text = path.read_text(encoding="utf-8", errors="strict")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} can't be read as text: {error}") from error
+    head, brace, rest = text.partition("{")
+    if "n_points" not in head or not brace:
+        raise DataError(f"{path} has no .pts header (version, n_points, then the points between braces)")
+    try:
+        numbers = [float(word) for word in rest.partition("}")[0].split()]
+    except ValueError as error:
+        raise DataError(f"{path}: a coordinate is not a number ({error})") from error
+    if len(numbers) != 2 * POINTS:
+        raise DataError(f"{path}: expected {POINTS} points, got {len(numbers) / 2:g}; is the file cut off?")
+    return _checked(np.array(numbers, np.float32).reshape(POINTS, 2) - 1, str(path))
+
+
+def luma_from_file(path: Path) -> NDArray[np.uint8]:
+    """Decodes an image file to grey, `(h, w)` uint8, by the formula of OpenCV's BGR2GRAY.
+
+    Raises:
+        DataError: the file is missing, cut off, or no image.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+    bgr = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    if bgr is None:
+        raise DataError(f"{path} is no image that OpenCV can decode, or is cut off; replace or remove it")
+    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY))
+
+
+class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Crops and their points, ready for the network.
+
+    An item is `(crop, xy_crop)`: uint8 `(1, size, size)` and float32 `(68, 2)`, pixels of the crop.
+    All images are decoded to grey once and kept in memory (about 50 KB a face of the public
+    data sets), so that worker processes share them and an epoch reads no files.
+
+    Args:
+        faces: the labelled faces.
+        spec: the contract: size, margin and what a box is.
+        augment: how crops are varied; `None` gives the plain crop of the run-time.
+    """
+
+    def __init__(self, faces: Sequence[Face], spec: ModelSpec, augment: Augment | None = None) -> None:
+        self.faces = faces
+        self.spec = spec
+        self.augment = augment
+        self._lumas = [luma_from_file(face.image) for face in faces]
+
+    def __len__(self) -> int:
+        return len(self.faces)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        luma, xy, spec = self._lumas[index], self.faces[index].xy, self.spec
+        if spec.box == "frame":
+            box = frame_box((luma.shape[0], luma.shape[1]))
+        else:
+            box = boxes_from_points(xy)
+        jitter = self.augment.draw_jitter() if self.augment else {}
+        matrix = matrices_from_boxes(box[None], spec.size, spec.margin, **jitter)[0]
+        image = tv_tensors.Image(torch.from_numpy(crop_from_luma(luma, matrix, spec.size))[None])
+        points = tv_tensors.KeyPoints(
+            torch.from_numpy(apply_matrix(matrix, xy)).float(), canvas_size=(spec.size, spec.size)
+        )
+        if self.augment:
+            image, points = self.augment(image, points)
+        return image.as_subclass(torch.Tensor), points.as_subclass(torch.Tensor)

@@ -1,0 +1,100 @@
+"""The network: torchvision's ResNet-18 with one grey channel in and 136 numbers out.
+
+`KeypointNet` maps uint8 crops to keypoints in pixels of the crop; normalising (÷ 255) and
+decoding are part of it, so an exported file has both inside. The head's numbers are the
+original project's training target, (pixel − 100) / 50 of a 224 px crop, whatever the crop's
+size: the same head serves 112 and 224.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet18_Weights, resnet18
+
+from kp_runtime.scheme68 import POINTS
+from kp_runtime.spec import KpError
+
+__all__ = ["KeypointNet", "load_backbone_weights"]
+
+log = logging.getLogger(__name__)
+
+OFFSET, UNIT, REFERENCE_SIZE = 100.0, 50.0, 224
+_GREY_STD = 0.226  # mean of the three channels' deviations that ImageNet networks divide by
+
+
+class KeypointNet(nn.Module):
+    """ResNet-18 (He et al. 2016) from uint8 crops to keypoints.
+
+    Args:
+        size: side of the crops in pixels.
+    """
+
+    def __init__(self, size: int = REFERENCE_SIZE) -> None:
+        super().__init__()
+        self.size = size
+        self.backbone = resnet18(num_classes=2 * POINTS, zero_init_residual=True)
+        self.backbone.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """Crops `(n, 1, size, size)` uint8 to keypoints `(n, 68, 2)` float32, pixels of the crop."""
+        return self.decode(self.raw(crops))
+
+    def raw(self, crops: Tensor) -> Tensor:
+        """The head's numbers, `(n, 136)`, in units of the training target."""
+        x = crops.to(self.backbone.conv1.weight.dtype) / 255
+        return self.backbone(x.contiguous(memory_format=torch.channels_last))
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Head numbers `(n, 136)` to pixels of the crop `(n, 68, 2)`."""
+        scale = self.size / REFERENCE_SIZE
+        return (raw * (UNIT * scale) + ((OFFSET + 0.5) * scale - 0.5)).reshape(-1, POINTS, 2)
+
+    def encode(self, xy_crop: Tensor) -> Tensor:
+        """Pixels of the crop `(n, 68, 2)` to the training target `(n, 136)`."""
+        scale = self.size / REFERENCE_SIZE
+        return ((xy_crop.flatten(1) + 0.5) / scale - 0.5 - OFFSET) / UNIT
+
+    @torch.no_grad()
+    def start_from_mean(self, mean_xy_crop: Tensor) -> None:
+        """Sets the head so that an untrained network answers the mean face, `(68, 2)` px."""
+        nn.init.normal_(self.backbone.fc.weight, std=0.01)
+        self.backbone.fc.bias.copy_(self.encode(mean_xy_crop[None])[0])
+
+
+def load_backbone_weights(net: KeypointNet, weights: str) -> str:
+    """Fills the network with starting weights and says which were used.
+
+    Args:
+        net: the network, changed in place.
+        weights: `none` (from scratch), `imagenet` (torchvision's, from its cache or fetched),
+            `auto` (those if they can be had, else from scratch), or a file: a torchvision
+            ResNet-18 `.pth`, read as weights only.
+
+    Raises:
+        KpError: the weights were asked for by name and can't be had or do not fit.
+    """
+    if weights == "none":
+        return "none"
+    try:
+        if weights in ("imagenet", "auto"):
+            state = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        else:
+            state = torch.load(Path(weights), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.hub raises whatever its network stack or unpickler does
+        if weights == "auto":
+            log.warning("ImageNet weights can't be had here (%s): training from scratch", error)
+            return "none"
+        raise KpError(
+            f"the weights {weights} can't be had here ({error}); use --weights none to train from scratch"
+        ) from error
+    if "conv1.weight" not in state:
+        raise KpError(f"{weights} is no torchvision ResNet-18: it has no conv1.weight")
+    state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    if state["conv1.weight"].shape[1] == 3:
+        state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True) / _GREY_STD
+    net.backbone.load_state_dict(state, strict=False)
+    return weights if weights not in ("imagenet", "auto") else "imagenet"

@@ -1,0 +1,329 @@
+"""Training on Lightning: the module, the data loaders, the callbacks, and `train`, the one entry."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import platform
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torchvision
+from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torchvision.utils import draw_keypoints, make_grid, save_image
+
+from kp_runtime.errors import DataError
+from kp_runtime.scheme68 import EYE_CORNERS
+from kp_runtime.spec import KpError, ModelSpec, Manifest, writing
+from kp_train.augment import augment_from_name
+from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint, save_checkpoint
+from kp_train.config import TrainConfig
+from kp_train.data import Face, FaceDataset, Source, is_held_out
+from kp_train.loss import keypoint_loss
+from kp_train.model import KeypointNet, load_backbone_weights
+
+__all__ = ["train"]
+
+log = logging.getLogger(__name__)
+
+
+class KeypointModule(L.LightningModule):
+    """The network with its loss, optimiser and validation measures."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.net = KeypointNet(config.size).to(memory_format=torch.channels_last)
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """The loss of a batch of `(crops, xy_crop)`."""
+        crops, xy = batch
+        loss = keypoint_loss(self.net.raw(crops), self.net.encode(xy), self.config.beta)
+        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(crops))
+        return loss
+
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
+        """Loss and NME of held-out faces; boxes from their keypoints, no augmentation."""
+        crops, xy = batch
+        raw = self.net.raw(crops)
+        loss = keypoint_loss(raw, self.net.encode(xy), self.config.beta)
+        eyes = (xy[:, EYE_CORNERS[0]] - xy[:, EYE_CORNERS[1]]).norm(dim=-1)
+        nme = (self.net.decode(raw.float()) - xy).norm(dim=-1).mean(dim=1) / eyes
+        values = {"val_loss": loss, "val_nme": nme.mean()}
+        self.log_dict(values, prog_bar=True, batch_size=len(crops), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        """Adam at a constant rate, or AdamW on a one-cycle schedule (Smith and Topin 2018)."""
+        config = self.config
+        if config.optimizer == "adam":
+            return torch.optim.Adam(self.parameters(), lr=config.lr)
+        matrices = [p for p in self.parameters() if p.ndim > 1]
+        vectors = [p for p in self.parameters() if p.ndim <= 1]
+        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=config.lr,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            pct_start=config.warmup,
+            final_div_factor=1e3,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class SourceSampler(Sampler[int]):
+    """Draws each source's faces `weight` times an epoch: whole passes, then a random part.
+
+    The order is a function of the seed and the epoch, so a resumed run draws what an
+    uninterrupted one would have drawn.
+    """
+
+    def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        self.counts, self.weights, self.seed, self.epoch = counts, weights, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning tells the epoch before it begins."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(round(n * w) for n, w in zip(self.counts, self.weights, strict=True))
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        drawn, start = [], 0
+        for count, weight in zip(self.counts, self.weights, strict=True):
+            passes = math.ceil(weight)
+            order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
+            drawn.append(order[: round(count * weight)] + start)
+            start += count
+        indices = torch.cat(drawn)
+        yield from indices[torch.randperm(len(indices), generator=generator)].tolist()
+
+
+class FacesPicture(Callback):
+    """Every few epochs, a sheet of held-out faces with truth (green) and prediction (red)."""
+
+    def __init__(self, faces: FaceDataset, folder: Path, every: int, most: int = 32) -> None:
+        self.folder, self.every = folder, every
+        chosen = np.linspace(0, len(faces) - 1, min(most, len(faces))).astype(int)
+        items = [faces[int(i)] for i in chosen]
+        self.crops = torch.stack([crop for crop, _ in items])
+        self.xy = torch.stack([xy for _, xy in items])
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws after the validation of every `every`-th epoch."""
+        epoch = trainer.current_epoch + 1
+        if trainer.sanity_checking or not trainer.is_global_zero or epoch % self.every:
+            return
+        was_training = pl_module.training
+        with torch.no_grad():
+            predicted = pl_module.eval().net(self.crops.to(pl_module.device)).cpu()
+        pl_module.train(was_training)
+        cells = []
+        for crop, truth, guess in zip(self.crops, self.xy, predicted, strict=True):
+            cell = draw_keypoints(crop.expand(3, -1, -1), truth[None], colors="lime", radius=1)
+            cells.append(draw_keypoints(cell, guess[None], colors="red", radius=1))
+        sheet = make_grid(torch.stack(cells), nrow=8)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_image(sheet.float() / 255, self.folder / f"faces_epoch_{epoch:03d}.png")
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.add_image("held-out faces", sheet, epoch)
+
+
+def train(
+    sources: Sequence[Source],
+    config: TrainConfig,
+    run: Path,
+    *,
+    name: str = "resnet18-68",
+    weights: str = "auto",
+    init: Path | None = None,
+    resume: bool = False,
+    devices: str = "auto",
+    accelerator: str = "auto",
+    strategy: str = "auto",
+    workers: int = 1,
+    picture_every: int = 5,
+    progress: bool = True,
+) -> Path:
+    """Trains a network and writes its checkpoint, averaged weights of the best epoch.
+
+    Args:
+        sources: labelled faces, mixed by their weights.
+        config: the run's settings.
+        run: folder of the run; becomes a bundle with the checkpoint, beside `state/` (to
+            resume), `pictures/` and TensorBoard's curves.
+        name: the model's name in its contract.
+        weights: where the backbone starts, see `load_backbone_weights`.
+        init: a checkpoint to start from instead.
+        resume: go on from `run/state/last`.
+        devices: as Lightning takes them: `auto`, a number, a list.
+        accelerator: `auto`, `cpu`, `gpu`.
+        strategy: Lightning's, such as `ddp`.
+        workers: processes that make crops, for each device.
+        picture_every: epochs between two pictures of held-out faces.
+        progress: show a progress bar.
+
+    Returns:
+        The path of the checkpoint.
+
+    Raises:
+        DataError: no faces to train or to validate on.
+        KpError: `run` holds another run, nothing to resume, or the run was interrupted (its
+            message says how to go on).
+    """
+    states = run / "state"
+    last = states / "last.state"
+    if resume and not (last.exists() or last.with_name("last.state.old").exists()):
+        raise KpError(f"there is nothing to resume in {run}: it has no {last.relative_to(run)}; leave out --resume")
+    if not resume and (states.exists() or (run / CHECKPOINT_NAME).exists()):
+        raise KpError(f"{run} already holds a run; add --resume to go on with it, or name another folder with --out")
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    spec = ModelSpec(name=name, size=config.size, margin=config.margin, box=config.box)
+    training, held_out = _split(sources, config)
+    train_set = FaceDataset([f for part in training for f in part], spec, augment_from_name(config.augment))
+    val_set = FaceDataset(held_out, spec)
+
+    module = KeypointModule(config)
+    start = _start_weights(module.net, train_set, weights, init)
+    record = _record(sources, training, held_out, config, start)
+    run.mkdir(parents=True, exist_ok=True)
+    with writing(run / "run.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    best = ModelCheckpoint(states, "best", monitor="val_loss", save_last=False, enable_version_counter=False)
+    newest = ModelCheckpoint(states, "last", every_n_epochs=1, save_top_k=1, enable_version_counter=False)
+    for callback in (best, newest):
+        callback.FILE_EXTENSION = ".state"
+    callbacks: list[Callback] = [best, newest, LearningRateMonitor("step")]
+    callbacks.append(FacesPicture(val_set, run / "pictures", picture_every))
+    if config.ema:
+        callbacks.append(EMAWeightAveraging(decay=config.ema))
+    if config.patience:
+        callbacks.append(EarlyStopping("val_loss", patience=config.patience))
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=devices if not devices.isdigit() else int(devices),
+        strategy=strategy,
+        precision=config.precision,  # type: ignore[arg-type]
+        max_epochs=config.epochs,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(run, name=None, version="curves"),
+        plugins=[SafetensorsIO()],
+        enable_progress_bar=progress,
+        enable_model_summary=False,
+        log_every_n_steps=10,
+        num_sanity_val_steps=0,
+    )
+    sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
+    loaders = {"num_workers": workers, "persistent_workers": workers > 0}
+    train_loader = DataLoader(train_set, config.batch_size, sampler=sampler, drop_last=len(sampler) >= config.batch_size, **loaders)
+    val_loader = DataLoader(val_set, config.batch_size, num_workers=0)
+    try:
+        trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if resume else None)
+    except (SystemExit, KeyboardInterrupt) as error:  # what Lightning makes of Ctrl-C
+        raise KpError(
+            f"training stopped in epoch {trainer.current_epoch + 1} of {config.epochs}; nothing is lost up to the "
+            "last whole epoch: the same command with --resume goes on"
+        ) from error
+    return _checkpoint_from_state(states / "best.state", run, spec, record, trainer)
+
+
+def _split(sources: Sequence[Source], config: TrainConfig) -> tuple[list[list[Face]], list[Face]]:
+    """Each source's faces to train on, and all held-out ones together, by person."""
+    training = [[f for f in s.faces if not is_held_out(f.person, config.val_fraction)] for s in sources]
+    held_out = [f for s in sources for f in s.faces if is_held_out(f.person, config.val_fraction)]
+    if not held_out or not any(training):
+        raise DataError(
+            f"{sum(len(s.faces) for s in sources)} faces give none to "
+            f"{'validate' if not held_out else 'train'} on at val_fraction {config.val_fraction:g}; "
+            "add faces of more people (a person is a file name up to its last underscore) or change the share"
+        )
+    return training, held_out
+
+
+def _start_weights(net: KeypointNet, faces: FaceDataset, weights: str, init: Path | None) -> dict[str, Any]:
+    """Fills the network and returns what it started from, for the record."""
+    if init is not None:
+        other, manifest = load_checkpoint(init)
+        net.backbone.load_state_dict(other.backbone.state_dict())
+        return {"checkpoint_sha256": manifest.files[CHECKPOINT_NAME].sha256, "training": manifest.training}
+    sample = np.linspace(0, len(faces) - 1, min(256, len(faces))).astype(int)
+    net.start_from_mean(torch.stack([faces[int(i)][1] for i in sample]).mean(dim=0))
+    return {"weights": load_backbone_weights(net, weights)}
+
+
+def _record(
+    sources: Sequence[Source], training: list[list[Face]], held_out: list[Face], config: TrainConfig, start: dict[str, Any]
+) -> dict[str, Any]:
+    """What the manifest keeps of a run: enough to say what made these weights."""
+    return {
+        "config": config.to_json(),
+        "start": start,
+        "sources": [
+            {
+                "name": source.path.name,
+                "sha256": source.sha256,
+                "weight": source.weight,
+                "faces": len(source.faces),
+                "trained_on": len(part),
+            }
+            for source, part in zip(sources, training, strict=True)
+        ],
+        "held_out": {
+            "faces": len(held_out),
+            "rule": "person = stem up to the last underscore; first 32 bits of its sha256 / 2^32 < val_fraction",
+            "val_fraction": config.val_fraction,
+        },
+        "git_revision": _git_revision(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "lightning": L.__version__,
+        },
+    }
+
+
+def _git_revision() -> str | None:
+    """The revision of this source tree, `-dirty` where files differ; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _checkpoint_from_state(state: Path, run: Path, spec: ModelSpec, record: dict[str, Any], trainer: L.Trainer) -> Path:
+    """Writes the best state's (averaged) weights as the run's checkpoint."""
+    content = SafetensorsIO().load_checkpoint(state)
+    net = KeypointNet(spec.size)
+    net.load_state_dict({k.removeprefix("net."): v for k, v in content["state_dict"].items()})
+    with torch.no_grad():
+        finite = all(bool(torch.isfinite(p).all()) for p in net.parameters())
+    if not finite:
+        raise KpError(f"the trained weights are not finite; lower --lr (was {record['config']['lr']:g}) and train again")
+    measured = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    record = record | {"best_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": measured}
+    manifest = Manifest(spec=spec, training=record)
+    save_checkpoint(run, net, manifest)
+    return run / CHECKPOINT_NAME
+
+
+def settings_table(config: TrainConfig) -> list[tuple[str, str]]:
+    """The settings as rows of text, for showing before a run starts."""
+    return [(field.name, str(getattr(config, field.name))) for field in dataclasses.fields(config)]
