@@ -16,15 +16,18 @@ Training and every run-time path read their crops through this file or are teste
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 __all__ = [
+    "Window",
     "apply_matrix",
     "block_from_matrix",
     "boxes_from_points",
     "crop_from_luma",
+    "crop_window",
     "frame_box",
     "invert_matrix",
     "matrices_from_boxes",
@@ -121,15 +124,51 @@ def block_from_matrix(matrix: FloatArray) -> int:
     return math.floor(step) if step > 2.0 + 2e-9 else 1
 
 
+@dataclass(frozen=True)
+class Window:
+    """The part of an image that a crop reads: pixels `x0 <= x < x1`, `y0 <= y < y1`."""
+
+    x0: int
+    y0: int
+    x1: int
+    y1: int
+
+
+def crop_window(matrix: FloatArray, size: int, size_hw: tuple[int, int]) -> Window:
+    """The part of an image that a crop reads, in whole blocks, never empty.
+
+    Args:
+        matrix: `(2, 3)`, `crop_from_image`.
+        size: side of the crop.
+        size_hw: the image's height and width.
+    """
+    k = block_from_matrix(matrix)
+    corners = np.array([(0, 0), (size - 1, 0), (0, size - 1), (size - 1, size - 1)], np.float64)
+    xy = apply_matrix(invert_matrix(matrix), corners)
+    limit = np.array(size_hw[::-1])
+    # two blocks around: one that bilinear sampling touches, one for the rounding of positions
+    low = (np.floor(xy.min(axis=0) / k).astype(np.int64) - 2) * k
+    high = (np.floor(xy.max(axis=0) / k).astype(np.int64) + 3) * k
+    low = np.clip(low, 0, (limit - 1) // k * k)
+    high = np.minimum(np.maximum(high, low + k), limit)
+    return Window(int(low[0]), int(low[1]), int(high[0]), int(high[1]))
+
+
 def crop_from_luma(
-    luma: NDArray[np.uint8], matrix: FloatArray, size: int, out: NDArray[np.uint8] | None = None
+    luma: NDArray[np.uint8],
+    matrix: FloatArray,
+    size: int,
+    *,
+    origin_xy: tuple[int, int] = (0, 0),
+    out: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
     """Samples one crop from a grey image by the crop rule.
 
     Args:
-        luma: `(h, w)` uint8.
-        matrix: `(2, 3)`, `crop_from_image`.
+        luma: `(h, w)` uint8: the image, or the window of it that `crop_window` names.
+        matrix: `(2, 3)`, `crop_from_image`, for the whole image.
         size: side of the crop.
+        origin_xy: where the window begins in the image.
         out: `(size, size)` uint8, C-contiguous, written in place when given.
 
     Returns:
@@ -139,37 +178,20 @@ def crop_from_luma(
 
     k = block_from_matrix(matrix)
     source_from_crop = invert_matrix(matrix)
-    x0, y0, x1, y1 = _source_window(source_from_crop, size, k, (luma.shape[0], luma.shape[1]))
-    window = luma[y0:y1, x0:x1]
+    source_from_crop[:, 2] -= origin_xy
     if k > 1:
-        window = _block_means(window, k)
-        source_from_crop = source_from_crop / k
-        source_from_crop[:, 2] -= (k - 1) / (2 * k)
-    source_from_crop[:, 2] -= (x0 / k, y0 / k)
+        luma = _block_means(luma, k)
+        # block b covers pixels k b to k b + k - 1; its centre is pixel k b + (k - 1) / 2
+        source_from_crop[:, 2] -= (k - 1) / 2
+        source_from_crop /= k
     return cv2.warpAffine(  # type: ignore[return-value]
-        window,
+        luma,
         source_from_crop,
         (size, size),
         dst=out,
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,
     )
-
-
-def _source_window(
-    source_from_crop: NDArray[np.float64], size: int, k: int, size_hw: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """The part of the image that a crop reads, in whole blocks, at least one block of it."""
-    corners = np.array([(0, 0), (size - 1, 0), (0, size - 1), (size - 1, size - 1)], np.float64)
-    xy = apply_matrix(source_from_crop, corners)
-    limit = np.array(size_hw[::-1])
-    # two blocks around: one that bilinear sampling touches, one for the rounding of positions
-    low = (np.floor(xy.min(axis=0) / k).astype(np.int64) - 2) * k
-    high = (np.floor(xy.max(axis=0) / k).astype(np.int64) + 3) * k
-    last_block = (limit - 1) // k * k
-    low = np.clip(low, 0, last_block)
-    high = np.minimum(np.maximum(high, low + k), limit)
-    return int(low[0]), int(low[1]), int(high[0]), int(high[1])
 
 
 def _block_means(luma: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:

@@ -1,0 +1,1 @@
+"""A checkpoint in, a bundle out: ONNX files, and the proof that their keypoints are PyTorch's."""

@@ -1,0 +1,160 @@
+"""`kp eval`: a model's accuracy on labelled faces, whatever engine the model's file needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_export.bundle import predict_from_net
+from kp_export.parity import Predict
+from kp_runtime.backend import open_backend
+from kp_runtime.detect import Detector
+from kp_runtime.errors import DataError
+from kp_runtime.frame import Frame
+from kp_runtime.geometry import (
+    apply_matrix,
+    boxes_from_points,
+    frame_box,
+    invert_matrix,
+    matrices_from_boxes,
+)
+from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.spec import Manifest
+from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
+from kp_train.data import Face, Source, is_held_out, luma_from_file
+from kp_train.metrics import Accuracy, accuracy, point_errors
+
+__all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "open_model"]
+
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model ready to predict: what was opened, its manifest, and the predictor of crops."""
+
+    name: str
+    manifest: Manifest
+    predict: Predict
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions on labelled faces and their accuracy.
+
+    Attributes:
+        faces: the faces that were measured.
+        predicted: `(n, 68, 2)` float64, pixels of each image.
+        boxes_xyxy: `(n, 4)`, the boxes that the crops were cut from.
+        errors: `(n,)`, NME of each face as a fraction.
+        missed: faces that the detector did not find; they are not in `faces` and not in the
+            accuracy, so this number belongs beside it.
+        accuracy: over `faces`.
+    """
+
+    faces: tuple[Face, ...]
+    predicted: NDArray[np.float64]
+    boxes_xyxy: NDArray[np.float64]
+    errors: NDArray[np.float64]
+    missed: int
+    accuracy: Accuracy
+
+
+def open_model(path: Path, threads: int | None = None) -> OpenModel:
+    """Opens a checkpoint (PyTorch), a bundle's folder (its checkpoint), or a bundle's ONNX file.
+
+    Raises:
+        BundleError, BackendError: as the opening of each says.
+    """
+    if path.is_dir() or path.name == CHECKPOINT_NAME or not path.is_file():
+        net, manifest = load_checkpoint(path)
+        return OpenModel(f"{manifest.spec.name} {CHECKPOINT_NAME} (PyTorch)", manifest, predict_from_net(net))
+    backend = open_backend(path, threads=threads)
+    manifest = Manifest.read(path.parent)
+    return OpenModel(f"{manifest.spec.name} {path.name} ({backend.name})", manifest, backend.infer)
+
+
+def held_out_faces(source: Source, manifest: Manifest) -> Source:
+    """The faces of people that the model was never trained on, by the rule in its manifest.
+
+    Raises:
+        DataError: the manifest does not say, or no such face is in the source.
+    """
+    fraction = manifest.training.get("held_out", {}).get("val_fraction")
+    if fraction is None:
+        raise DataError("the model's manifest does not say which people were held out; leave out --split person")
+    faces = tuple(face for face in source.faces if is_held_out(face.person, fraction))
+    if not faces:
+        raise DataError(f"{source.path} has no face of a person that was held out of training")
+    return Source(source.path, source.weight, faces, source.sha256)
+
+
+def evaluate(
+    model: OpenModel,
+    faces: Sequence[Face],
+    detector: Detector | None = None,
+    track: Callable[[Sequence[Any]], Iterable[Any]] = lambda items: items,
+) -> Evaluation:
+    """Measures a model on labelled faces.
+
+    Args:
+        model: from `open_model`.
+        faces: labelled faces.
+        detector: gives the boxes; the keypoints' own boxes when None. Of several boxes in a photo
+            the one with the largest overlap counts.
+        track: wraps the list of batches, to show progress.
+
+    Raises:
+        DataError: an image can't be read, or the detector found none of the faces.
+    """
+    spec = model.manifest.spec
+    kept: list[Face] = []
+    predicted, boxes, sizes = [], [], []
+    batches = [faces[i : i + BATCH] for i in range(0, len(faces), BATCH)]
+    for batch in track(batches):
+        crops, matrices = [], []
+        for face in batch:
+            frame = Frame(luma_from_file(face.image), "gray")
+            box = frame_box(frame.size_hw) if spec.box == "frame" else _box(face, frame, detector)
+            if box is None:
+                continue
+            matrix = matrices_from_boxes(box[None], spec.size, spec.margin)
+            crops.append(crops_from_frame(frame, matrix, spec.size)[0])
+            matrices.append(matrix[0])
+            kept.append(face)
+            boxes.append(box)
+            sizes.append(frame.size_hw)
+        if crops:
+            predicted.append(apply_matrix(invert_matrix(np.stack(matrices)), model.predict(np.stack(crops))))
+    if not kept:
+        raise DataError(f"the detector found none of the {len(faces)} faces; try --boxes keypoints")
+    points, truth = np.concatenate(predicted), np.stack([face.xy for face in kept])
+    return Evaluation(
+        faces=tuple(kept),
+        predicted=points,
+        boxes_xyxy=np.stack(boxes),
+        errors=point_errors(points, truth).mean(axis=1),
+        missed=len(faces) - len(kept),
+        accuracy=accuracy(points, truth, np.array(sizes)),
+    )
+
+
+def _box(face: Face, frame: Frame, detector: Detector | None) -> NDArray[np.float64] | None:
+    truth = boxes_from_points(face.xy)
+    if detector is None:
+        return truth
+    found = detector(frame)
+    if not len(found):
+        return None
+    low, high = np.maximum(found[:, :2], truth[:2]), np.minimum(found[:, 2:], truth[2:])
+    common = np.clip(high - low, 0, None).prod(axis=1)
+    union = (found[:, 2:] - found[:, :2]).prod(axis=1) + (truth[2:] - truth[:2]).prod() - common
+    overlap = common / union
+    best = int(overlap.argmax())
+    # a box of somebody else's face, or of none, is the detector's miss and not the network's
+    return found[best] if overlap[best] > 0.25 else None

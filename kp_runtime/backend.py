@@ -1,0 +1,172 @@
+"""What every inference engine does the same: the checks, the golden crop, the choice.
+
+`Backend` owns the contract of `ModelSpec`; an engine fills in `_run` alone. `open_backend` picks
+a file and an engine, says why, and compares the golden crop before anything is returned.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.errors import BackendError, IntegrityError
+from kp_runtime.spec import FileEntry, Manifest, ModelSpec
+
+__all__ = ["BACKENDS", "GOLDEN_NAME", "PRECISIONS", "Backend", "BackendReport", "open_backend"]
+
+GOLDEN_NAME = "golden.npz"
+BACKENDS = ("ort-cpu",)
+PRECISIONS = ("int8", "fp32", "fp16")
+"""In the order of preference on a CPU: float16 has no fast arithmetic on most of them."""
+
+GOLDEN_TOLERANCE_PX = {"fp32": 0.02, "fp16": 0.5, "int8": 2.0}
+"""Largest distance of a golden keypoint from PyTorch's answer, in pixels of the crop."""
+
+
+@dataclass(frozen=True)
+class BackendReport:
+    """What was opened and why.
+
+    Attributes:
+        backend: the engine's name, such as `ort-cpu`.
+        file: the bundle's file that runs.
+        precision: of that file.
+        rejected: what would have been preferred, each with the reason against it.
+        golden_error_px: largest distance of the golden keypoints; None without a golden crop.
+    """
+
+    backend: str
+    file: str
+    precision: str
+    rejected: tuple[str, ...]
+    golden_error_px: float | None
+
+
+class Backend(ABC):
+    """An engine with a model in it: crops in, keypoints out.
+
+    Not thread-safe unless the engine's own class says so.
+    """
+
+    name: str
+    report: BackendReport
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+
+    def infer(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Runs the network.
+
+        Args:
+            crops: `(n, 1, size, size)` uint8, luma, C-contiguous; `n` may be 0.
+
+        Returns:
+            `(n, 68, 2)` float32, pixels of the crop, x then y.
+
+        Raises:
+            BackendError: wrong shape or dtype, or the engine failed.
+        """
+        size = self.spec.size
+        if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[1:] != (1, size, size):
+            raise BackendError(
+                f"crops must be uint8 (n, 1, {size}, {size}), got {crops.dtype} {crops.shape}; crops_from_frame makes them"
+            )
+        if len(crops) == 0:
+            return np.empty((0, self.spec.points, 2), np.float32)
+        return self._run(crops)
+
+    @abstractmethod
+    def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Runs at least one crop of the right shape and dtype."""
+
+
+def open_backend(
+    bundle: str | os.PathLike[str], backend: str = "auto", precision: str = "auto", threads: int | None = None
+) -> Backend:
+    """Opens a bundle's model on an inference engine.
+
+    Args:
+        bundle: the bundle's folder, or one model file in it, which is then the one that runs.
+        backend: `auto` or one of `BACKENDS`; a named one is never replaced by another.
+        precision: `auto` or one of `PRECISIONS`; a named one is never replaced by another.
+        threads: threads of the engine; None leaves the choice to it (all cores).
+
+    Raises:
+        BundleError: the bundle or its files can't be used.
+        BackendError: the engine can't run the model, or its golden keypoints are wrong.
+        MissingExtraError: the engine's package is not installed.
+    """
+    from kp_runtime.backend_ort import OrtCpuBackend
+
+    if backend not in ("auto", *BACKENDS):
+        raise BackendError(f"there is no backend {backend!r}; choose auto or {', '.join(BACKENDS)}")
+    if precision not in ("auto", *PRECISIONS):
+        raise BackendError(f"there is no precision {precision!r}; choose auto or {', '.join(PRECISIONS)}")
+    if threads is not None and threads < 1:
+        raise BackendError(f"threads must be 1 or more, or None for the engine's own choice; got {threads}")
+    path = Path(bundle)
+    folder = path.parent if path.is_file() else path
+    manifest = Manifest.read(folder)
+    if path.is_file():
+        name, entry, rejected = path.name, _named_entry(path, manifest, precision), ()
+    else:
+        name, entry, rejected = _choose_file(folder, manifest, precision)
+    opened = OrtCpuBackend(manifest.check_file(folder, name), manifest.spec, threads)
+    error = _golden_error(opened, folder, manifest, entry)
+    opened.report = BackendReport(opened.name, name, entry.precision or "fp32", rejected, error)
+    return opened
+
+
+def _named_entry(path: Path, manifest: Manifest, precision: str) -> FileEntry:
+    """The entry of a file that was asked for by its path."""
+    manifest.check_file(path.parent, path.name)
+    entry = manifest.files[path.name]
+    if entry.kind != "onnx" or precision not in ("auto", entry.precision):
+        raise BackendError(
+            f"{path} is a {entry.kind} file of precision {entry.precision}; give an ONNX file of the bundle"
+            + (f" with precision {precision}" if precision != "auto" else "")
+        )
+    return entry
+
+
+def _choose_file(folder: Path, manifest: Manifest, precision: str) -> tuple[str, FileEntry, tuple[str, ...]]:
+    """The ONNX file to run, and why not a preferred one."""
+    files = {entry.precision: (name, entry) for name, entry in manifest.files.items() if entry.kind == "onnx"}
+    if not files:
+        raise BackendError(f"the bundle {folder} holds no ONNX file; make them with: kp export {folder}")
+    if precision != "auto":
+        if precision not in files:
+            have = ", ".join(sorted(str(p) for p in files))
+            raise BackendError(f"the bundle {folder} has no {precision} file, only {have}; kp export can add it")
+        return *files[precision], ()
+    rejected = []
+    for wanted in PRECISIONS:
+        if wanted in files:
+            return *files[wanted], tuple(rejected)
+        rejected.append(f"{wanted}: not in the bundle")
+    raise BackendError(f"the bundle {folder} has ONNX files of no known precision: {sorted(map(str, files))}")
+
+
+def _golden_error(backend: Backend, folder: Path, manifest: Manifest, entry: FileEntry) -> float | None:
+    """Largest distance to the golden keypoints, in pixels of the crop."""
+    if GOLDEN_NAME not in manifest.files:
+        return None
+    path = manifest.check_file(folder, GOLDEN_NAME)
+    try:
+        with np.load(path, allow_pickle=False) as golden:
+            crops, expected = golden["crops"], golden["keypoints"]
+    except (OSError, ValueError, KeyError) as error:
+        raise IntegrityError(f"{path} is no golden crop ({error}); export the bundle again") from error
+    worst = float(np.linalg.norm(backend.infer(crops) - expected, axis=-1).max())
+    limit = GOLDEN_TOLERANCE_PX[entry.precision or "fp32"]
+    if not worst <= limit:
+        raise BackendError(
+            f"{backend.name} puts a golden keypoint {worst:.3f} px from PyTorch's (at most {limit} px is right for "
+            f"{entry.precision}): this machine computes the model wrongly; try another precision, and report it"
+        )
+    return worst

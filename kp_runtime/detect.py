@@ -1,0 +1,145 @@
+"""Face boxes: OpenCV's Haar cascade (comes with OpenCV 4), or YuNet when its model file is given.
+
+Detectors draw their boxes each in its own way. A model wants the tight box of the 68 points, so
+each detector here carries a `BoxMap`, fitted on training faces by `scripts/fit_box_maps.py`, and
+gives boxes in that one convention.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.errors import BackendError
+from kp_runtime.frame import Frame, as_frame, import_cv2
+
+__all__ = ["BoxMap", "Detector", "HaarDetector", "YuNetDetector", "map_from_pairs"]
+
+
+@dataclass(frozen=True)
+class BoxMap:
+    """A detector's box to the tight box of the 68 points.
+
+    All in widths and heights of the detector's box: where the new centre lies from the old
+    one, and the new size.
+    """
+
+    dx: float
+    dy: float
+    width: float
+    height: float
+
+    def apply(self, boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float64]:
+        """`(n, 4)` boxes of the detector to `(n, 4)` float64 boxes of the keypoints."""
+        boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
+        size = boxes[:, 2:] - boxes[:, :2]
+        centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + size * (self.dx, self.dy)
+        half = size * (self.width, self.height) / 2
+        return np.concatenate([centre - half, centre + half], axis=1)
+
+
+def map_from_pairs(detected: NDArray[np.floating], wanted: NDArray[np.floating]) -> BoxMap:
+    """The `BoxMap` of matched boxes, both `(n, 4)`: medians, so that a false match does no harm."""
+    size = detected[:, 2:] - detected[:, :2]
+    offset = ((wanted[:, :2] + wanted[:, 2:]) - (detected[:, :2] + detected[:, 2:])) / 2 / size
+    factor = (wanted[:, 2:] - wanted[:, :2]) / size
+    dx, dy, width, height = np.median(np.concatenate([offset, factor], axis=1), axis=0).round(4).tolist()
+    return BoxMap(dx, dy, width, height)
+
+
+class Detector(Protocol):
+    """Finds the faces of an image."""
+
+    def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
+        """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
+        ...
+
+
+class HaarDetector:
+    """OpenCV's frontal face cascade (Viola and Jones 2001), the file that OpenCV 4 carries.
+
+    Args:
+        scale: factor between two sizes that are looked for.
+        neighbors: how many raw hits make a face.
+        smallest: least side of a raw box, as a share of the image's shorter side.
+
+    Raises:
+        BackendError: this OpenCV has no cascades (OpenCV 5 dropped them).
+    """
+
+    BOX_MAP = BoxMap(dx=0.0057, dy=0.1518, width=0.8605, height=0.8288)
+
+    def __init__(self, scale: float = 1.1, neighbors: int = 5, smallest: float = 0.05) -> None:
+        self._cv2 = cv2 = import_cv2()
+        self._scale, self._neighbors, self._smallest = scale, neighbors, smallest
+        if not hasattr(cv2, "CascadeClassifier"):
+            raise BackendError(
+                f"OpenCV {cv2.__version__} has no Haar cascades (version 5 dropped them); "
+                "run: pip install 'opencv-python-headless<5', or use YuNet, or give the boxes"
+            )
+        path = Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"
+        self._cascade = cv2.CascadeClassifier(str(path))
+        if self._cascade.empty():
+            raise BackendError(f"OpenCV can't read its own cascade {path}; install opencv-python-headless again")
+
+    def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
+        """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
+        return _largest_first(self.BOX_MAP.apply(self.raw(as_frame(image, layout))))
+
+    def raw(self, frame: Frame) -> NDArray[np.float64]:
+        """The cascade's own boxes, `(n, 4)` x0, y0, x1, y1."""
+        height, width = frame.size_hw
+        luma = frame.luma(0, 0, width, height)
+        least = max(24, round(self._smallest * min(height, width)))
+        found = self._cascade.detectMultiScale(luma, self._scale, self._neighbors, minSize=(least, least))
+        boxes = np.asarray(found, np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return boxes
+
+
+class YuNetDetector:
+    """YuNet (Wu et al. 2023) through OpenCV; the model file is the user's (`docs/detectors.md`).
+
+    Args:
+        model: path of `face_detection_yunet_*.onnx` or `yunet_n_*.onnx`.
+        score: least score of a face, 0 to 1.
+
+    Raises:
+        BackendError: OpenCV can't read the file.
+    """
+
+    BOX_MAP = BoxMap(dx=0.0038, dy=0.1268, width=1.0507, height=0.7675)
+
+    def __init__(self, model: str | os.PathLike[str], score: float = 0.6) -> None:
+        self._cv2 = cv2 = import_cv2()
+        if not Path(model).is_file():
+            raise BackendError(f"there is no YuNet model at {model}; docs/detectors.md says where it is published")
+        try:
+            self._net: Any = cv2.FaceDetectorYN.create(str(model), "", (320, 320), score)
+        except cv2.error as error:
+            raise BackendError(f"OpenCV can't read {model} as a YuNet model: {str(error).splitlines()[0]}") from error
+
+    def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
+        """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
+        return _largest_first(self.BOX_MAP.apply(self.raw(as_frame(image, layout))))
+
+    def raw(self, frame: Frame) -> NDArray[np.float64]:
+        """The network's own boxes, `(n, 4)` x0, y0, x1, y1."""
+        cv2 = self._cv2
+        code = {"gray": "GRAY2BGR", "rgb": "RGB2BGR", "bgra": "BGRA2BGR", "rgba": "RGBA2BGR"}.get(frame.layout)
+        bgr = frame.data if code is None else cv2.cvtColor(frame.data, getattr(cv2, f"COLOR_{code}"))
+        self._net.setInputSize(frame.size_hw[::-1])
+        _, faces = self._net.detect(bgr)
+        boxes = np.asarray([] if faces is None else faces[:, :4], np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        return boxes
+
+
+def _largest_first(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    size = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return boxes[np.argsort(-size, kind="stable")]

@@ -1,0 +1,125 @@
+"""An image as the crop path takes it: a host array with a known layout of its channels.
+
+`Frame` holds the caller's array without a copy. Layouts: `bgr` `(h, w, 3)`, `rgb` `(h, w, 3)`,
+`bgra` `(h, w, 4)`, `rgba` `(h, w, 4)`, `gray` `(h, w)` or `(h, w, 1)`; all uint8.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.errors import ImageError, MissingExtraError
+
+__all__ = ["Frame", "as_frame", "image_from_file", "import_cv2"]
+
+_CHANNELS = {"bgr": 3, "rgb": 3, "bgra": 4, "rgba": 4, "gray": 1}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A host image: `data` uint8 in the given `layout`; not copied."""
+
+    data: NDArray[np.uint8]
+    layout: str
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.data.shape[0], self.data.shape[1]
+
+    def luma(self, x0: int, y0: int, x1: int, y1: int) -> NDArray[np.uint8]:
+        """The grey levels of a window, `(y1 - y0, x1 - x0)` uint8, by OpenCV's BGR2GRAY."""
+        window = self.data[y0:y1, x0:x1]
+        if self.layout == "gray":
+            return window
+        cv2 = import_cv2()
+        return cv2.cvtColor(window, getattr(cv2, f"COLOR_{self.layout.upper()}2GRAY"))  # type: ignore[no-any-return]
+
+
+def as_frame(image: Frame | NDArray[Any], layout: str = "bgr") -> Frame:
+    """Checks an image and wraps it.
+
+    Args:
+        image: a `Frame`, or a uint8 array: `(h, w, 3)` in the order of `layout`, `(h, w, 4)` with
+            a fourth channel that is ignored, or grey as `(h, w)` or `(h, w, 1)`.
+        layout: `bgr` (as OpenCV reads) or `rgb`; it matters for colour images only.
+
+    Raises:
+        ImageError: not an array, not uint8, empty, or another number of channels.
+    """
+    if isinstance(image, Frame):
+        return image
+    if layout not in ("bgr", "rgb"):
+        raise ImageError(f"the channel order must be 'bgr' or 'rgb', got {layout!r}")
+    if not isinstance(image, np.ndarray):
+        raise ImageError(f"an image must be a numpy array, got {type(image).__name__}; cv2.imread gives one")
+    if image.dtype != np.uint8:
+        hint = "; scale it down first: (image >> 8).astype(np.uint8)" if image.dtype == np.uint16 else ""
+        raise ImageError(f"an image must be uint8 (0 to 255), got {image.dtype}{hint}")
+    if image.size == 0:
+        raise ImageError(f"the image is empty: its shape is {image.shape}")
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[:, :, 0]
+    if image.ndim == 2:
+        return Frame(image, "gray")
+    if image.ndim == 3 and image.shape[2] in (3, 4):
+        return Frame(image, layout + ("a" if image.shape[2] == 4 else ""))
+    raise ImageError(f"an image must be (h, w), (h, w, 3) or (h, w, 4), got shape {image.shape}")
+
+
+def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """Decodes an image file, turned upright by its EXIF orientation.
+
+    Returns:
+        `(h, w, 3)` uint8, BGR.
+
+    Raises:
+        ImageError: the file is missing, cut off, 16 bits deep, or no image.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path} can't be read: {error.strerror or error}") from error
+    if _is_cut_off(data):
+        raise ImageError(f"{path} is cut off: the end of the image is missing; copy or download it again")
+    cv2 = import_cv2()
+    buffer = np.frombuffer(data, np.uint8)
+    try:
+        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if data else None
+    except cv2.error as error:
+        raise ImageError(f"{path} can't be decoded: {str(error).strip().splitlines()[-1]}") from error
+    if image is None:
+        raise ImageError(f"{path} is no image that OpenCV can decode (JPEG, PNG, BMP, TIFF, WebP)")
+    if image.dtype != np.uint8:
+        raise ImageError(f"{path} has {image.dtype} samples; save it with 8 bits a channel (convert IN -depth 8 OUT)")
+    return image  # type: ignore[no-any-return]
+
+
+def _is_cut_off(data: bytes) -> bool:
+    """Whether a JPEG or PNG lacks its end; OpenCV would decode it and leave the rest grey."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return b"IEND" not in data
+    if not data.startswith(b"\xff\xd8"):
+        return False
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        # markers without a length of their own: fill bytes, restarts (ISO/IEC 10918-1, B.1.1.3)
+        alone = data[at + 1] == 0xFF or data[at + 1] == 0x01 or 0xD0 <= data[at + 1] <= 0xD8
+        at += 1 if data[at + 1] == 0xFF else 2 if alone else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return data.find(b"\xff\xd9", at) < 0
+
+
+def import_cv2() -> Any:
+    """OpenCV, or the error that says how to get it."""
+    try:
+        import cv2
+    except ImportError as error:
+        raise MissingExtraError("opencv-python-headless", "image", "cropping and drawing on the CPU") from error
+    return cv2

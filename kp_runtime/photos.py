@@ -1,0 +1,148 @@
+"""Photos on a disk to keypoints on a disk: drawn pictures, JSON, CSV, `.pts`."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.detect import Detector
+from kp_runtime.draw import draw_boxes, draw_keypoints
+from kp_runtime.errors import ImageError, InputError
+from kp_runtime.frame import image_from_file, import_cv2
+from kp_runtime.geometry import frame_box
+from kp_runtime.pipeline import Model
+from kp_runtime.results import Keypoints
+from kp_runtime.scheme68 import point_names
+from kp_runtime.spec import writing
+from kp_runtime.timing import StageTimer
+
+__all__ = ["FORMATS", "Photo", "photos_from_paths", "predict_photo", "write_results"]
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+FORMATS = ("json", "csv", "pts")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo's path, its keypoints, and where the drawn copy lies, if one was written."""
+
+    path: Path
+    keypoints: Keypoints
+    drawn: Path | None
+
+
+def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
+    """Photos named one by one or by folder (not its subfolders), in order.
+
+    Raises:
+        ImageError: a path is not there, or a folder holds no photo.
+    """
+    photos: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise ImageError(f"{path} holds no photos ({', '.join(SUFFIXES)})")
+            photos += inside
+        elif path.is_file():
+            photos.append(path)
+        else:
+            raise ImageError(f"there is no photo or folder at {path}")
+    return photos
+
+
+def predict_photo(
+    model: Model,
+    path: Path,
+    *,
+    detector: Detector | None = None,
+    boxes_xyxy: NDArray[np.float64] | None = None,
+    drawn: Path | None = None,
+    timer: StageTimer | None = None,
+) -> Photo:
+    """Reads one photo, finds its faces and their keypoints, and draws them.
+
+    Args:
+        model: a loaded model.
+        path: the photo.
+        detector: finds the boxes when `boxes_xyxy` is None.
+        boxes_xyxy: `(n, 4)` boxes in pixels of the photo, in the keypoint convention.
+        drawn: where to write the drawn copy; not drawn when None.
+        timer: collects the stages read, detect, crop, infer, map back.
+
+    Raises:
+        ImageError: the photo can't be read.
+        BoxError: a given box is not usable.
+    """
+    timer = timer or StageTimer()
+    with timer("read"):
+        image = image_from_file(path)
+    if boxes_xyxy is None:
+        if model.spec.box == "frame":
+            boxes_xyxy = frame_box((image.shape[0], image.shape[1]))[None]
+        elif detector is not None:
+            with timer("detect"):
+                boxes_xyxy = detector(image)
+        else:
+            raise InputError("give boxes or a detector")
+    keypoints = model(image, boxes_xyxy, timer=timer)
+    if drawn is not None:
+        picture = draw_keypoints(draw_boxes(image, keypoints.boxes_xyxy), keypoints.xy)
+        good, encoded = import_cv2().imencode(drawn.suffix, picture)
+        if not good:
+            raise ImageError(f"OpenCV can't write a picture as {drawn.suffix}; use .jpg or .png")
+        with writing(drawn) as temporary:
+            temporary.write_bytes(encoded.tobytes())
+    return Photo(path, keypoints, drawn)
+
+
+def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) -> list[Path]:
+    """Writes `keypoints.json`, `keypoints.csv`, or a `.pts` file a face into a folder.
+
+    Returns:
+        The paths written.
+    """
+    written: list[Path] = []
+    for name in formats:
+        if name not in FORMATS:
+            raise InputError(f"there is no format {name!r}; choose from {', '.join(FORMATS)}")
+    if "json" in formats:
+        written.append(_write(out / "keypoints.json", json.dumps(results_json(photos), indent=1) + "\n"))
+    if "csv" in formats:
+        written.append(_write(out / "keypoints.csv", _csv(photos)))
+    if "pts" in formats:
+        for photo in photos:
+            for face in range(len(photo.keypoints)):
+                suffix = f"_{face}" if len(photo.keypoints) > 1 else ""
+                written.append(_write(out / f"{photo.path.stem}{suffix}.pts", photo.keypoints.to_pts(face)))
+    return written
+
+
+def results_json(photos: Sequence[Photo]) -> list[dict[str, object]]:
+    """All photos' faces as plain data: path, size, boxes, keypoints."""
+    return [{"image": str(photo.path)} | photo.keypoints.to_json() for photo in photos]
+
+
+def _csv(photos: Sequence[Photo]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{name}_{axis}" for name in point_names() for axis in "xy"]
+    writer.writerow(["image", "face", "x0", "y0", "x1", "y1", *columns])
+    for photo in photos:
+        for i, (box, xy) in enumerate(zip(photo.keypoints.boxes_xyxy, photo.keypoints.xy, strict=True)):
+            numbers = [f"{value:.3f}" for value in (*box.tolist(), *xy.ravel().tolist())]
+            writer.writerow([photo.path, i, *numbers])
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> Path:
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path

@@ -1,0 +1,50 @@
+"""What a model answers: keypoints in pixels of the image, and the ways to write them down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.scheme68 import REGIONS
+
+__all__ = ["Keypoints"]
+
+
+@dataclass(frozen=True)
+class Keypoints:
+    """The keypoints of all faces of one image.
+
+    Attributes:
+        xy: `(n, 68, 2)` float32, pixels of the image, x then y, an integer is a pixel's centre.
+        boxes_xyxy: `(n, 4)` float64, the boxes that were asked for.
+        crop_from_image: `(n, 2, 3)` float64, the crop matrices that were used.
+        size_hw: the image's height and width.
+    """
+
+    xy: NDArray[np.float32]
+    boxes_xyxy: NDArray[np.float64]
+    crop_from_image: NDArray[np.float64]
+    size_hw: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.xy)
+
+    def region(self, name: str) -> NDArray[np.float32]:
+        """The points of a region (`jaw`, `brows`, `nose`, `eyes`, `mouth`), `(n, k, 2)`."""
+        return self.xy[:, list(REGIONS[name])]
+
+    def to_json(self) -> dict[str, Any]:
+        """Boxes and points as plain lists, rounded to a thousandth of a pixel."""
+        faces = [
+            {"box_xyxy": np.round(box, 3).tolist(), "keypoints_xy": np.round(xy.astype(np.float64), 3).tolist()}
+            for box, xy in zip(self.boxes_xyxy, self.xy, strict=True)
+        ]
+        return {"height": self.size_hw[0], "width": self.size_hw[1], "faces": faces}
+
+    def to_pts(self, face: int) -> str:
+        """One face as an iBUG `.pts` text, which counts pixels from 1."""
+        lines = [f"{x + 1:.3f} {y + 1:.3f}" for x, y in self.xy[face].astype(np.float64)]
+        return "\n".join(["version: 1", f"n_points: {len(lines)}", "{", *lines, "}", ""])

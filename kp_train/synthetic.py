@@ -1,0 +1,89 @@
+"""Drawn faces with known points: for tests, for trying the tools, and for the golden crop.
+
+They teach a network the mechanics, not faces: no accuracy is claimed on them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.scheme68 import CONTOURS, POINTS
+
+__all__ = ["drawn_face", "mean_shape", "write_csv_source"]
+
+
+def mean_shape() -> NDArray[np.float64]:
+    """A plain frontal face, `(68, 2)`, x and y from -1 to 1, y down."""
+
+    def arc(cx: float, cy: float, rx: float, ry: float, start: float, stop: float, n: int) -> list[tuple[float, float]]:
+        angles = np.radians(np.linspace(start, stop, n))
+        return [(cx + rx * np.cos(a), cy + ry * np.sin(a)) for a in angles]
+
+    points = arc(0, -0.3, 1.0, 1.3, 180, 0, 17)
+    points += arc(-0.47, -0.62, 0.32, 0.16, 180, 340, 5) + arc(0.47, -0.62, 0.32, 0.16, 200, 360, 5)
+    points += [(0, y) for y in np.linspace(-0.45, 0.05, 4)]
+    points += [(x, 0.2 + 0.05 * np.cos(6 * x)) for x in np.linspace(-0.2, 0.2, 5)]
+    points += arc(-0.43, -0.4, 0.19, 0.09, 180, 480, 6) + arc(0.43, -0.4, 0.19, 0.09, 180, 480, 6)
+    points += arc(0, 0.52, 0.38, 0.18, 180, 510, 12) + arc(0, 0.52, 0.27, 0.07, 180, 495, 8)
+    return np.array(points)
+
+
+def drawn_face(
+    rng: np.random.Generator, size_hw: tuple[int, int] = (160, 150)
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Draws one face of a random shape, place and light.
+
+    Returns:
+        The image, `(h, w, 3)` uint8 BGR, and its points, `(68, 2)` float32, pixels of the image.
+    """
+    height, width = size_hw
+    shape = mean_shape() * rng.uniform(0.9, 1.1, 2) + rng.normal(0, 0.012, (POINTS, 2))
+    shape[48:] *= (rng.uniform(0.8, 1.2), 1.0)
+    turn = np.radians(rng.normal(0, 6))
+    rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    scale = min(size_hw) * rng.uniform(0.26, 0.33)
+    centre = (np.array([width, height]) - 1) / 2 + rng.normal(0, 0.02, 2) * min(size_hw)
+    xy = shape @ rotation.T * scale + centre
+    skin, background = rng.uniform(130, 220), rng.uniform(20, 110)
+    image = np.full((height, width), background) + rng.normal(0, 4, (height, width))
+    canvas = np.clip(image, 0, 255).astype(np.uint8)
+    fixed = np.rint(xy * 16).astype(np.int32)
+
+    def fill(indices: tuple[int, ...] | list[int], level: float) -> None:
+        cv2.fillPoly(canvas, [fixed[list(indices)]], level, cv2.LINE_AA, 4)
+
+    head = cv2.convexHull(np.concatenate([fixed[:27], fixed[17:27] - (0, int(scale * 6))]))
+    cv2.fillPoly(canvas, [head], skin, cv2.LINE_AA, 4)
+    for name in ("left_brow", "right_brow", "nose_bridge", "nose_base"):
+        cv2.polylines(canvas, [fixed[list(CONTOURS[name])]], False, skin * 0.45, max(1, round(scale / 18)), cv2.LINE_AA, 4)
+    for name, level in (("left_eye", 245.0), ("right_eye", 245.0), ("outer_lip", skin * 0.6), ("inner_lip", skin * 0.25)):
+        fill(CONTOURS[name], level)
+    for eye in (range(36, 42), range(42, 48)):
+        x, y = fixed[list(eye)].mean(axis=0)
+        cv2.circle(canvas, (int(x), int(y)), int(scale * 16 * 0.07), 20, -1, cv2.LINE_AA, 4)
+    return cv2.cvtColor(canvas, cv2.COLOR_GRAY2BGR), xy.astype(np.float32)
+
+
+def write_csv_source(folder: Path, people: int, each: int = 2, seed: int = 0) -> Path:
+    """Writes drawn faces in the CSV layout: `training_frames_keypoints.csv` and `training/`.
+
+    Returns:
+        The CSV's path.
+    """
+    rng = np.random.default_rng(seed)
+    images = folder / "training"
+    images.mkdir(parents=True, exist_ok=True)
+    lines = ["," + ",".join(map(str, range(2 * POINTS)))]
+    for person in range(people):
+        for number in range(each):
+            image, xy = drawn_face(rng)
+            name = f"person{person}_{number}.png"
+            cv2.imwrite(str(images / name), image)
+            lines.append(name + "," + ",".join(f"{value:.2f}" for value in xy.ravel()))
+    path = folder / "training_frames_keypoints.csv"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

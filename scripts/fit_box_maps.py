@@ -1,0 +1,64 @@
+"""Fits the detectors' box maps (`kp_runtime/detect.py`) on training faces and prints them.
+
+    python scripts/fit_box_maps.py DATA … [--yunet MODEL.onnx] [--most N]
+
+DATA as for `kp train`. A detection counts where it overlaps the keypoints' box by more than 0.25.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from kp_runtime.detect import HaarDetector, YuNetDetector, map_from_pairs
+from kp_runtime.frame import Frame
+from kp_runtime.geometry import boxes_from_points
+from kp_train.data import Face, luma_from_file, parse_source
+
+
+def overlap(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Intersection over union of `(n, 4)` boxes with one."""
+    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
+    common = np.clip(high - low, 0, None).prod(axis=1)
+    return common / ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod() - common)
+
+
+def pairs(detector: HaarDetector | YuNetDetector, faces: list[Face]) -> tuple[np.ndarray, np.ndarray]:
+    """Matched boxes: the detector's and the keypoints'."""
+    found, wanted = [], []
+    for face in track(faces, type(detector).__name__):
+        box = boxes_from_points(face.xy)
+        raw = detector.raw(Frame(luma_from_file(face.image), "gray"))
+        if len(raw) and (scores := overlap(raw, box)).max() > 0.25:
+            found.append(raw[scores.argmax()])
+            wanted.append(box)
+    return np.array(found), np.array(wanted)
+
+
+def main() -> None:
+    """Fits and prints the map of each detector."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+")
+    parser.add_argument("--yunet", type=Path)
+    parser.add_argument("--most", type=int, default=1000, help="faces of each source, evenly spread")
+    args = parser.parse_args()
+    faces: list[Face] = []
+    for source in map(parse_source, args.data):
+        chosen = np.linspace(0, len(source.faces) - 1, min(args.most, len(source.faces))).astype(int)
+        faces += [source.faces[i] for i in chosen]
+    detectors: list[HaarDetector | YuNetDetector] = [HaarDetector()]
+    if args.yunet:
+        detectors.append(YuNetDetector(args.yunet))
+    for detector in detectors:
+        found, wanted = pairs(detector, faces)
+        fitted = map_from_pairs(found, wanted)
+        error = (fitted.apply(found) - wanted) / (wanted[:, 2:] - wanted[:, :2]).max(axis=1, keepdims=True)
+        spread = ", ".join(f"{value:.3f}" for value in error.std(axis=0))
+        print(f"{type(detector).__name__}: {fitted}; {len(found)} of {len(faces)} faces; spread of the edges {spread}")
+
+
+if __name__ == "__main__":
+    main()
