@@ -121,7 +121,9 @@ def _check_fits_half(features: nn.Module) -> None:
     for name, weight in features.named_parameters():
         largest = float(weight.detach().abs().max())
         if not largest <= limit:
-            raise ExportError(f"the weights of {name} reach {largest:g}, float16 ends at {limit:g}; export without --fp16")
+            raise ExportError(
+                f"the weights of {name} reach {largest:g}, float16 ends at {limit:g}; export without --fp16"
+            )
 
 
 def _clean(model: Any) -> None:

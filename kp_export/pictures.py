@@ -55,7 +55,9 @@ def worst_faces(evaluation: Evaluation, path: Path, most: int = 24, cell: int = 
         face = evaluation.faces[i]
         box = np.concatenate([face.xy.min(axis=0), face.xy.max(axis=0)])
         matrix = matrices_from_boxes(box[None], cell, 1.5)
-        canvas = cv2.cvtColor(crops_from_frame(Frame(luma_from_file(face.image), "gray"), matrix, cell)[0, 0], cv2.COLOR_GRAY2BGR)
+        canvas = cv2.cvtColor(
+            crops_from_frame(Frame(luma_from_file(face.image), "gray"), matrix, cell)[0, 0], cv2.COLOR_GRAY2BGR
+        )
         for xy, color in ((face.xy, (90, 220, 90)), (evaluation.predicted[i], (70, 70, 250))):
             for x, y in np.clip(np.rint(apply_matrix(matrix[0], xy) * 16), -(2**20), 2**20).astype(int).tolist():
                 cv2.circle(canvas, (x, y), 24, color, -1, cv2.LINE_AA, 4)

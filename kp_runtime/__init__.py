@@ -1,9 +1,9 @@
 """68 facial keypoints from images, with the results that PyTorch would give. Needs numpy alone.
 
-    >>> import kp_runtime
-    >>> model = kp_runtime.load("engines/resnet18-68")
-    >>> keypoints = model(image, boxes_xyxy)          # image: (h, w, 3) uint8 BGR
-    >>> keypoints.xy                                  # (n, 68, 2) float32, pixels of the image
+>>> import kp_runtime
+>>> model = kp_runtime.load("engines/resnet18-68")
+>>> keypoints = model(image, boxes_xyxy)          # image: (h, w, 3) uint8 BGR
+>>> keypoints.xy                                  # (n, 68, 2) float32, pixels of the image
 """
 
 from kp_runtime.detect import HaarDetector, YuNetDetector

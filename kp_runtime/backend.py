@@ -74,7 +74,8 @@ class Backend(ABC):
         size = self.spec.size
         if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[1:] != (1, size, size):
             raise BackendError(
-                f"crops must be uint8 (n, 1, {size}, {size}), got {crops.dtype} {crops.shape}; crops_from_frame makes them"
+                f"crops must be uint8 (n, 1, {size}, {size}), got {crops.dtype} {crops.shape}; "
+                "crops_from_frame makes them"
             )
         if len(crops) == 0:
             return np.empty((0, self.spec.points, 2), np.float32)
@@ -112,8 +113,9 @@ def open_backend(
     path = Path(bundle)
     folder = path.parent if path.is_file() else path
     manifest = Manifest.read(folder)
+    rejected: tuple[str, ...] = ()
     if path.is_file():
-        name, entry, rejected = path.name, _named_entry(path, manifest, precision), ()
+        name, entry = path.name, _named_entry(path, manifest, precision)
     else:
         name, entry, rejected = _choose_file(folder, manifest, precision)
     opened = OrtCpuBackend(manifest.check_file(folder, name), manifest.spec, threads)
@@ -144,7 +146,7 @@ def _choose_file(folder: Path, manifest: Manifest, precision: str) -> tuple[str,
             have = ", ".join(sorted(str(p) for p in files))
             raise BackendError(f"the bundle {folder} has no {precision} file, only {have}; kp export can add it")
         return *files[precision], ()
-    rejected = []
+    rejected: list[str] = []
     for wanted in PRECISIONS:
         if wanted in files:
             return *files[wanted], tuple(rejected)

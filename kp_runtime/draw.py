@@ -32,7 +32,7 @@ def draw_keypoints(
     canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if image.ndim == 2 else image[:, :, :3].copy()
     points = np.asarray(xy, np.float64)
     if points.size == 0:
-        return canvas  # type: ignore[no-any-return]
+        return canvas
     for face in points.reshape(-1, 68, 2):
         extent = float(np.ptp(face, axis=0).max())
         # positions far outside a huge face would overflow OpenCV's integers
@@ -43,7 +43,7 @@ def draw_keypoints(
         radius = max(1.0, extent / 110)
         for x, y in fixed.tolist():
             cv2.circle(canvas, (x, y), round(radius * 2**_SHIFT), _POINT, -1, cv2.LINE_AA, _SHIFT)
-    return canvas  # type: ignore[no-any-return]
+    return canvas
 
 
 def draw_boxes(image: NDArray[np.uint8], boxes_xyxy: ArrayLike) -> NDArray[np.uint8]:

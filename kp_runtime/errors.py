@@ -75,8 +75,7 @@ class MissingExtraError(BackendError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(
-            f"{purpose} needs the package {package}, which is not installed; "
-            f"run: pip install 'kp-edge[{extra}]'"
+            f"{purpose} needs the package {package}, which is not installed; run: pip install 'kp-edge[{extra}]'"
         )
 
 

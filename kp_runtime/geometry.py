@@ -184,7 +184,7 @@ def crop_from_luma(
         # block b covers pixels k b to k b + k - 1; its centre is pixel k b + (k - 1) / 2
         source_from_crop[:, 2] -= (k - 1) / 2
         source_from_crop /= k
-    return cv2.warpAffine(  # type: ignore[return-value]
+    crop: NDArray[np.uint8] = cv2.warpAffine(  # type: ignore[assignment]
         luma,
         source_from_crop,
         (size, size),
@@ -192,6 +192,7 @@ def crop_from_luma(
         flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
         borderMode=cv2.BORDER_REPLICATE,
     )
+    return crop
 
 
 def _block_means(luma: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
@@ -202,4 +203,5 @@ def _block_means(luma: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
         luma = np.pad(luma, pad, mode="edge")
     rows = luma.reshape(luma.shape[0] // k, k, luma.shape[1]).sum(axis=1, dtype=np.uint32)
     sums = rows.reshape(rows.shape[0], -1, k).sum(axis=2, dtype=np.uint32)
-    return ((sums + k * k // 2) // (k * k)).astype(np.uint8)
+    means: NDArray[np.uint8] = ((sums + k * k // 2) // (k * k)).astype(np.uint8)
+    return means

@@ -15,7 +15,7 @@ __all__ = ["CONTOURS", "EYE_CORNERS", "MIRROR", "POINTS", "REGIONS", "point_name
 POINTS = 68
 
 _PARTS: dict[str, range] = {
-    "jaw": range(0, 17),
+    "jaw": range(17),
     "left_brow": range(17, 22),
     "right_brow": range(22, 27),
     "nose_bridge": range(27, 31),
@@ -27,7 +27,7 @@ _PARTS: dict[str, range] = {
 }
 
 REGIONS: dict[str, tuple[int, ...]] = {
-    "jaw": tuple(range(0, 17)),
+    "jaw": tuple(range(17)),
     "brows": tuple(range(17, 27)),
     "nose": tuple(range(27, 36)),
     "eyes": tuple(range(36, 48)),

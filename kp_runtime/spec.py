@@ -67,9 +67,7 @@ class ModelSpec:
         if self.box not in ("keypoints", "frame"):
             raise BundleError(f"the model's box must be 'keypoints' or 'frame', got {self.box!r}")
         if (self.scheme, self.points) != ("ibug68", 68):
-            raise BundleError(
-                f"only the 68-point mark-up ibug68 is known, got {self.points} points of {self.scheme!r}"
-            )
+            raise BundleError(f"only the 68-point mark-up ibug68 is known, got {self.points} points of {self.scheme!r}")
 
 
 @dataclass(frozen=True)
@@ -149,7 +147,9 @@ class Manifest:
             rest = {key: raw[key] for key in ("training", "accuracy", "licence") if key in raw}
             manifest = cls(spec=spec, files=files, schema=raw["schema"], **rest)
         except (KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{origin} lacks a field of schema {raw['schema']} or has a wrong one: {error}") from error
+            raise BundleError(
+                f"{origin} lacks a field of schema {raw['schema']} or has a wrong one: {error}"
+            ) from error
         for name in files:
             if Path(name).name != name or name in (".", "..", ""):
                 raise BundleError(f"{origin} names the file {name!r}; a bundle's files lie in its own folder")

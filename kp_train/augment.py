@@ -18,7 +18,7 @@ from kp_runtime.scheme68 import MIRROR
 __all__ = ["Augment", "MirrorFace", "augment_from_name"]
 
 
-class MirrorFace(v2.Transform):
+class MirrorFace(v2.Transform):  # type: ignore[misc]
     """Mirrors a face and gives each point the name of its partner on the other side."""
 
     def __init__(self, p: float = 0.5) -> None:
@@ -64,10 +64,11 @@ class Augment:
         }
 
     def __call__(self, image: tv_tensors.Image, points: tv_tensors.KeyPoints) -> Any:
+        """Image and KeyPoints of a crop in, the same out, varied."""
         return self.transforms(image, points)
 
 
-class _DownUp(v2.Transform):
+class _DownUp(v2.Transform):  # type: ignore[misc]
     """Shrinks and enlarges the image: a face that was small in its photo."""
 
     def __init__(self, low: float) -> None:
@@ -85,7 +86,7 @@ class _DownUp(v2.Transform):
         return v2.functional.resize(v2.functional.resize(inpt, small, antialias=True), size, antialias=True)
 
 
-class _Noise(v2.Transform):
+class _Noise(v2.Transform):  # type: ignore[misc]
     """Adds normal noise of up to `most` grey levels to a uint8 image."""
 
     def __init__(self, most: float) -> None:

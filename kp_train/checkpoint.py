@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kp_runtime.errors import BundleError, IntegrityError
-from kp_runtime.spec import MANIFEST_NAME, Manifest, file_entry, writing
+from kp_runtime.spec import Manifest, file_entry, writing
 from kp_train.model import KeypointNet
 
 __all__ = ["CHECKPOINT_NAME", "SafetensorsIO", "load_checkpoint", "save_checkpoint"]
@@ -46,7 +46,9 @@ def save_checkpoint(bundle: Path, net: KeypointNet, manifest: Manifest, *, half:
     bundle.mkdir(parents=True, exist_ok=True)
     with writing(bundle / CHECKPOINT_NAME) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"format": "pt", "spec": json.dumps(dataclasses.asdict(manifest.spec))})
+            save_file(
+                tensors, temporary, metadata={"format": "pt", "spec": json.dumps(dataclasses.asdict(manifest.spec))}
+            )
         except SafetensorError as error:
             raise OSError(str(error)) from error
     entry = file_entry(bundle / CHECKPOINT_NAME, "checkpoint", precision="fp16" if half else "fp32")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from kp_runtime.spec import KpError
+from kp_runtime.errors import KpError
 
 __all__ = ["RECIPES", "TrainConfig", "recipe"]
 

@@ -21,6 +21,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
@@ -190,17 +191,19 @@ def read_pts(path: Path) -> NDArray[np.float32]:
 def luma_from_file(path: Path) -> NDArray[np.uint8]:
     """Decodes an image file to grey, `(h, w)` uint8, by the formula of OpenCV's BGR2GRAY.
 
+    Pillow decodes, because it refuses a cut-off file; upright by the EXIF orientation, as the
+    run-time's `image_from_file`.
+
     Raises:
         DataError: the file is missing, cut off, or no image.
     """
     try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
-    bgr = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    if bgr is None:
-        raise DataError(f"{path} is no image that OpenCV can decode, or is cut off; replace or remove it")
-    return np.asarray(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY))
+        with Image.open(path) as image:
+            rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise DataError(f"{path} is missing, cut off or no image ({reason}); replace or remove it") from error
+    return np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
 
 
 class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -227,10 +230,7 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         luma, xy, spec = self._lumas[index], self.faces[index].xy, self.spec
-        if spec.box == "frame":
-            box = frame_box((luma.shape[0], luma.shape[1]))
-        else:
-            box = boxes_from_points(xy)
+        box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(xy)
         jitter = self.augment.draw_jitter() if self.augment else {}
         matrix = matrices_from_boxes(box[None], spec.size, spec.margin, **jitter)[0]
         image = tv_tensors.Image(torch.from_numpy(crop_from_luma(luma, matrix, spec.size))[None])

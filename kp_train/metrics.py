@@ -48,7 +48,8 @@ def point_errors(predicted: NDArray[np.floating], truth: NDArray[np.floating]) -
     """Point distances over the truth's outer eye corner distance, `(n, 68)`."""
     truth = np.asarray(truth, np.float64)
     eyes = np.linalg.norm(truth[:, EYE_CORNERS[0]] - truth[:, EYE_CORNERS[1]], axis=-1)
-    return np.linalg.norm(predicted - truth, axis=-1) / eyes[:, None]
+    errors: NDArray[np.float64] = np.linalg.norm(predicted - truth, axis=-1) / eyes[:, None]
+    return errors
 
 
 def smooth_l1_original(
@@ -62,12 +63,11 @@ def smooth_l1_original(
     scale = 250.0 / np.asarray(sizes_hw, np.float64).min(axis=1)
     distance = np.abs(np.asarray(predicted, np.float64) - truth) * scale[:, None, None] / 50
     loss = np.where(distance < 1, distance**2 / 2, distance - 0.5)
-    return loss.mean(axis=(1, 2))
+    mean: NDArray[np.float64] = loss.mean(axis=(1, 2))
+    return mean
 
 
-def accuracy(
-    predicted: NDArray[np.floating], truth: NDArray[np.floating], sizes_hw: NDArray[np.integer]
-) -> Accuracy:
+def accuracy(predicted: NDArray[np.floating], truth: NDArray[np.floating], sizes_hw: NDArray[np.integer]) -> Accuracy:
     """All measures at once; `sizes_hw` is `(n, 2)`, each image's height and width."""
     errors = point_errors(predicted, truth)
     nme = errors.mean(axis=1)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights, resnet18
 
+from kp_runtime.errors import KpError
 from kp_runtime.scheme68 import POINTS
-from kp_runtime.spec import KpError
 
 __all__ = ["KeypointNet", "load_backbone_weights"]
 
@@ -46,7 +46,8 @@ class KeypointNet(nn.Module):
     def raw(self, crops: Tensor) -> Tensor:
         """The head's numbers, `(n, 136)`, in units of the training target."""
         x = crops.to(self.backbone.conv1.weight.dtype) / 255
-        return self.backbone(x.contiguous(memory_format=torch.channels_last))
+        raw: Tensor = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        return raw
 
     def decode(self, raw: Tensor) -> Tensor:
         """Head numbers `(n, 136)` to pixels of the crop `(n, 68, 2)`."""
@@ -83,7 +84,7 @@ def load_backbone_weights(net: KeypointNet, weights: str) -> str:
         if weights in ("imagenet", "auto"):
             state = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
         else:
-            state = torch.load(Path(weights), map_location="cpu", weights_only=True)
+            state = torch.load(Path(weights), map_location="cpu", weights_only=True)  # noqa: TID251 - torchvision publishes these as .pth
     except Exception as error:  # torch.hub raises whatever its network stack or unpickler does
         if weights == "auto":
             log.warning("ImageNet weights can't be had here (%s): training from scratch", error)

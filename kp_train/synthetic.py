@@ -59,13 +59,20 @@ def drawn_face(
     head = cv2.convexHull(np.concatenate([fixed[:27], fixed[17:27] - (0, int(scale * 6))]))
     cv2.fillPoly(canvas, [head], skin, cv2.LINE_AA, 4)
     for name in ("left_brow", "right_brow", "nose_bridge", "nose_base"):
-        cv2.polylines(canvas, [fixed[list(CONTOURS[name])]], False, skin * 0.45, max(1, round(scale / 18)), cv2.LINE_AA, 4)
-    for name, level in (("left_eye", 245.0), ("right_eye", 245.0), ("outer_lip", skin * 0.6), ("inner_lip", skin * 0.25)):
+        cv2.polylines(
+            canvas, [fixed[list(CONTOURS[name])]], False, skin * 0.45, max(1, round(scale / 18)), cv2.LINE_AA, 4
+        )
+    for name, level in (
+        ("left_eye", 245.0),
+        ("right_eye", 245.0),
+        ("outer_lip", skin * 0.6),
+        ("inner_lip", skin * 0.25),
+    ):
         fill(CONTOURS[name], level)
     for eye in (range(36, 42), range(42, 48)):
         x, y = fixed[list(eye)].mean(axis=0)
         cv2.circle(canvas, (int(x), int(y)), int(scale * 16 * 0.07), 20, -1, cv2.LINE_AA, 4)
-    return cv2.cvtColor(canvas, cv2.COLOR_GRAY2BGR), xy.astype(np.float32)
+    return np.asarray(cv2.cvtColor(canvas, cv2.COLOR_GRAY2BGR), np.uint8), xy.astype(np.float32)
 
 
 def write_csv_source(folder: Path, people: int, each: int = 2, seed: int = 0) -> Path:

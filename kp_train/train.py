@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import math
@@ -16,15 +15,21 @@ import lightning as L
 import numpy as np
 import torch
 import torchvision
-from lightning.pytorch.callbacks import Callback, EarlyStopping, EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torchvision.utils import draw_keypoints, make_grid, save_image
 
-from kp_runtime.errors import DataError
+from kp_runtime.errors import DataError, KpError
 from kp_runtime.scheme68 import EYE_CORNERS
-from kp_runtime.spec import KpError, ModelSpec, Manifest, writing
+from kp_runtime.spec import Manifest, ModelSpec, writing
 from kp_train.augment import augment_from_name
 from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig
@@ -127,7 +132,7 @@ class FacesPicture(Callback):
             return
         was_training = pl_module.training
         with torch.no_grad():
-            predicted = pl_module.eval().net(self.crops.to(pl_module.device)).cpu()
+            predicted = pl_module.eval().net(self.crops.to(pl_module.device)).cpu()  # type: ignore[operator]
         pl_module.train(was_training)
         cells = []
         for crop, truth, guess in zip(self.crops, self.xy, predicted, strict=True):
@@ -188,6 +193,8 @@ def train(
         raise KpError(f"there is nothing to resume in {run}: it has no {last.relative_to(run)}; leave out --resume")
     if not resume and (states.exists() or (run / CHECKPOINT_NAME).exists()):
         raise KpError(f"{run} already holds a run; add --resume to go on with it, or name another folder with --out")
+    if resume:
+        _check_same_run(run, config)
     L.seed_everything(config.seed, workers=True, verbose=False)
     spec = ModelSpec(name=name, size=config.size, margin=config.margin, box=config.box)
     training, held_out = _split(sources, config)
@@ -226,8 +233,14 @@ def train(
         num_sanity_val_steps=0,
     )
     sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
-    loaders = {"num_workers": workers, "persistent_workers": workers > 0}
-    train_loader = DataLoader(train_set, config.batch_size, sampler=sampler, drop_last=len(sampler) >= config.batch_size, **loaders)
+    train_loader = DataLoader(
+        train_set,
+        config.batch_size,
+        sampler=sampler,
+        drop_last=len(sampler) >= config.batch_size,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
     val_loader = DataLoader(val_set, config.batch_size, num_workers=0)
     try:
         trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if resume else None)
@@ -237,6 +250,17 @@ def train(
             "last whole epoch: the same command with --resume goes on"
         ) from error
     return _checkpoint_from_state(states / "best.state", run, spec, record, trainer)
+
+
+def _check_same_run(run: Path, config: TrainConfig) -> None:
+    """A resumed run must have the settings that it began with: the schedule depends on them."""
+    try:
+        stored = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
+    wanted = config.to_json()
+    if changed := [f"{key} {stored.get(key)} -> {wanted[key]}" for key in wanted if stored.get(key) != wanted[key]]:
+        raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones")
 
 
 def _split(sources: Sequence[Source], config: TrainConfig) -> tuple[list[list[Face]], list[Face]]:
@@ -264,7 +288,11 @@ def _start_weights(net: KeypointNet, faces: FaceDataset, weights: str, init: Pat
 
 
 def _record(
-    sources: Sequence[Source], training: list[list[Face]], held_out: list[Face], config: TrainConfig, start: dict[str, Any]
+    sources: Sequence[Source],
+    training: list[list[Face]],
+    held_out: list[Face],
+    config: TrainConfig,
+    start: dict[str, Any],
 ) -> dict[str, Any]:
     """What the manifest keeps of a run: enough to say what made these weights."""
     return {
@@ -316,14 +344,11 @@ def _checkpoint_from_state(state: Path, run: Path, spec: ModelSpec, record: dict
     with torch.no_grad():
         finite = all(bool(torch.isfinite(p).all()) for p in net.parameters())
     if not finite:
-        raise KpError(f"the trained weights are not finite; lower --lr (was {record['config']['lr']:g}) and train again")
+        raise KpError(
+            f"the trained weights are not finite; lower --lr (was {record['config']['lr']:g}) and train again"
+        )
     measured = {k: float(v) for k, v in trainer.callback_metrics.items()}
     record = record | {"best_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": measured}
     manifest = Manifest(spec=spec, training=record)
     save_checkpoint(run, net, manifest)
     return run / CHECKPOINT_NAME
-
-
-def settings_table(config: TrainConfig) -> list[tuple[str, str]]:
-    """The settings as rows of text, for showing before a run starts."""
-    return [(field.name, str(getattr(config, field.name))) for field in dataclasses.fields(config)]

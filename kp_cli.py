@@ -1,0 +1,415 @@
+"""The `kp` command: a function a subcommand; everything heavy is imported inside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kp_runtime.errors import InputError, KpError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="68 facial keypoints, from PyTorch to the edge, provably unchanged.",
+)
+
+DEFAULT_BUNDLE = Path("engines/resnet18-68")
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own choice (all cores) when left out.")]
+Yunet = Annotated[Path | None, typer.Option(help="A YuNet model file, to detect faces with it instead of Haar.")]
+Data = Annotated[list[str], typer.Option(
+    "--data", metavar="PATH[=WEIGHT]",
+    help="A CSV of 68 points beside its photos, or a folder of photos with .pts files. Repeatable.",
+)]  # fmt: skip
+
+
+class Recipe(str, enum.Enum):
+    """Recipes of `kp train`."""
+
+    default = "default"
+    seed = "seed"
+
+
+class Boxes(str, enum.Enum):
+    """Where `kp eval` takes face boxes from."""
+
+    keypoints = "keypoints"
+    detector = "detector"
+
+
+class Split(str, enum.Enum):
+    """Which faces `kp eval` measures."""
+
+    rows = "rows"
+    person = "person"
+
+
+@app.command()
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the checkpoint's bundle in the end.")],
+    recipe: Annotated[
+        Recipe, typer.Option(help="default: face crops, ours. seed: the original project's.")
+    ] = Recipe.default,
+    name: Annotated[str, typer.Option(help="The model's name.")] = "resnet18-68",
+    size: Annotated[int | None, typer.Option(help="Side of the crops in pixels.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Most epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Faces a step, on each device.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate, the schedule's peak.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of the weight averaging; 0 turns it off.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation.")] = None,
+    precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = None,
+    weights: Annotated[str, typer.Option(help="auto, imagenet, none, or a torchvision ResNet-18 .pth file.")] = "auto",
+    init: Annotated[Path | None, typer.Option(help="Start from this checkpoint instead.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    devices: Annotated[str, typer.Option(help="Number of devices, or auto.")] = "auto",
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    strategy: Annotated[str, typer.Option(help="Lightning's strategy, such as ddp.")] = "auto",
+    workers: Annotated[int, typer.Option(help="Processes that make crops, for each device.")] = 1,
+    picture_every: Annotated[int, typer.Option(help="Epochs between two pictures of held-out faces.")] = 5,
+) -> None:
+    """Train a network on photos with 68 points; resumable after a kill.
+
+    Example: kp train --data training_frames_keypoints.csv --data photos_68=1.5 --out runs/first
+    """
+    _quiet_training()
+    from kp_train.config import recipe as settings
+    from kp_train.data import parse_source
+    from kp_train.train import train as run
+
+    config = settings(
+        recipe.value, size=size, epochs=epochs, batch_size=batch_size, lr=lr, ema=ema, seed=seed, precision=precision
+    )
+    path = run(
+        [parse_source(text) for text in data], config, out, name=name, weights=weights, init=init, resume=resume,
+        devices=devices, accelerator=accelerator, strategy=strategy, workers=workers, picture_every=picture_every,
+    )  # fmt: skip
+    typer.echo(f"checkpoint: {path}\ncurves: tensorboard --logdir {out}\nnext: kp export {out} --fp16")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A checkpoint, a bundle's folder, or an ONNX file in a bundle.")],
+    data: Data,
+    boxes: Annotated[
+        Boxes, typer.Option(help="Boxes from the true keypoints, or from a face detector.")
+    ] = Boxes.keypoints,
+    split: Annotated[Split, typer.Option(help="All rows, or only people that were never trained on.")] = Split.rows,
+    out: Annotated[Path | None, typer.Option(help="Folder for the error curve and the worst faces.")] = None,
+    yunet: Yunet = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on labelled faces: NME, AUC, failures, regions, the original project's loss."""
+    from kp_export.evaluate import evaluate as measure
+    from kp_export.evaluate import held_out_faces, open_model
+    from kp_train.data import parse_source
+
+    opened = open_model(model, threads)
+    sources = [parse_source(text) for text in data]
+    if split is Split.person:
+        sources = [held_out_faces(source, opened.manifest) for source in sources]
+    faces = [face for source in sources for face in source.faces]
+    detector = _detector(yunet) if boxes is Boxes.detector else None
+    result = measure(opened, faces, detector, track=_progress("measuring"))
+    pictures = []
+    if out is not None:
+        from kp_export.pictures import error_curve, worst_faces
+
+        pictures = [error_curve(result, opened.name, out / "error_curve.png"), worst_faces(result, out / "worst.png")]
+    if as_json:
+        rest = {"model": opened.name, "boxes": boxes.value, "split": split.value, "missed": result.missed}
+        _print_json(rest | dataclasses.asdict(result.accuracy) | {"pictures": [str(p) for p in pictures]})
+        return
+    _print_accuracy(opened.name, result)
+    for picture in pictures:
+        typer.echo(picture)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A bundle's folder or its checkpoint.safetensors.")],
+    fp16: Annotated[bool, typer.Option("--fp16", help="Also write a typed fp16 graph.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The bundle to fill; the checkpoint's own when left out.")] = None,
+    data: Annotated[list[str] | None, typer.Option(
+        metavar="PATH", help="Your own labelled faces for the parity check; scikit-image's faces when left out.",
+    )] = None,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """Export a checkpoint to ONNX and prove that the files predict what PyTorch does."""
+    from kp_export.bundle import export_bundle
+    from kp_train.data import parse_source
+
+    sources = [parse_source(text) for text in data or []]
+    precisions = ("fp32", "fp16") if fp16 else ("fp32",)
+    report = export_bundle(checkpoint, out, precisions=precisions, sources=sources, step=_note)
+    if as_json:
+        _print_json({"bundle": report.bundle, "parity": [dataclasses.asdict(p) for p in report.parity]})
+        return
+    _print_parity(report.parity)
+    typer.echo(f"bundle: {report.bundle}")
+
+
+@app.command()
+def predict(
+    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them.")],
+    model: Annotated[Path, typer.Option(help="A bundle, or an ONNX file in one.")] = DEFAULT_BUNDLE,
+    out: Annotated[Path, typer.Option(help="Folder for the drawn photos and the results.")] = Path("out"),
+    drawn: Annotated[Path | None, typer.Option(help="File for the drawn photo, when there is one photo.")] = None,
+    box: Annotated[
+        list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="A face box, instead of detecting. Repeatable.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="json, csv, pts. Repeatable; json when left out.")
+    ] = None,
+    yunet: Yunet = None,
+    threads: Threads = None,
+    times: Annotated[bool, typer.Option("--times", help="Print how long each stage took.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the keypoints of all faces on photos; draw them and write them down."""
+    import numpy as np
+
+    from kp_runtime.photos import photos_from_paths, predict_photo, results_json, write_results
+    from kp_runtime.pipeline import load
+    from kp_runtime.timing import StageTimer
+
+    paths = photos_from_paths(photos)
+    if len(paths) > 1 and (box or drawn):
+        raise InputError(f"--box and --drawn go with one photo, got {len(paths)}")
+    boxes = np.array([_parse_box(text) for text in box]) if box else None
+    opened, timer = load(model, threads=threads), StageTimer()
+    detector = None if boxes is not None else _detector(yunet)
+    results, failed = [], []
+    for path in _progress("predicting")(paths):
+        target = drawn or out / f"{path.stem}_keypoints.jpg"
+        try:
+            results.append(predict_photo(opened, path, detector=detector, boxes_xyxy=boxes, drawn=target, timer=timer))
+        except KpError as error:
+            failed.append(str(error))
+    written = write_results(results, out, formats or ["json"])
+    if as_json:
+        _print_json(results_json(results))
+    else:
+        for photo in results:
+            typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}")
+        if times:
+            _print_times("stages of a photo", timer.summaries())
+        for file in [*written, *(p.drawn for p in results if p.drawn)][-8:]:
+            typer.echo(file)
+    if failed:
+        raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="A bundle with ONNX files.")] = DEFAULT_BUNDLE,
+    photo: Annotated[
+        Path | None, typer.Option(help="A photo with a face; scikit-image's astronaut when left out.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size of the network alone. Repeatable; 1 and 8 when left out.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="About how long each thing is measured.")] = 3.0,
+    threads: Threads = None,
+    yunet: Yunet = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Time each stage on a photo, and the network alone by file and batch size."""
+    from kp_runtime.bench import run_bench
+    from kp_runtime.spec import writing
+
+    result = run_bench(
+        bundle,
+        photo or _astronaut(),
+        _detector(yunet),
+        batches=tuple(batch or (1, 8)),
+        seconds=seconds,
+        threads=threads,
+    )
+    if out is not None:
+        with writing(out) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        _print_json(dataclasses.asdict(result))
+        return
+    machine = result.machine
+    typer.echo(
+        f"{machine['cpu']}, {machine['cores']} cores, onnxruntime {machine['onnxruntime']}, {result.faces} face(s)"
+    )
+    _print_times("stages of a photo", result.stages)
+    rows = [(n.file, n.batch, n.time.samples, *_ms(n.time), f"{n.ms_a_face:.2f}") for n in result.network]
+    _print_table("network alone", ("file", "batch", "samples", "p50 ms", "p95", "p99", "max", "ms a face"), rows)
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")] = DEFAULT_BUNDLE,
+    as_json: Json = False,
+) -> None:
+    """Show what a bundle holds and whether its hashes hold; exit 1 where one does not."""
+    from kp_runtime.errors import BundleError
+    from kp_runtime.spec import Manifest
+
+    manifest = Manifest.read(bundle)
+    states: dict[str, str] = {}
+    for name in manifest.files:
+        try:
+            manifest.check_file(bundle, name)
+            states[name] = "ok"
+        except BundleError as error:
+            states[name] = str(error)
+    if as_json:
+        _print_json({"manifest": dataclasses.asdict(manifest), "files": states})
+    else:
+
+        def state(name: str) -> str:
+            return "ok" if states[name] == "ok" else "BAD"
+
+        spec = manifest.spec
+        typer.echo(f"{spec.name}: {spec.points} points, {spec.size} px crops, margin {spec.margin:g}, boxes {spec.box}")
+        rows = [
+            (name, e.kind, e.precision or "", f"{e.bytes:,}", e.sha256[:12], (e.parent_sha256 or "")[:12], state(name))
+            for name, e in manifest.files.items()
+        ]
+        _print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "hash"), rows)
+        for data, measured in manifest.accuracy.items():
+            typer.echo(
+                f"{data}: NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"
+            )
+    if bad := [text for text in states.values() if text != "ok"]:
+        raise BundleError("; ".join(bad))
+
+
+def main() -> None:
+    """Runs the command; a `KpError` becomes one line on stderr and exit status 1."""
+    try:
+        app()
+    except KpError as error:
+        _fail(str(error))
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+
+
+def _fail(text: str) -> None:
+    print("kp: " + " ".join(text.split()), file=sys.stderr)
+    sys.exit(1)
+
+
+def _note(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _quiet_training() -> None:
+    """Silences what libraries say about themselves; warnings about the user's run stay."""
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers|RandomErasing).*")
+
+
+def _detector(yunet: Path | None) -> Any:
+    from kp_runtime.detect import HaarDetector, YuNetDetector
+
+    return YuNetDetector(yunet) if yunet else HaarDetector()
+
+
+def _parse_box(text: str) -> list[float]:
+    try:
+        box = [float(word) for word in text.split(",")]
+    except ValueError:
+        box = []
+    if len(box) != 4:
+        raise InputError(f"a box is X0,Y0,X1,Y1 in pixels, such as 120,80,260,240; got {text!r}")
+    return box
+
+
+def _astronaut() -> Path:
+    from kp_runtime.errors import MissingExtraError
+
+    try:
+        import skimage
+    except ImportError as error:
+        raise MissingExtraError("scikit-image", "export", "a bench without --photo") from error
+    return Path(skimage.__file__).parent / "data" / "astronaut.png"
+
+
+def _progress(text: str) -> Any:
+    """A progress bar on stderr, for lists of more than one on a terminal."""
+
+    def track(items: Sequence[Any]) -> Iterable[Any]:
+        if len(items) < 2 or not sys.stderr.isatty():
+            return items
+        from rich.console import Console
+        from rich.progress import track as rich_track
+
+        return rich_track(items, text, console=Console(stderr=True), transient=True)
+
+    return track
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row))
+    console = Console()
+    # a table that is cut at 80 columns in a log helps nobody
+    Console(width=None if console.is_terminal else 160).print(table)
+
+
+def _print_accuracy(name: str, result: Any) -> None:
+    measured = result.accuracy
+    rows = [
+        ("faces", measured.faces),
+        ("missed by the detector", result.missed),
+        ("NME", f"{measured.nme:.2%}"),
+        ("NME median / p95", f"{measured.median:.2%} / {measured.p95:.2%}"),
+        ("AUC at 8%", f"{measured.auc:.3f}"),
+        ("failures over 8%", f"{measured.failures:.2%}"),
+        ("SmoothL1 as the original", f"{measured.smooth_l1:.5f}"),
+        *((f"NME {region}", f"{value:.2%}") for region, value in measured.regions.items()),
+    ]
+    _print_table(name, ("measure", "value"), rows)
+
+
+def _print_parity(reports: Sequence[Any]) -> None:
+    rows = [
+        (p.file, p.faces, *(f"{v:.4f}" for v in (p.mean_px, p.p99_px, p.max_px, p.nme, *p.regions_px.values())))
+        for p in reports
+    ]
+    regions = [f"{name} px" for name in reports[0].regions_px]
+    title = f"distance to PyTorch on {reports[0].origin}"
+    _print_table(title, ("file", "faces", "mean px", "p99 px", "max px", "NME %", *regions), rows)
+
+
+def _ms(time: Any) -> tuple[str, ...]:
+    return tuple(f"{value:.2f}" for value in (time.p50_ms, time.p95_ms, time.p99_ms, time.max_ms))
+
+
+def _print_times(title: str, stages: dict[str, Any]) -> None:
+    rows = [(stage, time.samples, *_ms(time)) for stage, time in stages.items()]
+    _print_table(title, ("stage", "samples", "p50 ms", "p95", "p99", "max"), rows)
+
+
+if __name__ == "__main__":
+    main()
