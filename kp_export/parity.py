@@ -96,7 +96,7 @@ def bundled_faces(spec: ModelSpec) -> FaceSet:
     names, crops = [], []
     for i, luma in enumerate(small):
         names.append(f"lfw_{i}")
-        crops.append(_crop(luma, np.array([4.0, 6.0, 20.0, 23.0]), spec))
+        crops.append(_crop(luma, np.array([3.0, 5.0, 21.0, 23.0]), spec))
     face = np.array([179.0, 85.0, 266.0, 178.0])
     for i in range(28):
         angle, shift = np.radians(-21 + 1.5 * i), (0.08 * np.cos(i), 0.08 * np.sin(i))

@@ -1,0 +1,39 @@
+"""Fixtures that several test files share; generators are seeded, engines run on one thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.models import tiny_bundle
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(68)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with the tiny graph; tests that change it copy it first."""
+    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def astronaut() -> Path:
+    """The photograph of a face that scikit-image carries (NASA, public domain)."""
+    import skimage
+
+    return Path(skimage.__file__).parent / "data" / "astronaut.png"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real labelled faces beside the checkout; tests that want them skip where they are not."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the real data sets are not beside this checkout")
+    return SHARED / "data"

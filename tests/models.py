@@ -1,0 +1,67 @@
+"""Tiny ONNX graphs with the contract's input and output, for tests that need an engine, not faces.
+
+`tiny_bundle` writes a bundle whose network answers, for each crop, the mean shape moved by the
+crop's mean grey level: `tiny_keypoints` is the same in numpy, so tests know what must come out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from kp_runtime.backend import GOLDEN_NAME
+from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from kp_train.synthetic import mean_shape
+
+SIZE = 64
+
+
+def tiny_keypoints(crops: np.ndarray) -> np.ndarray:
+    """`(n, 1, size, size)` uint8 to `(n, 68, 2)` float32: what the tiny graph computes."""
+    size = crops.shape[-1]
+    base = (mean_shape() * 0.3 + 0.5) * size
+    level = crops.astype(np.float64).mean(axis=(1, 2, 3)) / 255
+    return (base[None] + level[:, None, None]).astype(np.float32)
+
+
+def tiny_graph(size: int = SIZE) -> onnx.ModelProto:
+    """The graph: cast, mean, scale, add the mean shape."""
+    base = ((mean_shape() * 0.3 + 0.5) * size).astype(np.float32)[None]
+    weights = [
+        numpy_helper.from_array(base, "base"),
+        numpy_helper.from_array(np.array(1 / 255, np.float32), "scale"),
+        numpy_helper.from_array(np.array([1, 2, 3], np.int64), "axes"),
+        numpy_helper.from_array(np.array([-1, 1, 1], np.int64), "shape"),
+    ]
+    nodes = [
+        helper.make_node("Cast", ["crops"], ["x"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["x", "axes"], ["mean"], keepdims=1),
+        helper.make_node("Mul", ["mean", "scale"], ["level"]),
+        helper.make_node("Reshape", ["level", "shape"], ["flat"]),
+        helper.make_node("Add", ["flat", "base"], ["keypoints"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "tiny",
+        [helper.make_tensor_value_info("crops", TensorProto.UINT8, ["batch", 1, size, size])],
+        [helper.make_tensor_value_info("keypoints", TensorProto.FLOAT, ["batch", 68, 2])],
+        weights,
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def tiny_bundle(folder: Path, size: int = SIZE, *, golden: bool = True, margin: float = 1.3) -> Path:
+    """Writes a bundle with `model.fp32.onnx` and, unless told otherwise, a golden crop."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = folder / "model.fp32.onnx"
+    model.write_bytes(tiny_graph(size).SerializeToString())
+    files = {model.name: file_entry(model, "onnx", precision="fp32")}
+    if golden:
+        crops = np.random.default_rng(0).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
+        np.savez(folder / GOLDEN_NAME, crops=crops, keypoints=tiny_keypoints(crops))
+        files[GOLDEN_NAME] = file_entry(folder / GOLDEN_NAME, "golden")
+    Manifest(spec=ModelSpec("tiny", size=size, margin=margin), files=files).write(folder)
+    return folder
