@@ -91,6 +91,7 @@ def train(
     path = run(
         [parse_source(text) for text in data], config, out, name=name, weights=weights, init=init, resume=resume,
         devices=devices, accelerator=accelerator, strategy=strategy, workers=workers, picture_every=picture_every,
+        progress=sys.stdout.isatty(),
     )  # fmt: skip
     typer.echo(f"checkpoint: {path}\ncurves: tensorboard --logdir {out}\nnext: kp export {out} --fp16")
 
@@ -316,7 +317,7 @@ def _quiet_training() -> None:
 
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers|RandomErasing).*")
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers).*")
 
 
 def _detector(yunet: Path | None) -> Any:

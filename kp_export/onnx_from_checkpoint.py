@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import json
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,8 @@ class _TypedNet(nn.Module):
         backbone = copy.deepcopy(net.backbone).eval()
         _fold_batch_norm(backbone)
         self.dtype = torch.float16 if half else torch.float32
-        self.features = nn.Sequential(
-            backbone.conv1, backbone.relu, backbone.maxpool,
-            backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4,
-        )  # fmt: skip
+        names = ("conv1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+        self.features = nn.Sequential(OrderedDict((name, getattr(backbone, name)) for name in names))
         self.head = backbone.fc
         if half:
             _check_fits_half(self.features)

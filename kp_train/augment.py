@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import cv2
 import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -36,19 +37,23 @@ class MirrorFace(v2.Transform):  # type: ignore[misc]
 
 
 class Augment:
-    """A jitter of the square and a chain of transforms on the crop.
+    """A jitter of the square, a mirror, and a chain of transforms of the grey levels.
 
     Args:
         shift: standard deviation of the centre's displacement, in sides of the square.
         max_shift: the most of it, uniform instead of normal where `shift` is 0.
         zoom: standard deviation of the logarithm of the side's factor.
         turn: standard deviation of the turn in degrees.
-        transforms: what follows on the crop.
+        mirror: how often a face is mirrored.
+        grey: what is done to the crop's grey levels alone.
     """
 
-    def __init__(self, shift: float, max_shift: float, zoom: float, turn: float, transforms: v2.Transform) -> None:
+    def __init__(
+        self, shift: float, max_shift: float, zoom: float, turn: float, mirror: float, grey: v2.Transform
+    ) -> None:
         self.shift, self.max_shift, self.zoom, self.turn = shift, max_shift, zoom, turn
-        self.transforms = transforms
+        self.mirror = MirrorFace(mirror)
+        self.grey = grey
 
     def draw_jitter(self) -> dict[str, Any]:
         """Keyword arguments of `matrices_from_boxes` for one face."""
@@ -65,7 +70,8 @@ class Augment:
 
     def __call__(self, image: tv_tensors.Image, points: tv_tensors.KeyPoints) -> Any:
         """Image and KeyPoints of a crop in, the same out, varied."""
-        return self.transforms(image, points)
+        image, points = self.mirror(image, points)
+        return self.grey(image), points
 
 
 class _DownUp(v2.Transform):  # type: ignore[misc]
@@ -79,11 +85,24 @@ class _DownUp(v2.Transform):  # type: ignore[misc]
         return {"factor": float(torch.empty(()).uniform_(self.low, 0.9))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
         size = list(inpt.shape[-2:])
         small = [max(16, round(side * params["factor"])) for side in size]
         return v2.functional.resize(v2.functional.resize(inpt, small, antialias=True), size, antialias=True)
+
+
+class _Jpeg(v2.Transform):  # type: ignore[misc]
+    """Encodes and decodes the image as JPEG of a quality between `low` and `high`."""
+
+    def __init__(self, low: int, high: int) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"quality": int(torch.randint(self.low, self.high + 1, ()))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        _, data = cv2.imencode(".jpg", inpt[0].numpy(), [cv2.IMWRITE_JPEG_QUALITY, params["quality"]])
+        return tv_tensors.wrap(torch.from_numpy(cv2.imdecode(data, cv2.IMREAD_GRAYSCALE))[None], like=inpt)
 
 
 class _Noise(v2.Transform):  # type: ignore[misc]
@@ -97,25 +116,22 @@ class _Noise(v2.Transform):  # type: ignore[misc]
         return {"sigma": float(torch.empty(()).uniform_(0, self.most))}
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if not isinstance(inpt, tv_tensors.Image):
-            return inpt
         noisy = inpt.float() + params["sigma"] * torch.randn(inpt.shape)
         return tv_tensors.wrap(noisy.round().clamp(0, 255).to(torch.uint8), like=inpt)
 
 
 def _faces() -> Augment:
-    chain = v2.Compose(
+    grey = v2.Compose(
         [
-            MirrorFace(),
             v2.ColorJitter(brightness=0.3, contrast=0.3),
             v2.RandomApply([_DownUp(0.35)], p=0.2),
             v2.RandomApply([v2.GaussianBlur(5, sigma=(0.3, 1.5))], p=0.1),
-            v2.RandomApply([v2.JPEG((30, 90))], p=0.1),
+            v2.RandomApply([_Jpeg(30, 90)], p=0.1),
             v2.RandomApply([_Noise(8)], p=0.15),
             v2.RandomErasing(p=0.15, scale=(0.01, 0.08), ratio=(0.4, 2.5), value=127),
         ]
     )
-    return Augment(shift=0.035, max_shift=0.12, zoom=0.07, turn=8, transforms=chain)
+    return Augment(shift=0.035, max_shift=0.12, zoom=0.07, turn=8, mirror=0.5, grey=grey)
 
 
 def augment_from_name(name: str) -> Augment | None:
@@ -124,5 +140,5 @@ def augment_from_name(name: str) -> Augment | None:
         return None
     if name == "crop":
         # the original draws a 224 window from the 250 image: up to 13 px of 224 either way
-        return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, transforms=v2.Identity())
+        return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, mirror=0, grey=v2.Identity())
     return _faces()

@@ -43,7 +43,7 @@ def drawn_face(
     height, width = size_hw
     shape = mean_shape() * rng.uniform(0.9, 1.1, 2) + rng.normal(0, 0.012, (POINTS, 2))
     shape[48:] *= (rng.uniform(0.8, 1.2), 1.0)
-    turn = np.radians(rng.normal(0, 6))
+    turn = np.radians(rng.normal(0, 15))
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     scale = min(size_hw) * rng.uniform(0.26, 0.33)
     centre = (np.array([width, height]) - 1) / 2 + rng.normal(0, 0.02, 2) * min(size_hw)

@@ -145,6 +145,17 @@ class FacesPicture(Callback):
             trainer.logger.experiment.add_image("held-out faces", sheet, epoch)
 
 
+class EpochLines(Callback):
+    """One line an epoch, for logs: what the progress bar shows on a terminal."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the loss and the NME of the held-out faces."""
+        if trainer.is_global_zero:
+            loss, nme = (float(trainer.callback_metrics[name]) for name in ("val_loss", "val_nme"))
+            place = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            print(f"{place}  held-out loss {loss:.5f}, NME {nme:.2%}", flush=True)
+
+
 def train(
     sources: Sequence[Source],
     config: TrainConfig,
@@ -177,7 +188,7 @@ def train(
         strategy: Lightning's, such as `ddp`.
         workers: processes that make crops, for each device.
         picture_every: epochs between two pictures of held-out faces.
-        progress: show a progress bar.
+        progress: show a progress bar; without it, a line an epoch.
 
     Returns:
         The path of the checkpoint.
@@ -214,6 +225,8 @@ def train(
         callback.FILE_EXTENSION = ".state"
     callbacks: list[Callback] = [best, newest, LearningRateMonitor("step")]
     callbacks.append(FacesPicture(val_set, run / "pictures", picture_every))
+    if not progress:
+        callbacks.append(EpochLines())
     if config.ema:
         callbacks.append(EMAWeightAveraging(decay=config.ema))
     if config.patience:
@@ -229,7 +242,7 @@ def train(
         plugins=[SafetensorsIO()],
         enable_progress_bar=progress,
         enable_model_summary=False,
-        log_every_n_steps=10,
+        log_every_n_steps=1,
         num_sanity_val_steps=0,
     )
     sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)

@@ -1,0 +1,65 @@
+"""Augmentation: points follow the picture, left and right swap, nothing else moves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from kp_runtime.scheme68 import MIRROR
+from kp_runtime.spec import ModelSpec
+from kp_train.augment import MirrorFace, augment_from_name
+from kp_train.data import FaceDataset, read_source
+from kp_train.synthetic import mean_shape, write_csv_source
+
+
+def test_a_mirrored_face_swaps_left_and_right() -> None:
+    xy = torch.tensor(mean_shape() * 20 + 32).float()
+    image = torch.zeros(1, 64, 64, dtype=torch.uint8)
+    image[0, round(float(xy[36, 1])), round(float(xy[36, 0]))] = 255  # a dot on the left eye's corner
+    mirrored, points = MirrorFace(p=1.0)(tv_tensors.Image(image), tv_tensors.KeyPoints(xy, canvas_size=(64, 64)))
+    y, x = (mirrored[0] == 255).nonzero()[0].tolist()
+    assert [x, y] == [round(v) for v in points[45].tolist()]
+    np.testing.assert_allclose(points[:, 0].numpy(), 63 - xy[MIRROR.copy(), 0].numpy())
+    again, back = MirrorFace(p=1.0)(mirrored, points)
+    assert torch.equal(again, image)
+    np.testing.assert_allclose(back.numpy(), xy.numpy(), atol=1e-5)
+
+
+def test_faces_stay_under_their_points(tmp_path: object) -> None:
+    """The white of the drawn eyes lies under the eye points however the crop is varied."""
+    faces = read_source(write_csv_source(tmp_path, people=12)).faces  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    data = FaceDataset(faces, ModelSpec("x", 112), augment_from_name("faces"))
+    brighter = []
+    for index in range(len(data)):
+        crop, xy = data[index]
+        grey = crop[0].float()
+        eye = xy[36:42].mean(dim=0).round().long().clamp(3, 108)
+        brighter.append(float(grey[eye[1] - 2 : eye[1] + 3, eye[0] - 6 : eye[0] + 7].std() - grey.std() * 0.3))
+    assert np.mean(np.array(brighter) > 0) > 0.8
+
+
+@pytest.mark.parametrize("name", ["faces", "crop"])
+def test_a_seed_fixes_the_variation(tmp_path: object, name: str) -> None:
+    faces = read_source(write_csv_source(tmp_path, people=2)).faces  # type: ignore[arg-type]
+    data = FaceDataset(faces, ModelSpec("x", 64), augment_from_name(name))
+    torch.manual_seed(5)
+    first = data[0]
+    second = data[0]
+    torch.manual_seed(5)
+    third = data[0]
+    assert torch.equal(first[0], third[0])
+    assert torch.equal(first[1], third[1])
+    assert not torch.equal(first[1], second[1])
+
+
+def test_the_original_crop_stays_in_its_250_px_image() -> None:
+    augment = augment_from_name("crop")
+    assert augment is not None
+    shifts = np.array([augment.draw_jitter()["shift"] for _ in range(300)])
+    assert np.abs(shifts).max() <= 13 / 224
+    assert np.abs(shifts).max() > 10 / 224
+    assert augment.draw_jitter()["zoom"] == 1.0
+    assert augment.draw_jitter()["angle"] == 0.0

@@ -1,0 +1,129 @@
+"""Weights and training states on disk: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
+from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint, save_checkpoint
+from kp_train.model import KeypointNet
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "b", KeypointNet(64), Manifest(spec=ModelSpec("x", 64), training={"seed": 1}))
+    return tmp_path / "b"
+
+
+def test_weights_come_back_as_fp16_rounds_them(saved: Path) -> None:
+    torch.manual_seed(0)
+    net = KeypointNet(64)
+    loaded, manifest = load_checkpoint(saved / CHECKPOINT_NAME)
+    assert manifest.training == {"seed": 1}
+    assert not loaded.training
+    assert torch.equal(loaded.backbone.conv1.weight, net.backbone.conv1.weight.half().float())
+    assert torch.equal(loaded.backbone.fc.bias, net.backbone.fc.bias)
+    assert (saved / CHECKPOINT_NAME).stat().st_size < 23e6
+
+
+def rewrite(bundle: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, bundle / CHECKPOINT_NAME)
+    files = {CHECKPOINT_NAME: file_entry(bundle / CHECKPOINT_NAME, "checkpoint")}
+    Manifest(spec=ModelSpec("x", 64), files=files).write(bundle)
+
+
+def test_another_network_is_named_by_its_first_odd_tensor(saved: Path) -> None:
+    tensors = load_file(saved / CHECKPOINT_NAME)
+    rewrite(saved, tensors | {"fc.weight": torch.zeros(10, 512)})
+    with pytest.raises(BundleError, match=r"fc.weight \(10x512 instead of 136x512\)"):
+        load_checkpoint(saved)
+    rewrite(saved, {k: v for k, v in tensors.items() if k != "bn1.bias"})
+    with pytest.raises(BundleError, match=r"bn1.bias \(nothing instead of 64\)"):
+        load_checkpoint(saved)
+
+
+def test_a_cut_off_file_is_refused_before_it_is_read(saved: Path) -> None:
+    path = saved / CHECKPOINT_NAME
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(IntegrityError, match="cut off"):
+        load_checkpoint(saved)
+
+
+def test_a_file_that_is_no_safetensors_is_refused(saved: Path) -> None:
+    (saved / CHECKPOINT_NAME).write_bytes(b"not weights" * 100)
+    files = {CHECKPOINT_NAME: file_entry(saved / CHECKPOINT_NAME, "checkpoint")}
+    Manifest(spec=ModelSpec("x", 64), files=files).write(saved)
+    with pytest.raises(IntegrityError, match="no safetensors file"):
+        load_checkpoint(saved)
+
+
+def test_a_changed_file_is_refused(saved: Path) -> None:
+    path = saved / CHECKPOINT_NAME
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match="sha256"):
+        load_checkpoint(saved)
+
+
+def test_no_checkpoint_there(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(BundleError, match="there is no checkpoint at"):
+        load_checkpoint(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match="is no checkpoint"):
+        load_checkpoint(saved / "manifest.json")
+    with pytest.raises(BundleError, match="is not a bundle"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_newer_manifest_is_refused(saved: Path) -> None:
+    raw = json.loads((saved / "manifest.json").read_text())
+    (saved / "manifest.json").write_text(json.dumps(raw | {"schema": 99}))
+    with pytest.raises(SchemaError, match="schema 99"):
+        load_checkpoint(saved)
+
+
+def test_a_training_state_is_json_and_safetensors_and_comes_back_whole(tmp_path: Path) -> None:
+    state = {
+        "epoch": 3,
+        "state_dict": {"a.b": torch.arange(6).reshape(2, 3)},
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(5.0)}}, "param_groups": [{"betas": (0.9, 0.99)}]}],
+        "nothing": None,
+        "flags": [True, 1.5, "text"],
+    }
+    io = SafetensorsIO()
+    io.save_checkpoint(state, tmp_path / "s.state")
+    io.save_checkpoint(state | {"epoch": 4}, tmp_path / "s.state")
+    assert sorted(p.name for p in (tmp_path / "s.state").iterdir()) == ["tensors.safetensors", "tree.json"]
+    back = io.load_checkpoint(tmp_path / "s.state")
+    assert back["epoch"] == 4
+    assert back["optimizer_states"][0]["param_groups"] == [{"betas": (0.9, 0.99)}]
+    assert float(back["optimizer_states"][0]["state"][0]["step"]) == 5.0
+    assert torch.equal(back["state_dict"]["a.b"], state["state_dict"]["a.b"])  # type: ignore[index]
+    assert back["flags"] == [True, 1.5, "text"]
+    assert [p.name for p in tmp_path.iterdir()] == ["s.state"]
+
+
+def test_a_kill_between_the_last_two_moves_loses_no_state(tmp_path: Path) -> None:
+    io = SafetensorsIO()
+    io.save_checkpoint({"epoch": 1}, tmp_path / "s.state")
+    (tmp_path / "s.state").rename(tmp_path / "s.state.old")
+    assert io.load_checkpoint(tmp_path / "s.state")["epoch"] == 1
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("kp_train.checkpoint.save_file", full)
+    with pytest.raises(KpError, match="No space left on device"):
+        save_checkpoint(saved, KeypointNet(64), Manifest(spec=ModelSpec("y", 64)))
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before

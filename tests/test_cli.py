@@ -1,0 +1,196 @@
+"""The `kp` command as a person types it: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import kp_cli
+from kp_runtime.spec import Manifest
+
+COMMANDS = ("train", "eval", "export", "predict", "bench", "inspect")
+
+
+def kp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """Runs `kp WORDS`; exit status, standard output, standard error."""
+    old, sys.argv = sys.argv, ["kp", *map(str, words)]
+    try:
+        kp_cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    finally:
+        sys.argv = old
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.mark.parametrize("command", [(), *((c,) for c in COMMANDS)])
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
+    status, out, _ = kp(capsys, *command, "--help")
+    assert status == 0
+    assert "Usage" in out
+    assert command or all(name in out for name in COMMANDS)
+
+
+def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert kp(capsys, "predict", "--nonsense")[0] == 2
+    assert kp(capsys, "eval", "x")[0] == 2
+
+
+def test_predict_draws_and_writes(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    status, out, _ = kp(
+        capsys, "predict", astronaut, "--model", bundle, "--out", tmp_path, "--times",
+        "--format", "json", "--format", "csv", "--format", "pts",
+    )  # fmt: skip
+    assert status == 0
+    assert out.splitlines()[0].endswith("astronaut.png: 1 face")
+    for stage in ("read", "detect", "crop", "infer", "map back"):
+        assert stage in out
+    assert Path(out.splitlines()[-1]) == tmp_path / "astronaut_keypoints.jpg"
+    (photo,) = json.loads((tmp_path / "keypoints.json").read_text())
+    assert np.array(photo["faces"][0]["keypoints_xy"]).shape == (68, 2)
+    assert (tmp_path / "astronaut.pts").read_text().startswith("version: 1\nn_points: 68\n{\n")
+    drawn = cv2.imread(str(tmp_path / "astronaut_keypoints.jpg"))
+    assert np.abs(drawn.astype(int) - cv2.imread(str(astronaut))).max() > 100
+
+
+def test_predict_with_boxes_needs_no_detector(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kp_cli, "_detector", None)
+    words = (
+        "predict",
+        astronaut,
+        "--model",
+        bundle,
+        "--out",
+        tmp_path,
+        "--json",
+        "--box",
+        "180,80,265,180",
+        "--box",
+        "1,1,60,60",
+    )
+    status, out, _ = kp(capsys, *words)
+    assert status == 0
+    (photo,) = json.loads(out)
+    assert [face["box_xyxy"] for face in photo["faces"]] == [[180, 80, 265, 180], [1, 1, 60, 60]]
+
+
+def test_one_bad_photo_does_not_stop_the_others(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(astronaut, photos / "b.png")
+    (photos / "a.jpg").write_bytes(b"\xff\xd8 no picture")
+    status, out, err = kp(capsys, "predict", photos, "--model", bundle, "--out", tmp_path / "out")
+    assert status == 1
+    assert "b.png: 1 face" in out
+    assert err.count("\n") == 1
+    assert err.startswith("kp: 1 of 2 photos failed: ")
+    assert "a.jpg" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("predict", "nowhere.jpg"), "there is no photo or folder at nowhere.jpg"),
+        (("predict", "{photo}", "--box", "1,2,3"), "a box is X0,Y0,X1,Y1"),
+        (("predict", "{photo}", "--box", "nan,2,3,4"), "is not finite"),
+        (("predict", "{photo}", "--box", "9,9,5,5"), "under one pixel"),
+        (("predict", "{photo}", "--box", "900,900,950,950"), "outside the 512 x 512 image"),
+        (("predict", "{photo}", "--format", "xml"), "there is no format 'xml'"),
+        (("predict", "{photo}", "--yunet", "none.onnx"), "there is no YuNet model at none.onnx"),
+        (("predict", "{photo}", "--model", "nowhere"), "is not a bundle"),
+        (("bench", "{bundle}", "--batch", "0"), "batch sizes must be 1 or more"),
+        (("bench", "{bundle}", "--threads", "9999"), "threads must be 1 to"),
+        (("inspect", "nowhere"), "is not a bundle"),
+        (("export", "nowhere"), "there is no checkpoint at nowhere"),
+        (("eval", "nowhere", "--data", "x"), "there is no checkpoint at nowhere"),
+        (("eval", "{bundle}/model.fp32.onnx", "--data", "x"), "neither a CSV"),
+        (("train", "--data", "x", "--out", "{out}"), "neither a CSV"),
+        (("train", "--data", "x", "--out", "{out}", "--epochs", "0"), "epochs must be"),
+    ],
+)
+def test_a_fault_is_one_line_and_exit_1(
+    capsys: pytest.CaptureFixture[str],
+    bundle: Path,
+    astronaut: Path,
+    tmp_path: Path,
+    words: tuple[str, ...],
+    message: str,
+) -> None:
+    filled = [word.format(photo=astronaut, bundle=bundle, out=tmp_path / "o") for word in words]
+    if words[0] == "predict" and "--model" not in words:
+        filled += ["--model", str(bundle), "--out", str(tmp_path)]
+    status, _, err = kp(capsys, *filled)
+    assert status == 1
+    assert err.startswith("kp: ")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_a_folder_that_can_not_be_written_is_said(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    status, _, err = kp(capsys, "predict", astronaut, "--model", bundle, "--out", tmp_path / "file" / "out")
+    assert status == 1
+    assert "can't write" in err
+
+
+def test_inspect_tells_a_changed_file(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
+    status, out, _ = kp(capsys, "inspect", bundle)
+    assert status == 0
+    assert "model.fp32.onnx" in out
+    copied = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    model = copied / "model.fp32.onnx"
+    model.write_bytes(model.read_bytes()[:-1] + b"x")
+    status, out, err = kp(capsys, "inspect", copied)
+    assert status == 1
+    assert "BAD" in out
+    assert "sha256" in err
+    status, out, _ = kp(capsys, "inspect", copied, "--json")
+    assert status == 1
+    assert json.loads(out)["files"]["golden.npz"] == "ok"
+
+
+def test_bench_prints_and_writes(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
+    words = ("bench", bundle, "--seconds", "0", "--batch", "1", "--batch", "3", "--threads", "1")
+    status, out, _ = kp(capsys, *words, "--out", tmp_path / "b.json")
+    assert status == 0
+    assert "network alone" in out
+    written = json.loads((tmp_path / "b.json").read_text())
+    assert [case["batch"] for case in written["network"]] == [1, 3]
+    assert written["network"][0]["sha256"] == Manifest.read(bundle).files["model.fp32.onnx"].sha256
+    assert set(written["stages"]) == {"read", "detect", "crop", "infer", "map back"}
+    status, out, _ = kp(capsys, *words, "--json")
+    assert json.loads(out)["threads"] == 1
+
+
+def test_eval_prints_json(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
+    from kp_train.synthetic import write_csv_source
+
+    data = write_csv_source(tmp_path, people=4)
+    words = ("eval", bundle / "model.fp32.onnx", "--data", data)
+    status, out, _ = kp(capsys, *words, "--json", "--out", tmp_path / "p")
+    assert status == 0
+    measured = json.loads(out)
+    assert measured["faces"] == 8
+    assert measured["boxes"] == "keypoints"
+    assert 0 < measured["nme"] < 1
+    assert all(Path(p).is_file() for p in measured["pictures"])
+    status, out, _ = kp(capsys, *words)
+    assert "SmoothL1 as the original" in out
+    status, _, err = kp(capsys, *words, "--split", "person")
+    assert "does not say which people" in err

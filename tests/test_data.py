@@ -1,0 +1,147 @@
+"""The two label layouts, their faults, the split by person, and crops equal to the run-time's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kp_runtime.errors import DataError
+from kp_runtime.frame import as_frame, image_from_file
+from kp_runtime.geometry import boxes_from_points, matrices_from_boxes
+from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.spec import ModelSpec
+from kp_train.data import FaceDataset, is_held_out, luma_from_file, parse_source, read_pts, read_source
+from kp_train.synthetic import drawn_face, write_csv_source
+
+
+def pts_text(xy: np.ndarray) -> str:
+    return "version: 1\nn_points: 68\n{\n" + "\n".join(f"{x + 1} {y + 1}" for x, y in xy) + "\n}\n"
+
+
+@pytest.fixture
+def csv_source(tmp_path: Path) -> Path:
+    return write_csv_source(tmp_path, people=3)
+
+
+def test_csv_rows_become_faces(csv_source: Path) -> None:
+    source = parse_source(f"{csv_source}=1.5")
+    assert source.weight == 1.5
+    assert [face.image.name for face in source.faces[:2]] == ["person0_0.png", "person0_1.png"]
+    row = csv_source.read_text().splitlines()[1].split(",")
+    np.testing.assert_allclose(source.faces[0].xy.ravel(), np.array(row[1:], float), atol=1e-4)
+
+
+def test_a_path_with_an_equals_sign_needs_no_weight(tmp_path: Path) -> None:
+    folder = tmp_path / "a=b"
+    folder.mkdir()
+    assert parse_source(str(write_csv_source(folder, people=1))).weight == 1.0
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan"])
+def test_a_weight_must_be_a_positive_number(csv_source: Path, weight: str) -> None:
+    with pytest.raises(DataError, match="must be a number over 0"):
+        parse_source(f"{csv_source}={weight}")
+
+
+def break_row(path: Path, change: object) -> None:
+    lines = path.read_text().splitlines()
+    cells = lines[2].split(",")
+    lines[2] = ",".join(change(cells))  # type: ignore[operator]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda cells: cells[:-2], r"line 3 \(person0_1.png\).* got 134 numbers"),
+        (lambda cells: [*cells[:5], "left", *cells[6:]], r"line 3 .*not a number"),
+        (lambda cells: [*cells[:5], "nan", *cells[6:]], r"line 3 .*not finite"),
+        (lambda cells: [cells[0], *["7"] * 136], r"line 3 .*on one spot"),
+    ],
+)
+def test_a_bad_csv_row_is_named(csv_source: Path, change: object, message: str) -> None:
+    break_row(csv_source, change)
+    with pytest.raises(DataError, match=message):
+        read_source(csv_source)
+
+
+def test_a_csv_without_its_images_says_where_it_looked(csv_source: Path) -> None:
+    (csv_source.parent / "training").rename(csv_source.parent / "elsewhere")
+    with pytest.raises(DataError, match=r"person0_0.png, which is in none of: .*training"):
+        read_source(csv_source)
+
+
+def test_an_empty_csv_and_an_unknown_path_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("header\n")
+    with pytest.raises(DataError, match="no rows"):
+        read_source(tmp_path / "empty.csv")
+    with pytest.raises(DataError, match="neither a CSV"):
+        read_source(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"no \.pts files"):
+        read_source(tmp_path)
+
+
+def test_pts_files_count_from_one(tmp_path: Path, rng: np.random.Generator) -> None:
+    image, xy = drawn_face(rng)
+    cv2.imwrite(str(tmp_path / "ada_1.png"), image)
+    (tmp_path / "ada_1.pts").write_text(pts_text(xy))
+    (face,) = read_source(tmp_path).faces
+    assert face.person == "ada"
+    np.testing.assert_allclose(face.xy, xy, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 2\n3 4\n", r"no \.pts header"),
+        ("version: 1\nn_points: 68\n{\n1 2\n", "expected 68 points, got 1;"),
+        ("version: 1\nn_points: 68\n{\n1 two\n}\n", "not a number"),
+        ("", "header"),
+    ],
+)
+def test_a_bad_pts_file_is_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "x.pts").write_text(text)
+    with pytest.raises(DataError, match=rf"x\.pts.*{message}"):
+        read_pts(tmp_path / "x.pts")
+
+
+def test_a_pts_file_without_its_photo_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
+    (tmp_path / "x.pts").write_text(pts_text(drawn_face(rng)[1]))
+    with pytest.raises(DataError, match="has no image beside it"):
+        read_source(tmp_path)
+
+
+def test_a_cut_off_training_image_is_named(csv_source: Path) -> None:
+    image = csv_source.parent / "training" / "person1_0.png"
+    image.write_bytes(image.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"person1_0\.png is missing, cut off or no image"):
+        FaceDataset(read_source(csv_source).faces, ModelSpec("x", 64))
+
+
+def test_training_and_run_time_decode_alike(astronaut: Path) -> None:
+    luma = as_frame(image_from_file(astronaut)).luma(0, 0, 512, 512)
+    np.testing.assert_array_equal(luma_from_file(astronaut), luma)
+
+
+@pytest.mark.parametrize("size", [64, 112])
+def test_a_plain_training_crop_is_the_run_times_crop(csv_source: Path, size: int) -> None:
+    spec = ModelSpec("x", size)
+    faces = read_source(csv_source).faces
+    crop, xy = FaceDataset(faces, spec)[0]
+    matrix = matrices_from_boxes(boxes_from_points(faces[0].xy)[None], size, spec.margin)
+    expected = crops_from_frame(as_frame(image_from_file(faces[0].image)), matrix, size)
+    np.testing.assert_array_equal(crop.numpy(), expected[0])
+    assert xy.shape == (68, 2)
+    # the square is 1.3 times the points' longer side, centred: they fill 1 / 1.3 of the crop
+    assert float(np.ptp(xy.numpy(), axis=0).max()) == pytest.approx(size / 1.3, abs=0.01)
+
+
+def test_the_split_is_by_person_and_does_not_depend_on_order() -> None:
+    people = [f"person{i}" for i in range(2000)]
+    held = [p for p in people if is_held_out(p, 0.1)]
+    assert 150 < len(held) < 250
+    assert held == [p for p in reversed(people) if is_held_out(p, 0.1)][::-1]
+    assert all(is_held_out(p, 0.2) for p in held)

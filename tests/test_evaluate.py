@@ -1,0 +1,135 @@
+"""`kp eval`: predictions mapped back to the photo, splits, detectors, and the pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kp_export.evaluate import OpenModel, evaluate, held_out_faces, open_model
+from kp_export.pictures import error_curve, worst_faces
+from kp_runtime.errors import BackendError, BundleError, DataError
+from kp_runtime.frame import Frame
+from kp_runtime.geometry import boxes_from_points
+from kp_runtime.spec import Manifest, ModelSpec
+from kp_train.data import Source, is_held_out, read_source
+from kp_train.synthetic import mean_shape, write_csv_source
+from tests.models import SIZE
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Source:
+    return read_source(write_csv_source(tmp_path, people=12))
+
+
+def oracle(source: Source, spec: ModelSpec, error_px: float = 0.0) -> OpenModel:
+    """A model that knows the truth and answers it in pixels of the crop, `error_px` to the right."""
+    answers = []
+    for face in source.faces:
+        low, high = face.xy.min(axis=0), face.xy.max(axis=0)
+        side = spec.margin * (high - low).max()
+        answers.append((face.xy - (low + high) / 2) * spec.size / side + (spec.size - 1) / 2 + (error_px, 0))
+    queue = iter(answers)
+
+    def predict(crops: np.ndarray) -> np.ndarray:
+        return np.stack([next(queue) for _ in crops]).astype(np.float32)
+
+    return OpenModel("oracle", Manifest(spec=spec, training={"held_out": {"val_fraction": 0.3}}), predict)
+
+
+def test_the_truth_has_no_error(source: Source) -> None:
+    result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
+    assert result.accuracy.faces == 24
+    assert result.accuracy.nme < 1e-6
+    assert result.accuracy.auc == pytest.approx(1, abs=1e-4)
+
+
+def test_an_error_in_the_crop_is_an_error_in_the_photo(source: Source) -> None:
+    spec = ModelSpec("x", SIZE)
+    result = evaluate(oracle(source, spec, error_px=1.0), source.faces)
+    sides = np.array([spec.margin * np.ptp(face.xy, axis=0).max() for face in source.faces])
+    eyes = np.array([np.linalg.norm(face.xy[36] - face.xy[45]) for face in source.faces])
+    np.testing.assert_allclose(result.errors, sides / SIZE / eyes, rtol=1e-4)
+
+
+def test_a_detectors_boxes_and_misses(source: Source) -> None:
+    boxes = iter([boxes_from_points(face.xy) for face in source.faces])
+    calls = 0
+
+    def detector(image: Frame, layout: str = "bgr") -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        box = next(boxes)
+        elsewhere = box + 1000
+        return np.empty((0, 4)) if calls == 1 else elsewhere[None] if calls == 2 else np.stack([elsewhere, box])
+
+    spec = ModelSpec("x", SIZE)
+    known = dataclasses.replace(source, faces=source.faces[2:])
+    result = evaluate(oracle(known, spec), source.faces, detector)  # type: ignore[arg-type]
+    assert result.missed == 2
+    assert result.accuracy.faces == 22
+    assert result.accuracy.nme < 1e-6
+    with pytest.raises(DataError, match="found none of the 24 faces"):
+        evaluate(oracle(source, spec), source.faces, lambda image, layout="bgr": np.empty((0, 4)))  # type: ignore[arg-type]
+
+
+def test_a_frame_model_sees_the_original_projects_view(source: Source) -> None:
+    seen = []
+
+    def predict(crops: np.ndarray) -> np.ndarray:
+        seen.append(crops)
+        return np.zeros((len(crops), 68, 2), np.float32)
+
+    model = OpenModel("frame", Manifest(spec=ModelSpec("x", 224, margin=1.0, box="frame")), predict)
+    result = evaluate(model, source.faces[:1])
+    luma = cv2.imread(str(source.faces[0].image), cv2.IMREAD_GRAYSCALE)
+    scale = 250 / min(luma.shape)
+    # the crop's first pixel in the photo: half of what 224 of 250 leave at the shorter side
+    half = 112 / scale
+    cx, cy = (luma.shape[1] - 1) / 2, (luma.shape[0] - 1) / 2
+    np.testing.assert_allclose(result.predicted[0, 0], [cx - half + 0.5 / scale, cy - half + 0.5 / scale], atol=1e-3)
+    assert seen[0].shape == (1, 1, 224, 224)
+
+
+def test_the_person_split_takes_people_never_trained_on(source: Source) -> None:
+    manifest = oracle(source, ModelSpec("x", SIZE)).manifest
+    held = held_out_faces(source, manifest)
+    assert 0 < len(held.faces) < len(source.faces)
+    assert all(is_held_out(face.person, 0.3) for face in held.faces)
+    with pytest.raises(DataError, match="does not say which people"):
+        held_out_faces(source, dataclasses.replace(manifest, training={}))
+    none = dataclasses.replace(source, faces=tuple(f for f in source.faces if f not in held.faces))
+    with pytest.raises(DataError, match="no face of a person that was held out"):
+        held_out_faces(none, manifest)
+
+
+def test_a_bundles_files_can_be_opened_by_path(bundle: Path) -> None:
+    model = open_model(bundle / "model.fp32.onnx")
+    assert "ort-cpu" in model.name
+    with pytest.raises(BundleError, match="has no file checkpoint"):
+        open_model(bundle)
+    with pytest.raises(BackendError, match="is a golden file"):
+        open_model(bundle / "golden.npz")
+    with pytest.raises(BundleError, match="there is no checkpoint"):
+        open_model(bundle / "nothing.onnx")
+
+
+def test_the_pictures_show_the_faces(source: Source, tmp_path: Path) -> None:
+    result = evaluate(oracle(source, ModelSpec("x", SIZE), error_px=2.0), source.faces)
+    curve = cv2.imread(str(error_curve(result, "a model", tmp_path / "p" / "curve.png")))
+    assert curve.shape[0] > 300
+    assert len(np.unique(curve)) > 20
+    sheet = cv2.imread(str(worst_faces(result, tmp_path / "p" / "worst.png", most=7, cell=96)))
+    assert sheet.shape == (2 * 96, 6 * 96, 3)
+    assert np.ptp(sheet[:, 96:].reshape(-1)) > 200
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["curve.png", "worst.png"]
+
+
+def test_the_mean_shape_is_a_face() -> None:
+    xy = mean_shape()
+    assert xy.shape == (68, 2)
+    assert xy[36, 0] < xy[39, 0] < xy[42, 0] < xy[45, 0]
+    assert xy[8, 1] == xy[:, 1].max()

@@ -1,0 +1,204 @@
+"""From a checkpoint to a bundle: graphs, types, metadata, parity, and nothing lost on failure."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+import kp_export.bundle
+from kp_export.bundle import export_bundle, predict_from_net
+from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
+from kp_runtime.backend import open_backend
+from kp_runtime.errors import ExportError, ParityError
+from kp_runtime.spec import Manifest, ModelSpec
+from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
+from kp_train.model import KeypointNet
+from tests.tolerances import FP16_PX, FP32_PX
+
+SIZE = 64
+
+
+def small_checkpoint(folder: Path) -> Path:
+    """An untrained network whose head is loud, so that its keypoints depend on the picture."""
+    torch.manual_seed(0)
+    net = KeypointNet(SIZE)
+    torch.nn.init.normal_(net.backbone.fc.weight, std=0.05)
+    for _ in range(3):  # batch norm sees some data, as in training
+        net.train()(torch.randint(0, 256, (8, 1, SIZE, SIZE), dtype=torch.uint8))
+    save_checkpoint(folder, net, Manifest(spec=ModelSpec("small", SIZE)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    small_checkpoint(folder / "run")
+    export_bundle(folder / "run", folder / "bundle", precisions=("fp32", "fp16"))
+    return folder / "bundle"
+
+
+@pytest.fixture
+def copied(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_bundle_holds_what_its_manifest_names(exported: Path) -> None:
+    manifest = Manifest.read(exported)
+    assert set(manifest.files) == {
+        CHECKPOINT_NAME, "model.fp32.onnx", "model.fp16.onnx", "golden.npz", "parity.json",
+    }  # fmt: skip
+    for name in manifest.files:
+        manifest.check_file(exported, name)
+    checkpoint = manifest.files[CHECKPOINT_NAME].sha256
+    assert manifest.files["model.fp16.onnx"].parent_sha256 == checkpoint
+    assert [p.name for p in exported.parent.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_contract_and_the_metadata_of_a_graph(exported: Path, precision: str) -> None:
+    model = onnx.load(exported / f"model.{precision}.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    ((opset,), ir) = ([o.version for o in model.opset_import], model.ir_version)
+    made = Manifest.read(exported).files[f"model.{precision}.onnx"].made
+    assert (made["opset"], made["ir_version"]) == (opset, ir) == (18, 9)
+    (crops,), (keypoints,) = model.graph.input, model.graph.output
+    assert crops.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert keypoints.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+    shapes = [[d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in (crops, keypoints)]
+    assert shapes == [["batch", 1, SIZE, SIZE], ["batch", 68, 2]]
+    metadata = {p.key: p.value for p in model.metadata_props}
+    assert json.loads(metadata["kp.spec"])["size"] == SIZE
+    assert metadata["kp.precision"] == precision
+    text = str(model.graph.node)
+    assert "/" + "usr" not in text
+    assert ".py" not in text
+
+
+def test_fp16_is_typed_and_its_head_is_float32(exported: Path) -> None:
+    model = onnx.shape_inference.infer_shapes(onnx.load(exported / "model.fp16.onnx"))
+    types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
+    weights = {w.name: w.data_type for w in model.graph.initializer}
+    convolutions = [n for n in model.graph.node if n.op_type == "Conv"]
+    assert len(convolutions) == 20
+    for node in convolutions:
+        assert {weights[name] for name in node.input[1:]} == {onnx.TensorProto.FLOAT16}
+        assert types[node.output[0]] == onnx.TensorProto.FLOAT16
+    (head,) = [n for n in model.graph.node if n.op_type == "Gemm"]
+    assert weights[head.input[1]] == onnx.TensorProto.FLOAT
+    assert types[head.output[0]] == onnx.TensorProto.FLOAT
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp32", FP32_PX), ("fp16", FP16_PX)])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_every_file_predicts_what_pytorch_does_on_real_crops(
+    exported: Path, precision: str, most: float, batch: int
+) -> None:
+    net, manifest = load_checkpoint(exported)
+    crops = bundled_faces(manifest.spec).crops[-batch:]
+    wanted = predict_from_net(net)(crops)
+    assert float(np.ptp(predict_from_net(net)(bundled_faces(manifest.spec).crops)[:, 0, 0])) > 1, "faces must differ"
+    got = open_backend(exported, precision=precision).infer(crops)
+    assert np.linalg.norm(got - wanted, axis=-1).max() <= most * SIZE / 224
+
+
+def test_exporting_twice_gives_the_same_bytes(exported: Path, tmp_path: Path) -> None:
+    export_bundle(exported, tmp_path / "again", precisions=("fp32", "fp16"))
+    again = contents(tmp_path / "again")
+    for name in ("model.fp32.onnx", "model.fp16.onnx", "golden.npz"):
+        assert again[name] == (exported / name).read_bytes(), name
+
+
+def test_an_export_keeps_what_it_does_not_make(copied: Path) -> None:
+    (copied / "MODEL_CARD.md").write_text("a card")
+    before = contents(copied)
+    export_bundle(copied, precisions=("fp32",))
+    after = contents(copied)
+    assert after["MODEL_CARD.md"] == b"a card"
+    assert after["model.fp16.onnx"] == before["model.fp16.onnx"]
+    assert "model.fp16.onnx" in Manifest.read(copied).files
+
+
+def test_too_far_from_pytorch_fails_and_the_old_bundle_stays(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(copied)
+    monkeypatch.setitem(LIMITS, "fp32", Limit(max_px=-1.0, nme=0.0))
+    with pytest.raises(ParityError, match=r"model.fp32.onnx is too far .* the worst face is (lfw|astronaut)_\d+"):
+        export_bundle(copied)
+    assert contents(copied) == before
+    assert [p.name for p in copied.parent.iterdir()] == ["bundle"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_interrupted_export_leaves_the_old_bundle(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    before = contents(copied)
+
+    def stop(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(kp_export.bundle, "_write_golden", stop)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ExportError
+    with pytest.raises(expected):
+        export_bundle(copied)
+    assert contents(copied) == before
+    assert [p.name for p in copied.parent.iterdir()] == ["bundle"]
+
+
+def test_an_export_killed_between_its_last_moves_is_mended(copied: Path) -> None:
+    before = contents(copied)
+    copied.rename(copied.with_name(".bundle.old"))
+    with kp_export.bundle._staging(copied) as stage:
+        assert contents(stage) == before
+    assert contents(copied) == before
+
+
+def test_two_exports_at_once_are_refused(copied: Path) -> None:
+    with open(copied.with_name(".bundle.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ExportError, match="another export is at work"):
+            export_bundle(copied)
+
+
+def test_weights_over_float16_are_named(tmp_path: Path) -> None:
+    net, manifest = load_checkpoint(small_checkpoint(tmp_path / "run"))
+    with torch.no_grad():
+        net.backbone.layer2[0].conv1.weight[0, 0, 0, 0] = 1e6
+        net.backbone.layer2[0].bn1.weight[0] = 10
+    save_checkpoint(tmp_path / "loud", net, manifest, half=False)
+    with pytest.raises(ExportError, match=r"weights of layer2\.0\.conv1\.weight reach .* float16 ends at 65504"):
+        export_bundle(tmp_path / "loud", precisions=("fp16",))
+
+
+def test_parity_finds_the_worst_face_and_region() -> None:
+    faces = FaceSet(("a", "b", "c"), np.zeros((3, 1, SIZE, SIZE), np.uint8), "made up")
+    base = np.zeros((3, 68, 2), np.float32)
+    base[:, 45, 0] = 20.0  # the eyes are 20 px apart
+    moved = base.copy()
+    moved[1, 50] += (3, 4)
+    report = parity(lambda c: base[: len(c)], lambda c: moved[: len(c)], faces, file="f", precision="fp32")
+    assert report.worst_face == "b"
+    assert report.max_px == 5.0
+    assert report.nme == pytest.approx(5 / 68 / 20 / 3 * 100)
+    assert report.regions_px == pytest.approx({"jaw": 0, "brows": 0, "nose": 0, "eyes": 0, "mouth": 5 / 60})
+    with pytest.raises(ParityError, match="the worst face is b"):
+        check_parity(report, SIZE)
+
+
+def test_a_nan_is_as_far_as_can_be() -> None:
+    faces = FaceSet(("a",), np.zeros((1, 1, SIZE, SIZE), np.uint8), "made up")
+    base = np.zeros((1, 68, 2), np.float32)
+    base[:, 45, 0] = 20.0
+    report = parity(lambda c: base, lambda c: base * np.nan, faces, file="f", precision="fp16")
+    with pytest.raises(ParityError):
+        check_parity(report, SIZE)

@@ -1,0 +1,51 @@
+"""Accuracy measures against values worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kp_train.metrics import accuracy, point_errors, smooth_l1_original
+from kp_train.synthetic import mean_shape
+
+TRUTH = (mean_shape() * 50 + 100)[None].repeat(4, axis=0)
+EYES = float(np.linalg.norm(TRUTH[0, 36] - TRUTH[0, 45]))
+SIZES = np.array([[200, 240]] * 4)
+
+
+def test_nme_is_the_distance_over_the_eye_corners() -> None:
+    predicted = TRUTH + (3.0, 4.0)
+    np.testing.assert_allclose(point_errors(predicted, TRUTH), 5 / EYES)
+
+
+def test_accuracy_by_hand() -> None:
+    shares = np.array([0.0, 0.02, 0.04, 0.10])
+    predicted = TRUTH.copy()
+    predicted[..., 0] += (shares * EYES)[:, None]
+    measured = accuracy(predicted, TRUTH, SIZES)
+    assert measured.faces == 4
+    assert measured.nme == pytest.approx(0.04)
+    assert measured.median == pytest.approx(0.03)
+    assert measured.failures == 0.25
+    assert measured.auc == pytest.approx((1 + 0.75 + 0.5 + 0) / 4)
+    assert measured.regions == pytest.approx(dict.fromkeys(("jaw", "brows", "nose", "eyes", "mouth"), 0.04))
+
+
+def test_a_region_feels_its_own_points_alone() -> None:
+    predicted = TRUTH.copy()
+    predicted[:, 48:, 1] += 10
+    regions = accuracy(predicted, TRUTH, SIZES).regions
+    assert regions["mouth"] == pytest.approx(10 / EYES)
+    assert regions["jaw"] == regions["brows"] == regions["nose"] == regions["eyes"] == 0
+
+
+def test_smooth_l1_is_the_original_projects(rng: np.random.Generator) -> None:
+    """Rescale to a shorter side of 250, crop, (pixel - 100) / 50, torch's own loss."""
+    predicted = TRUTH + rng.normal(0, 30, TRUTH.shape)
+    scaled, wanted = predicted * (250 / 200), TRUTH * (250 / 200)
+    crop = np.array([13.0, 25.0])
+    raw = torch.tensor((scaled - crop - 100) / 50)
+    target = torch.tensor((wanted - crop - 100) / 50)
+    expected = torch.nn.functional.smooth_l1_loss(raw, target)
+    assert smooth_l1_original(predicted, TRUTH, SIZES).mean() == pytest.approx(float(expected))

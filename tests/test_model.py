@@ -1,0 +1,83 @@
+"""The network: one grey channel, 136 outputs, the target's units, starting weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models import resnet18
+
+from kp_runtime.errors import KpError
+from kp_train.loss import keypoint_loss
+from kp_train.model import KeypointNet, load_backbone_weights
+
+
+def test_the_contract_of_the_network() -> None:
+    net = KeypointNet(64).eval()
+    assert net.backbone.conv1.weight.shape == (64, 1, 7, 7)
+    assert net.backbone.fc.out_features == 136
+    out = net(torch.zeros(3, 1, 64, 64, dtype=torch.uint8))
+    assert out.shape == (3, 68, 2)
+    assert out.dtype == torch.float32
+
+
+def test_the_target_is_the_original_projects_at_224() -> None:
+    xy = torch.rand(2, 68, 2) * 224
+    torch.testing.assert_close(KeypointNet(224).encode(xy), (xy.flatten(1) - 100) / 50)
+
+
+@pytest.mark.parametrize("size", [64, 112, 224])
+def test_decode_undoes_encode(size: int) -> None:
+    net, xy = KeypointNet(size), torch.rand(2, 68, 2) * size
+    torch.testing.assert_close(net.decode(net.encode(xy)), xy, atol=1e-4, rtol=0)
+
+
+def test_the_same_place_has_the_same_target_at_every_size() -> None:
+    middle = [KeypointNet(size).encode(torch.full((1, 68, 2), (size - 1) / 2)) for size in (64, 112, 224)]
+    torch.testing.assert_close(middle[0], middle[2])
+    torch.testing.assert_close(middle[1], middle[2])
+
+
+def test_an_untrained_network_answers_about_the_mean_face() -> None:
+    torch.manual_seed(0)
+    net = KeypointNet(64)
+    mean = torch.rand(68, 2) * 64
+    net.start_from_mean(mean)
+    with torch.no_grad():
+        net.backbone.fc.weight.zero_()
+    torch.testing.assert_close(net.eval()(torch.zeros(1, 1, 64, 64, dtype=torch.uint8))[0], mean, atol=1e-3, rtol=0)
+
+
+def test_colour_filters_of_a_torchvision_file_are_summed(tmp_path: Path) -> None:
+    colour = resnet18()
+    torch.save(colour.state_dict(), tmp_path / "resnet18.pth")
+    net = KeypointNet(64)
+    assert load_backbone_weights(net, str(tmp_path / "resnet18.pth")).endswith("resnet18.pth")
+    summed = colour.conv1.weight.sum(dim=1, keepdim=True) / 0.226
+    torch.testing.assert_close(net.backbone.conv1.weight, summed)
+    torch.testing.assert_close(net.backbone.layer1[0].conv1.weight, colour.layer1[0].conv1.weight)
+
+
+def test_weights_that_can_not_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
+    with pytest.raises(KpError, match="use --weights none"):
+        load_backbone_weights(KeypointNet(64), "imagenet")
+    assert load_backbone_weights(KeypointNet(64), "auto") == "none"
+    assert "training from scratch" in caplog.text
+    with pytest.raises(KpError, match=r"missing\.pth can't be had"):
+        load_backbone_weights(KeypointNet(64), str(tmp_path / "missing.pth"))
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(KpError, match="no torchvision ResNet-18"):
+        load_backbone_weights(KeypointNet(64), str(tmp_path / "other.pth"))
+
+
+def test_the_loss_is_smooth_l1() -> None:
+    raw, target = torch.tensor([[0.0, 0.3, -2.0]]), torch.zeros(1, 3)
+    d, beta = np.array([0.0, 0.3, 2.0]), 0.5
+    expected = np.where(d < beta, d**2 / (2 * beta), d - beta / 2).mean()
+    assert float(keypoint_loss(raw, target, beta)) == pytest.approx(expected)

@@ -1,0 +1,166 @@
+"""Training on small drawn faces: it learns, is recorded, survives a kill, and says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kp_runtime.errors import DataError, KpError
+from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint
+from kp_train.config import RECIPES, recipe
+from kp_train.data import FaceDataset, is_held_out, read_source
+from kp_train.synthetic import write_csv_source
+from kp_train.train import SourceSampler, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv_source(tmp_path_factory.mktemp("faces"), people=40)
+
+
+def run(faces: Path, out: Path, **changes: object) -> Path:
+    settings = {"size": 64, "epochs": 2, "batch_size": 16, "ema": 0.5, "lr": 1e-3} | changes
+    name = str(settings.pop("recipe", "default"))
+    return train(
+        [read_source(faces)], recipe(name, **settings), out,
+        weights="none", accelerator="cpu", workers=0, picture_every=1, progress=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(faces, tmp_path_factory.mktemp("runs") / "r", epochs=8, batch_size=8, augment="none").parent
+
+
+def test_a_run_learns(trained: Path, faces: Path) -> None:
+    """Held-out faces are met better than by the mean face that the network starts from."""
+    net, manifest = load_checkpoint(trained)
+    source = read_source(faces)
+    held = [f for f in source.faces if is_held_out(f.person, 0.1)]
+    data = FaceDataset(held, manifest.spec)
+    crops, xy = (torch.stack(part) for part in zip(*data, strict=True))
+    mean = torch.stack([xy for _, xy in FaceDataset(source.faces[:40], manifest.spec)]).mean(dim=0)
+    with torch.no_grad():
+        error = (net(crops) - xy).norm(dim=-1).mean()
+    assert float(error) < 0.75 * float((mean - xy).norm(dim=-1).mean())
+
+
+def test_a_run_leaves_its_record_pictures_and_curves(trained: Path, faces: Path) -> None:
+    record = json.loads((trained / "manifest.json").read_text())["training"]
+    assert record["config"]["seed"] == RECIPES["default"].seed
+    assert record["sources"][0]["sha256"] == read_source(faces).sha256
+    assert record["sources"][0]["trained_on"] + record["held_out"]["faces"] == 80
+    assert record["start"] == {"weights": "none"}
+    assert set(record["versions"]) == {"python", "torch", "torchvision", "lightning"}
+    assert len(list((trained / "pictures").glob("*.png"))) == 8
+    events = EventAccumulator(str(trained / "curves"))
+    events.Reload()
+    assert {"train_loss", "val_loss", "val_nme"} <= set(events.Tags()["scalars"])
+    assert not [p for p in trained.rglob("*") if p.suffix in (".ckpt", ".pt", ".pth", ".pkl")]
+
+
+def test_the_checkpoint_is_the_best_states_averaged_weights(trained: Path) -> None:
+    state = SafetensorsIO().load_checkpoint(trained / "state" / "best.state")
+    averaged, current = state["state_dict"], state["current_model_state"]
+    stored = load_checkpoint(trained)[0].backbone.conv1.weight
+    assert torch.equal(stored, averaged["net.backbone.conv1.weight"].half().float())
+    assert not torch.equal(averaged["net.backbone.conv1.weight"], current["net.backbone.conv1.weight"])
+
+
+def test_a_run_can_start_from_a_checkpoint_at_another_size(trained: Path, faces: Path, tmp_path: Path) -> None:
+    path = train(
+        [read_source(faces)], recipe("default", size=80, epochs=1, batch_size=16, lr=1e-7, ema=0), tmp_path / "r",
+        init=trained, accelerator="cpu", workers=0, progress=False,
+    )  # fmt: skip
+    _, manifest = load_checkpoint(path)
+    assert manifest.spec.size == 80
+    start = manifest.training["start"]
+    assert start["checkpoint_sha256"] == load_checkpoint(trained)[1].files[CHECKPOINT_NAME].sha256
+    assert start["training"]["config"]["size"] == 64
+
+
+def test_the_original_recipe_trains_on_whole_photos(faces: Path, tmp_path: Path) -> None:
+    path = run(faces, tmp_path / "r", recipe="seed", size=64, epochs=1, ema=0)
+    _, manifest = load_checkpoint(path)
+    assert (manifest.spec.box, manifest.spec.margin) == ("frame", 1.0)
+    config = manifest.training["config"]
+    assert (config["optimizer"], config["lr"], config["beta"], config["patience"]) == ("adam", 1e-3, 1.0, 10)
+
+
+def test_a_second_run_in_one_folder_is_refused(trained: Path, faces: Path) -> None:
+    with pytest.raises(KpError, match="already holds a run; add --resume"):
+        run(faces, trained)
+
+
+def test_nothing_to_resume_and_other_settings_are_said(trained: Path, faces: Path, tmp_path: Path) -> None:
+    with pytest.raises(KpError, match="nothing to resume"):
+        train([read_source(faces)], recipe("default"), tmp_path / "none", resume=True)
+    with pytest.raises(KpError, match=r"began with other settings \(.*epochs 8 -> 9"):
+        train([read_source(faces)], recipe("default", epochs=9), trained, resume=True)
+
+
+def test_too_few_people_to_hold_any_out(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="give none to validate on"):
+        run(write_csv_source(tmp_path, people=1), tmp_path / "r")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"size": 50}, "size must be"), ({"lr": 2.0}, "lr must be"), ({"epochs": 0}, "epochs must be")],
+)
+def test_settings_out_of_range(change: dict[str, float], message: str) -> None:
+    with pytest.raises(KpError, match=message):
+        recipe("default", **change)
+    with pytest.raises(KpError, match="no recipe 'other'"):
+        recipe("other")
+
+
+def test_sources_are_drawn_by_their_weights() -> None:
+    sampler = SourceSampler([100, 10, 40], [1.0, 2.5, 0.5], seed=1)
+    drawn = list(sampler)
+    assert len(drawn) == len(sampler) == 100 + 25 + 20
+    counts = np.bincount(drawn, minlength=150)
+    assert (counts[:100] == 1).all()
+    assert set(counts[100:110]) == {2, 3}
+    assert counts[110:].sum() == 20
+    assert drawn == list(sampler)
+    sampler.set_epoch(1)
+    assert drawn != list(sampler)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_goes_on_where_it_was(faces: Path, tmp_path: Path, how: signal.Signals) -> None:
+    command = [
+        sys.executable, "-m", "kp_cli", "train", "--data", str(faces), "--out", str(tmp_path / "r"), "--size", "64",
+        "--epochs", "4", "--batch-size", "8", "--ema", "0.9", "--weights", "none", "--workers", "0", "--accelerator", "cpu",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if line.startswith("epoch 3/4"):
+            break
+    first.send_signal(how)
+    _, complaint = first.communicate(timeout=120)
+    assert not (tmp_path / "r" / CHECKPOINT_NAME).exists()
+    if how is signal.SIGINT:
+        assert first.returncode == 1
+        assert "the same command with --resume goes on" in complaint
+    began = time.time()
+    second = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=300, check=False)
+    assert second.returncode == 0, second.stderr
+    epochs = [line.split()[1] for line in second.stdout.splitlines() if line.startswith("epoch")]
+    assert epochs[0] in ("3/4", "4/4")
+    assert epochs[-1] == "4/4"
+    assert (tmp_path / "r" / CHECKPOINT_NAME).stat().st_mtime >= began - 1
