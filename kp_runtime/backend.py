@@ -7,6 +7,7 @@ a file and an engine, says why, and compares the golden crop before anything is 
 from __future__ import annotations
 
 import os
+import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,9 +161,11 @@ def _golden_error(backend: Backend, folder: Path, manifest: Manifest, entry: Fil
         return None
     path = manifest.check_file(folder, GOLDEN_NAME)
     try:
-        with np.load(path, allow_pickle=False) as golden:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as golden:
             crops, expected = golden["crops"], golden["keypoints"]
-    except (OSError, ValueError, KeyError) as error:
+        if len(crops) == 0 or expected.shape != (len(crops), manifest.spec.points, 2):
+            raise ValueError(f"crops {crops.shape}, keypoints {expected.shape}")
+    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise IntegrityError(f"{path} is no golden crop ({error}); export the bundle again") from error
     worst = float(np.linalg.norm(backend.infer(crops) - expected, axis=-1).max())
     limit = GOLDEN_TOLERANCE_PX[entry.precision or "fp32"]

@@ -57,7 +57,11 @@ class OrtCpuBackend(Backend):
             raise BackendError(f"{model} does not have the contract's input and output: {found} instead of {wanted}")
 
     def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        (keypoints,) = self._session.run(["keypoints"], {"crops": np.ascontiguousarray(crops)})
+        try:
+            (keypoints,) = self._session.run(["keypoints"], {"crops": np.ascontiguousarray(crops)})
+        except Exception as error:  # as above
+            reason = str(error).strip().splitlines()[-1]
+            raise BackendError(f"ONNX Runtime failed on {len(crops)} crops: {reason}; try fewer at once") from error
         return keypoints  # type: ignore[no-any-return]
 
 

@@ -102,6 +102,10 @@ class HaarDetector:
         return boxes
 
 
+_YUNET_LEAST = 64
+"""Least side of YuNet's input: up to 32 px its coarsest map has one row, and OpenCV 4.14 reads unset memory."""
+
+
 class YuNetDetector:
     """YuNet (Wu et al. 2023) through OpenCV; the model file is the user's (`docs/detectors.md`).
 
@@ -110,7 +114,7 @@ class YuNetDetector:
         score: least score of a face, 0 to 1.
 
     Raises:
-        BackendError: OpenCV can't read the file.
+        BackendError: OpenCV can't read the file, or it is another network.
     """
 
     BOX_MAP = BoxMap(dx=0.0038, dy=0.1268, width=1.0507, height=0.7675)
@@ -123,6 +127,7 @@ class YuNetDetector:
             self._net: Any = cv2.FaceDetectorYN.create(str(model), "", (320, 320), score)
         except cv2.error as error:
             raise BackendError(f"OpenCV can't read {model} as a YuNet model: {str(error).splitlines()[0]}") from error
+        self._model = model
 
     def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
         """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
@@ -133,8 +138,15 @@ class YuNetDetector:
         cv2 = self._cv2
         code = {"gray": "GRAY2BGR", "rgb": "RGB2BGR", "bgra": "BGRA2BGR", "rgba": "RGBA2BGR"}.get(frame.layout)
         bgr = frame.data if code is None else cv2.cvtColor(frame.data, getattr(cv2, f"COLOR_{code}"))
-        self._net.setInputSize(frame.size_hw[::-1])
-        _, faces = self._net.detect(bgr)
+        height, width = frame.size_hw
+        if min(height, width) < _YUNET_LEAST:
+            low, right = max(0, _YUNET_LEAST - height), max(0, _YUNET_LEAST - width)
+            bgr = cv2.copyMakeBorder(bgr, 0, low, 0, right, cv2.BORDER_CONSTANT)
+        try:
+            self._net.setInputSize((bgr.shape[1], bgr.shape[0]))
+            _, faces = self._net.detect(bgr)
+        except cv2.error as error:
+            raise BackendError(f"OpenCV can't run {self._model} as YuNet: {str(error).splitlines()[0]}") from error
         boxes = np.asarray([] if faces is None else faces[:, :4], np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return boxes

@@ -34,7 +34,8 @@ def draw_keypoints(
     if points.size == 0:
         return canvas
     for face in points.reshape(-1, 68, 2):
-        extent = float(np.ptp(face, axis=0).max())
+        # no thicker on a face that is larger than the picture
+        extent = min(float(np.ptp(face, axis=0).max()), max(canvas.shape))
         # positions far outside a huge face would overflow OpenCV's integers
         fixed = np.clip(np.rint(face * 2**_SHIFT), -(2**26), 2**26).astype(np.int32)
         if lines:
@@ -52,5 +53,6 @@ def draw_boxes(image: NDArray[np.uint8], boxes_xyxy: ArrayLike) -> NDArray[np.ui
     canvas = image.copy()
     for box in np.asarray(boxes_xyxy, np.float64).reshape(-1, 4):
         x0, y0, x1, y1 = np.rint(np.clip(box, -(2**20), 2**20)).astype(int).tolist()
-        cv2.rectangle(canvas, (x0, y0), (x1, y1), (96, 96, 240), max(1, round((x1 - x0) / 150)), cv2.LINE_AA)
+        width = max(1, round(min(x1 - x0, canvas.shape[1]) / 150))
+        cv2.rectangle(canvas, (x0, y0), (x1, y1), (96, 96, 240), width, cv2.LINE_AA)
     return canvas

@@ -23,10 +23,26 @@ _CHANNELS = {"bgr": 3, "rgb": 3, "bgra": 4, "rgba": 4, "gray": 1}
 
 @dataclass(frozen=True)
 class Frame:
-    """A host image: `data` uint8 in the given `layout`; not copied."""
+    """A host image: `data` uint8 in the given `layout`; not copied.
+
+    Raises:
+        ImageError: an unknown layout, or data that it does not describe.
+    """
 
     data: NDArray[np.uint8]
     layout: str
+
+    def __post_init__(self) -> None:
+        channels = _CHANNELS.get(self.layout)
+        if channels is None:
+            raise ImageError(f"there is no layout {self.layout!r}; choose from {', '.join(_CHANNELS)}")
+        shape = self.data.shape
+        fits = shape[2:] == (channels,) or (channels == 1 and len(shape) == 2)
+        if self.data.dtype != np.uint8 or not fits or self.data.size == 0:
+            raise ImageError(
+                f"a {self.layout} frame must be uint8 with {channels} channel(s), not empty; "
+                f"got {self.data.dtype} {shape}"
+            )
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -37,7 +53,7 @@ class Frame:
         """The grey levels of a window, `(y1 - y0, x1 - x0)` uint8, by OpenCV's BGR2GRAY."""
         window = self.data[y0:y1, x0:x1]
         if self.layout == "gray":
-            return window
+            return window[:, :, 0] if window.ndim == 3 else window
         cv2 = import_cv2()
         return cv2.cvtColor(window, getattr(cv2, f"COLOR_{self.layout.upper()}2GRAY"))  # type: ignore[no-any-return]
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kp_runtime.frame import import_cv2
+
 __all__ = [
     "Window",
     "apply_matrix",
@@ -174,8 +176,7 @@ def crop_from_luma(
     Returns:
         `(size, size)` uint8 (`out` when given).
     """
-    import cv2  # the one heavy import of this file, kept out of `import kp_runtime`
-
+    cv2 = import_cv2()
     k = block_from_matrix(matrix)
     source_from_crop = invert_matrix(matrix)
     source_from_crop[:, 2] -= origin_xy
@@ -184,7 +185,7 @@ def crop_from_luma(
         # block b covers pixels k b to k b + k - 1; its centre is pixel k b + (k - 1) / 2
         source_from_crop[:, 2] -= (k - 1) / 2
         source_from_crop /= k
-    crop: NDArray[np.uint8] = cv2.warpAffine(  # type: ignore[assignment]
+    crop: NDArray[np.uint8] = cv2.warpAffine(
         luma,
         source_from_crop,
         (size, size),

@@ -47,7 +47,7 @@ def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
     photos: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES)
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
                 raise ImageError(f"{path} holds no photos ({', '.join(SUFFIXES)})")
             photos += inside
@@ -95,9 +95,11 @@ def predict_photo(
     keypoints = model(image, boxes_xyxy, timer=timer)
     if drawn is not None:
         picture = draw_keypoints(draw_boxes(image, keypoints.boxes_xyxy), keypoints.xy)
-        good, encoded = import_cv2().imencode(drawn.suffix, picture)
-        if not good:
-            raise ImageError(f"OpenCV can't write a picture as {drawn.suffix}; use .jpg or .png")
+        cv2 = import_cv2()
+        try:
+            encoded = cv2.imencode(drawn.suffix, picture)[1]
+        except cv2.error as error:
+            raise ImageError(f"OpenCV can't write a picture as {drawn.name!r}; use .jpg or .png") from error
         with writing(drawn) as temporary:
             temporary.write_bytes(encoded.tobytes())
     return Photo(path, keypoints, drawn)
@@ -108,21 +110,33 @@ def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) ->
 
     Returns:
         The paths written.
+
+    Raises:
+        InputError: an unknown format, or two faces whose `.pts` files would have one name.
     """
     written: list[Path] = []
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"there is no format {name!r}; choose from {', '.join(FORMATS)}")
+    pts = _pts(photos) if "pts" in formats else {}
     if "json" in formats:
         written.append(_write(out / "keypoints.json", json.dumps(results_json(photos), indent=1) + "\n"))
     if "csv" in formats:
         written.append(_write(out / "keypoints.csv", _csv(photos)))
-    if "pts" in formats:
-        for photo in photos:
-            for face in range(len(photo.keypoints)):
-                suffix = f"_{face}" if len(photo.keypoints) > 1 else ""
-                written.append(_write(out / f"{photo.path.stem}{suffix}.pts", photo.keypoints.to_pts(face)))
+    written += [_write(out / name, text) for name, text in pts.items()]
     return written
+
+
+def _pts(photos: Sequence[Photo]) -> dict[str, str]:
+    """File name to text of every face; no file may take another's place."""
+    texts: dict[str, str] = {}
+    for photo in photos:
+        for face in range(len(photo.keypoints)):
+            name = f"{photo.path.stem}_{face}.pts" if len(photo.keypoints) > 1 else f"{photo.path.stem}.pts"
+            if name in texts:
+                raise InputError(f"{photo.path} and a photo before it would both be {name}; write json or csv instead")
+            texts[name] = photo.keypoints.to_pts(face)
+    return texts
 
 
 def results_json(photos: Sequence[Photo]) -> list[dict[str, object]]:

@@ -81,7 +81,7 @@ def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np
     """Boxes as `(n, 4)` float64, or the error that names the first bad one."""
     try:
         boxes = np.asarray(boxes_xyxy, np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BoxError(f"boxes must be numbers, (n, 4) as x0, y0, x1, y1: {error}") from error
     if boxes.size == 0:
         return np.empty((0, 4))
@@ -90,9 +90,11 @@ def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np
             f"boxes must be (n, 4) as x0, y0, x1, y1, got shape {boxes.shape}; one box is [[x0, y0, x1, y1]]"
         )
     height, width = size_hw
-    x0, y0, x1, y1 = boxes.T
+    finite = np.asarray(np.isfinite(boxes).all(axis=1))
+    # a box that is not finite is told of first; the other checks must not warn about its numbers
+    x0, y0, x1, y1 = np.clip(np.where(finite[:, None], boxes, 0), -1e300, 1e300).T
     for bad, reason in (
-        (~np.isfinite(boxes).all(axis=1), "is not finite"),
+        (~finite, "is not finite"),
         (~((x1 - x0 >= 1) & (y1 - y0 >= 1)), "is under one pixel wide or high (the order is x0, y0, x1, y1)"),
         ((x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height), f"lies outside the {width} x {height} image"),
         (np.maximum(x1 - x0, y1 - y0) > 100 * max(size_hw), "is over 100 times the image"),

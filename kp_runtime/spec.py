@@ -90,6 +90,12 @@ class FileEntry:
     parent_sha256: str | None = None
     made: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.sha256, str) and isinstance(self.bytes, int) and isinstance(self.kind, str)):
+            raise BundleError(f"a file's sha256, bytes and kind must be text, a number and text; got {self}")
+        if self.precision not in (None, "fp32", "fp16", "int8"):
+            raise BundleError(f"a file's precision must be fp32, fp16 or int8, got {self.precision!r}")
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -151,7 +157,7 @@ class Manifest:
                 f"{origin} lacks a field of schema {raw['schema']} or has a wrong one: {error}"
             ) from error
         for name in files:
-            if Path(name).name != name or name in (".", "..", ""):
+            if Path(name).name != name or name in (".", "..", "") or "\0" in name:
                 raise BundleError(f"{origin} names the file {name!r}; a bundle's files lie in its own folder")
         return manifest
 

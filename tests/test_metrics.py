@@ -15,7 +15,7 @@ SIZES = np.array([[200, 240]] * 4)
 
 
 def test_nme_is_the_distance_over_the_eye_corners() -> None:
-    predicted = TRUTH + (3.0, 4.0)
+    predicted = TRUTH + np.array([3.0, 4.0])
     np.testing.assert_allclose(point_errors(predicted, TRUTH), 5 / EYES)
 
 

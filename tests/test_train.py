@@ -144,7 +144,8 @@ def test_sources_are_drawn_by_their_weights() -> None:
 def test_a_killed_run_goes_on_where_it_was(faces: Path, tmp_path: Path, how: signal.Signals) -> None:
     command = [
         sys.executable, "-m", "kp_cli", "train", "--data", str(faces), "--out", str(tmp_path / "r"), "--size", "64",
-        "--epochs", "4", "--batch-size", "8", "--ema", "0.9", "--weights", "none", "--workers", "0", "--accelerator", "cpu",
+        "--epochs", "4", "--batch-size", "8", "--ema", "0.9", "--weights", "none", "--workers", "0",
+        "--accelerator", "cpu",
     ]  # fmt: skip
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert first.stdout is not None

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from kp_runtime.backend import GOLDEN_NAME, BackendReport, open_backend
+from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError
+from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints
+from tests.tolerances import FP32_PX, assert_close
+
+MODEL = "model.fp32.onnx"
+
+
+@pytest.fixture
+def crops(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (5, 1, SIZE, SIZE), dtype=np.uint8)
+
+
+def add_file(bundle: Path, name: str, content: bytes, kind: str = "onnx", **fields: Any) -> Path:
+    """Writes a file into a bundle, with a manifest that agrees with it."""
+    (bundle / name).write_bytes(content)
+    manifest = Manifest.read(bundle)
+    manifest.files[name] = file_entry(bundle / name, kind, **fields)
+    manifest.write(bundle)
+    return bundle
+
+
+def with_golden(bundle: Path, **arrays: np.ndarray) -> Path:
+    np.savez(bundle / GOLDEN_NAME, **arrays)
+    return add_file(bundle, GOLDEN_NAME, (bundle / GOLDEN_NAME).read_bytes(), "golden")
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_keypoints_are_the_graph_s(n: int, bundle: Path, crops: np.ndarray) -> None:
+    keypoints = open_backend(bundle, threads=1).infer(crops[:n])
+    assert keypoints.dtype == np.float32
+    assert keypoints.shape == (n, 68, 2)
+    assert_close(keypoints, tiny_keypoints(crops[:n]), FP32_PX, "keypoints")
+
+
+def test_no_crops_and_strided_crops(bundle: Path, crops: np.ndarray) -> None:
+    backend = open_backend(bundle, threads=1)
+    assert backend.infer(crops[:0]).shape == (0, 68, 2)
+    assert np.array_equal(backend.infer(crops[::2]), backend.infer(crops)[::2])
+
+
+def test_another_crop_size(tmp_path: Path, rng: np.random.Generator) -> None:
+    crops = rng.integers(0, 256, (2, 1, 96, 96), dtype=np.uint8)
+    keypoints = open_backend(tiny_bundle(tmp_path, size=96), threads=1).infer(crops)
+    assert_close(keypoints, tiny_keypoints(crops), FP32_PX, "keypoints")
+
+
+def test_several_threads_get_their_own_answers(bundle: Path, crops: np.ndarray) -> None:
+    backend = open_backend(bundle, threads=1)
+    alone = [backend.infer(crop[None]) for crop in crops]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(backend.infer, [crop[None] for crop in crops] * 8))
+    assert all(np.array_equal(a, b) for a, b in zip(alone * 8, together, strict=True))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        np.zeros((1, 1, SIZE, SIZE), np.float32),
+        np.zeros((1, 3, SIZE, SIZE), np.uint8),
+        np.zeros((1, 1, SIZE, SIZE + 1), np.uint8),
+        np.zeros((1, SIZE, SIZE), np.uint8),
+    ],
+)
+def test_crops_of_another_contract(bad: np.ndarray, bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"crops must be uint8 \(n, 1, 64, 64\), got"):
+        open_backend(bundle, threads=1).infer(bad)
+
+
+def test_report(bundle: Path, tmp_path: Path) -> None:
+    report = open_backend(bundle).report
+    assert report.golden_error_px is not None
+    assert report.golden_error_px < FP32_PX
+    wanted = BackendReport("ort-cpu", MODEL, "fp32", ("int8: not in the bundle",), report.golden_error_px)
+    assert report == wanted
+    assert open_backend(tiny_bundle(tmp_path, golden=False)).report.golden_error_px is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "file"), [("auto", MODEL), ("fp16", "model.fp16.onnx"), ("fp32", MODEL)], ids=["auto", "fp16", "fp32"]
+)
+def test_precision_that_is_asked_for_runs(asked: str, file: str, tmp_path: Path) -> None:
+    bundle = add_file(tiny_bundle(tmp_path), "model.fp16.onnx", tiny_graph().SerializeToString(), precision="fp16")
+    assert open_backend(bundle, precision=asked).report.file == file
+    assert open_backend(bundle / file, precision=asked).report.file == file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "tensorrt"}, "no backend 'tensorrt'; choose auto or ort-cpu"),
+        ({"precision": "bf16"}, "no precision 'bf16'; choose auto or int8, fp32, fp16"),
+        ({"precision": "int8"}, "has no int8 file, only fp32; kp export can add it"),
+        ({"threads": 0}, "threads must be 1 or more, or None.*got 0"),
+        ({"threads": -2}, "threads must be 1 or more.*got -2"),
+    ],
+)
+def test_what_is_not_there_is_refused(arguments: dict[str, Any], message: str, bundle: Path) -> None:
+    with pytest.raises(BackendError, match=message):
+        open_backend(bundle, **arguments)
+
+
+def test_bundle_without_onnx(tmp_path: Path) -> None:
+    Manifest(spec=ModelSpec("empty")).write(tmp_path)
+    with pytest.raises(BackendError, match="holds no ONNX file; make them with: kp export"):
+        open_backend(tmp_path)
+
+
+def test_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        open_backend(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("file", "precision", "message"),
+    [
+        (GOLDEN_NAME, "auto", "is a golden file of precision None; give an ONNX file"),
+        (MODEL, "fp16", "with precision fp16"),
+    ],
+)
+def test_file_that_can_not_run(file: str, precision: str, message: str, bundle: Path) -> None:
+    with pytest.raises(BackendError, match=message):
+        open_backend(bundle / file, precision=precision)
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.95])
+def test_cut_off_graph_with_a_manifest_that_agrees(part: float, tmp_path: Path) -> None:
+    data = tiny_graph().SerializeToString()
+    bundle = add_file(tiny_bundle(tmp_path), MODEL, data[: int(part * len(data))], precision="fp32")
+    with pytest.raises(BackendError, match=r"ONNX Runtime .* can't open .*; update onnxruntime or export") as caught:
+        open_backend(bundle)
+    assert "\n" not in str(caught.value)
+
+
+def test_graph_of_another_crop_size(tmp_path: Path) -> None:
+    bundle = add_file(tiny_bundle(tmp_path), MODEL, tiny_graph(96).SerializeToString(), precision="fp32")
+    with pytest.raises(
+        BackendError, match=r"does not have the contract's input and output.*96, 96.*instead of.*64, 64"
+    ):
+        open_backend(bundle)
+
+
+def test_engine_that_fails_while_it_runs(tmp_path: Path, crops: np.ndarray) -> None:
+    graph = tiny_graph()
+    for constant in graph.graph.initializer:
+        if constant.name == "shape":  # from any batch to a batch of one
+            constant.CopyFrom(onnx.numpy_helper.from_array(np.array([1, 1, 1], np.int64), "shape"))
+    bundle = add_file(tiny_bundle(tmp_path), MODEL, graph.SerializeToString(), precision="fp32")
+    backend = open_backend(bundle, threads=1)
+    with pytest.raises(BackendError, match="ONNX Runtime failed on 2 crops") as caught:
+        backend.infer(crops[:2])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [0.05, np.nan])
+def test_golden_keypoints_that_the_engine_does_not_give(wrong: float, tmp_path: Path, crops: np.ndarray) -> None:
+    expected = tiny_keypoints(crops[:2])
+    expected[1, 30, 0] += wrong
+    bundle = with_golden(tiny_bundle(tmp_path), crops=crops[:2], keypoints=expected)
+    with pytest.raises(BackendError, match=r"golden keypoint (0\.050|nan) px from PyTorch's \(at most 0\.02 px"):
+        open_backend(bundle)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"crops": np.zeros((1, 1, SIZE, SIZE), np.uint8)},
+        {"crops": np.zeros((1, 1, SIZE, SIZE), np.uint8), "keypoints": np.zeros((1, 5, 2))},
+        {"crops": np.zeros((0, 1, SIZE, SIZE), np.uint8), "keypoints": np.zeros((0, 68, 2))},
+    ],
+    ids=["no keypoints", "5 points", "no crops"],
+)
+def test_golden_file_with_the_wrong_arrays(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"golden\.npz is no golden crop .*; export the bundle again"):
+        open_backend(with_golden(tiny_bundle(tmp_path), **arrays))
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04cut"])
+def test_golden_file_that_is_no_archive(content: bytes, tmp_path: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"golden\.npz is no golden crop"):
+        open_backend(add_file(tiny_bundle(tmp_path), GOLDEN_NAME, content, "golden"))
+
+
+def test_without_onnxruntime_the_error_has_the_pip_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingExtraError, match=r"onnxruntime, which is not installed.*pip install 'kp-edge\[ort\]'"):
+        open_backend(bundle)

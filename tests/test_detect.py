@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from kp_runtime import detect
+from kp_runtime.detect import BoxMap, HaarDetector, YuNetDetector, map_from_pairs
+from kp_runtime.errors import BackendError, ImageError, MissingExtraError
+from kp_runtime.frame import as_frame, image_from_file
+from tests.conftest import SHARED
+from tests.models import tiny_graph
+
+YUNET = SHARED / "detectors" / "yunet_n_640_640.onnx"
+FACE = (181, 88, 269, 178)
+"""The astronaut's face from brow to chin and from cheek to cheek, read off the photograph."""
+
+
+def iou(a: np.ndarray, b: tuple[int, ...]) -> float:
+    overlap = np.clip(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0, None).prod()
+    areas = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1])
+    return float(overlap / (areas - overlap))
+
+
+@pytest.fixture(scope="module")
+def photo(astronaut: Path) -> np.ndarray:
+    return image_from_file(astronaut)
+
+
+def small_part(photo: np.ndarray) -> np.ndarray:
+    return photo[40:240, 120:320]
+
+
+def test_haar_finds_the_astronaut(photo: np.ndarray) -> None:
+    boxes = HaarDetector()(photo)
+    assert boxes.dtype == np.float64
+    assert len(boxes) == 1
+    assert iou(boxes[0], FACE) > 0.7
+
+
+def test_haar_sees_the_same_in_every_layout(photo: np.ndarray) -> None:
+    bgr = small_part(photo)
+    detector = HaarDetector()
+    wanted = detector(bgr)
+    assert len(wanted) == 1
+    grey = as_frame(bgr).luma(0, 0, 200, 200)
+    assert np.array_equal(detector(grey), wanted)
+    assert np.array_equal(detector(bgr[:, :, ::-1], "rgb"), wanted)
+
+
+@pytest.mark.skipif(not YUNET.is_file(), reason="the YuNet model is not beside this checkout")
+def test_yunet_finds_the_astronaut(photo: np.ndarray) -> None:
+    detector = YuNetDetector(YUNET)
+    boxes = detector(photo)
+    assert len(boxes) == 1
+    assert iou(boxes[0], FACE) > 0.7
+    rgba = np.dstack([photo[:, :, ::-1], photo[:, :, 0]])
+    assert np.array_equal(detector(rgba, "rgb"), boxes)
+    grey = detector(as_frame(photo).luma(0, 0, 512, 512))
+    assert iou(grey[0], FACE) > 0.7
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (7, 300), (300, 32), (60, 60)])
+def test_image_without_a_face(size_hw: tuple[int, int]) -> None:
+    image = np.full((*size_hw, 3), 90, np.uint8)
+    assert HaarDetector()(image).shape == (0, 4)
+    if YUNET.is_file():
+        assert YuNetDetector(YUNET)(image).shape == (0, 4)
+
+
+def test_largest_face_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = np.array([[0, 0, 10, 10], [50, 0, 90, 40], [0, 50, 20, 70]], float)
+    monkeypatch.setattr(HaarDetector, "raw", lambda self, frame: raw)
+    assert np.array_equal(HaarDetector()(np.zeros((99, 99), np.uint8)), HaarDetector.BOX_MAP.apply(raw[[1, 2, 0]]))
+
+
+def test_bad_image_is_refused() -> None:
+    with pytest.raises(ImageError, match="must be uint8"):
+        HaarDetector()(np.zeros((50, 50, 3)))  # type: ignore[arg-type]
+
+
+def test_yunet_file_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"there is no YuNet model at .*none\.onnx; docs/detectors\.md"):
+        YuNetDetector(tmp_path / "none.onnx")
+
+
+@pytest.mark.parametrize("content", [b"not a network", tiny_graph().SerializeToString()], ids=["text", "other graph"])
+def test_yunet_file_is_another(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(content)
+    with pytest.raises(BackendError, match=r"OpenCV can't (read|run) .*a\.onnx as (a YuNet model|YuNet)") as caught:
+        YuNetDetector(tmp_path / "a.onnx")(np.zeros((64, 64, 3), np.uint8))
+    assert "\n" not in str(caught.value)
+
+
+def test_opencv_without_cascades(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "import_cv2", lambda: SimpleNamespace(__version__="5.0.0"))
+    with pytest.raises(BackendError, match=r"OpenCV 5\.0\.0 has no Haar cascades.*opencv-python-headless<5"):
+        HaarDetector()
+
+
+@pytest.mark.parametrize("make", [HaarDetector, lambda: YuNetDetector("any.onnx")])
+def test_without_opencv_the_error_has_the_pip_line(make: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'kp-edge\[image\]'"):
+        make()
+
+
+def test_box_map_by_hand() -> None:
+    mapped = BoxMap(dx=0.1, dy=-0.25, width=0.5, height=2.0).apply(np.array([[10, 20, 110, 60]]))
+    assert mapped.tolist() == [[45, -10, 95, 70]]
+    assert BoxMap(0, 0, 1, 1).apply(np.empty((0, 4))).shape == (0, 4)
+
+
+def test_map_from_pairs_finds_the_map_despite_false_matches(rng: np.random.Generator) -> None:
+    corner = rng.uniform(0, 500, (21, 2))
+    detected = np.concatenate([corner, corner + rng.uniform(20, 200, (21, 2))], axis=1)
+    wanted_map = BoxMap(dx=0.0123, dy=0.1518, width=0.8605, height=0.75)
+    wanted = wanted_map.apply(detected)
+    wanted[:8] += 300
+    assert map_from_pairs(detected, wanted) == wanted_map

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kp_runtime.draw import draw_boxes, draw_keypoints
+from kp_train.synthetic import mean_shape
+
+FACE = mean_shape() * 60 + (100, 120)
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    return np.full((240, 200, 3), 40, np.uint8)
+
+
+def test_points_are_where_they_belong(image: np.ndarray) -> None:
+    drawn = draw_keypoints(image, FACE[None])
+    for x, y in np.rint(FACE).astype(int):
+        assert drawn[y, x].min() > 120
+    touched = np.argwhere((drawn != image).any(axis=2))[:, ::-1]
+    assert (touched.min(axis=0) >= FACE.min(axis=0) - 3).all()
+    assert (touched.max(axis=0) <= FACE.max(axis=0) + 3).all()
+
+
+def test_contours_can_be_left_out_and_coloured(image: np.ndarray) -> None:
+    red = draw_keypoints(image, FACE[None], color=(0, 0, 255))
+    points = draw_keypoints(image, FACE[None], lines=False)
+    assert ((red[:, :, 2] > 200) & (red[:, :, 0] < 60)).any()
+    assert (points != image).any(axis=2).sum() < (red != image).any(axis=2).sum()
+    assert (points[:, :, 0] == points[:, :, 2]).all()
+
+
+@pytest.mark.parametrize("shape", [(240, 200), (240, 200, 3), (240, 200, 4)])
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_any_image_and_any_number_of_faces(shape: tuple[int, ...], n: int) -> None:
+    image = np.full(shape, 40, np.uint8)
+    drawn = draw_keypoints(image, np.repeat(FACE[None], n, axis=0))
+    assert drawn.shape == (240, 200, 3)
+    assert (image == 40).all()
+    assert (drawn == 40).all() == (n == 0)
+    assert not np.shares_memory(drawn, image)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1e4, 1e9])
+def test_tiny_and_huge_faces(scale: float, image: np.ndarray) -> None:
+    assert draw_keypoints(image, (FACE * scale)[None]).shape == image.shape
+
+
+def test_boxes(image: np.ndarray) -> None:
+    drawn = draw_boxes(image, [[20, 30, 120, 150], [-1e9, -5, 1e9, 500]])
+    assert (drawn[30, 20:121] != 40).any(axis=1).all()
+    assert (drawn[60:140, 40:100] == 40).all()
+    assert (image == 40).all()
+    assert np.array_equal(draw_boxes(image, []), image)

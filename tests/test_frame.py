@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kp_runtime.errors import ImageError, MissingExtraError
+from kp_runtime.frame import Frame, as_frame, image_from_file
+
+# a TIFF header and one tag, 0x0112: turn by 90 degrees clockwise to see the picture upright
+EXIF_TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+
+
+def encoded(image: np.ndarray, suffix: str) -> bytes:
+    return bytes(cv2.imencode(suffix, image)[1])
+
+
+def with_app1(jpeg: bytes, body: bytes) -> bytes:
+    return jpeg[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + jpeg[2:]
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """Dark with a bright top-left, so that a turn shows."""
+    image = np.full((40, 60, 3), 30, np.uint8)
+    image[:20, :30] = (200, 120, 220)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((5, 5, 3), np.uint16), r"must be uint8.*got uint16; scale it down first"),
+        (np.zeros((5, 5, 3), np.float32), r"must be uint8.*got float32$"),
+        (np.zeros((5, 5, 2), np.uint8), r"got shape \(5, 5, 2\)"),
+        (np.zeros((5, 5, 5), np.uint8), r"got shape \(5, 5, 5\)"),
+        (np.zeros((2, 5, 5, 3), np.uint8), r"got shape \(2, 5, 5, 3\)"),
+        (np.zeros(5, np.uint8), r"got shape \(5,\)"),
+        (np.zeros((0, 5, 3), np.uint8), r"the image is empty: its shape is \(0, 5, 3\)"),
+        ([[1, 2], [3, 4]], "must be a numpy array, got list"),
+        (None, "must be a numpy array, got NoneType; cv2.imread gives one"),
+    ],
+)
+def test_bad_arrays(image: object, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        as_frame(image)  # type: ignore[arg-type]
+
+
+def test_bad_channel_order() -> None:
+    with pytest.raises(ImageError, match="must be 'bgr' or 'rgb', got 'gbr'"):
+        as_frame(np.zeros((5, 5, 3), np.uint8), "gbr")
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "layout"),
+    [
+        ((4, 6), "bgr", "gray"),
+        ((4, 6, 1), "rgb", "gray"),
+        ((4, 6, 3), "bgr", "bgr"),
+        ((4, 6, 3), "rgb", "rgb"),
+        ((4, 6, 4), "bgr", "bgra"),
+        ((4, 6, 4), "rgb", "rgba"),
+    ],
+)
+def test_layouts(shape: tuple[int, ...], order: str, layout: str) -> None:
+    image = np.zeros(shape, np.uint8)
+    frame = as_frame(image, order)
+    assert (frame.layout, frame.size_hw) == (layout, (4, 6))
+    assert np.shares_memory(frame.data, image)
+    assert as_frame(frame) is frame
+
+
+@pytest.mark.parametrize(
+    ("data", "layout", "message"),
+    [
+        (np.zeros((4, 6)), "gray", r"must be uint8 with 1 channel.*got float64"),
+        (np.zeros((4, 6), np.uint8), "bgr", r"with 3 channel.*got uint8 \(4, 6\)"),
+        (np.zeros((4, 6, 3), np.uint8), "rgba", r"with 4 channel.*got uint8 \(4, 6, 3\)"),
+        (np.zeros((4, 0), np.uint8), "gray", r"not empty; got uint8 \(4, 0\)"),
+        (np.zeros((4, 6), np.uint8), "nv12", "no layout 'nv12'; choose from bgr, rgb"),
+    ],
+)
+def test_a_frame_is_what_its_layout_says(data: np.ndarray, layout: str, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        Frame(data, layout)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".bmp", ".tiff"])
+def test_lossless_files_come_back(suffix: str, picture: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(encoded(picture, suffix))
+    assert np.array_equal(image_from_file(tmp_path / f"a{suffix}"), picture)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_grey_and_alpha_files_come_as_bgr(channels: int, picture: np.ndarray, tmp_path: Path) -> None:
+    code = cv2.COLOR_BGR2GRAY if channels == 1 else cv2.COLOR_BGR2BGRA
+    stored = cv2.cvtColor(picture, code)
+    (tmp_path / "a.png").write_bytes(encoded(stored, ".png"))
+    wanted = cv2.cvtColor(stored, cv2.COLOR_GRAY2BGR) if channels == 1 else picture
+    assert np.array_equal(image_from_file(tmp_path / "a.png"), wanted)
+
+
+def test_exif_rotation_comes_upright(picture: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "turned.jpg"
+    path.write_bytes(with_app1(encoded(picture, ".jpg"), EXIF_TURNED))
+    plain = cv2.imdecode(np.frombuffer(encoded(picture, ".jpg"), np.uint8), cv2.IMREAD_COLOR)
+    assert np.array_equal(image_from_file(path), np.rot90(plain, -1))
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match=r"none\.jpg can't be read: No such file"):
+        image_from_file(tmp_path / "none.jpg")
+
+
+def test_folder_for_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="can't be read: Is a directory"):
+        image_from_file(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image\n", b"\xff\xd8", b"GIF"], ids=["empty", "text", "soi", "gif"])
+def test_no_image(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(ImageError, match=r"a\.jpg (is no image|is cut off)"):
+        image_from_file(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("part", [0.3, 0.7, 0.98])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_cut_off_files(suffix: str, part: float, tmp_path: Path, rng: np.random.Generator) -> None:
+    data = encoded(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), suffix)
+    (tmp_path / f"a{suffix}").write_bytes(data[: int(part * len(data))])
+    with pytest.raises(ImageError, match="is cut off: the end of the image is missing"):
+        image_from_file(tmp_path / f"a{suffix}")
+
+
+def test_cut_off_jpeg_with_a_whole_thumbnail(picture: np.ndarray, tmp_path: Path) -> None:
+    """The thumbnail inside an EXIF block has an end marker of its own."""
+    thumbnail = encoded(picture[::4, ::4], ".jpg")
+    assert thumbnail.endswith(b"\xff\xd9")
+    whole = with_app1(encoded(picture, ".jpg"), EXIF_TURNED + thumbnail)
+    (tmp_path / "a.jpg").write_bytes(whole)
+    assert image_from_file(tmp_path / "a.jpg").shape == (60, 40, 3)
+    (tmp_path / "a.jpg").write_bytes(whole[:-20])
+    with pytest.raises(ImageError, match="is cut off"):
+        image_from_file(tmp_path / "a.jpg")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_sixteen_bit_files(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(encoded(np.full((8, 8, 3), 40000, np.uint16), suffix))
+    with pytest.raises(ImageError, match="has uint16 samples; save it with 8 bits a channel"):
+        image_from_file(tmp_path / f"a{suffix}")
+
+
+def test_without_opencv_the_error_has_the_pip_line(
+    monkeypatch: pytest.MonkeyPatch, picture: np.ndarray, tmp_path: Path
+) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(picture, ".png"))
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(MissingExtraError, match=r"opencv-python-headless.*pip install 'kp-edge\[image\]'"):
+        image_from_file(tmp_path / "a.png")

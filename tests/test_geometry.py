@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from kp_runtime.errors import MissingExtraError
+from kp_runtime.geometry import (
+    apply_matrix,
+    block_from_matrix,
+    boxes_from_points,
+    crop_from_luma,
+    crop_window,
+    frame_box,
+    invert_matrix,
+    matrices_from_boxes,
+)
+from tests.reference import reference_blocks, reference_crop, waves
+from tests.tolerances import CROP_GREY, CROP_GREY_MEAN, CROP_NOISE, CROP_NOISE_MEAN, MAP_PX, assert_close
+
+SIZE, MARGIN = 64, 1.3
+BOXES = {
+    "20 px": (100.2, 80.7, 120.2, 99.1),
+    "100 px": (90.5, 60.25, 190.5, 150.0),
+    "over the left top": (-60.0, -40.0, 70.0, 80.0),
+    "over the right bottom": (330.0, 250.5, 450.0, 380.0),
+    "blocks of 2": (50.0, 40.0, 155.0, 130.0),
+    "blocks of 5": (60.0, 20.3, 330.0, 280.0),
+    "larger than the image": (-200.0, -300.0, 700.0, 600.0),
+}
+
+
+def one_matrix(box: tuple[float, ...], angle: float = 0.0, size: int = SIZE) -> np.ndarray:
+    return matrices_from_boxes(np.array([box]), size, MARGIN, angle=angle)[0]
+
+
+def check_crop(luma: np.ndarray, box: tuple[float, ...], angle: float, size: int, most: float, mean: float) -> None:
+    crop = crop_from_luma(luma, one_matrix(box, angle, size), size)
+    wanted = reference_crop(luma, np.array(box), size, MARGIN, angle)
+    assert_close(crop, wanted, most, "crop")
+    assert np.abs(crop - wanted).mean() <= mean
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4, -2.0])
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
+def test_crop_follows_the_rule(box: tuple[float, ...], angle: float, rng: np.random.Generator) -> None:
+    period = max(24.0, (box[2] - box[0]) / 4)
+    check_crop(waves(301, 403, period), box, angle, SIZE, CROP_GREY, CROP_GREY_MEAN)
+    noise = rng.integers(0, 256, (301, 403), dtype=np.uint8)
+    check_crop(noise, box, angle, SIZE, CROP_NOISE, CROP_NOISE_MEAN)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3])
+def test_face_of_2000_px(angle: float, rng: np.random.Generator) -> None:
+    box = (251.0, 130.5, 2251.0, 2030.0)
+    assert block_from_matrix(one_matrix(box, angle, 224)) == 11
+    check_crop(waves(2203, 2502, 500), box, angle, 224, CROP_GREY, CROP_GREY_MEAN)
+    noise = rng.integers(0, 256, (2203, 2502), dtype=np.uint8)
+    check_crop(noise, box, angle, 224, CROP_NOISE, CROP_NOISE_MEAN)
+
+
+def test_identity_matrix_copies_the_pixels(rng: np.random.Generator) -> None:
+    luma = rng.integers(0, 256, (80, 90), dtype=np.uint8)
+    matrix = matrices_from_boxes(np.array([[10, 5, 74, 69]]) - 0.5, 64, 1.0)[0]
+    assert np.array_equal(crop_from_luma(luma, matrix, 64), luma[5:69, 10:74])
+
+
+def test_blocks_of_an_even_scale_are_exact_means(rng: np.random.Generator) -> None:
+    luma = rng.integers(0, 256, (3 * 64, 3 * 64), dtype=np.uint8)
+    matrix = matrices_from_boxes(np.array([[0, 0, 192, 192]]) - 0.5, 64, 1.0)[0]
+    assert np.array_equal(crop_from_luma(luma, matrix, 64), np.floor(reference_blocks(luma, 3) + 0.5))
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.7])
+@pytest.mark.parametrize(("side", "k"), [(10, 1), (127, 1), (128, 1), (129, 2), (191, 2), (192, 3), (640, 10)])
+def test_block_is_the_floor_of_the_scale(side: float, k: int, angle: float) -> None:
+    matrix = matrices_from_boxes(np.array([[5, 5, 5 + side, 5 + side]]), 64, 1.0, angle=angle)[0]
+    assert block_from_matrix(matrix) == k
+
+
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
+def test_window_gives_the_same_bits_as_the_whole_image(box: tuple[float, ...], rng: np.random.Generator) -> None:
+    luma = rng.integers(0, 256, (301, 403), dtype=np.uint8)
+    for angle in (0.0, *rng.uniform(-3, 3, 8)):
+        matrix = one_matrix(box, float(angle))
+        window = crop_window(matrix, SIZE, luma.shape)
+        part = luma[window.y0 : window.y1, window.x0 : window.x1]
+        cut = crop_from_luma(part, matrix, SIZE, origin_xy=(window.x0, window.y0))
+        assert np.array_equal(cut, crop_from_luma(luma, matrix, SIZE))
+
+
+@pytest.mark.parametrize("box", [(-500, -500, -400, -400), (5000, 10, 5100, 110), (0, 9000, 3000, 12000)])
+def test_window_outside_the_image_is_never_empty(box: tuple[float, ...]) -> None:
+    window = crop_window(one_matrix(box), SIZE, (301, 403))
+    assert 0 <= window.x0 < window.x1 <= 403
+    assert 0 <= window.y0 < window.y1 <= 301
+
+
+def test_window_of_a_small_face_is_small() -> None:
+    window = crop_window(one_matrix((1000, 1000, 1020, 1020)), SIZE, (4000, 4000))
+    assert max(window.x1 - window.x0, window.y1 - window.y0) <= 34
+
+
+def test_out_is_filled_in_place_and_the_image_is_not_touched(rng: np.random.Generator) -> None:
+    luma = rng.integers(0, 256, (301, 403), dtype=np.uint8)
+    before = luma.copy()
+    luma.setflags(write=False)
+    for box in BOXES.values():
+        out = np.zeros((SIZE, SIZE), np.uint8)
+        crop = crop_from_luma(luma, one_matrix(box), SIZE, out=out)
+        assert np.shares_memory(crop, out)
+        assert np.array_equal(out, crop_from_luma(luma, one_matrix(box), SIZE))
+    assert np.array_equal(luma, before)
+
+
+def test_square_centre_and_side() -> None:
+    matrix = one_matrix((100, 50, 180, 90))
+    side = MARGIN * 80
+    corners = np.array([[140 - side / 2, 70 - side / 2], [140 + side / 2, 70 + side / 2]])
+    assert_close(apply_matrix(matrix, corners), [[-0.5, -0.5], [63.5, 63.5]], MAP_PX, "corners of the square")
+
+
+def test_angle_shift_and_zoom() -> None:
+    box = np.array([[100.0, 50.0, 180.0, 90.0]])
+    matrix = matrices_from_boxes(box, SIZE, MARGIN, angle=[np.pi / 2], shift=(0.1, -0.2), zoom=2.0)[0]
+    side = MARGIN * 80 * 2
+    centre = np.array([140 + 0.1 * side, 70 - 0.2 * side])
+    got = apply_matrix(matrix, centre + np.array([[0, 0], [side / 4, 0]]))
+    # a square turned by +90 degrees (y down) sees the image's right at its top
+    assert_close(got, [[31.5, 31.5], [31.5, 31.5 - 16]], MAP_PX, "centre, and a quarter to the right")
+
+
+def test_there_and_back(rng: np.random.Generator) -> None:
+    corner = rng.uniform(-100, 2000, (50, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(1, 2000, (50, 2))], axis=1)
+    matrices = matrices_from_boxes(boxes, 224, MARGIN, angle=rng.uniform(-3, 3, 50))
+    xy = rng.uniform(0, 224, (50, 68, 2))
+    back = apply_matrix(matrices, apply_matrix(invert_matrix(matrices), xy))
+    assert_close(back, xy, MAP_PX, "crop to image to crop")
+
+
+def test_zero_boxes() -> None:
+    matrices = matrices_from_boxes(np.empty((0, 4)), SIZE, MARGIN)
+    assert matrices.shape == (0, 2, 3)
+    assert invert_matrix(matrices).shape == (0, 2, 3)
+    assert apply_matrix(matrices, np.empty((0, 68, 2))).shape == (0, 68, 2)
+
+
+def test_boxes_from_points() -> None:
+    xy = np.array([[[3, 4], [1, 9], [2, 5]], [[0, 0], [5, -1], [1, 1]]], np.float32)
+    assert boxes_from_points(xy).tolist() == [[1, 4, 3, 9], [0, -1, 5, 1]]
+
+
+@pytest.mark.parametrize("size_hw", [(250, 250), (250, 400), (600, 250)])
+def test_frame_box_is_the_original_view(size_hw: tuple[int, int]) -> None:
+    x0, y0, x1, y1 = frame_box(size_hw)
+    assert ((x0 + x1) / 2, (y0 + y1) / 2) == ((size_hw[1] - 1) / 2, (size_hw[0] - 1) / 2)
+    assert x1 - x0 == pytest.approx(224)
+    assert y1 - y0 == pytest.approx(224)
+
+
+def test_without_opencv_the_error_has_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'kp-edge\[image\]'"):
+        crop_from_luma(np.zeros((50, 50), np.uint8), one_matrix((5, 5, 40, 40)), SIZE)

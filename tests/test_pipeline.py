@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kp_runtime import BoxError, Frame, ImageError, Model, StageTimer, load
+from kp_runtime.pipeline import checked_boxes
+from tests.models import SIZE, tiny_keypoints
+from tests.reference import reference_crop, waves
+from tests.tolerances import MAP_PX, assert_close
+
+BOX = [100.0, 60.0, 180.0, 150.0]
+LEVEL_PX = 0.4 / 255 * 90 * 1.3 / SIZE + MAP_PX
+"""The tiny network moves by the crop's mean grey level, which the crop gives to 0.4; in pixels of the image."""
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Path) -> Model:
+    return load(bundle, threads=1)
+
+
+@pytest.fixture
+def image() -> np.ndarray:
+    grey = waves(240, 320, 40)
+    return np.dstack([grey, grey, grey])
+
+
+def test_keypoints_in_pixels_of_the_image(model: Model, image: np.ndarray) -> None:
+    result = model(image, [BOX])
+    crop = reference_crop(image[:, :, 0], np.array(BOX), SIZE, 1.3)
+    xy_crop = tiny_keypoints(crop[None, None])[0].astype(np.float64)
+    wanted = (xy_crop - (SIZE - 1) / 2) * (1.3 * 90 / SIZE) + (140, 105)
+    assert_close(result.xy[0], wanted, LEVEL_PX, "keypoints")
+    assert (result.xy.dtype, result.size_hw, len(result)) == (np.float32, (240, 320), 1)
+    assert result.boxes_xyxy.tolist() == [BOX]
+
+
+@pytest.mark.parametrize("n", [0, 1, 100])
+def test_any_number_of_faces(n: int, model: Model, image: np.ndarray, rng: np.random.Generator) -> None:
+    corner = rng.uniform(-10, 200, (n, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(20, 90, (n, 2))], axis=1)
+    result = model(image, boxes)
+    assert (result.xy.shape, result.crop_from_image.shape) == ((n, 68, 2), (n, 2, 3))
+    for box, xy in zip(boxes, result.xy, strict=True):
+        assert_close(model(image, [box]).xy[0], xy, MAP_PX, "one face alone")
+
+
+@pytest.mark.parametrize("empty", [[], np.empty((0, 4)), [[]]])
+def test_every_way_to_say_no_box(empty: object, model: Model, image: np.ndarray) -> None:
+    assert model(image, empty).xy.shape == (0, 68, 2)  # type: ignore[arg-type]
+
+
+def test_grey_rgb_and_rgba_images(model: Model, rng: np.random.Generator) -> None:
+    bgr = rng.integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    wanted = model(bgr, [BOX]).xy
+    alpha = np.full((240, 320), 9, np.uint8)
+    for image, layout in (
+        (bgr[:, :, ::-1], "rgb"),
+        (np.dstack([bgr, alpha]), "bgr"),
+        (np.dstack([bgr[:, :, ::-1], alpha]), "rgb"),
+        (Frame(bgr, "bgr").luma(0, 0, 320, 240), "bgr"),
+    ):
+        assert np.array_equal(model(image, [BOX], layout=layout).xy, wanted)
+    assert not np.array_equal(model(bgr, [BOX], layout="rgb").xy, wanted)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[0, 0, np.nan, 9]], r"box 0 \[0\.0, 0\.0, nan, 9\.0\] is not finite"),
+        ([BOX, [np.inf, 0, np.inf, 9]], "box 1 .* is not finite"),
+        ([[-np.inf, 0, 9, 9]], "is not finite"),
+        ([[10, 10, 10, 40]], "is under one pixel wide or high"),
+        ([[10, 10, 10.9, 40]], "is under one pixel wide or high"),
+        ([[40, 40, 10, 10]], r"under one pixel.*\(the order is x0, y0, x1, y1\)"),
+        ([[320, 10, 400, 40]], "lies outside the 320 x 240 image"),
+        ([[-50, 10, 0, 40]], "lies outside the 320 x 240 image"),
+        ([[10, -50, 40, 0]], "lies outside the 320 x 240 image"),
+        ([[-1e5, 10, 10, 40]], "is over 100 times the image"),
+        ([[-1e308, -1e308, 1e308, 1e308]], "is over 100 times the image"),
+        (BOX, r"got shape \(4,\); one box is \[\[x0, y0, x1, y1\]\]"),
+        ([[1, 2, 3]], r"must be \(n, 4\) as x0, y0, x1, y1, got shape \(1, 3\)"),
+        ([[BOX]], r"got shape \(1, 1, 4\)"),
+        ([BOX, [1, 2]], "boxes must be numbers"),
+        ("left", "boxes must be numbers.*could not convert"),
+        ([["a", "b", "c", "d"]], "boxes must be numbers"),
+        ([[0, 0, 10**400, 9]], "boxes must be numbers"),
+        (None, r"got shape \(\)"),
+    ],
+)
+def test_bad_boxes(boxes: object, message: str) -> None:
+    with pytest.raises(BoxError, match=message):
+        checked_boxes(boxes, (240, 320))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("box", [[-60, -60, 1, 1], [319, 239, 400, 400], [5, 5, 6, 6], [-5000, -5000, 5000, 5000]])
+def test_boxes_at_the_limits_work(box: list[float], model: Model, image: np.ndarray) -> None:
+    assert np.isfinite(model(image, [box]).xy).all()
+
+
+def test_bad_image_and_bad_box_are_refused_by_the_model(model: Model, image: np.ndarray) -> None:
+    with pytest.raises(ImageError, match="got uint16"):
+        model(image.astype(np.uint16), [BOX])  # type: ignore[arg-type]
+    with pytest.raises(BoxError, match="outside the 320 x 240"):
+        model(image, [[400, 10, 500, 90]])
+
+
+def test_stages_are_timed_in_order(model: Model, image: np.ndarray) -> None:
+    timer = StageTimer()
+    for _ in range(3):
+        model(image, [BOX], timer=timer)
+    assert {name: len(times) for name, times in timer.seconds.items()} == {"crop": 3, "infer": 3, "map back": 3}
+    assert list(timer.seconds) == ["crop", "infer", "map back"]

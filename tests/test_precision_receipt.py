@@ -1,0 +1,106 @@
+"""The precision receipt, from what the inspector is documented or reported to print."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from kp_export.precision_receipt import check_receipt, receipt_from_inspector
+from kp_runtime.errors import ExportError
+
+
+def receipt(*layers: Any, batch: int = 8) -> Any:
+    return receipt_from_inspector(json.dumps({"Layers": list(layers)}), batch)
+
+
+def tensor(text: str, *shape: int, key: str = "Format/Datatype") -> dict[str, Any]:
+    return {"Name": "t", "Dimensions": list(shape), key: text}
+
+
+# The example of NVIDIA's developer guide ("Engine Inspector"), shortened.
+GUIDE = {
+    "Name": "node_of_gpu_0/res4_0_branch2a_1",
+    "LayerType": "CaskConvolution",
+    "Inputs": [tensor("Thirty-two wide channel vectorized row major Int8 format.", 16, 512, 28, 28)],
+    "Outputs": [tensor("Thirty-two wide channel vectorized row major Int8 format.", 16, 256, 28, 28)],
+    "ParameterType": "Convolution",
+    "OutMaps": 256,
+    "Weights": {"Type": "Int8", "Count": 131072},
+}
+
+
+def test_a_convolution_is_counted_by_its_weights() -> None:
+    got = receipt(GUIDE)
+    assert got.compute_shares == {"int8": 1.0}
+    assert got.gflops == round(2 * 131072 * 16 * 28 * 28 / 1e9, 3)
+    assert got.byte_shares == {"int8": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "type"),
+    [
+        ("Half", "fp16"),
+        ("Float", "fp32"),
+        ("BFloat16", "bf16"),
+        ("Channel major FP16 format where channel % 8 == 0", "fp16"),
+        ("Row major linear FP32", "fp32"),
+        ("Row major linear UInt8 format", "uint8"),
+        ("Row major Int8 format", "int8"),
+        ("N/A due to dynamic shapes", "unknown"),
+    ],
+)
+def test_types_of_tensors(text: str, type: str) -> None:  # noqa: A002
+    old = {"Name": "pool", "LayerType": "CaskPooling", "Inputs": [], "Outputs": [tensor(text, 1, 2, 3)]}
+    new = {**old, "Outputs": [tensor(text, 1, 2, 3, key="DataType") | {"Format": "kLINEAR"}]}
+    assert receipt(old).layer_shares == {type: 1.0}
+    assert receipt(new).layer_shares == {type: 1.0}
+
+
+def test_fused_products_have_their_weights_as_second_input() -> None:
+    conv = {
+        "Name": "__myl_Conv",
+        "LayerType": "conv",
+        "Inputs": [tensor("Half", -1, 64, 8, 8), tensor("Half", 32, 64, 3, 3)],
+        "Outputs": [tensor("Half", -1, 32, 8, 8)],
+    }
+    assert receipt(conv, batch=4).gflops == round(2 * 32 * 64 * 9 * 4 * 64 / 1e9, 3)
+
+
+def test_dynamic_dimensions_are_the_tuned_batch() -> None:
+    layer = {**GUIDE, "Outputs": [tensor("Int8", -1, 256, 28, 28)]}
+    assert receipt(layer, batch=16).gflops == receipt(GUIDE).gflops
+
+
+def test_layers_that_move_data_do_not_count() -> None:
+    reformat = {
+        "Name": "Reformatting CopyNode for Input Tensor 0",
+        "LayerType": "Reformat",
+        "Inputs": [],
+        "Outputs": [],
+    }
+    assert receipt(GUIDE, reformat).layers == 1
+
+
+def test_bytes_count_where_compute_cannot_be_estimated() -> None:
+    layer = {"Name": "kgen", "LayerType": "kgen", "Inputs": [tensor("Half", 8, 4)], "Outputs": [tensor("Half", 8, 4)]}
+    got = receipt(layer)
+    assert got.compute_shares == {}
+    check_receipt(got, "fp16", dla=False)
+    with pytest.raises(ExportError, match=r"only 0% of the engine's bytes is fp32 .*100% fp16"):
+        check_receipt(got, "fp32", dla=False)
+
+
+def test_nothing_to_count_is_no_proof() -> None:
+    with pytest.raises(ExportError, match="nothing that can be counted"):
+        check_receipt(receipt({"Name": "x", "LayerType": "kgen"}), "fp16", dla=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("", "no JSON"), ("[]", "no layer with details"), ("{}", "no layer"), ('{"Layers": ["conv"]}', "no layer")],
+)
+def test_inspector_that_says_nothing(text: str, match: str) -> None:
+    with pytest.raises(ExportError, match=match):
+        receipt_from_inspector(text, 8)

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kp_runtime.frame import Frame, as_frame
+from kp_runtime.geometry import crop_from_luma, matrices_from_boxes
+from kp_runtime.preprocess_cpu import crops_from_frame
+from tests.reference import reference_luma
+
+SIZE = 64
+BOXES = np.array([[5, 8, 30, 30], [-40, -20, 90, 100], [100.5, 60.25, 290, 215], [10, 20, 390, 290]], float)
+LAYOUTS = ("bgr", "rgb", "bgra", "rgba")
+
+
+@pytest.fixture
+def bgr(rng: np.random.Generator) -> np.ndarray:
+    return rng.integers(0, 256, (301, 403, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def matrices() -> np.ndarray:
+    return matrices_from_boxes(BOXES, SIZE, 1.3, angle=[0.0, 0.3, -0.2, 1.0])
+
+
+def frame_in(layout: str, bgr: np.ndarray) -> Frame:
+    colour = bgr if layout.startswith("bgr") else bgr[:, :, ::-1]
+    return Frame(np.dstack([colour, bgr[:, :, 1]]) if layout.endswith("a") else colour, layout)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_luma_is_opencv_s_integer_formula(layout: str, bgr: np.ndarray) -> None:
+    luma = frame_in(layout, bgr).luma(3, 7, 397, 290)
+    assert np.array_equal(luma, reference_luma(bgr)[7:290, 3:397])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_crops(layout: str, bgr: np.ndarray, matrices: np.ndarray) -> None:
+    crops = crops_from_frame(frame_in(layout, bgr), matrices, SIZE)
+    assert crops.shape == (4, 1, SIZE, SIZE)
+    assert np.array_equal(crops, crops_from_frame(as_frame(reference_luma(bgr)), matrices, SIZE))
+
+
+def test_one_by_one_from_the_whole_image_gives_the_same_bits(bgr: np.ndarray, matrices: np.ndarray) -> None:
+    crops = crops_from_frame(as_frame(bgr), matrices, SIZE)
+    for crop, matrix in zip(crops, matrices, strict=True):
+        assert np.array_equal(crop[0], crop_from_luma(reference_luma(bgr), matrix, SIZE))
+
+
+def test_out_is_filled_in_place(bgr: np.ndarray, matrices: np.ndarray) -> None:
+    buffer = np.full((6, 1, SIZE, SIZE), 77, np.uint8)
+    assert crops_from_frame(as_frame(bgr), matrices, SIZE, out=buffer[1:5]).base is buffer
+    assert np.array_equal(buffer[1:5], crops_from_frame(as_frame(bgr), matrices, SIZE))
+    assert (buffer[[0, 5]] == 77).all()
+
+
+@pytest.mark.parametrize("size_hw", [(301, 403), (1, 1), (2, 700)])
+def test_image_is_not_touched(size_hw: tuple[int, int], matrices: np.ndarray, rng: np.random.Generator) -> None:
+    image = rng.integers(0, 256, (*size_hw, 3), dtype=np.uint8)
+    before = image.copy()
+    crops_from_frame(as_frame(image), matrices, SIZE)
+    assert np.array_equal(image, before)
+
+
+@pytest.mark.parametrize("view", ["read-only", "flipped", "fortran", "every other", "grey (h, w, 1)"])
+def test_memory_order_does_not_matter(view: str, bgr: np.ndarray, matrices: np.ndarray) -> None:
+    views = {
+        "read-only": np.frombuffer(bgr.tobytes(), np.uint8).reshape(bgr.shape),
+        "flipped": bgr[::-1, ::-1],
+        "fortran": np.asfortranarray(bgr),
+        "every other": bgr[::2, ::2],
+        "grey (h, w, 1)": bgr[:, :, :1],
+    }
+    image = views[view]
+    frame = Frame(image, "gray") if view.startswith("grey") else as_frame(image)
+    wanted = crops_from_frame(as_frame(np.ascontiguousarray(image)), matrices, SIZE)
+    assert np.array_equal(crops_from_frame(frame, matrices, SIZE), wanted)
+
+
+def test_zero_faces(bgr: np.ndarray) -> None:
+    crops = crops_from_frame(as_frame(bgr), np.empty((0, 2, 3)), SIZE)
+    assert crops.shape == (0, 1, SIZE, SIZE)
+    assert crops.dtype == np.uint8

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+
+import kp_runtime
+
+MODULES = sorted(module.name for module in pkgutil.iter_modules(kp_runtime.__path__, "kp_runtime."))
+
+BARE = """
+import sys
+
+BLOCKED = {
+    "cv2", "lightning", "matplotlib", "onnx", "onnxruntime", "PIL", "rich", "safetensors", "skimage", "torch",
+    "torchvision", "typer",
+}
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is not installed")
+
+sys.meta_path.insert(0, Blocker())
+import importlib
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+assert not BLOCKED & set(sys.modules)
+assert not {"kp_train", "kp_export", "kp_cli"} & set(sys.modules)
+"""
+
+
+def test_all_is_sorted_and_is_what_is_public() -> None:
+    public = {
+        name
+        for name, value in vars(kp_runtime).items()
+        if not name.startswith("_") and not isinstance(value, ModuleType)
+    }
+    assert sorted(kp_runtime.__all__) == kp_runtime.__all__
+    assert set(kp_runtime.__all__) == public
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_name_in_all_is_there(name: str) -> None:
+    module = importlib.import_module(name)
+    assert len(set(module.__all__)) == len(module.__all__)
+    assert [missing for missing in module.__all__ if not hasattr(module, missing)] == []
+
+
+def test_every_module_imports_with_numpy_alone() -> None:
+    assert len(MODULES) >= 15
+    done = subprocess.run([sys.executable, "-c", BARE, *MODULES], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_error_is_a_kp_error() -> None:
+    errors = [value for value in vars(kp_runtime.errors).values() if isinstance(value, type)]
+    assert len(errors) == 12
+    assert all(issubclass(error, kp_runtime.KpError) for error in errors)
+    assert {error.__name__ for error in errors} == set(kp_runtime.errors.__all__) <= set(kp_runtime.__all__)

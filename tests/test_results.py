@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from kp_runtime.results import Keypoints
+from kp_runtime.scheme68 import REGIONS
+from tests.tolerances import MAP_PX, assert_close
+
+
+def made_up(n: int) -> Keypoints:
+    xy = np.random.default_rng(1).uniform(-5, 300, (n, 68, 2)).astype(np.float32)
+    return Keypoints(xy, np.arange(n * 4, dtype=float).reshape(n, 4) / 3, np.zeros((n, 2, 3)), (240, 320))
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_json_there_and_back(n: int) -> None:
+    keypoints = made_up(n)
+    raw = json.loads(json.dumps(keypoints.to_json()))
+    assert (raw["height"], raw["width"], len(raw["faces"]), len(keypoints)) == (240, 320, n, n)
+    for face, xy, box in zip(raw["faces"], keypoints.xy, keypoints.boxes_xyxy, strict=True):
+        assert_close(face["keypoints_xy"], xy, MAP_PX, "points")
+        assert_close(face["box_xyxy"], box, MAP_PX, "box")
+
+
+def test_pts_counts_pixels_from_one() -> None:
+    keypoints = made_up(2)
+    lines = keypoints.to_pts(1).splitlines()
+    assert (lines[:3], lines[-1], len(lines)) == (["version: 1", "n_points: 68", "{"], "}", 72)
+    assert keypoints.to_pts(1).endswith("}\n")
+    points = np.array([line.split(" ") for line in lines[3:-1]], float)
+    assert_close(points - 1, keypoints.xy[1], MAP_PX, "points")
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_region(name: str) -> None:
+    keypoints = made_up(2)
+    assert np.array_equal(keypoints.region(name), np.stack([keypoints.xy[:, i] for i in REGIONS[name]], axis=1))

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import copy
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
+from kp_runtime.spec import Manifest, ModelSpec, file_entry, sha256_of_file, writing
+
+MODEL = "model.fp32.onnx"
+
+
+@pytest.fixture
+def copied(bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(bundle, tmp_path / "bundle")
+
+
+def raw_manifest(bundle: Path) -> dict[str, Any]:
+    raw: dict[str, Any] = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    return raw
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def test_written_and_read_again(bundle: Path, tmp_path: Path) -> None:
+    manifest = Manifest(
+        spec=ModelSpec("m", size=96, margin=2.0, box="frame"),
+        files={MODEL: file_entry(bundle / MODEL, "onnx", precision="fp16", parent_sha256="0", made={"tool": "t"})},
+        training={"seed": 1},
+        accuracy={"set": {"nme": 3.5}},
+        licence={"code": "MIT"},
+    )
+    manifest.write(tmp_path / "new")
+    assert Manifest.read(tmp_path / "new") == manifest
+    assert names(tmp_path / "new") == ["manifest.json"]
+
+
+def test_folder_without_a_manifest(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json; give a folder"):
+        Manifest.read(tmp_path / "none")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000], ids=["empty", "cut", "bytes", "deep"])
+def test_manifest_that_is_not_json(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match="can't be read as JSON"):
+        Manifest.read(tmp_path)
+
+
+@pytest.mark.parametrize("raw", [None, [], "text", {}, {"schema": "1"}, {"schema": None}])
+def test_json_that_is_no_manifest(raw: object) -> None:
+    with pytest.raises(BundleError, match="has no schema number"):
+        Manifest.from_json(raw)
+
+
+def test_newer_schema_is_refused_even_when_nothing_else_fits() -> None:
+    with pytest.raises(SchemaError, match="has schema 99, this release reads up to 1; update kp-edge"):
+        Manifest.from_json({"schema": 99, "other": []})
+
+
+@pytest.mark.parametrize("path", ["spec", "files", "spec/name", f"files/{MODEL}/sha256", f"files/{MODEL}/kind"])
+def test_missing_field(path: str, bundle: Path) -> None:
+    raw = raw_manifest(bundle)
+    *parents, last = path.split("/")
+    owner = raw
+    for parent in parents:
+        owner = owner[parent]
+    del owner[last]
+    with pytest.raises(BundleError, match=f"lacks a field of schema 1.*{last}"):
+        Manifest.from_json(raw)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("sha256", 5, "sha256, bytes and kind must be"),
+        ("bytes", "914", "sha256, bytes and kind must be"),
+        ("kind", None, "sha256, bytes and kind must be"),
+        ("precision", "bf16", "precision must be fp32, fp16 or int8, got 'bf16'"),
+        ("precision", [], "precision must be"),
+        ("colour", "red", "lacks a field of schema 1 or has a wrong one.*colour"),
+    ],
+)
+def test_wrong_file_field(field: str, value: object, message: str, bundle: Path) -> None:
+    raw = raw_manifest(bundle)
+    raw["files"][MODEL][field] = value
+    with pytest.raises(BundleError, match=message):
+        Manifest.from_json(raw)
+
+
+@pytest.mark.parametrize("name", ["../model.onnx", "/etc/passwd", "a/b.onnx", "..", ".", "", "a\0b"])
+def test_file_name_that_leaves_the_folder(name: str, bundle: Path) -> None:
+    raw = raw_manifest(bundle)
+    raw["files"][name] = copy.deepcopy(raw["files"][MODEL])
+    with pytest.raises(BundleError, match="a bundle's files lie in its own folder"):
+        Manifest.from_json(raw)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": 31}, "crop size must be 32 to 1024 pixels, got 31"),
+        ({"size": 1025}, "crop size must be 32 to 1024 pixels, got 1025"),
+        ({"margin": 0.4}, "margin must be 0.5 to 4, got 0.4"),
+        ({"margin": float("nan")}, "margin must be 0.5 to 4, got nan"),
+        ({"box": "square"}, "box must be 'keypoints' or 'frame', got 'square'"),
+        ({"points": 5}, "only the 68-point mark-up ibug68 is known, got 5 points of 'ibug68'"),
+        ({"scheme": "wflw98"}, "got 68 points of 'wflw98'"),
+    ],
+)
+def test_contract_out_of_range(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        ModelSpec("m", **fields)
+
+
+def test_whole_files_pass(bundle: Path) -> None:
+    manifest = Manifest.read(bundle)
+    assert {manifest.check_file(bundle, name) for name in manifest.files} == {bundle / n for n in manifest.files}
+
+
+def test_file_that_the_manifest_does_not_know(bundle: Path) -> None:
+    with pytest.raises(BundleError, match=r"has no file x\.onnx; it has: golden\.npz, model\.fp32\.onnx"):
+        Manifest.read(bundle).check_file(bundle, "x.onnx")
+
+
+def test_file_missing(copied: Path) -> None:
+    (copied / MODEL).unlink()
+    with pytest.raises(IntegrityError, match="stands in the manifest but is not there; copy the whole bundle"):
+        Manifest.read(copied).check_file(copied, MODEL)
+
+
+def test_file_cut_off(copied: Path) -> None:
+    data = (copied / MODEL).read_bytes()
+    (copied / MODEL).write_bytes(data[:-1])
+    with pytest.raises(
+        IntegrityError, match=f"has {len(data) - 1} bytes, the manifest says {len(data)}: it is cut off"
+    ):
+        Manifest.read(copied).check_file(copied, MODEL)
+
+
+def test_one_changed_bit_at_the_same_size(copied: Path) -> None:
+    data = bytearray((copied / MODEL).read_bytes())
+    data[len(data) // 2] ^= 1
+    (copied / MODEL).write_bytes(data)
+    with pytest.raises(IntegrityError, match=r"has sha256 \w{12}…, the manifest says \w{12}…: the file was changed"):
+        Manifest.read(copied).check_file(copied, MODEL)
+
+
+def test_sha256_of_a_known_text(tmp_path: Path) -> None:
+    (tmp_path / "abc").write_bytes(b"abc")  # FIPS 180-2, appendix B.1
+    wanted = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256_of_file(tmp_path / "abc") == wanted
+
+
+def test_writing_replaces_at_the_end_only(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    for text in ("first", "second"):
+        with writing(path) as temporary:
+            temporary.write_text(text)
+            assert not path.exists() if text == "first" else path.read_text() == "first"
+    assert path.read_text() == "second"
+    assert names(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_a_block_that_raises_keeps_the_old_file(error: BaseException, tmp_path: Path) -> None:
+    def write_half() -> None:
+        with writing(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(type(error)):
+        write_half()
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("place", ["fsync", "replace"])
+def test_a_full_disk_keeps_the_old_file(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    monkeypatch.setattr(os, place, full)
+    with (
+        pytest.raises(KpError, match=r"can't write .*a\.txt: No space left on device; what was there before"),
+        writing(path) as temporary,
+    ):
+        temporary.write_text("new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_writing_under_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(KpError, match="can't write"), writing(tmp_path / "file" / "a.txt"):
+        pass  # the folder can't be made, the block is not reached
