@@ -16,16 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import BackendError, IntegrityError
-from kp_runtime.spec import FileEntry, Manifest, ModelSpec
+from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec
 
-__all__ = ["BACKENDS", "GOLDEN_NAME", "PRECISIONS", "Backend", "BackendReport", "open_backend"]
+__all__ = ["BACKENDS", "GOLDEN_NAME", "Backend", "BackendReport", "open_backend"]
 
 GOLDEN_NAME = "golden.npz"
 BACKENDS = ("ort-cpu",)
-PRECISIONS = ("int8", "fp32", "fp16")
-"""In the order of preference on a CPU: float16 has no fast arithmetic on most of them."""
+CPU_ORDER = ("int8", "fp32", "fp16")
+"""What ONNX Runtime runs on a CPU, best first: float16 has no fast arithmetic on most of them."""
 
-GOLDEN_TOLERANCE_PX = {"fp32": 0.02, "fp16": 0.5, "int8": 2.0}
+GOLDEN_TOLERANCE_PX = {"fp32": 0.02, "fp16": 0.5, "int8": 2.0, "int8-trt": 2.0}
 """Largest distance of a golden keypoint from PyTorch's answer, in pixels of the crop."""
 
 
@@ -95,7 +95,7 @@ def open_backend(
     Args:
         bundle: the bundle's folder, or one model file in it, which is then the one that runs.
         backend: `auto` or one of `BACKENDS`; a named one is never replaced by another.
-        precision: `auto` or one of `PRECISIONS`; a named one is never replaced by another.
+        precision: `auto` or one of `spec.PRECISIONS`; a named one is never replaced by another.
         threads: threads of the engine; None leaves the choice to it (all cores).
 
     Raises:
@@ -148,7 +148,7 @@ def _choose_file(folder: Path, manifest: Manifest, precision: str) -> tuple[str,
             raise BackendError(f"the bundle {folder} has no {precision} file, only {have}; kp export can add it")
         return *files[precision], ()
     rejected: list[str] = []
-    for wanted in PRECISIONS:
+    for wanted in CPU_ORDER:
         if wanted in files:
             return *files[wanted], tuple(rejected)
         rejected.append(f"{wanted}: not in the bundle")

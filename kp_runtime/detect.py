@@ -82,10 +82,12 @@ class HaarDetector:
                 f"OpenCV {cv2.__version__} has no Haar cascades (version 5 dropped them); "
                 "run: pip install 'opencv-python-headless<5', or use YuNet, or give the boxes"
             )
-        path = Path(cv2.data.haarcascades) / "haarcascade_frontalface_default.xml"
+        # the wheels from PyPI bring the cascades along, Debian and JetPack keep them in a system folder
+        folder = cv2.data.haarcascades if hasattr(cv2, "data") else "/usr/share/opencv4/haarcascades"
+        path = Path(folder) / "haarcascade_frontalface_default.xml"
         self._cascade = cv2.CascadeClassifier(str(path))
         if self._cascade.empty():
-            raise BackendError(f"OpenCV can't read its own cascade {path}; install opencv-python-headless again")
+            raise BackendError(f"OpenCV can't read the cascade {path}; install opencv-data or opencv-python-headless")
 
     def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
         """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""

@@ -22,6 +22,7 @@ from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
 
 __all__ = [
     "MANIFEST_NAME",
+    "PRECISIONS",
     "SCHEMA_VERSION",
     "FileEntry",
     "Manifest",
@@ -33,6 +34,8 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+PRECISIONS = ("fp32", "fp16", "int8", "int8-trt")
+"""Of files; `int8-trt` is the graph whose quantisation TensorRT can take."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class FileEntry:
         sha256: of the whole file, hexadecimal.
         bytes: its size.
         kind: `checkpoint`, `onnx`, `plan`, `golden` or `report`.
-        precision: `fp32`, `fp16` or `int8` where it applies.
+        precision: one of `PRECISIONS`, where it applies.
         parent_sha256: of the file that it was made from.
         made: how: tool, versions, options.
     """
@@ -93,8 +96,8 @@ class FileEntry:
     def __post_init__(self) -> None:
         if not (isinstance(self.sha256, str) and isinstance(self.bytes, int) and isinstance(self.kind, str)):
             raise BundleError(f"a file's sha256, bytes and kind must be text, a number and text; got {self}")
-        if self.precision not in (None, "fp32", "fp16", "int8"):
-            raise BundleError(f"a file's precision must be fp32, fp16 or int8, got {self.precision!r}")
+        if self.precision not in (None, *PRECISIONS):
+            raise BundleError(f"a file's precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
 
 @dataclass(frozen=True)

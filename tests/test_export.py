@@ -131,7 +131,7 @@ def test_an_export_keeps_what_it_does_not_make(copied: Path) -> None:
 
 def test_too_far_from_pytorch_fails_and_the_old_bundle_stays(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(copied)
-    monkeypatch.setitem(LIMITS, "fp32", Limit(max_px=-1.0, nme=0.0))
+    monkeypatch.setitem(LIMITS, "fp32", Limit(rise=0.0, max_px=-1.0))
     with pytest.raises(ParityError, match=r"model.fp32.onnx is too far .* the worst face is (lfw|astronaut)_\d+"):
         export_bundle(copied)
     assert contents(copied) == before
@@ -193,6 +193,19 @@ def test_parity_finds_the_worst_face_and_region() -> None:
     assert report.regions_px == pytest.approx({"jaw": 0, "brows": 0, "nose": 0, "eyes": 0, "mouth": 5 / 60})
     with pytest.raises(ParityError, match="the worst face is b"):
         check_parity(report, SIZE)
+
+
+def test_labels_show_a_rise_of_the_error() -> None:
+    crops = np.zeros((2, 1, SIZE, SIZE), np.uint8)
+    truth = np.zeros((2, 68, 2))
+    truth[:, 45, 0] = 20.0
+    right, off = truth.astype(np.float32), (truth + (0, 0.001)).astype(np.float32)
+    faces = FaceSet(("a", "b"), crops, "made up", truth)
+    report = parity(lambda c: right, lambda c: off, faces, file="f", precision="fp32")
+    assert report.rise == pytest.approx(0.001 / 20 * 100, rel=1e-3)
+    with pytest.raises(ParityError, match="rise of the NME 0.005 percentage points"):
+        check_parity(report, SIZE)
+    assert parity(lambda c: off, lambda c: right, faces, file="f", precision="fp32").rise < 0  # type: ignore[operator]
 
 
 def test_a_nan_is_as_far_as_can_be() -> None:
