@@ -101,7 +101,7 @@ def test_precision_that_is_asked_for_runs(asked: str, file: str, tmp_path: Path)
     ("arguments", "message"),
     [
         ({"backend": "tensorrt"}, "no backend 'tensorrt'; choose auto or ort-cpu"),
-        ({"precision": "bf16"}, "no precision 'bf16'; choose auto or int8, fp32, fp16"),
+        ({"precision": "bf16"}, "no precision 'bf16'; choose auto or fp32, fp16, int8, int8-trt"),
         ({"precision": "int8"}, "has no int8 file, only fp32; kp export can add it"),
         ({"threads": 0}, "threads must be 1 or more, or None.*got 0"),
         ({"threads": -2}, "threads must be 1 or more.*got -2"),

@@ -84,7 +84,7 @@ def test_missing_field(path: str, bundle: Path) -> None:
         ("sha256", 5, "sha256, bytes and kind must be"),
         ("bytes", "914", "sha256, bytes and kind must be"),
         ("kind", None, "sha256, bytes and kind must be"),
-        ("precision", "bf16", "precision must be one of, got 'bf16'"),
+        ("precision", "bf16", "precision must be one of fp32, fp16, int8, int8-trt, got 'bf16'"),
         ("precision", [], "precision must be"),
         ("colour", "red", "lacks a field of schema 1 or has a wrong one.*colour"),
     ],
