@@ -45,6 +45,14 @@ class Boxes(str, enum.Enum):
     detector = "detector"
 
 
+class Engine(str, enum.Enum):
+    """Whether `kp export` builds TensorRT plans."""
+
+    auto = "auto"
+    required = "required"
+    never = "never"
+
+
 class Split(str, enum.Enum):
     """Which faces `kp eval` measures."""
 
@@ -139,24 +147,82 @@ def evaluate(
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="A bundle's folder or its checkpoint.safetensors.")],
     fp16: Annotated[bool, typer.Option("--fp16", help="Also write a typed fp16 graph.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Also write int8 graphs, for the CPU and for TensorRT.")] = False,
+    calibration: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Labelled faces that set the ranges of int8. Repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The bundle to fill; the checkpoint's own when left out.")] = None,
-    data: Annotated[list[str] | None, typer.Option(
-        metavar="PATH", help="Your own labelled faces for the parity check; scikit-image's faces when left out.",
-    )] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Your labelled faces for the parity check; scikit-image's when left out."),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Build TensorRT plans too: if possible, or fail, or not.")
+    ] = Engine.auto,
     as_json: Json = False,
-) -> None:  # fmt: skip
-    """Export a checkpoint to ONNX and prove that the files predict what PyTorch does."""
+) -> None:
+    """Export a checkpoint to ONNX (and TensorRT), and prove that the files predict what PyTorch does."""
+    from kp_export.plan_from_onnx import plan_blocker
+    from kp_runtime.errors import ExportError
+
+    blocker = None if engine is Engine.never else plan_blocker()
+    if engine is Engine.required and blocker:
+        raise ExportError(f"no plan can be built here: {blocker}")
     from kp_export.bundle import export_bundle
     from kp_train.data import parse_source
 
-    sources = [parse_source(text) for text in data or []]
-    precisions = ("fp32", "fp16") if fp16 else ("fp32",)
-    report = export_bundle(checkpoint, out, precisions=precisions, sources=sources, step=_note)
+    report = export_bundle(
+        checkpoint,
+        out,
+        precisions=("fp32", *(["fp16"] * fp16), *(["int8", "int8-trt"] * int8)),
+        sources=[parse_source(text) for text in data or []],
+        calibration=[parse_source(text) for text in calibration or []],
+        step=_note,
+    )
+    plans = []
+    if engine is not Engine.never and not blocker:
+        from kp_export.plan_bundle import add_plan
+
+        wanted = [*(["fp16"] * fp16), *(["int8"] * int8)] or ["fp32"]
+        plans = [add_plan(report.bundle, precision, progress=_build_progress()) for precision in wanted]
     if as_json:
-        _print_json({"bundle": report.bundle, "parity": [dataclasses.asdict(p) for p in report.parity]})
+        rows = [dataclasses.asdict(p) for p in report.parity]
+        _print_json({"bundle": report.bundle, "parity": rows, "plans": [dataclasses.asdict(p) for p in plans]})
+    else:
+        _print_parity(report.parity)
+        typer.echo(f"bundle: {report.bundle}")
+        for plan in plans:
+            typer.echo(f"plan: {plan.file}")
+    if blocker:
+        _note(f"no TensorRT plan was built: {blocker}")
+
+
+@app.command()
+def plan(
+    bundle: Annotated[Path, typer.Argument(help="A bundle with ONNX files.")] = DEFAULT_BUNDLE,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8: the ONNX file that is built.")] = "fp16",
+    min_batch: Annotated[int, typer.Option(help="Fewest faces a call.")] = 1,
+    opt_batch: Annotated[int, typer.Option(help="The batch size that kernels are chosen for.")] = 8,
+    max_batch: Annotated[int, typer.Option(help="Most faces a call.")] = 32,
+    workspace_mib: Annotated[int, typer.Option(help="Most scratch memory that a kernel may take.")] = 1024,
+    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="For later TensorRTs too.")] = False,
+    hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible", help="For other GPUs too.")] = False,
+    dla_core: Annotated[int | None, typer.Option(help="Build for this DLA core; one batch size alone.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build a TensorRT plan from a bundle's ONNX file, on the device that will run it."""
+    from kp_export.plan_bundle import add_plan
+    from kp_export.plan_from_onnx import PlanOptions
+
+    options = PlanOptions(
+        min_batch, opt_batch, max_batch, workspace_mib, version_compatible, hardware_compatible, dla_core
+    )
+    report = add_plan(bundle, precision, options, progress=_build_progress())
+    if as_json:
+        _print_json(dataclasses.asdict(report))
         return
-    _print_parity(report.parity)
-    typer.echo(f"bundle: {report.bundle}")
+    typer.echo(f"{bundle / report.file}: {report.gpu}, TensorRT {report.tensorrt}, {report.seconds:g} s")
+    typer.echo(report.receipt)
 
 
 @app.command()
@@ -360,6 +426,20 @@ def _progress(text: str) -> Any:
     return track
 
 
+def _build_progress() -> Any:
+    """Tells TensorRT's phases on stderr, each tenth of one, where somebody looks."""
+    if not sys.stderr.isatty():
+        return None
+    seen: set[tuple[str, int]] = set()
+
+    def progress(phase: str, share: float) -> None:
+        if (phase, int(share * 10)) not in seen:
+            seen.add((phase, int(share * 10)))
+            print(f"\r{phase} {share:.0%}\033[K", end="", file=sys.stderr, flush=True)
+
+    return progress
+
+
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str))
 
@@ -395,12 +475,18 @@ def _print_accuracy(name: str, result: Any) -> None:
 
 def _print_parity(reports: Sequence[Any]) -> None:
     rows = [
-        (p.file, p.faces, *(f"{v:.4f}" for v in (p.mean_px, p.p99_px, p.max_px, p.nme, *p.regions_px.values())))
+        (
+            p.file,
+            p.faces,
+            *(f"{v:.4f}" for v in (p.mean_px, p.p99_px, p.max_px, p.nme)),
+            "" if p.rise is None else f"{p.rise:+.4f}",
+            *(f"{v:.4f}" for v in p.regions_px.values()),
+        )
         for p in reports
     ]
     regions = [f"{name} px" for name in reports[0].regions_px]
     title = f"distance to PyTorch on {reports[0].origin}"
-    _print_table(title, ("file", "faces", "mean px", "p99 px", "max px", "NME %", *regions), rows)
+    _print_table(title, ("file", "faces", "mean px", "p99 px", "max px", "NME %", "rise", *regions), rows)
 
 
 def _ms(time: Any) -> tuple[str, ...]:

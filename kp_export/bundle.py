@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from kp_export.int8_from_onnx import check_calibration, search_int8
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, onnx_from_checkpoint
+from kp_export.operators import check_operators
 from kp_export.parity import FaceSet, Parity, Predict, bundled_faces, check_parity, faces_from_sources, parity
+from kp_export.staging import staging
 from kp_runtime.backend import GOLDEN_NAME
 from kp_runtime.backend_ort import OrtCpuBackend
-from kp_runtime.errors import ExportError
+from kp_runtime.errors import DataError, ExportError
 from kp_runtime.geometry import boxes_from_points, crop_from_luma, matrices_from_boxes
-from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry, writing
+from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, ModelSpec, file_entry, writing
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Source
 from kp_train.model import KeypointNet
@@ -32,6 +35,7 @@ from kp_train.synthetic import drawn_face
 __all__ = ["ExportReport", "export_bundle", "predict_from_net"]
 
 PARITY_NAME = "parity.json"
+CALIBRATION_FACES = 256
 
 
 @dataclass(frozen=True)
@@ -49,51 +53,135 @@ def export_bundle(
     *,
     precisions: Sequence[str] = ("fp32",),
     sources: Sequence[Source] = (),
+    calibration: Sequence[Source] = (),
     step: Callable[[str], None] = lambda text: None,
 ) -> ExportReport:
     """Exports a checkpoint to ONNX and proves that each file predicts what PyTorch does.
 
     All files are made in a folder beside the bundle. Only when every one is within its limits
     does that folder take the bundle's place; on an error, a full disk or Ctrl-C the old bundle
-    stays as it was. Files of the old bundle that this export does not make are kept.
+    stays as it was. Files of the old bundle that this export does not make are kept where they
+    come from the same weights.
 
     Args:
         checkpoint: a bundle's folder or its `checkpoint.safetensors`.
         out: the bundle to fill; the checkpoint's own when None.
-        precisions: `fp32`, `fp16`.
+        precisions: of `fp32`, `fp16`, `int8`, `int8-trt`; `fp32` is always made.
         sources: the user's labelled faces for the parity check; scikit-image's when empty.
+        calibration: labelled faces for the ranges of int8. Without `sources`, every second one
+            of them is kept out of it and measures the accuracy.
         step: told what is being done.
 
     Raises:
         BundleError: the checkpoint can't be read.
-        ExportError: another export is at work in `out`, or the graph can't be made.
+        DataError: the calibration faces are too few, or no faces.
+        ExportError: another export is at work in `out`, or a graph can't be made.
         ParityError: a file is too far from PyTorch.
     """
     net, manifest = load_checkpoint(checkpoint)
+    if {"int8", "int8-trt"} & set(precisions) and not calibration:
+        raise ExportError("int8 needs real faces to find its ranges: give --calibration with labelled photos")
     own = checkpoint if checkpoint.is_dir() else checkpoint.parent
     target = (out or own).resolve()
-    with _staging(target) as stage:
+    with staging(target) as stage:
         if target != own.resolve():
             shutil.copyfile(own / CHECKPOINT_NAME, stage / CHECKPOINT_NAME)
-        faces = faces_from_sources(sources, manifest.spec) if sources else bundled_faces(manifest.spec)
-        kept = Manifest.read(stage).files if target.exists() and (stage / "manifest.json").exists() else {}
-        files = {CHECKPOINT_NAME: manifest.files[CHECKPOINT_NAME]}
-        reports = []
-        for precision in precisions:
-            step(f"ONNX {precision}")
-            name, entry = _export_onnx(net, manifest, stage, precision)
-            files[name] = entry
-            step(f"parity {precision}, {len(faces.names)} faces")
-            report = _file_parity(net, manifest.spec, stage / name, faces, precision)
-            check_parity(report, manifest.spec.size)
-            reports.append(report)
+        old = Manifest.read(stage).files if (stage / MANIFEST_NAME).exists() else {}
+        export = _Export(net, manifest, stage, *_face_sets(manifest.spec, sources, calibration), step)
+        for precision in ("fp32", *(p for p in precisions if p != "fp32")):
+            export.add(precision)
+        files = {CHECKPOINT_NAME: manifest.files[CHECKPOINT_NAME], **export.files}
         files[GOLDEN_NAME] = _write_golden(net, manifest, stage)
-        files[PARITY_NAME] = _write_parity(stage, reports)
-        files |= {name: entry for name, entry in kept.items() if name not in files and _fits(entry, manifest)}
+        files = _with_kept(files, old)
+        files[PARITY_NAME] = _write_parity(stage, export.reports, files)
         manifest = dataclasses.replace(manifest, files=files)
         manifest.write(stage)
-        _check_all(manifest, stage)
-    return ExportReport(target, manifest, tuple(reports))
+        for name in manifest.files:
+            manifest.check_file(stage, name)
+    return ExportReport(target, manifest, tuple(export.reports))
+
+
+@dataclass
+class _Export:
+    """An export at work: the files made so far and their parity."""
+
+    net: KeypointNet
+    manifest: Manifest
+    stage: Path
+    faces: FaceSet
+    calibration: FaceSet | None
+    step: Callable[[str], None]
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    reports: list[Parity] = field(default_factory=list)
+
+    def add(self, precision: str) -> None:
+        """Makes one file, checks its operators and its parity, and notes it."""
+        path = self.stage / f"model.{precision}.onnx"
+        parent = self.manifest.files[CHECKPOINT_NAME].sha256
+        if precision.startswith("int8"):
+            made = self._int8(path, precision)
+        else:
+            self.step(f"ONNX {precision}")
+            onnx_from_checkpoint(self.net, self.manifest.spec, path, precision=precision, checkpoint_sha256=parent)
+            self.step(f"parity {precision}, {len(self.faces.names)} faces")
+            self.reports.append(self._measure(path, precision))
+            check_parity(self.reports[-1], self.manifest.spec.size)
+            made = {"by": "onnx_from_checkpoint", "opset": OPSET, "ir_version": IR_VERSION, "torch": torch.__version__}
+        if precision != "int8":  # that one is for ONNX Runtime alone
+            check_operators(path)
+        made["onnx"] = onnx.__version__
+        self.files[path.name] = file_entry(path, "onnx", precision=precision, parent_sha256=parent, made=made)
+
+    def _int8(self, path: Path, precision: str) -> dict[str, Any]:
+        assert self.calibration is not None  # asked for at the start of the export
+        check_calibration(self.calibration, predict_from_net(self.net))
+        report = search_int8(
+            self.stage / "model.fp32.onnx",
+            path,
+            precision=precision,
+            calibration=self.calibration,
+            measure=lambda file: self._measure(file, precision),
+            size=self.manifest.spec.size,
+            step=self.step,
+        )
+        self.reports.append(report.parity)
+        return {
+            "by": "int8_from_onnx",
+            "onnxruntime": onnxruntime.__version__,
+            "choice": dataclasses.asdict(report.choice),
+            "rejected": list(report.rejected),
+            "calibration": {
+                "origin": self.calibration.origin,
+                "images": [Path(n).name for n in self.calibration.names],
+            },
+        }
+
+    def _measure(self, path: Path, precision: str) -> Parity:
+        candidate = OrtCpuBackend(path, self.manifest.spec).infer
+        return parity(predict_from_net(self.net), candidate, self.faces, file=path.name, precision=precision)
+
+
+def _face_sets(
+    spec: ModelSpec, sources: Sequence[Source], calibration: Sequence[Source]
+) -> tuple[FaceSet, FaceSet | None]:
+    """The faces that parity is measured on, and those that int8 is calibrated on."""
+    if not calibration:
+        return (faces_from_sources(sources, spec) if sources else bundled_faces(spec)), None
+    if sources:
+        return faces_from_sources(sources, spec), faces_from_sources(calibration, spec, CALIBRATION_FACES)
+    even = [dataclasses.replace(source, faces=source.faces[::2]) for source in calibration]
+    odd = [dataclasses.replace(source, faces=source.faces[1::2]) for source in calibration]
+    if not any(source.faces for source in odd):
+        raise DataError("int8 needs more than one face to calibrate on")
+    return faces_from_sources(odd, spec), faces_from_sources(even, spec, CALIBRATION_FACES)
+
+
+def _with_kept(files: dict[str, FileEntry], old: dict[str, FileEntry]) -> dict[str, FileEntry]:
+    """The new files, and the old bundle's that were made from one of them or of each other."""
+    for name, entry in old.items():
+        if name not in files and entry.parent_sha256 in {known.sha256 for known in files.values()}:
+            files = files | {name: entry}
+    return files
 
 
 def predict_from_net(net: KeypointNet) -> Predict:
@@ -107,25 +195,6 @@ def predict_from_net(net: KeypointNet) -> Predict:
     return predict
 
 
-def _export_onnx(net: KeypointNet, manifest: Manifest, stage: Path, precision: str) -> tuple[str, FileEntry]:
-    name = f"model.{precision}.onnx"
-    checkpoint = manifest.files[CHECKPOINT_NAME].sha256
-    onnx_from_checkpoint(net, manifest.spec, stage / name, precision=precision, checkpoint_sha256=checkpoint)
-    made = {
-        "by": "onnx_from_checkpoint",
-        "opset": OPSET,
-        "ir_version": IR_VERSION,
-        "torch": torch.__version__,
-        "onnx": onnx.__version__,
-    }
-    return name, file_entry(stage / name, "onnx", precision=precision, parent_sha256=checkpoint, made=made)
-
-
-def _file_parity(net: KeypointNet, spec: ModelSpec, path: Path, faces: FaceSet, precision: str) -> Parity:
-    backend = OrtCpuBackend(path, spec)
-    return parity(predict_from_net(net), backend.infer, faces, file=path.name, precision=precision)
-
-
 def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntry:
     """A drawn face and PyTorch's keypoints of it, which every backend has to repeat."""
     image, xy = drawn_face(np.random.default_rng(68), (300, 300))
@@ -137,79 +206,13 @@ def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntr
     return file_entry(stage / GOLDEN_NAME, "golden", parent_sha256=manifest.files[CHECKPOINT_NAME].sha256)
 
 
-def _write_parity(stage: Path, reports: Sequence[Parity]) -> FileEntry:
+def _write_parity(stage: Path, reports: Sequence[Parity], files: dict[str, FileEntry]) -> FileEntry:
+    """Writes all files' parity: the new ones', and what was known of those that were kept."""
+    rows = [dataclasses.asdict(report) for report in reports]
+    made = {report.file for report in reports}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        old = json.loads((stage / PARITY_NAME).read_text(encoding="utf-8"))
+        rows += [row for row in old if row["file"] in files and row["file"] not in made]
     with writing(stage / PARITY_NAME) as temporary:
-        temporary.write_text(json.dumps([dataclasses.asdict(r) for r in reports], indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return file_entry(stage / PARITY_NAME, "report")
-
-
-def _fits(entry: FileEntry, manifest: Manifest) -> bool:
-    """Whether a file of the old bundle was made from the same checkpoint."""
-    return entry.parent_sha256 == manifest.files[CHECKPOINT_NAME].sha256
-
-
-def _check_all(manifest: Manifest, stage: Path) -> None:
-    for name in manifest.files:
-        manifest.check_file(stage, name)
-
-
-@contextlib.contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, filled with links to its files, that takes its place at the end."""
-    stage = target.with_name(f".{target.name}.new")
-    old = target.with_name(f".{target.name}.old")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f".{target.name}.lock"), target):
-            if old.exists() and not target.exists():
-                os.replace(old, target)  # an export that was killed between its two last moves
-            for stale in (stage, old):
-                shutil.rmtree(stale, ignore_errors=True)
-            if target.exists():
-                shutil.copytree(target, stage, copy_function=_link_or_copy)
-            else:
-                stage.mkdir()
-            try:
-                yield stage
-                _swap(stage, target, old)
-            finally:
-                shutil.rmtree(stage, ignore_errors=True)
-    except OSError as error:
-        raise ExportError(
-            f"can't write the bundle {target}: {error.strerror or error}; what was there before is unchanged"
-        ) from error
-
-
-def _swap(stage: Path, target: Path, old: Path) -> None:
-    """Puts `stage` where `target` is; on an error `target` is back in its place."""
-    if not target.exists():
-        os.replace(stage, target)
-        return
-    os.replace(target, old)
-    try:
-        os.replace(stage, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    """Files are replaced, never changed in place, so a link to the old one is as good as a copy."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, target: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ExportError(f"another export is at work on {target}; wait for it to end") from error
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 OLDEST = (10, 3)
-BUILD_THERE = "a plan is built on the device that runs it, there: kp export BUNDLE --fp16 --engine trt"
+BUILD_THERE = "a plan is built on the device that runs it, there: kp plan BUNDLE --precision fp16"
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,7 @@ def plan_name(precision: str, device: CudaDevice, tensorrt_version: str) -> str:
 
 def rebuild_command(options: PlanOptions, precision: str) -> str:
     """The project's command that builds such a plan; BUNDLE stands for the bundle's folder."""
-    words = ["kp export BUNDLE --engine trt"]
-    words += [f"--{precision}"] if precision != "fp32" else []
+    words = [f"kp plan BUNDLE --precision {precision}"]
     for name, value in asdict(options).items():
         if value != getattr(PlanOptions, name):
             flag = "--" + name.replace("_", "-")

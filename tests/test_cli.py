@@ -14,7 +14,7 @@ import pytest
 import kp_cli
 from kp_runtime.spec import Manifest
 
-COMMANDS = ("train", "eval", "export", "predict", "bench", "inspect")
+COMMANDS = ("train", "eval", "export", "plan", "predict", "bench", "inspect")
 
 
 def kp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

@@ -15,6 +15,7 @@ import torch
 import kp_export.bundle
 from kp_export.bundle import export_bundle, predict_from_net
 from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
+from kp_export.staging import staging
 from kp_runtime.backend import open_backend
 from kp_runtime.errors import ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec
@@ -158,7 +159,7 @@ def test_an_interrupted_export_leaves_the_old_bundle(
 def test_an_export_killed_between_its_last_moves_is_mended(copied: Path) -> None:
     before = contents(copied)
     copied.rename(copied.with_name(".bundle.old"))
-    with kp_export.bundle._staging(copied) as stage:
+    with staging(copied) as stage:
         assert contents(stage) == before
     assert contents(copied) == before
 

@@ -258,11 +258,10 @@ def test_name() -> None:
 
 
 def test_rebuild_command_names_what_is_not_the_default() -> None:
-    assert rebuild_command(PlanOptions(), "fp32") == "kp export BUNDLE --engine trt"
+    assert rebuild_command(PlanOptions(), "fp32") == "kp plan BUNDLE --precision fp32"
     options = PlanOptions(4, 4, 4, version_compatible=True, dla_core=0)
     assert rebuild_command(options, "fp16") == (
-        "kp export BUNDLE --engine trt --fp16 --min-batch 4 --opt-batch 4 --max-batch 4 --version-compatible "
-        "--dla-core 0"
+        "kp plan BUNDLE --precision fp16 --min-batch 4 --opt-batch 4 --max-batch 4 --version-compatible --dla-core 0"
     )
 
 
@@ -290,7 +289,7 @@ def test_blocker_is_one_line_with_the_next_step(monkeypatch: pytest.MonkeyPatch,
     reason = plan_blocker(trt)
     assert reason is not None
     assert reason.startswith("there is no CUDA device 0")
-    assert reason.endswith("kp export BUNDLE --fp16 --engine trt")
+    assert reason.endswith("kp plan BUNDLE --precision fp16")
     assert "\n" not in reason
 
 

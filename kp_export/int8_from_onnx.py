@@ -1,0 +1,226 @@
+"""INT8 ONNX files from the fp32 one: Q/DQ nodes by onnxruntime's quantiser, in two graphs.
+
+The two engines want different things. ONNX Runtime's CPU kernels are fast with uint8 activations
+and quantise the residual sums too. TensorRT takes signed, symmetric types alone (zero point 0),
+wants biases in float, and fuses convolution, sum and ReLU into one kernel when only what enters
+a convolution is quantised: the shortcut of a block is then the same quantised tensor. Pooling
+and the head stay in float32 in both.
+
+Weights of the CPU graph have 7 bits. x86 processors without VNNI add pairs of products of uint8
+and int8 in 16 bits, which 8-bit weights overflow: the same file would give other keypoints there.
+
+What is tried, in order, is `CHOICES`; the first that is within the limits of `parity` is kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from kp_export.parity import FaceSet, Parity, check_parity
+from kp_runtime.errors import DataError, ExportError, ParityError
+from kp_runtime.spec import writing
+from kp_train.metrics import point_errors
+
+__all__ = ["CHOICES", "Int8Choice", "Int8Report", "check_calibration", "int8_from_onnx", "search_int8"]
+
+LEAST_FACES = 32
+WORST_FACE_NME = 0.15
+"""Faces that the fp32 network misses by more are none, or are labelled otherwise."""
+
+
+@dataclass(frozen=True)
+class Int8Choice:
+    """One way to quantise.
+
+    Attributes:
+        method: how ranges are found: `minmax`, or `percentile` (99.99% of the values).
+        float_layers: how many convolutions from the input on stay in float32.
+    """
+
+    method: str
+    float_layers: int = 0
+
+
+CHOICES = (
+    Int8Choice("minmax"),
+    Int8Choice("percentile"),
+    Int8Choice("minmax", float_layers=1),
+    Int8Choice("percentile", float_layers=1),
+    Int8Choice("percentile", float_layers=5),
+)
+
+
+@dataclass(frozen=True)
+class Int8Report:
+    """What the search chose and what it left: each try's choice and why it was not kept."""
+
+    choice: Int8Choice
+    parity: Parity
+    rejected: tuple[str, ...]
+
+
+def check_calibration(faces: FaceSet, fp32: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> None:
+    """Refuses what are no labelled real faces: too few, no labels, or faces the network does not know.
+
+    Raises:
+        DataError: with the number that is wrong.
+    """
+    if len(faces.names) < LEAST_FACES:
+        raise DataError(
+            f"int8 needs {LEAST_FACES} or more faces to calibrate on, {faces.origin} has {len(faces.names)}"
+        )
+    if faces.xy_crop is None:
+        raise DataError(f"int8 needs faces with labels, {faces.origin} has none: its gate is the accuracy")
+    sample = slice(0, 64)
+    nme = float(np.median(point_errors(fp32(faces.crops[sample]), faces.xy_crop[sample]).mean(axis=1)))
+    if not nme <= WORST_FACE_NME:
+        raise DataError(
+            f"{faces.origin} does not look like faces: the fp32 network misses its labels by {nme:.0%} of the eye "
+            "distance; calibrate on photos of the kind that the model will see"
+        )
+
+
+def search_int8(
+    fp32: Path,
+    out: Path,
+    *,
+    precision: str,
+    calibration: FaceSet,
+    measure: Callable[[Path], Parity],
+    size: int,
+    step: Callable[[str], None] = lambda text: None,
+) -> Int8Report:
+    """Quantises in the ways of `CHOICES` until one is within its limits.
+
+    Args:
+        fp32: the bundle's fp32 ONNX file.
+        out: where the chosen graph goes.
+        precision: `int8` (ONNX Runtime on a CPU) or `int8-trt` (TensorRT).
+        calibration: the faces whose values set the ranges.
+        measure: gives a file's parity on faces that are not the calibration's.
+        size: side of the crops.
+        step: told what is tried.
+
+    Raises:
+        ParityError: none of the choices is within the limits; names each one's reason.
+    """
+    rejected: list[str] = []
+    for choice in CHOICES:
+        step(f"ONNX {precision}, {choice.method}, {choice.float_layers} convolutions in float32")
+        int8_from_onnx(fp32, out, precision=precision, calibration=calibration, choice=choice)
+        report = measure(out)
+        try:
+            check_parity(report, size)
+        except ParityError as error:
+            rejected.append(f"{choice.method}, {choice.float_layers} in float32: {error}")
+            continue
+        return Int8Report(choice, report, tuple(rejected))
+    raise ParityError(f"no way to quantise keeps the accuracy of {precision}: " + " | ".join(rejected))
+
+
+def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSet, choice: Int8Choice) -> None:
+    """Writes one quantised graph; the same inputs give the same bytes.
+
+    Args:
+        fp32: the fp32 ONNX file.
+        out: where to write.
+        precision: `int8` or `int8-trt`.
+        calibration: the faces whose values set the ranges.
+        choice: how.
+
+    Raises:
+        ExportError: the quantiser fails or the graph is not valid.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    cpu = precision == "int8"
+    options: dict[str, Any] = {"WeightSymmetric": True}
+    if choice.method == "percentile":
+        options["CalibPercentile"] = 99.99
+    if not cpu:
+        options |= {
+            "ActivationSymmetric": True,
+            "QuantizeBias": False,
+            "OpTypesToExcludeOutputQuantization": ["Conv"],
+        }
+    model = onnx.load(fp32)
+    convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        quantised = Path(folder) / "int8.onnx"
+        try:
+            quantize_static(
+                str(fp32),
+                str(quantised),
+                _Reader(calibration.crops),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "Relu", "MaxPool", "Add"] if cpu else ["Conv"],
+                per_channel=True,
+                reduce_range=cpu,
+                activation_type=QuantType.QUInt8 if cpu else QuantType.QInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_exclude=convolutions[: choice.float_layers],
+                calibrate_method=CalibrationMethod.Percentile if "CalibPercentile" in options else CalibrationMethod.MinMax,
+                extra_options=options,
+            )  # fmt: skip
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ExportError(f"onnxruntime's quantiser fails on {fp32.name}: {error}") from error
+        result = onnx.load(quantised)
+    _finish(result, model, precision)
+    with writing(out) as temporary:
+        temporary.write_bytes(result.SerializeToString(deterministic=True))
+
+
+class _Reader:
+    """Calibration crops in batches, as onnxruntime asks for them."""
+
+    def __init__(self, crops: NDArray[np.uint8], batch: int = 32) -> None:
+        self._batches: Iterator[dict[str, NDArray[np.uint8]]] = (
+            {"crops": crops[i : i + batch]} for i in range(0, len(crops), batch)
+        )
+
+    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
+        return next(self._batches, None)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the quantiser: it prints its histograms and logs advice that does not fit here."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _finish(result: Any, fp32: Any, precision: str) -> None:
+    """Gives the quantised graph the fp32 file's metadata, and checks it."""
+    del result.metadata_props[:]
+    metadata = {item.key: item.value for item in fp32.metadata_props} | {"kp.precision": precision}
+    onnx.helper.set_model_props(result, metadata)
+    result.producer_name, result.producer_version = fp32.producer_name, ""
+    result.ir_version = fp32.ir_version
+    # the quantiser declares its own domains even where no node is of them
+    used = {node.domain for node in result.graph.node}
+    kept = [entry for entry in result.opset_import if entry.domain in used]
+    del result.opset_import[:]
+    result.opset_import.extend(kept)
+    try:
+        onnx.checker.check_model(result, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError(f"the quantised graph is not valid ONNX: {error}") from error

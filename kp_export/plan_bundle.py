@@ -1,0 +1,75 @@
+"""A plan into a bundle: `kp plan`, and what `kp export --engine` does. Needs neither torch nor onnx."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from kp_export.cuda_device import CudaDevice, cuda_device
+from kp_export.plan_builder import Progress
+from kp_export.plan_from_onnx import PlanOptions, PlanReport, plan_from_onnx, plan_name, tensorrt_module
+from kp_export.staging import staging
+from kp_runtime.errors import BackendError
+from kp_runtime.spec import Manifest, file_entry
+
+__all__ = ["add_plan"]
+
+ONNX_OF = {"fp32": "fp32", "fp16": "fp16", "int8": "int8-trt"}
+"""A plan's precision to that of the ONNX file it is built from."""
+
+
+def add_plan(
+    bundle: Path,
+    precision: str,
+    options: PlanOptions | None = None,
+    *,
+    trt: Any = None,
+    device: CudaDevice | None = None,
+    progress: Progress | None = None,
+) -> PlanReport:
+    """Builds a plan from the bundle's ONNX file and enters it in the manifest.
+
+    The bundle is replaced when the plan is complete and its precision was proven; until then, and
+    on any error, it stays as it was, but for the build's log beside its files.
+
+    Args:
+        bundle: the bundle's folder.
+        precision: `fp32`, `fp16` or `int8`.
+        options: batch sizes, memory, compatibility; the defaults when None.
+        trt: the module tensorrt; imported when None.
+        device: the CUDA device; the first one when None.
+        progress: told each phase's name and how far it is, 0 to 1.
+
+    Raises:
+        BundleError: the bundle or its ONNX file can't be used.
+        BackendError: TensorRT, a CUDA device, or an ONNX file of this precision is missing.
+        ExportError: the plan can't be built, or does not compute in this precision.
+    """
+    bundle = bundle.resolve()
+    manifest = Manifest.read(bundle)
+    source = f"model.{ONNX_OF.get(precision, precision)}.onnx"
+    if source not in manifest.files:
+        raise BackendError(
+            f"{bundle} has no {source} to build a {precision} plan from; kp export --{precision} makes it"
+        )
+    trt = trt if trt is not None else tensorrt_module()
+    device = device or cuda_device()
+    name = plan_name(precision, device, trt.__version__)
+    with staging(bundle) as stage:
+        report = plan_from_onnx(
+            manifest.check_file(stage, source),
+            stage / name,
+            options,
+            precision=precision,
+            trt=trt,
+            device=device,
+            progress=progress,
+            log_path=bundle / f"{name}.log",
+        )
+        made = {"by": "plan_from_onnx"} | dataclasses.asdict(report)
+        entry = file_entry(
+            stage / name, "plan", precision=precision, parent_sha256=manifest.files[source].sha256, made=made
+        )
+        dataclasses.replace(manifest, files=manifest.files | {name: entry}).write(stage)
+    return report

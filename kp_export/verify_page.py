@@ -1,0 +1,195 @@
+"""The page of `kp verify`: numbers, verdicts and the worst faces in one HTML file without links.
+
+Everything that stands in the page is inside it: styles, and pictures as data URIs. All text from
+outside (names of files, faces and models, reasons) is escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_export.parity import LIMITS, Limit
+from kp_export.verify import FileVerdict, Verification
+from kp_runtime.scheme68 import REGIONS
+from kp_runtime.spec import writing
+
+__all__ = ["verification_page"]
+
+CELL = 320
+WORST = 12
+_SHIFT = 4  # OpenCV's drawing takes positions in sixteenths of a pixel
+_GREEN, _RED, _RING = (90, 210, 60), (60, 60, 250), (60, 220, 255)
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1b2024; --paper: #fff; --soft: #5b666e; --line: #d8dde1;
+  --good: #17693a; --bad: #b3261e; --open: #8a5a00 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ea; --paper: #14181b; --soft: #9aa6ae; --line: #343c42;
+    --good: #6fd197; --bad: #ff8f85; --open: #f0bd5b } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1400px; margin: 0 auto; padding: 1.5rem }
+h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem }
+p { margin: .3rem 0 } .soft, figcaption, small { color: var(--soft) } small { overflow-wrap: anywhere }
+.wide { overflow-x: auto } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th { font-weight: 600; color: var(--soft) } :is(th, td):is(:first-child, .text) { text-align: left }
+.hash { font: 12px/1.4 ui-monospace, monospace }
+.passed { color: var(--good) } .failed { color: var(--bad) } .not-run { color: var(--open) }
+:is(.passed, .failed, .not-run) { font-weight: 600 }
+.faces { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1rem }
+figure { margin: 0 } img { width: 100%; height: auto; display: block; border-radius: 4px }
+figcaption { font-size: 13px; overflow-wrap: anywhere }
+"""
+
+
+def verification_page(verification: Verification, path: Path) -> Path:
+    """Writes the page: hashes, the table, and for each file that ran its worst faces drawn.
+
+    PyTorch's points are green, the file's own smaller ones red on top; the worst is ringed.
+    """
+    name = f"{verification.bundle.resolve().name}: verification"
+    body = [_header(verification), _hashes(verification), _table(verification), _reasons(verification)]
+    body += [_worst_faces(verification, file) for file in verification.files]
+    page = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(name)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+{"".join(body)}</body>
+</html>
+"""
+    with writing(path) as temporary:
+        # a file name may hold bytes that are no text
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    return path
+
+
+def _header(verification: Verification) -> str:
+    spec, faces = verification.spec, verification.faces
+    contract = (
+        f"{spec.name}: {spec.points} points ({spec.scheme}), {spec.size} px crops, "
+        f"margin {spec.margin:g}, boxes {spec.box}"
+    )
+    word = "passed" if verification.passed else "failed"
+    return (
+        f"<h1>{escape(verification.bundle.resolve().name)} <span class={word}>{word}</span></h1>\n"
+        f"<p>{escape(contract)}</p>\n"
+        f"<p>Each file beside the checkpoint in PyTorch on {len(faces.names)} faces: {escape(faces.origin)}</p>\n"
+    )
+
+
+def _hashes(verification: Verification) -> str:
+    rows = [("PyTorch's checkpoint", verification.checkpoint_sha256)]
+    rows += [(file.file, file.entry.sha256) for file in verification.files]
+    cells = [f"<tr><td>{escape(name)}</td><td class='text hash'>{escape(digest)}</td></tr>" for name, digest in rows]
+    return f"<div class=wide><table><tr><th>file</th><th class=text>sha256</th></tr>{''.join(cells)}</table></div>\n"
+
+
+def _table(verification: Verification) -> str:
+    columns = ("mean px", "p99 px", "max px", "NME distance %", "NME rise, points", *(f"{r} px" for r in REGIONS))
+    head = f"<tr><th>file</th><th class=text>precision</th><th>faces</th>{_cells('th', columns)}<th>verdict</th></tr>"
+    precisions = dict.fromkeys(file.entry.precision or "" for file in verification.files if file.parity)
+    limits = "; ".join(f"{name}: {_limit(LIMITS[name])}" for name in precisions)
+    return (
+        f"<h2>Distance to PyTorch, in pixels of the crop</h2>\n<div class=wide><table>{head}"
+        f"{''.join(map(_row, verification.files))}</table></div>\n"
+        + (f"<p class=soft>Limits, pixels for a crop of 224 px: {escape(limits)}.</p>\n" if limits else "")
+    )
+
+
+def _row(file: FileVerdict) -> str:
+    measured, count = file.parity, 5 + len(REGIONS)
+    numbers: Sequence[str] = [""] * count
+    if measured is not None:
+        values = (measured.mean_px, measured.p99_px, measured.max_px, measured.nme)
+        rise = "no labels" if measured.rise is None else f"{measured.rise:+.5f}"
+        numbers = [*(f"{v:.5f}" for v in values), rise, *(f"{measured.regions_px[name]:.5f}" for name in REGIONS)]
+    start = f"<td>{escape(file.file)}</td><td class=text>{escape(file.entry.precision or '')}</td>"
+    faces = measured.faces if measured else ""
+    kind = file.verdict.replace(" ", "-")
+    return f"<tr>{start}<td>{faces}</td>{_cells('td', numbers)}<td class={kind}>{file.verdict}</td></tr>"
+
+
+def _cells(tag: str, texts: Iterable[str]) -> str:
+    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+
+
+def _limit(limit: Limit) -> str:
+    bounds = [("worst point", limit.max_px, "px"), ("99th percentile", limit.p99_px, "px")]
+    parts = [f"{what} {most:g} {unit}" for what, most, unit in bounds if math.isfinite(most)]
+    return ", ".join([*parts, f"rise of the NME {limit.rise:g} percentage points"])
+
+
+def _reasons(verification: Verification) -> str:
+    return "".join(
+        f"<p><span class={file.verdict.replace(' ', '-')}>{escape(file.file)}</span> {escape(file.reason)}</p>\n"
+        for file in verification.files
+        if file.reason
+    )
+
+
+def _worst_faces(verification: Verification, file: FileVerdict) -> str:
+    if file.keypoints is None:
+        return ""
+    distance = np.linalg.norm(file.keypoints.astype(np.float64) - verification.reference, axis=-1)
+    distance = np.where(np.isfinite(distance), distance, np.inf)
+    order = np.argsort(-distance.max(axis=1), kind="stable")[:WORST].tolist()
+    figures = []
+    for i in order:
+        point = int(distance[i].argmax())
+        picture = _picture(verification.faces.crops[i, 0], verification.reference[i], file.keypoints[i], point)
+        name = verification.faces.names[i]
+        figures.append(
+            f'<figure><img alt="crop with both sets of points" src="data:image/jpeg;base64,{picture}">'
+            f"<figcaption>point {point + 1}: {distance[i, point]:.4g} px, mean {distance[i].mean():.4g} px<br>"
+            f'<span title="{escape(name)}">{escape(Path(name).name)}</span></figcaption></figure>\n'
+        )
+    legend = "PyTorch green, the file red on top of it, the worst point ringed (numbered from 1, as iBUG does)"
+    return (
+        f"<h2>{escape(file.file)}: the {len(order)} worst faces</h2>\n<p class=soft>{legend}</p>\n"
+        f"<div class=faces>\n{''.join(figures)}</div>\n"
+    )
+
+
+def _picture(crop: NDArray[np.uint8], wanted: NDArray[np.float32], got: NDArray[np.float32], worst: int) -> str:
+    """An enlarged crop with both sets of points, as base64 of a JPEG."""
+    scale = CELL / crop.shape[0]
+    enlarged = cv2.resize(crop, (CELL, CELL), interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
+    canvas = cv2.cvtColor(enlarged, cv2.COLOR_GRAY2BGR)
+    for xy, color, radius in ((wanted, _GREEN, 2.8), (got, _RED, 1.5)):
+        for point in xy:
+            _circle(canvas, point, scale, color, radius, -1)
+    ringed = got[worst] if np.isfinite(got[worst]).all() else wanted[worst]
+    _circle(canvas, ringed, scale, _RING, 9, 2)
+    # without 4:4:4 the colours of such small dots run
+    options = [cv2.IMWRITE_JPEG_QUALITY, 88, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    return base64.b64encode(cv2.imencode(".jpg", canvas, options)[1].tobytes()).decode("ascii")
+
+
+def _circle(
+    canvas: NDArray[np.uint8],
+    xy: NDArray[np.float32],
+    scale: float,
+    color: tuple[int, int, int],
+    radius: float,
+    thickness: int,
+) -> None:
+    """A circle at a point of the crop; nothing for a point that is not finite."""
+    if not np.isfinite(xy).all():
+        return
+    # an integer is a pixel's centre in the crop and in the enlarged one
+    centre = ((xy.astype(np.float64) + 0.5) * scale - 0.5) * 2**_SHIFT
+    x, y = np.clip(np.rint(centre), -(2**20), 2**20).astype(int).tolist()
+    cv2.circle(canvas, (x, y), round(radius * 2**_SHIFT), color, thickness, cv2.LINE_AA, _SHIFT)
