@@ -78,9 +78,7 @@ def check_calibration(faces: FaceSet, fp32: Callable[[NDArray[np.uint8]], NDArra
         DataError: with the number that is wrong.
     """
     if len(faces.names) < LEAST_FACES:
-        raise DataError(
-            f"int8 needs {LEAST_FACES} or more faces to calibrate on, {faces.origin} has {len(faces.names)}"
-        )
+        raise DataError(f"int8 is calibrated on {LEAST_FACES} or more faces, {faces.origin} has {len(faces.names)}")
     if faces.xy_crop is None:
         raise DataError(f"int8 needs faces with labels, {faces.origin} has none: its gate is the accuracy")
     sample = slice(0, 64)
@@ -146,9 +144,9 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     cpu = precision == "int8"
-    options: dict[str, Any] = {"WeightSymmetric": True}
-    if choice.method == "percentile":
-        options["CalibPercentile"] = 99.99
+    percentile = choice.method == "percentile"
+    method = CalibrationMethod.Percentile if percentile else CalibrationMethod.MinMax
+    options: dict[str, Any] = {"WeightSymmetric": True} | ({"CalibPercentile": 99.99} if percentile else {})
     if not cpu:
         options |= {
             "ActivationSymmetric": True,
@@ -171,9 +169,9 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
                 activation_type=QuantType.QUInt8 if cpu else QuantType.QInt8,
                 weight_type=QuantType.QInt8,
                 nodes_to_exclude=convolutions[: choice.float_layers],
-                calibrate_method=CalibrationMethod.Percentile if "CalibPercentile" in options else CalibrationMethod.MinMax,
+                calibrate_method=method,
                 extra_options=options,
-            )  # fmt: skip
+            )
         except (RuntimeError, ValueError, TypeError) as error:
             raise ExportError(f"onnxruntime's quantiser fails on {fp32.name}: {error}") from error
         result = onnx.load(quantised)

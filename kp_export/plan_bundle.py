@@ -10,7 +10,7 @@ from kp_export.cuda_device import CudaDevice, cuda_device
 from kp_export.plan_builder import Progress
 from kp_export.plan_from_onnx import PlanOptions, PlanReport, plan_from_onnx, plan_name, tensorrt_module
 from kp_export.staging import staging
-from kp_runtime.errors import BackendError
+from kp_runtime.errors import BackendError, ExportError
 from kp_runtime.spec import Manifest, file_entry
 
 __all__ = ["add_plan"]
@@ -46,13 +46,13 @@ def add_plan(
         BackendError: TensorRT, a CUDA device, or an ONNX file of this precision is missing.
         ExportError: the plan can't be built, or does not compute in this precision.
     """
+    if precision not in ONNX_OF:
+        raise ExportError(f"a plan's precision must be one of {', '.join(ONNX_OF)}, got {precision!r}")
     bundle = bundle.resolve()
     manifest = Manifest.read(bundle)
-    source = f"model.{ONNX_OF.get(precision, precision)}.onnx"
+    source = f"model.{ONNX_OF[precision]}.onnx"
     if source not in manifest.files:
-        raise BackendError(
-            f"{bundle} has no {source} to build a {precision} plan from; kp export --{precision} makes it"
-        )
+        raise BackendError(f"{bundle} has no {source} to build the plan from; kp export --{precision} makes it")
     trt = trt if trt is not None else tensorrt_module()
     device = device or cuda_device()
     name = plan_name(precision, device, trt.__version__)
