@@ -2,9 +2,9 @@
 
 The two engines want different things. ONNX Runtime's CPU kernels are fast with uint8 activations
 and quantise the residual sums too. TensorRT takes signed, symmetric types alone (zero point 0),
-wants biases in float, and fuses convolution, sum and ReLU into one kernel when only what enters
-a convolution is quantised: the shortcut of a block is then the same quantised tensor. Pooling
-and the head stay in float32 in both.
+wants biases in float, and fuses convolution, sum and ReLU into one kernel when what enters a
+convolution and the block's shortcut are quantised, and the convolution's own output is not.
+Pooling and the head stay in float32 in both.
 
 Weights of the CPU graph have 7 bits. x86 processors without VNNI add pairs of products of uint8
 and int8 in 16 bits, which 8-bit weights overflow: the same file would give other keypoints there.
@@ -148,11 +148,7 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
     method = CalibrationMethod.Percentile if percentile else CalibrationMethod.MinMax
     options: dict[str, Any] = {"WeightSymmetric": True} | ({"CalibPercentile": 99.99} if percentile else {})
     if not cpu:
-        options |= {
-            "ActivationSymmetric": True,
-            "QuantizeBias": False,
-            "OpTypesToExcludeOutputQuantization": ["Conv"],
-        }
+        options |= {"ActivationSymmetric": True, "QuantizeBias": False}
     model = onnx.load(fp32)
     convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
     with tempfile.TemporaryDirectory() as folder, _quiet():
@@ -175,6 +171,8 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
         except (RuntimeError, ValueError, TypeError) as error:
             raise ExportError(f"onnxruntime's quantiser fails on {fp32.name}: {error}") from error
         result = onnx.load(quantised)
+    if not cpu:
+        _unquantise_sums(result)
     _finish(result, model, precision)
     with writing(out) as temporary:
         temporary.write_bytes(result.SerializeToString(deterministic=True))
@@ -204,6 +202,36 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def _unquantise_sums(model: Any) -> None:
+    """Takes away the Q/DQ pairs behind convolutions, but for the shortcuts that are convolutions (1 x 1).
+
+    A block then sums an unquantised convolution and a quantised shortcut: the form that TensorRT
+    fuses into one int8 kernel (TensorRT developer guide, "Q/DQ placement recommendations").
+    """
+    graph = model.graph
+    weights = {item.name: item.dims for item in graph.initializer}
+    makers = {name: node for node in graph.node for name in node.output}
+    readers = {name: node for node in graph.node for name in node.input}
+    gone: list[Any] = []
+    for quantise in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
+        conv = makers.get(quantise.input[0])
+        if conv is None or conv.op_type != "Conv":
+            continue
+        weight = makers[conv.input[1]].input[0] if conv.input[1] in makers else conv.input[1]
+        if list(weights[weight][2:]) == [1, 1]:
+            continue
+        dequantise = readers[quantise.output[0]]
+        for node in graph.node:
+            node.input[:] = [quantise.input[0] if name == dequantise.output[0] else name for name in node.input]
+        gone += [quantise, dequantise]
+    for node in gone:
+        graph.node.remove(node)
+    used = {name for node in graph.node for name in node.input}
+    for item in [item for item in graph.initializer if item.name not in used]:
+        graph.initializer.remove(item)
+    del graph.value_info[:]
 
 
 def _finish(result: Any, fp32: Any, precision: str) -> None:

@@ -26,7 +26,7 @@ __all__ = ["verification_page"]
 CELL = 320
 WORST = 12
 _SHIFT = 4  # OpenCV's drawing takes positions in sixteenths of a pixel
-_GREEN, _RED, _RING = (90, 210, 60), (60, 60, 250), (60, 220, 255)
+_GREEN, _RED, _RING = (80, 220, 40), (40, 40, 255), (60, 220, 255)
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b2024; --paper: #fff; --soft: #5b666e; --line: #d8dde1;
@@ -37,14 +37,16 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1400px; margin: 0 auto; padding: 1.5rem }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem }
-p { margin: .3rem 0 } .soft, figcaption, small { color: var(--soft) } small { overflow-wrap: anywhere }
+p { margin: .3rem 0 } .soft, figcaption { color: var(--soft) }
 .wide { overflow-x: auto } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th { font-weight: 600; color: var(--soft) } :is(th, td):is(:first-child, .text) { text-align: left }
+th, td { padding: .3rem .6rem; vertical-align: bottom; text-align: right;
+  border-bottom: 1px solid var(--line); white-space: nowrap }
+th { font-weight: 600; color: var(--soft); white-space: normal }
+:is(th, td):is(:first-child, .text) { text-align: left }
 .hash { font: 12px/1.4 ui-monospace, monospace }
 .passed { color: var(--good) } .failed { color: var(--bad) } .not-run { color: var(--open) }
 :is(.passed, .failed, .not-run) { font-weight: 600 }
-.faces { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 1rem }
+.faces { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1rem }
 figure { margin: 0 } img { width: 100%; height: auto; display: block; border-radius: 4px }
 figcaption { font-size: 13px; overflow-wrap: anywhere }
 """
@@ -83,8 +85,10 @@ def _header(verification: Verification) -> str:
         f"margin {spec.margin:g}, boxes {spec.box}"
     )
     word = "passed" if verification.passed else "failed"
+    not_run = sum(file.verdict == "not run" for file in verification.files)
+    rest = f" <span class=not-run>{not_run} of {len(verification.files)} files not run</span>" if not_run else ""
     return (
-        f"<h1>{escape(verification.bundle.resolve().name)} <span class={word}>{word}</span></h1>\n"
+        f"<h1>{escape(verification.bundle.resolve().name)} <span class={word}>{word}</span>{rest}</h1>\n"
         f"<p>{escape(contract)}</p>\n"
         f"<p>Each file beside the checkpoint in PyTorch on {len(faces.names)} faces: {escape(faces.origin)}</p>\n"
     )
@@ -99,7 +103,8 @@ def _hashes(verification: Verification) -> str:
 
 def _table(verification: Verification) -> str:
     columns = ("mean px", "p99 px", "max px", "NME distance %", "NME rise, points", *(f"{r} px" for r in REGIONS))
-    head = f"<tr><th>file</th><th class=text>precision</th><th>faces</th>{_cells('th', columns)}<th>verdict</th></tr>"
+    start = f"<th>file</th>{_cells('th class=text', ('verdict', 'precision'))}"
+    head = f"<tr>{start}{_cells('th', ('faces', *columns))}</tr>"
     precisions = dict.fromkeys(file.entry.precision or "" for file in verification.files if file.parity)
     limits = "; ".join(f"{name}: {_limit(LIMITS[name])}" for name in precisions)
     return (
@@ -114,16 +119,16 @@ def _row(file: FileVerdict) -> str:
     numbers: Sequence[str] = [""] * count
     if measured is not None:
         values = (measured.mean_px, measured.p99_px, measured.max_px, measured.nme)
-        rise = "no labels" if measured.rise is None else f"{measured.rise:+.5f}"
+        rise = "no labels" if measured.rise is None else f"{round(measured.rise, 5) + 0.0:+.5f}"
         numbers = [*(f"{v:.5f}" for v in values), rise, *(f"{measured.regions_px[name]:.5f}" for name in REGIONS)]
-    start = f"<td>{escape(file.file)}</td><td class=text>{escape(file.entry.precision or '')}</td>"
+    verdict = f"<td class='text {file.verdict.replace(' ', '-')}'>{file.verdict}</td>"
+    precision = f"<td class=text>{escape(file.entry.precision or '')}</td>"
     faces = measured.faces if measured else ""
-    kind = file.verdict.replace(" ", "-")
-    return f"<tr>{start}<td>{faces}</td>{_cells('td', numbers)}<td class={kind}>{file.verdict}</td></tr>"
+    return f"<tr><td>{escape(file.file)}</td>{verdict}{precision}<td>{faces}</td>{_cells('td', numbers)}</tr>"
 
 
 def _cells(tag: str, texts: Iterable[str]) -> str:
-    return "".join(f"<{tag}>{escape(text)}</{tag}>" for text in texts)
+    return "".join(f"<{tag}>{escape(text)}</{tag.split()[0]}>" for text in texts)
 
 
 def _limit(limit: Limit) -> str:
@@ -153,7 +158,7 @@ def _worst_faces(verification: Verification, file: FileVerdict) -> str:
         name = verification.faces.names[i]
         figures.append(
             f'<figure><img alt="crop with both sets of points" src="data:image/jpeg;base64,{picture}">'
-            f"<figcaption>point {point + 1}: {distance[i, point]:.4g} px, mean {distance[i].mean():.4g} px<br>"
+            f"<figcaption>point {point + 1}: {distance[i, point]:.5f} px<br>mean: {distance[i].mean():.5f} px<br>"
             f'<span title="{escape(name)}">{escape(Path(name).name)}</span></figcaption></figure>\n'
         )
     legend = "PyTorch green, the file red on top of it, the worst point ringed (numbered from 1, as iBUG does)"
@@ -167,8 +172,8 @@ def _picture(crop: NDArray[np.uint8], wanted: NDArray[np.float32], got: NDArray[
     """An enlarged crop with both sets of points, as base64 of a JPEG."""
     scale = CELL / crop.shape[0]
     enlarged = cv2.resize(crop, (CELL, CELL), interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
-    canvas = cv2.cvtColor(enlarged, cv2.COLOR_GRAY2BGR)
-    for xy, color, radius in ((wanted, _GREEN, 2.8), (got, _RED, 1.5)):
+    canvas = np.asarray(cv2.cvtColor(enlarged, cv2.COLOR_GRAY2BGR), np.uint8)
+    for xy, color, radius in ((wanted, _GREEN, 3.4), (got, _RED, 2.0)):
         for point in xy:
             _circle(canvas, point, scale, color, radius, -1)
     ringed = got[worst] if np.isfinite(got[worst]).all() else wanted[worst]

@@ -1,0 +1,153 @@
+"""INT8 graphs for both engines: placement and types of Q/DQ nodes, the gate, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+
+import kp_export.int8_from_onnx as module
+from kp_export.bundle import export_bundle
+from kp_export.int8_from_onnx import CHOICES, check_calibration
+from kp_export.operators import operator_problems
+from kp_export.parity import LIMITS, FaceSet, Limit, faces_from_sources
+from kp_runtime.backend import open_backend
+from kp_runtime.errors import DataError, ExportError, ParityError
+from kp_runtime.spec import Manifest, ModelSpec
+from kp_train.checkpoint import save_checkpoint
+from kp_train.data import FaceDataset, Source, read_source
+from kp_train.model import KeypointNet
+from kp_train.synthetic import write_csv_source
+
+SIZE = 64
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return read_source(write_csv_source(tmp_path_factory.mktemp("faces"), people=40))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, source: Source) -> Path:
+    """A network near the mean face, moved a little by what it sees."""
+    torch.manual_seed(0)
+    net, spec = KeypointNet(SIZE), ModelSpec("small", SIZE)
+    crops, xy = (torch.stack(part) for part in zip(*FaceDataset(source.faces, spec), strict=True))
+    net.start_from_mean(xy.mean(dim=0))
+    for _ in range(3):
+        net.train()(crops[:32])
+    folder = tmp_path_factory.mktemp("int8") / "run"
+    save_checkpoint(folder, net, Manifest(spec=spec))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint: Path, source: Source) -> Path:
+    bundle = checkpoint.parent / "bundle"
+    export_bundle(checkpoint, bundle, precisions=("int8", "int8-trt"), calibration=[source])
+    return bundle
+
+
+def graph(bundle: Path, precision: str) -> onnx.ModelProto:
+    return onnx.load(bundle / f"model.{precision}.onnx")
+
+
+def zero_points(model: onnx.ModelProto, operator: str) -> list[np.ndarray]:
+    constants = {c.name: numpy_helper.to_array(c) for c in model.graph.initializer}
+    return [constants[n.input[2]] for n in model.graph.node if n.op_type == operator]
+
+
+def test_the_cpu_graph_has_uint8_activations_and_7_bit_weights_a_channel(exported: Path) -> None:
+    model = graph(exported, "int8")
+    assert {str(z.dtype) for z in zero_points(model, "QuantizeLinear")} == {"uint8"}
+    weights = [c for c in model.graph.initializer if c.data_type == TensorProto.INT8 and len(c.dims) == 4]
+    assert len(weights) == 20
+    assert max(int(np.abs(numpy_helper.to_array(w).astype(int)).max()) for w in weights) <= 64
+    scales = {c.name: tuple(c.dims) for c in model.graph.initializer}
+    per_channel = [
+        n for n in model.graph.node if n.op_type == "DequantizeLinear" and n.input[0] in {w.name for w in weights}
+    ]
+    assert all(len(scales[n.input[1]]) == 1 and scales[n.input[1]][0] > 1 for n in per_channel)
+
+
+def test_the_tensorrt_graph_is_symmetric_and_fuses_its_sums(exported: Path) -> None:
+    model = graph(exported, "int8-trt")
+    assert operator_problems(exported / "model.int8-trt.onnx") == ()
+    for operator in ("QuantizeLinear", "DequantizeLinear"):
+        assert all(z.dtype == np.int8 and not z.any() for z in zero_points(model, operator))
+    producers = {name: node for node in model.graph.node for name in node.output}
+    sums = [node for node in model.graph.node if node.op_type == "Add" and len(node.input) == 2]
+    residual = [n for n in sums if all(name in producers for name in n.input)]
+    kinds = [
+        sorted(producers[name].op_type for name in node.input) for node in residual if node.output[0] != "keypoints"
+    ]
+    blocks = [k for k in kinds if "Conv" in k]
+    # each block sums a bare convolution and a shortcut that is quantised
+    assert blocks == [["Conv", "DequantizeLinear"]] * 8
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8-trt"])
+def test_the_head_stays_in_float(exported: Path, precision: str) -> None:
+    (head,) = [n for n in graph(exported, precision).graph.node if n.op_type == "Gemm"]
+    weights = {c.name: c.data_type for c in graph(exported, precision).graph.initializer}
+    assert weights[head.input[1]] == TensorProto.FLOAT
+
+
+def test_the_manifest_tells_what_was_chosen_and_on_which_images(exported: Path, source: Source) -> None:
+    entry = Manifest.read(exported).files["model.int8.onnx"]
+    assert entry.made["choice"] in [{"method": c.method, "float_layers": c.float_layers} for c in CHOICES]
+    assert entry.made["calibration"]["images"] == [face.image.name for face in source.faces[::2]]
+    assert entry.precision == "int8"
+
+
+def test_int8_is_what_a_cpu_takes_by_itself(exported: Path) -> None:
+    report = open_backend(exported).report
+    assert (report.file, report.precision) == ("model.int8.onnx", "int8")
+    assert report.golden_error_px is not None
+    assert report.golden_error_px > 0
+
+
+def test_quantising_twice_gives_the_same_bytes(
+    exported: Path, checkpoint: Path, source: Source, tmp_path: Path
+) -> None:
+    export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), calibration=[source])
+    assert (tmp_path / "b" / "model.int8.onnx").read_bytes() == (exported / "model.int8.onnx").read_bytes()
+
+
+def test_each_way_is_tried_and_the_reasons_are_told(
+    checkpoint: Path, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHOICES", CHOICES[:3:2])
+    monkeypatch.setitem(LIMITS, "int8", Limit(rise=-100.0))
+    with pytest.raises(ParityError, match=r"minmax, 0 in float32: .*rise of the NME.*minmax, 1 in float32"):
+        export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), calibration=[source])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_int8_without_faces_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="give --calibration"):
+        export_bundle(checkpoint, tmp_path / "b", precisions=("int8",))
+
+
+def test_noise_few_faces_and_no_labels_are_refused(source: Source, rng: np.random.Generator) -> None:
+    spec = ModelSpec("x", SIZE)
+    faces = faces_from_sources([source], spec)
+    assert faces.xy_crop is not None
+    truth = faces.xy_crop.astype(np.float32)
+
+    def knows(crops: np.ndarray) -> np.ndarray:
+        return truth[: len(crops)]
+
+    check_calibration(faces, knows)
+    noise = FaceSet(faces.names, rng.integers(0, 256, faces.crops.shape, dtype=np.uint8), "noise", faces.xy_crop + 20)
+    with pytest.raises(DataError, match="noise does not look like faces"):
+        check_calibration(noise, knows)
+    with pytest.raises(DataError, match="32 or more faces"):
+        check_calibration(FaceSet(faces.names[:5], faces.crops[:5], "few", faces.xy_crop[:5]), knows)
+    with pytest.raises(DataError, match="none has none|needs faces with labels"):
+        check_calibration(FaceSet(faces.names, faces.crops, "none"), knows)
