@@ -113,6 +113,9 @@ def evaluate(
     ] = Boxes.keypoints,
     split: Annotated[Split, typer.Option(help="All rows, or only people that were never trained on.")] = Split.rows,
     out: Annotated[Path | None, typer.Option(help="Folder for the error curve and the worst faces.")] = None,
+    record: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also keep the result in the bundle's manifest under this name.")
+    ] = None,
     yunet: Yunet = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -129,6 +132,10 @@ def evaluate(
     faces = [face for source in sources for face in source.faces]
     detector = _detector(yunet) if boxes is Boxes.detector else None
     result = measure(opened, faces, detector, track=_progress("measuring"))
+    if record is not None:
+        kept = {record: dataclasses.asdict(result.accuracy) | {"missed": result.missed}}
+        manifest = dataclasses.replace(opened.manifest, accuracy=opened.manifest.accuracy | kept)
+        manifest.write(model if model.is_dir() else model.parent)
     pictures = []
     if out is not None:
         from kp_export.pictures import error_curve, worst_faces

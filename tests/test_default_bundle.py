@@ -1,0 +1,73 @@
+"""The committed default model: parity on real crops, a real portrait, and real test rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kp_export.bundle import export_bundle
+from kp_export.evaluate import evaluate, open_model
+from kp_runtime import HaarDetector, image_from_file, load
+from kp_runtime.spec import Manifest
+from kp_train.data import read_source
+from tests.tolerances import FP16_PX, FP32_PX
+
+ENGINES = Path(__file__).resolve().parents[1] / "engines"
+DEFAULT = ENGINES / "resnet18-68"
+
+# read off the picture by eye, within a few pixels: outer eye corners, tip of the nose, mouth corners
+PORTRAIT = {36: (192, 117), 45: (244, 110), 30: (222, 134), 48: (203, 154), 54: (245, 149)}
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    bundle = tmp_path_factory.mktemp("default") / "resnet18-68"
+    report = export_bundle(DEFAULT, bundle, precisions=("fp32", "fp16"))
+    most = {"fp32": FP32_PX, "fp16": FP16_PX}
+    for measured in report.parity:
+        assert measured.faces == 128
+        assert measured.max_px <= most[measured.precision], measured
+    return bundle
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_real_portrait(exported: Path, astronaut: Path, precision: str) -> None:
+    image = image_from_file(astronaut)
+    boxes = HaarDetector()(image)
+    assert len(boxes) == 1
+    xy = load(exported, precision=precision)(image, boxes).xy[0]
+    for point, place in PORTRAIT.items():
+        assert np.linalg.norm(xy[point] - place) < 6, f"point {point} at {xy[point]}, seen at {place}"
+
+
+@pytest.mark.slow
+def test_many_boxes_are_each_as_alone(exported: Path, astronaut: Path) -> None:
+    image, model = image_from_file(astronaut), load(exported)
+    boxes = np.array([180.0, 90, 262, 182]) + np.random.default_rng(0).uniform(-4, 4, (5, 4))
+    together = model(image, boxes).xy
+    alone = np.concatenate([model(image, box[None]).xy for box in boxes])
+    assert np.abs(together - alone).max() < FP32_PX
+
+
+def test_the_manifest_holds_and_tells_where_it_is_from() -> None:
+    manifest = Manifest.read(DEFAULT)
+    for name in manifest.files:
+        manifest.check_file(DEFAULT, name)
+    assert {"code", "weights", "data"} <= set(manifest.licence)
+    assert all(source["sha256"] for source in manifest.training["sources"])
+    assert manifest.accuracy
+    assert (DEFAULT / "MODEL_CARD.md").is_file()
+
+
+@pytest.mark.slow
+def test_the_recorded_accuracy_is_reproduced(shared_data: Path) -> None:
+    rows = read_source(shared_data / "youtube_faces_68" / "test_frames_keypoints.csv")
+    measured = evaluate(open_model(DEFAULT), rows.faces).accuracy
+    recorded = Manifest.read(DEFAULT).accuracy["youtube_faces_68 test rows, boxes from keypoints"]
+    assert measured.faces == 385
+    assert measured.nme < 0.046
+    assert measured.nme == pytest.approx(recorded["nme"], abs=2e-5)
+    assert measured.smooth_l1 == pytest.approx(recorded["smooth_l1"], rel=1e-2)
