@@ -205,6 +205,43 @@ def export(
 
 
 @app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")] = DEFAULT_BUNDLE,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Your own labelled faces; scikit-image's when left out. Repeatable."),
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A model file of the bundle; all of them when left out. Repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a page with the numbers and the worst faces.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a bundle's files with PyTorch on faces; exit 1 where one is over its limits."""
+    from kp_export.parity import bundled_faces, faces_from_sources
+    from kp_export.verify import check_verification, verification_json, verify_bundle
+    from kp_export.verify_page import verification_page
+    from kp_runtime.spec import Manifest
+    from kp_train.data import parse_source
+
+    spec = Manifest.read(bundle).spec
+    sources = [parse_source(text) for text in data or []]
+    faces = faces_from_sources(sources, spec) if sources else bundled_faces(spec)
+    result = verify_bundle(bundle, faces, files=file or (), track=_progress("comparing"))
+    page = None if out is None else verification_page(result, out / "verify.html")
+    if as_json:
+        _print_json(verification_json(result) | {"page": page})
+    else:
+        _print_parity([f.parity for f in result.files if f.parity])
+        for verdict in result.files:
+            typer.echo(f"{verdict.file}: {verdict.verdict}" + (f", {verdict.reason}" if verdict.reason else ""))
+        if page is not None:
+            typer.echo(page)
+    check_verification(result)
+
+
+@app.command()
 def plan(
     bundle: Annotated[Path, typer.Argument(help="A bundle with ONNX files.")] = DEFAULT_BUNDLE,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8: the ONNX file that is built.")] = "fp16",
@@ -259,12 +296,14 @@ def predict(
     paths = photos_from_paths(photos)
     if len(paths) > 1 and (box or drawn):
         raise InputError(f"--box and --drawn go with one photo, got {len(paths)}")
+    targets = [drawn or out / f"{path.stem}_keypoints.jpg" for path in paths]
+    if len(set(targets)) < len(targets):
+        raise InputError("two of the photos have the same name; predict them in two runs with their own --out")
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load(model, threads=threads), StageTimer()
     detector = None if boxes is not None else _detector(yunet)
     results, failed = [], []
-    for path in _progress("predicting")(paths):
-        target = drawn or out / f"{path.stem}_keypoints.jpg"
+    for path, target in _progress("predicting")(list(zip(paths, targets, strict=True))):
         try:
             results.append(predict_photo(opened, path, detector=detector, boxes_xyxy=boxes, drawn=target, timer=timer))
         except KpError as error:
@@ -481,11 +520,13 @@ def _print_accuracy(name: str, result: Any) -> None:
 
 
 def _print_parity(reports: Sequence[Any]) -> None:
+    if not reports:
+        return
     rows = [
         (
             p.file,
             p.faces,
-            *(f"{v:.4f}" for v in (p.mean_px, p.p99_px, p.max_px, p.nme)),
+            *(f"{v:.4f}" for v in (p.mean_px, p.p50_px, p.p99_px, p.max_px, p.nme)),
             "" if p.rise is None else f"{p.rise:+.4f}",
             *(f"{v:.4f}" for v in p.regions_px.values()),
         )
@@ -493,7 +534,7 @@ def _print_parity(reports: Sequence[Any]) -> None:
     ]
     regions = [f"{name} px" for name in reports[0].regions_px]
     title = f"distance to PyTorch on {reports[0].origin}"
-    _print_table(title, ("file", "faces", "mean px", "p99 px", "max px", "NME %", "rise", *regions), rows)
+    _print_table(title, ("file", "faces", "mean px", "p50 px", "p99 px", "max px", "NME %", "rise", *regions), rows)
 
 
 def _ms(time: Any) -> tuple[str, ...]:

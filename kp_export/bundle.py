@@ -24,7 +24,7 @@ from kp_export.parity import FaceSet, Parity, Predict, bundled_faces, check_pari
 from kp_export.staging import staging
 from kp_runtime.backend import GOLDEN_NAME
 from kp_runtime.backend_ort import OrtCpuBackend
-from kp_runtime.errors import DataError, ExportError
+from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.geometry import boxes_from_points, crop_from_luma, matrices_from_boxes
 from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, ModelSpec, file_entry, writing
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
@@ -88,8 +88,11 @@ def export_bundle(
             shutil.copyfile(own / CHECKPOINT_NAME, stage / CHECKPOINT_NAME)
         old = Manifest.read(stage).files if (stage / MANIFEST_NAME).exists() else {}
         export = _Export(net, manifest, stage, *_face_sets(manifest.spec, sources, calibration), step)
-        for precision in ("fp32", *(p for p in precisions if p != "fp32")):
-            export.add(precision)
+        try:
+            for precision in ("fp32", *(p for p in precisions if p != "fp32")):
+                export.add(precision)
+        except ParityError as error:
+            raise ParityError(f"{error}; nothing was replaced") from error
         files = {CHECKPOINT_NAME: manifest.files[CHECKPOINT_NAME], **export.files}
         files[GOLDEN_NAME] = _write_golden(net, manifest, stage)
         files = _with_kept(files, old)
@@ -152,7 +155,7 @@ class _Export:
             "rejected": list(report.rejected),
             "calibration": {
                 "origin": self.calibration.origin,
-                "images": [Path(n).name for n in self.calibration.names],
+                "images": list(self.calibration.names),
             },
         }
 

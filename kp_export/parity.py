@@ -8,6 +8,7 @@ PyTorch, not from the truth.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ class Parity:
         precision: of the file.
         faces: number of faces compared.
         origin: where the faces are from.
-        mean_px, p99_px, max_px: over all points of all faces.
+        mean_px, p50_px, p99_px, max_px: over all points of all faces.
         nme: mean over faces, percent.
         rise: percentage points by which the NME against the labels is over PyTorch's; None
             without labels.
@@ -91,6 +92,7 @@ class Parity:
     faces: int
     origin: str
     mean_px: float
+    p50_px: float
     p99_px: float
     max_px: float
     nme: float
@@ -140,7 +142,12 @@ def faces_from_sources(sources: Sequence[Source], spec: ModelSpec, most: int = 5
         crops.append(crop_from_luma(luma, matrix, spec.size))
         points.append(apply_matrix(matrix, face.xy))
     origin = ", ".join(source.path.name for source in sources)
-    return FaceSet(tuple(str(face.image) for face in chosen), np.stack(crops)[:, None], origin, np.stack(points))
+    return FaceSet(
+        tuple(f"{face.image.parent.name}/{face.image.name}" for face in chosen),
+        np.stack(crops)[:, None],
+        origin,
+        np.stack(points),
+    )
 
 
 def _crop(luma: NDArray[np.uint8], box: NDArray[np.floating], spec: ModelSpec, **jitter: object) -> NDArray[np.uint8]:
@@ -160,6 +167,7 @@ def parity(reference: Predict, candidate: Predict, faces: FaceSet, *, file: str,
         faces=len(distance),
         origin=faces.origin,
         mean_px=float(distance.mean()),
+        p50_px=float(np.percentile(distance, 50, method="higher")),
         p99_px=float(np.percentile(distance, 99, method="higher")),
         max_px=float(distance.max()),
         nme=float((distance.mean(axis=1) / eyes).mean() * 100),
@@ -187,13 +195,13 @@ def check_parity(report: Parity, size: int) -> None:
     """
     limit = LIMITS[report.precision]
     measures = [
-        ("worst point", report.max_px, limit.max_px * size / 224, "px"),
+        # no limit still means a finite distance: a NaN counts as infinitely far
+        ("worst point", report.max_px, min(limit.max_px * size / 224, sys.float_info.max), "px"),
         ("99th percentile", report.p99_px, limit.p99_px * size / 224, "px"),
         ("rise of the NME", 0.0 if report.rise is None else report.rise, limit.rise, "percentage points"),
     ]
     over = [f"{what} {got:.4g} {unit} (at most {most:.4g})" for what, got, most, unit in measures if not got <= most]
     if over:
         raise ParityError(
-            f"{report.file} is too far from PyTorch: {', '.join(over)}; the worst face is {report.worst_face}; "
-            "nothing was replaced"
+            f"{report.file} is too far from PyTorch: {', '.join(over)}; the worst face is {report.worst_face}"
         )

@@ -194,9 +194,7 @@ def _verdict(
     try:
         check_parity(report, manifest.spec.size)
     except ParityError as error:
-        # an export's last words; nothing is ever replaced here
-        reason = str(error).removesuffix("; nothing was replaced")
-        return FileVerdict(name, entry, "failed", reason, required, report, keypoints)
+        return FileVerdict(name, entry, "failed", str(error), required, report, keypoints)
     return FileVerdict(name, entry, "passed", "", required, report, keypoints)
 
 

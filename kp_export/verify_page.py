@@ -86,7 +86,7 @@ def _header(verification: Verification) -> str:
     )
     word = "passed" if verification.passed else "failed"
     not_run = sum(file.verdict == "not run" for file in verification.files)
-    rest = f" <span class=not-run>{not_run} of {len(verification.files)} files not run</span>" if not_run else ""
+    rest = f", <span class=not-run>{not_run} of {len(verification.files)} files not run</span>" if not_run else ""
     return (
         f"<h1>{escape(verification.bundle.resolve().name)} <span class={word}>{word}</span>{rest}</h1>\n"
         f"<p>{escape(contract)}</p>\n"
@@ -102,7 +102,15 @@ def _hashes(verification: Verification) -> str:
 
 
 def _table(verification: Verification) -> str:
-    columns = ("mean px", "p99 px", "max px", "NME distance %", "NME rise, points", *(f"{r} px" for r in REGIONS))
+    columns = (
+        "mean px",
+        "p50 px",
+        "p99 px",
+        "max px",
+        "NME distance %",
+        "NME rise, points",
+        *(f"{r} px" for r in REGIONS),
+    )
     start = f"<th>file</th>{_cells('th class=text', ('verdict', 'precision'))}"
     head = f"<tr>{start}{_cells('th', ('faces', *columns))}</tr>"
     precisions = dict.fromkeys(file.entry.precision or "" for file in verification.files if file.parity)
@@ -118,7 +126,7 @@ def _row(file: FileVerdict) -> str:
     measured, count = file.parity, 5 + len(REGIONS)
     numbers: Sequence[str] = [""] * count
     if measured is not None:
-        values = (measured.mean_px, measured.p99_px, measured.max_px, measured.nme)
+        values = (measured.mean_px, measured.p50_px, measured.p99_px, measured.max_px, measured.nme)
         rise = "no labels" if measured.rise is None else f"{round(measured.rise, 5) + 0.0:+.5f}"
         numbers = [*(f"{v:.5f}" for v in values), rise, *(f"{measured.regions_px[name]:.5f}" for name in REGIONS)]
     verdict = f"<td class='text {file.verdict.replace(' ', '-')}'>{file.verdict}</td>"
@@ -138,11 +146,12 @@ def _limit(limit: Limit) -> str:
 
 
 def _reasons(verification: Verification) -> str:
-    return "".join(
-        f"<p><span class={file.verdict.replace(' ', '-')}>{escape(file.file)}</span> {escape(file.reason)}</p>\n"
-        for file in verification.files
-        if file.reason
-    )
+    lines = []
+    for file in verification.files:
+        if file.reason:
+            name = f"<span class={file.verdict.replace(' ', '-')}>{escape(file.file)}</span>"
+            lines.append(f"<p>{name} {escape(file.reason.removeprefix(f'{file.file} '))}</p>\n")
+    return "".join(lines)
 
 
 def _worst_faces(verification: Verification, file: FileVerdict) -> str:

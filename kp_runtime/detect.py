@@ -91,7 +91,7 @@ class HaarDetector:
 
     def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
         """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
-        return _largest_first(self.BOX_MAP.apply(self.raw(as_frame(image, layout))))
+        return _mapped(self, as_frame(image, layout))
 
     def raw(self, frame: Frame) -> NDArray[np.float64]:
         """The cascade's own boxes, `(n, 4)` x0, y0, x1, y1."""
@@ -133,7 +133,7 @@ class YuNetDetector:
 
     def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
         """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
-        return _largest_first(self.BOX_MAP.apply(self.raw(as_frame(image, layout))))
+        return _mapped(self, as_frame(image, layout))
 
     def raw(self, frame: Frame) -> NDArray[np.float64]:
         """The network's own boxes, `(n, 4)` x0, y0, x1, y1."""
@@ -154,6 +154,10 @@ class YuNetDetector:
         return boxes
 
 
-def _largest_first(boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    size = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return boxes[np.argsort(-size, kind="stable")]
+def _mapped(detector: HaarDetector | YuNetDetector, frame: Frame) -> NDArray[np.float64]:
+    """The detector's boxes in the keypoint convention, largest first; none that a model would refuse."""
+    boxes = detector.BOX_MAP.apply(detector.raw(frame))
+    size = boxes[:, 2:] - boxes[:, :2]
+    touches = (boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < frame.size_hw[::-1]).all(axis=1)
+    boxes = boxes[touches & (size >= 1).all(axis=1)]
+    return boxes[np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1), kind="stable")]

@@ -10,6 +10,9 @@ bilinear, edge pixels repeated. Where the square is larger than 2 x `size`, the 
 averaged in whole k x k blocks, k = floor(side / size), counted from the image's top-left
 pixel; the last block of a row or column repeats the edge where the image ends inside it.
 
+Bilinear means OpenCV's `warpAffine`: positions to 1/32 px, grey levels rounded; a float path may
+differ by one level on a smooth picture.
+
 Training and every run-time path read their crops through this file or are tested against it.
 """
 

@@ -14,7 +14,7 @@ import pytest
 import kp_cli
 from kp_runtime.spec import Manifest
 
-COMMANDS = ("train", "eval", "export", "plan", "predict", "bench", "inspect")
+COMMANDS = ("train", "eval", "export", "verify", "plan", "predict", "bench", "inspect")
 
 
 def kp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -99,6 +99,17 @@ def test_one_bad_photo_does_not_stop_the_others(
     assert err.count("\n") == 1
     assert err.startswith("kp: 1 of 2 photos failed: ")
     assert "a.jpg" in err
+
+
+def test_two_photos_of_one_name_are_not_mixed_up(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / astronaut.name
+    shutil.copy(astronaut, other)
+    status, _, err = kp(capsys, "predict", astronaut, other, "--model", bundle, "--out", tmp_path / "out")
+    assert status == 1
+    assert "two of the photos have the same name" in err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,14 @@ def test_largest_face_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(HaarDetector()(np.zeros((99, 99), np.uint8)), HaarDetector.BOX_MAP.apply(raw[[1, 2, 0]]))
 
 
+def test_a_box_that_a_model_would_refuse_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HaarDetector, "BOX_MAP", BoxMap(0, 1.5, 1, 1))
+    raw = np.array([[10.0, 10, 40, 40], [10, 70, 40, 100], [5, 5, 5.2, 5.2]])
+    monkeypatch.setattr(HaarDetector, "raw", lambda self, frame: raw)
+    boxes = HaarDetector()(np.zeros((100, 100, 3), np.uint8))
+    np.testing.assert_allclose(boxes, [[10, 55, 40, 85]])
+
+
 def test_bad_image_is_refused() -> None:
     with pytest.raises(ImageError, match="must be uint8"):
         HaarDetector()(np.zeros((50, 50, 3)))  # type: ignore[arg-type]

@@ -213,6 +213,7 @@ def test_a_nan_is_as_far_as_can_be() -> None:
     faces = FaceSet(("a",), np.zeros((1, 1, SIZE, SIZE), np.uint8), "made up")
     base = np.zeros((1, 68, 2), np.float32)
     base[:, 45, 0] = 20.0
-    report = parity(lambda c: base, lambda c: base * np.nan, faces, file="f", precision="fp16")
-    with pytest.raises(ParityError):
-        check_parity(report, SIZE)
+    for precision in LIMITS:
+        report = parity(lambda c: base, lambda c: base * np.nan, faces, file="f", precision=precision)
+        with pytest.raises(ParityError, match="worst point inf px"):
+            check_parity(report, SIZE)

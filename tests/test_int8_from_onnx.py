@@ -101,7 +101,7 @@ def test_the_head_stays_in_float(exported: Path, precision: str) -> None:
 def test_the_manifest_tells_what_was_chosen_and_on_which_images(exported: Path, source: Source) -> None:
     entry = Manifest.read(exported).files["model.int8.onnx"]
     assert entry.made["choice"] in [{"method": c.method, "float_layers": c.float_layers} for c in CHOICES]
-    assert entry.made["calibration"]["images"] == [face.image.name for face in source.faces[::2]]
+    assert entry.made["calibration"]["images"] == [f"training/{face.image.name}" for face in source.faces[::2]]
     assert entry.precision == "int8"
 
 

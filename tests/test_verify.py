@@ -1,0 +1,244 @@
+"""`kp verify`: files of a bundle against PyTorch, what counts as passed, and the page."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from kp_export.bundle import export_bundle
+from kp_export.parity import FaceSet, bundled_faces, faces_from_sources
+from kp_export.verify import check_verification, verification_json, verify_bundle
+from kp_export.verify_page import verification_page
+from kp_runtime.errors import BundleError, DataError, IntegrityError, ParityError
+from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from kp_train.data import read_source
+from kp_train.synthetic import write_csv_source
+from tests.test_export import SIZE, small_checkpoint
+
+FP32, FP16, PLAN = "model.fp32.onnx", "model.fp16.onnx", "model.fp16.sm_87.plan"
+NASTY = 'photos/<img src=x onerror=alert(1)>&"face"\''
+
+
+class Tags(HTMLParser):
+    """Every tag of a page with its attributes, as a browser reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    export_bundle(small_checkpoint(folder / "run"), folder / "bundle", precisions=("fp32", "fp16"))
+    return folder / "bundle"
+
+
+@pytest.fixture
+def copied(exported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def faces(exported: Path) -> FaceSet:
+    """Two batches' worth of faces whose names would break a page."""
+    found = bundled_faces(Manifest.read(exported).spec)
+    names = tuple(f"{NASTY} {i}" for i in range(40))
+    return FaceSet(names, found.crops[-40:], "<a source> & another")
+
+
+def replace(bundle: Path, name: str, **fields: object) -> None:
+    """Puts the file, as it now lies there, into the manifest."""
+    manifest = Manifest.read(bundle)
+    known = manifest.files.get(name)
+    kept = {} if known is None else {"kind": known.kind, "precision": known.precision, "made": known.made}
+    entry = file_entry(bundle / name, **{**kept, **fields})  # type: ignore[arg-type]
+    dataclasses.replace(manifest, files={**manifest.files, name: entry}).write(bundle)
+
+
+def damage(bundle: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Changes the weights of a graph's last matrix, hashes and all."""
+    model = onnx.load(bundle / name)
+    (head,) = [node for node in model.graph.node if node.op_type == "Gemm"]
+    (weights,) = [w for w in model.graph.initializer if w.name == head.input[1]]
+    weights.CopyFrom(numpy_helper.from_array(change(numpy_helper.to_array(weights)), weights.name))
+    (bundle / name).write_bytes(model.SerializeToString())
+    replace(bundle, name)
+
+
+def test_all_files_pass(exported: Path, faces: FaceSet) -> None:
+    batches = []
+
+    def track(items: object) -> object:
+        batches.append(len(items))  # type: ignore[arg-type]
+        return items
+
+    result = verify_bundle(exported, faces, track=track)  # type: ignore[arg-type]
+    assert result.passed
+    check_verification(result)
+    assert batches == [2, 2, 2]  # PyTorch and two files, 40 faces
+    assert [(f.file, f.verdict, f.reason) for f in result.files] == [(FP32, "passed", ""), (FP16, "passed", "")]
+    for file in result.files:
+        assert file.parity is not None
+        assert file.keypoints is not None
+        distance = np.linalg.norm(file.keypoints.astype(np.float64) - result.reference, axis=-1)
+        assert file.parity.max_px == pytest.approx(distance.max())
+        assert file.parity.worst_face == faces.names[int(distance.max(axis=1).argmax())]
+
+
+def test_a_damaged_file_fails_with_its_name_and_worst_face(copied: Path, faces: FaceSet, tmp_path: Path) -> None:
+    damage(copied, FP32, lambda weights: weights * np.float32(1.2))
+    result = verify_bundle(copied, faces)
+    bad, good = result.files
+    assert (bad.verdict, good.verdict, result.passed) == ("failed", "passed", False)
+    assert bad.parity is not None
+    assert bad.parity.worst_face in bad.reason
+    with pytest.raises(ParityError, match=r"^model.fp32.onnx is too far from PyTorch: worst point .* photos/") as error:
+        check_verification(result)
+    assert "\n" not in str(error.value)
+    assert FP16 not in str(error.value)
+    page = verification_page(result, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<span class=failed>failed</span>" in page
+
+
+def test_a_file_that_answers_nan_fails_and_stays_json(copied: Path, faces: FaceSet, tmp_path: Path) -> None:
+    damage(copied, FP32, lambda weights: weights * np.float32("nan"))
+    result = verify_bundle(copied, faces, files=[FP32])
+    assert result.files[0].verdict == "failed"
+    (file,) = verification_json(result)["files"]
+    assert file["parity"]["max_px"] is None
+    json.dumps(verification_json(result), allow_nan=False)
+    verification_page(result, tmp_path / "page.html")
+
+
+def test_only_the_files_that_were_asked_for(copied: Path, faces: FaceSet) -> None:
+    damage(copied, FP32, lambda weights: weights * 2)
+    result = verify_bundle(copied, faces, files=[FP16, FP16])
+    assert [file.file for file in result.files] == [FP16]
+    assert result.passed
+
+
+@pytest.mark.parametrize("name", ["model.int8.onnx", "golden.npz", "../model.fp32.onnx"])
+def test_an_unknown_file_lists_what_there_is(exported: Path, faces: FaceSet, name: str) -> None:
+    with pytest.raises(BundleError, match=rf"no model file {re.escape(name)}; it has: {FP32}, {FP16}"):
+        verify_bundle(exported, faces, files=[name])
+
+
+def test_a_bundle_without_models_says_how_to_make_them(tmp_path: Path, faces: FaceSet) -> None:
+    with pytest.raises(BundleError, match="holds no model file; make them with: kp export"):
+        verify_bundle(small_checkpoint(tmp_path), faces)
+
+
+def test_a_file_of_another_hash_is_refused(copied: Path, faces: FaceSet) -> None:
+    content = bytearray((copied / FP16).read_bytes())
+    content[-1] ^= 1
+    (copied / FP16).write_bytes(content)
+    with pytest.raises(IntegrityError, match=r"model\.fp16\.onnx has sha256"):
+        verify_bundle(copied, faces)
+    assert verify_bundle(copied, faces, files=[FP32]).passed
+
+
+def test_a_plan_is_not_run_and_never_passes(copied: Path, faces: FaceSet) -> None:
+    (copied / PLAN).write_bytes(b"a plan")
+    replace(copied, PLAN, kind="plan", precision="fp16")
+    everything = verify_bundle(copied, faces)
+    plan = everything.files[-1]
+    assert (plan.file, plan.verdict, plan.parity) == (PLAN, "not run", None)
+    assert plan.reason.startswith("not run: this release has no TensorRT backend")
+    assert everything.passed  # the ONNX files are what could be compared
+    alone = verify_bundle(copied, faces, files=[PLAN])
+    assert not alone.passed
+    with pytest.raises(ParityError, match=r"\.plan was not run: this release has no TensorRT"):
+        check_verification(alone)
+    manifest = Manifest.read(copied)
+    files = {name: entry for name, entry in manifest.files.items() if entry.kind != "onnx"}
+    dataclasses.replace(manifest, files=files).write(copied)
+    with pytest.raises(ParityError, match=r"no file of .* could be compared on this machine"):
+        check_verification(verify_bundle(copied, faces))
+
+
+def test_an_onnx_file_that_can_not_be_run_is_no_pass(copied: Path, faces: FaceSet) -> None:
+    (copied / FP32).write_bytes(b"no graph")
+    replace(copied, FP32)
+    replace(copied, FP16, precision=None)
+    result = verify_bundle(copied, faces)
+    assert [file.verdict for file in result.files] == ["not run", "not run"]
+    with pytest.raises(ParityError, match=r"fp32.onnx was not run: ONNX Runtime .*; model.fp16.onnx was not run: no l"):
+        check_verification(result)
+
+
+def test_faces_must_be_of_the_bundles_size(exported: Path, faces: FaceSet) -> None:
+    for crops in (faces.crops[:0], faces.crops[..., 1:]):
+        with pytest.raises(DataError, match=f"at least one crop of 1x{SIZE}x{SIZE}"):
+            verify_bundle(exported, dataclasses.replace(faces, crops=crops))
+
+
+def test_labels_give_the_rise(exported: Path, tmp_path: Path) -> None:
+    source = read_source(write_csv_source(tmp_path, people=3))
+    result = verify_bundle(exported, faces_from_sources([source], ModelSpec("small", SIZE)), files=[FP32])
+    assert result.passed
+    assert result.files[0].parity is not None
+    assert result.files[0].parity.rise is not None
+    assert "no labels" not in verification_page(result, tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_page_stands_alone(copied: Path, faces: FaceSet, tmp_path: Path) -> None:
+    (copied / PLAN).write_bytes(b"a plan")
+    replace(copied, PLAN, kind="plan", precision="fp16")
+    manifest = Manifest.read(copied)
+    dataclasses.replace(manifest, spec=dataclasses.replace(manifest.spec, name="<script>x</script>")).write(copied)
+    result = verify_bundle(copied, faces)
+    path = verification_page(result, tmp_path / "out" / "verify.html")
+    assert [p.name for p in path.parent.iterdir()] == ["verify.html"]
+    page = path.read_text(encoding="utf-8")
+    for nasty in ("<script", "<img src=x", "<a source>"):
+        assert nasty not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;&amp;&quot;face&quot;&#x27;" in page
+    assert "&lt;script&gt;x&lt;/script&gt;" in page
+    assert "&lt;a source&gt; &amp; another" in page
+    for file in result.files:
+        assert file.file in page
+        assert file.entry.sha256 in page
+    assert result.checkpoint_sha256 in page
+    assert not re.search(r"https?://|url\(|@import", page)
+    tags = Tags()
+    tags.feed(page)
+    assert {"script", "link", "iframe", "object", "form", "a"}.isdisjoint(tag for tag, _ in tags.found)
+    assert {key for _, attributes in tags.found for key in attributes}.isdisjoint(
+        {"href", "srcset", "style", "onerror"}
+    )
+    images = [attributes["src"] or "" for tag, attributes in tags.found if "src" in attributes]
+    assert len(images) == sum(tag == "img" for tag, _ in tags.found) == 24  # 12 of each ONNX file, none of the plan
+    for image in images:
+        assert image.startswith("data:image/jpeg;base64,")
+    encoded = np.frombuffer(base64.b64decode(images[0].partition(",")[2]), np.uint8)
+    blue, green, red = cv2.imdecode(encoded, cv2.IMREAD_COLOR).astype(int).transpose(2, 0, 1)
+    assert ((green - red > 60) & (green - blue > 60)).sum() > 68
+    assert ((red - green > 60) & (red - blue > 60)).sum() > 68
+
+
+def test_a_verification_is_json(exported: Path, faces: FaceSet) -> None:
+    result = verify_bundle(exported, faces, files=[FP16])
+    read = json.loads(json.dumps(verification_json(result), allow_nan=False))
+    assert read["passed"] is True
+    assert read["faces"] == 40
+    (file,) = read["files"]
+    assert (file["file"], file["verdict"], file["precision"]) == (FP16, "passed", "fp16")
+    assert file["parity"]["rise"] is None
+    assert file["parity"]["max_px"] > 0
+    assert file["sha256"] == Manifest.read(exported).files[FP16].sha256
