@@ -6,12 +6,21 @@ import dataclasses
 import enum
 import json
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from kp_report import (
+    build_progress,
+    print_accuracy,
+    print_bench,
+    print_bundle,
+    print_json,
+    print_parity,
+    print_times,
+    progress,
+)
 from kp_runtime.errors import InputError, KpError
 
 app = typer.Typer(
@@ -131,7 +140,7 @@ def evaluate(
         sources = [held_out_faces(source, opened.manifest) for source in sources]
     faces = [face for source in sources for face in source.faces]
     detector = _detector(yunet) if boxes is Boxes.detector else None
-    result = measure(opened, faces, detector, track=_progress("measuring"))
+    result = measure(opened, faces, detector, track=progress("measuring"))
     if record is not None:
         kept = {record: dataclasses.asdict(result.accuracy) | {"missed": result.missed}}
         manifest = dataclasses.replace(opened.manifest, accuracy=opened.manifest.accuracy | kept)
@@ -143,9 +152,9 @@ def evaluate(
         pictures = [error_curve(result, opened.name, out / "error_curve.png"), worst_faces(result, out / "worst.png")]
     if as_json:
         rest = {"model": opened.name, "boxes": boxes.value, "split": split.value, "missed": result.missed}
-        _print_json(rest | dataclasses.asdict(result.accuracy) | {"pictures": [str(p) for p in pictures]})
+        print_json(rest | dataclasses.asdict(result.accuracy) | {"pictures": [str(p) for p in pictures]})
         return
-    _print_accuracy(opened.name, result)
+    print_accuracy(opened.name, result)
     for picture in pictures:
         typer.echo(picture)
 
@@ -191,12 +200,12 @@ def export(
         from kp_export.plan_bundle import add_plan
 
         wanted = [*(["fp16"] * fp16), *(["int8"] * int8)] or ["fp32"]
-        plans = [add_plan(report.bundle, precision, progress=_build_progress()) for precision in wanted]
+        plans = [add_plan(report.bundle, precision, progress=build_progress()) for precision in wanted]
     if as_json:
         rows = [dataclasses.asdict(p) for p in report.parity]
-        _print_json({"bundle": report.bundle, "parity": rows, "plans": [dataclasses.asdict(p) for p in plans]})
+        print_json({"bundle": report.bundle, "parity": rows, "plans": [dataclasses.asdict(p) for p in plans]})
     else:
-        _print_parity(report.parity)
+        print_parity(report.parity)
         typer.echo(f"bundle: {report.bundle}")
         for plan in plans:
             typer.echo(f"plan: {plan.file}")
@@ -228,12 +237,12 @@ def verify(
     spec = Manifest.read(bundle).spec
     sources = [parse_source(text) for text in data or []]
     faces = faces_from_sources(sources, spec) if sources else bundled_faces(spec)
-    result = verify_bundle(bundle, faces, files=file or (), track=_progress("comparing"))
+    result = verify_bundle(bundle, faces, files=file or (), track=progress("comparing"))
     page = None if out is None else verification_page(result, out / "verify.html")
     if as_json:
-        _print_json(verification_json(result) | {"page": page})
+        print_json(verification_json(result) | {"page": page})
     else:
-        _print_parity([f.parity for f in result.files if f.parity])
+        print_parity([f.parity for f in result.files if f.parity])
         for verdict in result.files:
             typer.echo(f"{verdict.file}: {verdict.verdict}" + (f", {verdict.reason}" if verdict.reason else ""))
         if page is not None:
@@ -261,9 +270,9 @@ def plan(
     options = PlanOptions(
         min_batch, opt_batch, max_batch, workspace_mib, version_compatible, hardware_compatible, dla_core
     )
-    report = add_plan(bundle, precision, options, progress=_build_progress())
+    report = add_plan(bundle, precision, options, progress=build_progress())
     if as_json:
-        _print_json(dataclasses.asdict(report))
+        print_json(dataclasses.asdict(report))
         return
     typer.echo(f"{bundle / report.file}: {report.gpu}, TensorRT {report.tensorrt}, {report.seconds:g} s")
     typer.echo(report.receipt)
@@ -303,19 +312,19 @@ def predict(
     opened, timer = load(model, threads=threads), StageTimer()
     detector = None if boxes is not None else _detector(yunet)
     results, failed = [], []
-    for path, target in _progress("predicting")(list(zip(paths, targets, strict=True))):
+    for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
         try:
             results.append(predict_photo(opened, path, detector=detector, boxes_xyxy=boxes, drawn=target, timer=timer))
         except KpError as error:
             failed.append(str(error))
     written = write_results(results, out, formats or ["json"])
     if as_json:
-        _print_json(results_json(results))
+        print_json(results_json(results))
     else:
         for photo in results:
             typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}")
         if times:
-            _print_times("stages of a photo", timer.summaries())
+            print_times("stages of a photo", timer.summaries())
         for file in [*written, *(p.drawn for p in results if p.drawn)][-8:]:
             typer.echo(file)
     if failed:
@@ -353,15 +362,9 @@ def bench(
         with writing(out) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
     if as_json:
-        _print_json(dataclasses.asdict(result))
+        print_json(dataclasses.asdict(result))
         return
-    machine = result.machine
-    typer.echo(
-        f"{machine['cpu']}, {machine['cores']} cores, onnxruntime {machine['onnxruntime']}, {result.faces} face(s)"
-    )
-    _print_times("stages of a photo", result.stages)
-    rows = [(n.file, n.batch, n.time.samples, *_ms(n.time), f"{n.ms_a_face:.2f}") for n in result.network]
-    _print_table("network alone", ("file", "batch", "samples", "p50 ms", "p95", "p99", "max", "ms a face"), rows)
+    print_bench(result)
 
 
 @app.command()
@@ -382,23 +385,9 @@ def inspect(
         except BundleError as error:
             states[name] = str(error)
     if as_json:
-        _print_json({"manifest": dataclasses.asdict(manifest), "files": states})
+        print_json({"manifest": dataclasses.asdict(manifest), "files": states})
     else:
-
-        def state(name: str) -> str:
-            return "ok" if states[name] == "ok" else "BAD"
-
-        spec = manifest.spec
-        typer.echo(f"{spec.name}: {spec.points} points, {spec.size} px crops, margin {spec.margin:g}, boxes {spec.box}")
-        rows = [
-            (name, e.kind, e.precision or "", f"{e.bytes:,}", e.sha256[:12], (e.parent_sha256 or "")[:12], state(name))
-            for name, e in manifest.files.items()
-        ]
-        _print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "hash"), rows)
-        for data, measured in manifest.accuracy.items():
-            typer.echo(
-                f"{data}: NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"
-            )
+        print_bundle(bundle, manifest, states)
     if bad := [text for text in states.values() if text != "ok"]:
         raise BundleError("; ".join(bad))
 
@@ -456,94 +445,6 @@ def _astronaut() -> Path:
     except ImportError as error:
         raise MissingExtraError("scikit-image", "export", "a bench without --photo") from error
     return Path(skimage.__file__).parent / "data" / "astronaut.png"
-
-
-def _progress(text: str) -> Any:
-    """A progress bar on stderr, for lists of more than one on a terminal."""
-
-    def track(items: Sequence[Any]) -> Iterable[Any]:
-        if len(items) < 2 or not sys.stderr.isatty():
-            return items
-        from rich.console import Console
-        from rich.progress import track as rich_track
-
-        return rich_track(items, text, console=Console(stderr=True), transient=True)
-
-    return track
-
-
-def _build_progress() -> Any:
-    """Tells TensorRT's phases on stderr, each tenth of one, where somebody looks."""
-    if not sys.stderr.isatty():
-        return None
-    seen: set[tuple[str, int]] = set()
-
-    def progress(phase: str, share: float) -> None:
-        if (phase, int(share * 10)) not in seen:
-            seen.add((phase, int(share * 10)))
-            print(f"\r{phase} {share:.0%}\033[K", end="", file=sys.stderr, flush=True)
-
-    return progress
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
-
-
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(str, row))
-    console = Console()
-    # a table that is cut at 80 columns in a log helps nobody
-    Console(width=None if console.is_terminal else 160).print(table)
-
-
-def _print_accuracy(name: str, result: Any) -> None:
-    measured = result.accuracy
-    rows = [
-        ("faces", measured.faces),
-        ("missed by the detector", result.missed),
-        ("NME", f"{measured.nme:.2%}"),
-        ("NME median / p95", f"{measured.median:.2%} / {measured.p95:.2%}"),
-        ("AUC at 8%", f"{measured.auc:.3f}"),
-        ("failures over 8%", f"{measured.failures:.2%}"),
-        ("SmoothL1 as the original", f"{measured.smooth_l1:.5f}"),
-        *((f"NME {region}", f"{value:.2%}") for region, value in measured.regions.items()),
-    ]
-    _print_table(name, ("measure", "value"), rows)
-
-
-def _print_parity(reports: Sequence[Any]) -> None:
-    if not reports:
-        return
-    rows = [
-        (
-            p.file,
-            p.faces,
-            *(f"{v:.4f}" for v in (p.mean_px, p.p50_px, p.p99_px, p.max_px, p.nme)),
-            "" if p.rise is None else f"{p.rise:+.4f}",
-            *(f"{v:.4f}" for v in p.regions_px.values()),
-        )
-        for p in reports
-    ]
-    regions = [f"{name} px" for name in reports[0].regions_px]
-    title = f"distance to PyTorch on {reports[0].origin}"
-    _print_table(title, ("file", "faces", "mean px", "p50 px", "p99 px", "max px", "NME %", "rise", *regions), rows)
-
-
-def _ms(time: Any) -> tuple[str, ...]:
-    return tuple(f"{value:.2f}" for value in (time.p50_ms, time.p95_ms, time.p99_ms, time.max_ms))
-
-
-def _print_times(title: str, stages: dict[str, Any]) -> None:
-    rows = [(stage, time.samples, *_ms(time)) for stage, time in stages.items()]
-    _print_table(title, ("stage", "samples", "p50 ms", "p95", "p99", "max"), rows)
 
 
 if __name__ == "__main__":

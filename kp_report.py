@@ -1,0 +1,140 @@
+"""What the `kp` command prints: tables, JSON, progress. Nothing is measured or decided here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import typer
+
+__all__ = [
+    "build_progress",
+    "print_accuracy",
+    "print_bench",
+    "print_bundle",
+    "print_json",
+    "print_parity",
+    "print_times",
+    "progress",
+]
+
+
+def progress(text: str) -> Any:
+    """A progress bar on stderr, for lists of more than one on a terminal."""
+
+    def track(items: Sequence[Any]) -> Iterable[Any]:
+        if len(items) < 2 or not sys.stderr.isatty():
+            return items
+        from rich.console import Console
+        from rich.progress import track as rich_track
+
+        return rich_track(items, text, console=Console(stderr=True), transient=True)
+
+    return track
+
+
+def build_progress() -> Any:
+    """Tells TensorRT's phases on stderr, each tenth of one, where somebody looks."""
+    if not sys.stderr.isatty():
+        return None
+    seen: set[tuple[str, int]] = set()
+
+    def progress(phase: str, share: float) -> None:
+        if (phase, int(share * 10)) not in seen:
+            seen.add((phase, int(share * 10)))
+            print(f"\r{phase} {share:.0%}\033[K", end="", file=sys.stderr, flush=True)
+
+    return progress
+
+
+def print_json(value: Any) -> None:
+    """Any result as one JSON document; paths become text."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row))
+    # a table that is cut at 80 columns in a log helps nobody
+    Console(width=None if Console().is_terminal else 170).print(table)
+
+
+def print_accuracy(name: str, result: Any) -> None:
+    """An `Evaluation`, a measure a line."""
+    measured = result.accuracy
+    rows = [
+        ("faces", measured.faces),
+        ("missed by the detector", result.missed),
+        ("NME", f"{measured.nme:.2%}"),
+        ("NME median / p95", f"{measured.median:.2%} / {measured.p95:.2%}"),
+        ("AUC at 8%", f"{measured.auc:.3f}"),
+        ("failures over 8%", f"{measured.failures:.2%}"),
+        ("SmoothL1 as the original", f"{measured.smooth_l1:.5f}"),
+        *((f"NME {region}", f"{value:.2%}") for region, value in measured.regions.items()),
+    ]
+    _print_table(name, ("measure", "value"), rows)
+
+
+def print_parity(reports: Sequence[Any]) -> None:
+    """`Parity` reports of one set of faces, a file a line."""
+    if not reports:
+        return
+    rows = [
+        (
+            p.file,
+            p.faces,
+            *(f"{v:.4f}" for v in (p.mean_px, p.p50_px, p.p99_px, p.max_px, p.nme)),
+            "" if p.rise is None else f"{p.rise:+.4f}",
+            *(f"{v:.4f}" for v in p.regions_px.values()),
+        )
+        for p in reports
+    ]
+    regions = [f"{name} px" for name in reports[0].regions_px]
+    title = f"distance to PyTorch on {reports[0].origin}"
+    _print_table(title, ("file", "faces", "mean px", "p50 px", "p99 px", "max px", "NME %", "rise", *regions), rows)
+
+
+def _ms(time: Any) -> tuple[str, ...]:
+    return tuple(f"{value:.2f}" for value in (time.p50_ms, time.p95_ms, time.p99_ms, time.max_ms))
+
+
+def print_times(title: str, stages: dict[str, Any]) -> None:
+    """`TimeSummary` by stage, a stage a line."""
+    rows = [(stage, time.samples, *_ms(time)) for stage, time in stages.items()]
+    _print_table(title, ("stage", "samples", "p50 ms", "p95", "p99", "max"), rows)
+
+
+def print_bench(result: Any) -> None:
+    """A `Bench` as its two tables."""
+    machine = result.machine
+    typer.echo(
+        f"{machine['cpu']}, {machine['cores']} cores, onnxruntime {machine['onnxruntime']}, {result.faces} face(s)"
+    )
+    print_times("stages of a photo", result.stages)
+    rows = [(n.file, n.batch, n.time.samples, *_ms(n.time), f"{n.ms_a_face:.2f}") for n in result.network]
+    _print_table("network alone", ("file", "batch", "samples", "p50 ms", "p95", "p99", "max", "ms a face"), rows)
+
+
+def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:
+    """A bundle's files, each with `ok` or what is wrong with it, and its recorded accuracy."""
+
+    def state(name: str) -> str:
+        return "ok" if states[name] == "ok" else "BAD"
+
+    spec = manifest.spec
+    typer.echo(f"{spec.name}: {spec.points} points, {spec.size} px crops, margin {spec.margin:g}, boxes {spec.box}")
+    rows = [
+        (name, e.kind, e.precision or "", f"{e.bytes:,}", e.sha256[:12], (e.parent_sha256 or "")[:12], state(name))
+        for name, e in manifest.files.items()
+    ]
+    _print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "hash"), rows)
+    for data, measured in manifest.accuracy.items():
+        typer.echo(f"{data}: NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces")
