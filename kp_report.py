@@ -124,17 +124,25 @@ def print_bench(result: Any) -> None:
 
 
 def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:
-    """A bundle's files, each with `ok` or what is wrong with it, and its recorded accuracy."""
-
-    def state(name: str) -> str:
-        return "ok" if states[name] == "ok" else "BAD"
-
-    spec = manifest.spec
+    """A bundle's files, each with `ok` or `BAD`, where its weights are from, and its recorded accuracy."""
+    spec, training = manifest.spec, manifest.training
     typer.echo(f"{spec.name}: {spec.points} points, {spec.size} px crops, margin {spec.margin:g}, boxes {spec.box}")
-    rows = [
-        (name, e.kind, e.precision or "", f"{e.bytes:,}", e.sha256[:12], (e.parent_sha256 or "")[:12], state(name))
-        for name, e in manifest.files.items()
-    ]
-    _print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "hash"), rows)
+    rows = []
+    for name, e in manifest.files.items():
+        hashes = e.sha256[:12], (e.parent_sha256 or "")[:12]
+        state = "ok" if states[name] == "ok" else "BAD"
+        rows.append((name, e.kind, e.precision or "", f"{e.bytes:,}", *hashes, _layers(e.made), state))
+    _print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "layers", "hash"), rows)
+    for source in training.get("sources", []):
+        typer.echo(f"trained on {source['trained_on']} faces of {source['name']} (sha256 {source['sha256'][:12]})")
+    if training:
+        typer.echo(f"trained by revision {training.get('git_revision')}, best epoch {training.get('best_epoch')}")
     for data, measured in manifest.accuracy.items():
         typer.echo(f"{data}: NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces")
+
+
+def _layers(made: dict[str, Any]) -> str:
+    """In which types a file computes: layers of an ONNX file, shares of a plan's compute."""
+    shares = (made.get("receipt") or {}).get("compute_shares") or {}
+    counts = [f"{count} {kind}" for kind, count in (made.get("layers") or {}).items()]
+    return ", ".join(counts + [f"{share:.0%} {kind}" for kind, share in shares.items()])

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from kp_export.int8_from_onnx import check_calibration, search_int8
-from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, onnx_from_checkpoint
+from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, check_fits_half, layer_types, onnx_from_checkpoint
 from kp_export.operators import check_operators
 from kp_export.parity import FaceSet, Parity, Predict, bundled_faces, check_parity, faces_from_sources, parity
 from kp_export.staging import staging
@@ -124,6 +124,8 @@ class _Export:
         if precision.startswith("int8"):
             made = self._int8(path, precision)
         else:
+            if precision == "fp16":
+                check_fits_half(self.net, self.faces.crops)
             self.step(f"ONNX {precision}")
             onnx_from_checkpoint(self.net, self.manifest.spec, path, precision=precision, checkpoint_sha256=parent)
             self.step(f"parity {precision}, {len(self.faces.names)} faces")
@@ -132,7 +134,7 @@ class _Export:
             made = {"by": "onnx_from_checkpoint", "opset": OPSET, "ir_version": IR_VERSION, "torch": torch.__version__}
         if precision != "int8":  # that one is for ONNX Runtime alone
             check_operators(path)
-        made["onnx"] = onnx.__version__
+        made |= {"onnx": onnx.__version__, "layers": layer_types(path)}
         self.files[path.name] = file_entry(path, "onnx", precision=precision, parent_sha256=parent, made=made)
 
     def _int8(self, path: Path, precision: str) -> dict[str, Any]:

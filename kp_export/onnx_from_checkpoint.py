@@ -13,12 +13,15 @@ import copy
 import dataclasses
 import json
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -27,7 +30,7 @@ from kp_runtime.errors import ExportError
 from kp_runtime.spec import ModelSpec, writing
 from kp_train.model import KeypointNet
 
-__all__ = ["IR_VERSION", "OPSET", "onnx_from_checkpoint"]
+__all__ = ["IR_VERSION", "OPSET", "check_fits_half", "layer_types", "onnx_from_checkpoint"]
 
 OPSET = 18
 """The lowest that PyTorch's exporter writes without converting down; every engine reads it."""
@@ -48,7 +51,7 @@ def onnx_from_checkpoint(
         checkpoint_sha256: of the weights' file, written into the metadata.
 
     Raises:
-        ExportError: weights do not fit float16, or the graph is not valid.
+        ExportError: the graph is not valid.
     """
     typed = _TypedNet(net, half=precision == "fp16")
     batch = torch.export.Dim("batch", min=1, max=4096)
@@ -82,6 +85,52 @@ def onnx_from_checkpoint(
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def check_fits_half(net: KeypointNet, crops: NDArray[np.uint8]) -> None:
+    """Fails where weights, or activations on these crops, do not fit float16.
+
+    Args:
+        net: the network, float32.
+        crops: `(n, 1, size, size)` uint8, real faces.
+
+    Raises:
+        ExportError: names each layer and the range that it reaches.
+    """
+    features = _TypedNet(net, half=False).features
+    reached = {f"weights of {name}": float(value.detach().abs().max()) for name, value in features.named_parameters()}
+    hooks = []
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def note(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            key = f"activations of {name}"
+            reached[key] = max(reached.get(key, 0.0), float(output.abs().max()))
+
+        return note
+
+    for name, module in features.named_modules():
+        if name:
+            hooks.append(module.register_forward_hook(watch(name)))
+    with torch.inference_mode():
+        for start in range(0, len(crops), 32):
+            features(torch.from_numpy(crops[start : start + 32]).float() / 255)
+    limit = torch.finfo(torch.float16).max
+    if over := [f"{what} reach {value:g}" for what, value in reached.items() if not value <= limit]:
+        raise ExportError(
+            f"float16 ends at {limit:g}: {'; '.join(over)}; train again with weight decay, or export fp32"
+        )
+
+
+def layer_types(path: Path) -> dict[str, int]:
+    """How many convolutions and matrix products of an ONNX file compute in each type."""
+    graph = onnx.load(path).graph
+    types = {item.name: onnx.TensorProto.DataType.Name(item.data_type).lower() for item in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "DequantizeLinear":
+            types[node.output[0]] = types.get(node.input[0], "int8")
+    names = {"float": "fp32", "float16": "fp16"}
+    layers = [types[node.input[1]] for node in graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
+    return dict(Counter(names.get(layer, layer) for layer in layers))
+
+
 class _TypedNet(nn.Module):
     """The network as it is exported: batch norm folded, each tensor in its own type."""
 
@@ -95,7 +144,6 @@ class _TypedNet(nn.Module):
         self.features = nn.Sequential(OrderedDict((name, getattr(backbone, name)) for name in names))
         self.head = backbone.fc
         if half:
-            _check_fits_half(self.features)
             self.features.half()
 
     def forward(self, crops: Tensor) -> Tensor:
@@ -113,16 +161,6 @@ def _fold_batch_norm(backbone: ResNet) -> None:
             if module.downsample is not None:
                 conv, norm = module.downsample[0], module.downsample[1]
                 module.downsample = nn.Sequential(fuse_conv_bn_eval(conv, norm))
-
-
-def _check_fits_half(features: nn.Module) -> None:
-    limit = torch.finfo(torch.float16).max
-    for name, weight in features.named_parameters():
-        largest = float(weight.detach().abs().max())
-        if not largest <= limit:
-            raise ExportError(
-                f"the weights of {name} reach {largest:g}, float16 ends at {limit:g}; export without --fp16"
-            )
 
 
 def _clean(model: Any) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 
 import kp_export.bundle
 from kp_export.bundle import export_bundle, predict_from_net
+from kp_export.onnx_from_checkpoint import check_fits_half
 from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
 from kp_export.staging import staging
 from kp_runtime.backend import open_backend
@@ -177,8 +180,41 @@ def test_weights_over_float16_are_named(tmp_path: Path) -> None:
         net.backbone.layer2[0].conv1.weight[0, 0, 0, 0] = 1e6
         net.backbone.layer2[0].bn1.weight[0] = 10
     save_checkpoint(tmp_path / "loud", net, manifest, half=False)
-    with pytest.raises(ExportError, match=r"weights of layer2\.0\.conv1\.weight reach .* float16 ends at 65504"):
+    with pytest.raises(ExportError, match=r"float16 ends at 65504: .*weights of layer2\.0\.conv1\.weight reach"):
         export_bundle(tmp_path / "loud", precisions=("fp16",))
+
+
+def test_activations_over_float16_are_named(tmp_path: Path) -> None:
+    net, manifest = load_checkpoint(small_checkpoint(tmp_path / "run"))
+    with torch.no_grad():
+        net.backbone.layer3[1].bn1.bias[7] = 1e5
+    crops = bundled_faces(manifest.spec).crops[:2]
+    with pytest.raises(ExportError, match=r"activations of layer3\.1\.conv1 reach 1000\d\d"):
+        check_fits_half(net, crops)
+    net.backbone.layer3[1].bn1.bias.data[7] = 1e3
+    check_fits_half(net, crops)
+
+
+def test_the_layers_types_are_counted(exported: Path) -> None:
+    files = Manifest.read(exported).files
+    assert files["model.fp32.onnx"].made["layers"] == {"fp32": 21}
+    assert files["model.fp16.onnx"].made["layers"] == {"fp16": 20, "fp32": 1}
+
+
+@pytest.mark.slow
+def test_a_killed_export_leaves_the_old_bundle(copied: Path) -> None:
+    before = contents(copied)
+    command = [sys.executable, "-m", "kp_cli", "export", str(copied), "--fp16", "--engine", "never"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("ONNX fp16"):
+            break
+    process.kill()
+    process.communicate()
+    assert contents(copied) == before
+    export_bundle(copied)
+    assert [p.name for p in copied.parent.iterdir()] == ["bundle"]
 
 
 def test_parity_finds_the_worst_face_and_region() -> None:

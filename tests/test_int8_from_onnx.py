@@ -103,6 +103,7 @@ def test_the_manifest_tells_what_was_chosen_and_on_which_images(exported: Path, 
     assert entry.made["choice"] in [{"method": c.method, "float_layers": c.float_layers} for c in CHOICES]
     assert entry.made["calibration"]["images"] == [f"training/{face.image.name}" for face in source.faces[::2]]
     assert entry.precision == "int8"
+    assert entry.made["layers"] == {"int8": 20, "fp32": 1}
 
 
 def test_int8_is_what_a_cpu_takes_by_itself(exported: Path) -> None:
