@@ -82,6 +82,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Faces a step, on each device.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, the schedule's peak.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the weight averaging; 0 turns it off.")] = None,
+    augment: Annotated[str | None, typer.Option(help="faces, light, crop or none.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation.")] = None,
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = None,
     weights: Annotated[str, typer.Option(help="auto, imagenet, none, or a torchvision ResNet-18 .pth file.")] = "auto",
@@ -103,7 +104,15 @@ def train(
     from kp_train.train import train as run
 
     config = settings(
-        recipe.value, size=size, epochs=epochs, batch_size=batch_size, lr=lr, ema=ema, seed=seed, precision=precision
+        recipe.value,
+        size=size,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        ema=ema,
+        augment=augment,
+        seed=seed,
+        precision=precision,
     )
     path = run(
         [parse_source(text) for text in data], config, out, name=name, weights=weights, init=init, resume=resume,

@@ -14,9 +14,12 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from kp_runtime.errors import KpError
 from kp_runtime.scheme68 import MIRROR
 
-__all__ = ["Augment", "MirrorFace", "augment_from_name"]
+__all__ = ["AUGMENTS", "Augment", "MirrorFace", "augment_from_name"]
+
+AUGMENTS = ("faces", "light", "crop", "none")
 
 
 class MirrorFace(v2.Transform):  # type: ignore[misc]
@@ -135,9 +138,18 @@ def _faces() -> Augment:
 
 
 def augment_from_name(name: str) -> Augment | None:
-    """The augmentation that a recipe names: `faces`, `crop` (as the original) or `none`."""
+    """The augmentation of a name: `faces`, `light`, `crop` (as the original) or `none`.
+
+    Raises:
+        KpError: no such name.
+    """
+    if name not in AUGMENTS:
+        raise KpError(f"there is no augmentation {name!r}; choose from {', '.join(AUGMENTS)}")
     if name == "none":
         return None
+    if name == "light":
+        grey = v2.ColorJitter(brightness=0.2, contrast=0.2)
+        return Augment(shift=0.02, max_shift=0.08, zoom=0.04, turn=5, mirror=0.5, grey=grey)
     if name == "crop":
         # the original draws a 224 window from the 250 image: up to 13 px of 224 either way
         return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, mirror=0, grey=v2.Identity())

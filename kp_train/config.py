@@ -28,7 +28,8 @@ class TrainConfig:
         beta: of the SmoothL1 loss, in units of 50 px of a 224 px crop.
         ema: decay of the weight averaging a step; 0 turns it off.
         patience: epochs without a better validation loss before the run stops; 0 never stops.
-        augment: `faces`, `crop` (random crop alone, as the original) or `none`.
+        augment: `faces`, `light` (place, size, turn, mirror, light), `crop` (random crop alone, as the
+            original) or `none`.
         val_fraction: share of the people that are held out.
         seed: of weights, order and augmentation.
         precision: as Lightning names it: `32-true`, `bf16-mixed`, `16-mixed`.

@@ -41,7 +41,7 @@ def test_faces_stay_under_their_points(tmp_path: object) -> None:
     assert np.mean(np.array(brighter) > 0) > 0.8
 
 
-@pytest.mark.parametrize("name", ["faces", "crop"])
+@pytest.mark.parametrize("name", ["faces", "light", "crop"])
 def test_a_seed_fixes_the_variation(tmp_path: object, name: str) -> None:
     faces = read_source(write_csv_source(tmp_path, people=2)).faces  # type: ignore[arg-type]
     data = FaceDataset(faces, ModelSpec("x", 64), augment_from_name(name))
