@@ -78,6 +78,7 @@ def train(
     ] = Recipe.default,
     name: Annotated[str, typer.Option(help="The model's name.")] = "resnet18-68",
     size: Annotated[int | None, typer.Option(help="Side of the crops in pixels.")] = None,
+    reduce: Annotated[int | None, typer.Option(help="The backbone sees means of this many pixels square.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Most epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Faces a step, on each device.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, the schedule's peak.")] = None,
@@ -106,6 +107,7 @@ def train(
     config = settings(
         recipe.value,
         size=size,
+        reduce=reduce,
         epochs=epochs,
         batch_size=batch_size,
         lr=lr,

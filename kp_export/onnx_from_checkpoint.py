@@ -95,7 +95,8 @@ def check_fits_half(net: KeypointNet, crops: NDArray[np.uint8]) -> None:
     Raises:
         ExportError: names each layer and the range that it reaches.
     """
-    features = _TypedNet(net, half=False).features
+    typed = _TypedNet(net, half=False)
+    features = typed.features
     reached = {f"weights of {name}": float(value.detach().abs().max()) for name, value in features.named_parameters()}
     hooks = []
 
@@ -111,7 +112,7 @@ def check_fits_half(net: KeypointNet, crops: NDArray[np.uint8]) -> None:
             hooks.append(module.register_forward_hook(watch(name)))
     with torch.inference_mode():
         for start in range(0, len(crops), 32):
-            features(torch.from_numpy(crops[start : start + 32]).float() / 255)
+            features(typed.normalise(torch.from_numpy(crops[start : start + 32]), torch.float32))
     limit = torch.finfo(torch.float16).max
     if over := [f"{what} reach {value:g}" for what, value in reached.items() if not value <= limit]:
         raise ExportError(
@@ -136,7 +137,7 @@ class _TypedNet(nn.Module):
 
     def __init__(self, net: KeypointNet, half: bool) -> None:
         super().__init__()
-        self.decode = net.decode
+        self.normalise, self.decode = net.normalise, net.decode
         backbone = copy.deepcopy(net.backbone).eval()
         _fold_batch_norm(backbone)
         self.dtype = torch.float16 if half else torch.float32
@@ -147,7 +148,7 @@ class _TypedNet(nn.Module):
             self.features.half()
 
     def forward(self, crops: Tensor) -> Tensor:
-        x = self.features(crops.to(self.dtype) / 255).float()
+        x = self.features(self.normalise(crops, self.dtype)).float()
         keypoints: Tensor = self.decode(self.head(x.mean(dim=(2, 3))))
         return keypoints
 

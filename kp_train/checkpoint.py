@@ -72,7 +72,7 @@ def load_checkpoint(path: Path) -> tuple[KeypointNet, Manifest]:
         raise BundleError(f"{path} is no checkpoint: a checkpoint is a bundle's folder or its {CHECKPOINT_NAME}")
     manifest = Manifest.read(bundle)
     file = manifest.check_file(bundle, CHECKPOINT_NAME)
-    net = KeypointNet(manifest.spec.size)
+    net = KeypointNet(manifest.spec.size, manifest.training.get("config", {}).get("reduce", 1))
     try:
         tensors = {name: value.float() for name, value in load_file(file).items()}
     except (SafetensorError, OSError) as error:

@@ -19,6 +19,7 @@ class TrainConfig:
         recipe: the name that the defaults came from.
         box: `keypoints` trains on face crops, `frame` on the original project's view.
         size: side of the crop in pixels.
+        reduce: the backbone sees means of `reduce` x `reduce` pixels of the crop.
         margin: side of the crop's square, in longer sides of the box.
         epochs: most epochs; `patience` may end the run earlier.
         batch_size: faces a step, on each device.
@@ -38,6 +39,7 @@ class TrainConfig:
     recipe: str = "default"
     box: str = "keypoints"
     size: int = 224
+    reduce: int = 1
     margin: float = 1.3
     epochs: int = 60
     batch_size: int = 64
@@ -55,6 +57,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check(self.size >= 64 and self.size % 16 == 0, "size", self.size, "a multiple of 16, 64 or more")
+        _check(self.reduce >= 1 and self.size % self.reduce == 0, "reduce", self.reduce, "a divisor of size")
         _check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         _check(0 < self.lr < 1, "lr", self.lr, "over 0 and under 1")

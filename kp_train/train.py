@@ -48,7 +48,7 @@ class KeypointModule(L.LightningModule):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.net = KeypointNet(config.size).to(memory_format=torch.channels_last)
+        self.net = KeypointNet(config.size, config.reduce).to(memory_format=torch.channels_last)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of `(crops, xy_crop)`."""

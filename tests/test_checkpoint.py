@@ -33,6 +33,12 @@ def test_weights_come_back_as_fp16_rounds_them(saved: Path) -> None:
     assert (saved / CHECKPOINT_NAME).stat().st_size < 23e6
 
 
+def test_what_the_backbone_sees_is_kept(tmp_path: Path) -> None:
+    manifest = Manifest(spec=ModelSpec("x", 64), training={"config": {"reduce": 2}})
+    save_checkpoint(tmp_path / "b", KeypointNet(64, reduce=2), manifest)
+    assert load_checkpoint(tmp_path / "b")[0].reduce == 2
+
+
 def rewrite(bundle: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, bundle / CHECKPOINT_NAME)
     files = {CHECKPOINT_NAME: file_entry(bundle / CHECKPOINT_NAME, "checkpoint")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import shutil
@@ -215,6 +216,14 @@ def test_a_killed_export_leaves_the_old_bundle(copied: Path) -> None:
     assert contents(copied) == before
     export_bundle(copied)
     assert [p.name for p in copied.parent.iterdir()] == ["bundle"]
+
+
+def test_a_reducing_network_is_exported_in_every_type(tmp_path: Path) -> None:
+    net, manifest = load_checkpoint(small_checkpoint(tmp_path / "run"))
+    net.reduce = 2
+    save_checkpoint(tmp_path / "r", net, dataclasses.replace(manifest, training={"config": {"reduce": 2}}))
+    export_bundle(tmp_path / "r", precisions=("fp32", "fp16"))  # its parity is checked inside
+    assert "AveragePool" in {node.op_type for node in onnx.load(tmp_path / "r" / "model.fp16.onnx").graph.node}
 
 
 def test_parity_finds_the_worst_face_and_region() -> None:

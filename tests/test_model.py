@@ -28,6 +28,19 @@ def test_the_target_is_the_original_projects_at_224() -> None:
     torch.testing.assert_close(KeypointNet(224).encode(xy), (xy.flatten(1) - 100) / 50)
 
 
+def test_reduce_averages_before_the_backbone() -> None:
+    torch.manual_seed(0)
+    large, small = KeypointNet(128, reduce=2).eval(), KeypointNet(64).eval()
+    torch.nn.init.normal_(large.backbone.fc.weight, std=0.05)
+    small.backbone.load_state_dict(large.backbone.state_dict())
+    crops = torch.randint(0, 64, (2, 1, 64, 64), dtype=torch.uint8) * 4
+    doubled = crops.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    with torch.no_grad():
+        torch.testing.assert_close(large.raw(doubled), small.raw(crops), atol=1e-4, rtol=0)
+        # pixel centres: the first pixel of the small crop covers the first two of the large one
+        torch.testing.assert_close(large(doubled), small(crops) * 2 + 0.5, atol=1e-2, rtol=0)
+
+
 @pytest.mark.parametrize("size", [64, 112, 224])
 def test_decode_undoes_encode(size: int) -> None:
     net, xy = KeypointNet(size), torch.rand(2, 68, 2) * size
