@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+try:
+    import typer
+except ImportError:
+    sys.exit("kp: the command needs typer and rich, which are not installed; run: pip install 'kp-edge[cli]'")
 
 from kp_report import (
     build_progress,
@@ -84,7 +87,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Learning rate, the schedule's peak.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the weight averaging; 0 turns it off.")] = None,
     augment: Annotated[str | None, typer.Option(help="faces, light, crop or none.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of weights, order and augmentation.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of weights, order and augmentation.")] = None,
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = None,
     weights: Annotated[str, typer.Option(help="auto, imagenet, none, or a torchvision ResNet-18 .pth file.")] = "auto",
     init: Annotated[Path | None, typer.Option(help="Start from this checkpoint instead.")] = None,
@@ -92,8 +95,8 @@ def train(
     devices: Annotated[str, typer.Option(help="Number of devices, or auto.")] = "auto",
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
     strategy: Annotated[str, typer.Option(help="Lightning's strategy, such as ddp.")] = "auto",
-    workers: Annotated[int, typer.Option(help="Processes that make crops, for each device.")] = 1,
-    picture_every: Annotated[int, typer.Option(help="Epochs between two pictures of held-out faces.")] = 5,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make crops, for each device.")] = 1,
+    picture_every: Annotated[int, typer.Option(min=1, help="Epochs between two pictures of held-out faces.")] = 5,
 ) -> None:
     """Train a network on photos with 68 points; resumable after a kill.
 
@@ -143,9 +146,14 @@ def evaluate(
     """Measure a model on labelled faces: NME, AUC, failures, regions, the original project's loss."""
     from kp_export.evaluate import evaluate as measure
     from kp_export.evaluate import held_out_faces, open_model
+    from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
 
+    if yunet and boxes is not Boxes.detector:
+        raise InputError("--yunet goes with --boxes detector")
     opened = open_model(model, threads)
+    if boxes is Boxes.detector and opened.manifest.spec.box == "frame":
+        raise InputError("this model sees whole frames, not face boxes: leave out --boxes detector")
     sources = [parse_source(text) for text in data]
     if split is Split.person:
         sources = [held_out_faces(source, opened.manifest) for source in sources]
@@ -154,8 +162,9 @@ def evaluate(
     result = measure(opened, faces, detector, track=progress("measuring"))
     if record is not None:
         kept = {record: dataclasses.asdict(result.accuracy) | {"missed": result.missed}}
-        manifest = dataclasses.replace(opened.manifest, accuracy=opened.manifest.accuracy | kept)
-        manifest.write(model if model.is_dir() else model.parent)
+        bundle = model if model.is_dir() else model.parent
+        manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
+        dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
     pictures = []
     if out is not None:
         from kp_export.pictures import error_curve, worst_faces
@@ -206,6 +215,9 @@ def export(
         calibration=[parse_source(text) for text in calibration or []],
         step=_note,
     )
+    if not as_json:
+        print_parity(report.parity)
+        typer.echo(f"bundle: {report.bundle}")
     plans = []
     if engine is not Engine.never and not blocker:
         from kp_export.plan_bundle import add_plan
@@ -216,8 +228,6 @@ def export(
         rows = [dataclasses.asdict(p) for p in report.parity]
         print_json({"bundle": report.bundle, "parity": rows, "plans": [dataclasses.asdict(p) for p in plans]})
     else:
-        print_parity(report.parity)
-        typer.echo(f"bundle: {report.bundle}")
         for plan in plans:
             typer.echo(f"plan: {plan.file}")
     if blocker:
@@ -309,10 +319,12 @@ def predict(
     """Find the keypoints of all faces on photos; draw them and write them down."""
     import numpy as np
 
-    from kp_runtime.photos import photos_from_paths, predict_photo, results_json, write_results
+    from kp_runtime.photos import FORMATS, photos_from_paths, predict_photo, results_json, write_results
     from kp_runtime.pipeline import load
     from kp_runtime.timing import StageTimer
 
+    if odd := set(formats or []) - set(FORMATS):
+        raise InputError(f"there is no format {odd.pop()!r}; choose from {', '.join(FORMATS)}")
     paths = photos_from_paths(photos)
     if len(paths) > 1 and (box or drawn):
         raise InputError(f"--box and --drawn go with one photo, got {len(paths)}")
@@ -328,7 +340,7 @@ def predict(
             results.append(predict_photo(opened, path, detector=detector, boxes_xyxy=boxes, drawn=target, timer=timer))
         except KpError as error:
             failed.append(str(error))
-    written = write_results(results, out, formats or ["json"])
+    written = write_results(results, out, formats or ["json"]) if results else []
     if as_json:
         print_json(results_json(results))
     else:
@@ -409,6 +421,8 @@ def main() -> None:
         app()
     except KpError as error:
         _fail(str(error))
+    except ImportError as error:
+        _fail(f"this command needs a package that is not here ({error}); run: pip install 'kp-edge[export]'")
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
 

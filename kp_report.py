@@ -100,6 +100,8 @@ def print_parity(reports: Sequence[Any]) -> None:
     regions = [f"{name} px" for name in reports[0].regions_px]
     title = f"distance to PyTorch on {reports[0].origin}"
     _print_table(title, ("file", "faces", "mean px", "p50 px", "p99 px", "max px", "NME %", "rise", *regions), rows)
+    if any(p.rise is None for p in reports):
+        typer.echo("these faces have no labels: how far the accuracy itself moves was not measured, --data does that")
 
 
 def _ms(time: Any) -> tuple[str, ...]:
@@ -134,11 +136,13 @@ def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:
         rows.append((name, e.kind, e.precision or "", f"{e.bytes:,}", *hashes, _layers(e.made), state))
     _print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "layers", "hash"), rows)
     for source in training.get("sources", []):
-        typer.echo(f"trained on {source['trained_on']} faces of {source['name']} (sha256 {source['sha256'][:12]})")
+        typer.echo(f"trained on {source.get('trained_on')} faces of {source.get('name')} ({source.get('sha256')})")
     if training:
         typer.echo(f"trained by revision {training.get('git_revision')}, best epoch {training.get('best_epoch')}")
     for data, measured in manifest.accuracy.items():
-        typer.echo(f"{data}: NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces")
+        if {"nme", "failures", "faces"} <= set(measured):
+            numbers = f"NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"
+            typer.echo(f"{data}: {numbers}")
 
 
 def _layers(made: dict[str, Any]) -> str:

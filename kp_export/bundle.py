@@ -21,14 +21,14 @@ from kp_export.int8_from_onnx import check_calibration, search_int8
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, check_fits_half, layer_types, onnx_from_checkpoint
 from kp_export.operators import check_operators
 from kp_export.parity import FaceSet, Parity, Predict, bundled_faces, check_parity, faces_from_sources, parity
-from kp_export.staging import staging
+from kp_export.staging import mend, staging
 from kp_runtime.backend import GOLDEN_NAME
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.geometry import boxes_from_points, crop_from_luma, matrices_from_boxes
 from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, ModelSpec, file_entry, writing
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
-from kp_train.data import Source
+from kp_train.data import Source, is_held_out
 from kp_train.model import KeypointNet
 from kp_train.synthetic import drawn_face
 
@@ -68,8 +68,8 @@ def export_bundle(
         out: the bundle to fill; the checkpoint's own when None.
         precisions: of `fp32`, `fp16`, `int8`, `int8-trt`; `fp32` is always made.
         sources: the user's labelled faces for the parity check; scikit-image's when empty.
-        calibration: labelled faces for the ranges of int8. Without `sources`, every second one
-            of them is kept out of it and measures the accuracy.
+        calibration: labelled faces for the ranges of int8. Without `sources`, those of about
+            half of the people are kept out of it and measure the accuracy.
         step: told what is being done.
 
     Raises:
@@ -78,16 +78,21 @@ def export_bundle(
         ExportError: another export is at work in `out`, or a graph can't be made.
         ParityError: a file is too far from PyTorch.
     """
+    own = checkpoint.parent if checkpoint.name == CHECKPOINT_NAME else checkpoint
+    mend(own)
     net, manifest = load_checkpoint(checkpoint)
     if {"int8", "int8-trt"} & set(precisions) and not calibration:
         raise ExportError("int8 needs real faces to find its ranges: give --calibration with labelled photos")
-    own = checkpoint if checkpoint.is_dir() else checkpoint.parent
     target = (out or own).resolve()
     with staging(target) as stage:
         if target != own.resolve():
-            shutil.copyfile(own / CHECKPOINT_NAME, stage / CHECKPOINT_NAME)
+            with writing(stage / CHECKPOINT_NAME) as temporary:
+                shutil.copyfile(own / CHECKPOINT_NAME, temporary)
         old = Manifest.read(stage).files if (stage / MANIFEST_NAME).exists() else {}
-        export = _Export(net, manifest, stage, *_face_sets(manifest.spec, sources, calibration), step)
+        faces, calibrating = _face_sets(manifest.spec, sources, calibration)
+        if calibrating is not None:
+            check_calibration(calibrating, predict_from_net(net))
+        export = _Export(net, manifest, stage, faces, calibrating, step)
         try:
             for precision in ("fp32", *(p for p in precisions if p != "fp32")):
                 export.add(precision)
@@ -139,7 +144,6 @@ class _Export:
 
     def _int8(self, path: Path, precision: str) -> dict[str, Any]:
         assert self.calibration is not None  # asked for at the start of the export
-        check_calibration(self.calibration, predict_from_net(self.net))
         report = search_int8(
             self.stage / "model.fp32.onnx",
             path,
@@ -174,11 +178,13 @@ def _face_sets(
         return (faces_from_sources(sources, spec) if sources else bundled_faces(spec)), None
     if sources:
         return faces_from_sources(sources, spec), faces_from_sources(calibration, spec, CALIBRATION_FACES)
-    even = [dataclasses.replace(source, faces=source.faces[::2]) for source in calibration]
-    odd = [dataclasses.replace(source, faces=source.faces[1::2]) for source in calibration]
-    if not any(source.faces for source in odd):
-        raise DataError("int8 needs more than one face to calibrate on")
-    return faces_from_sources(odd, spec), faces_from_sources(even, spec, CALIBRATION_FACES)
+    halves: list[list[Source]] = []
+    for half in (True, False):
+        kept = [(s, tuple(f for f in s.faces if is_held_out(f.person, 0.5) is half)) for s in calibration]
+        halves.append([dataclasses.replace(source, faces=faces) for source, faces in kept if faces])
+    if not all(halves):
+        raise DataError("int8 needs faces of more people: some to calibrate on, others to measure; or give --data too")
+    return faces_from_sources(halves[0], spec), faces_from_sources(halves[1], spec, CALIBRATION_FACES)
 
 
 def _with_kept(files: dict[str, FileEntry], old: dict[str, FileEntry]) -> dict[str, FileEntry]:

@@ -37,7 +37,8 @@ __all__ = ["CHOICES", "Int8Choice", "Int8Report", "check_calibration", "int8_fro
 
 LEAST_FACES = 32
 WORST_FACE_NME = 0.15
-"""Faces that the fp32 network misses by more are none, or are labelled otherwise."""
+"""A face that the fp32 network misses by more is none, or is labelled otherwise."""
+MOST_MISSED = 0.2
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,13 @@ def check_calibration(faces: FaceSet, fp32: Callable[[NDArray[np.uint8]], NDArra
         raise DataError(f"int8 is calibrated on {LEAST_FACES} or more faces, {faces.origin} has {len(faces.names)}")
     if faces.xy_crop is None:
         raise DataError(f"int8 needs faces with labels, {faces.origin} has none: its gate is the accuracy")
-    sample = slice(0, 64)
-    nme = float(np.median(point_errors(fp32(faces.crops[sample]), faces.xy_crop[sample]).mean(axis=1)))
-    if not nme <= WORST_FACE_NME:
+    starts = range(0, len(faces.crops), 32)
+    predicted = np.concatenate([fp32(faces.crops[start : start + 32]) for start in starts])
+    missed = float((point_errors(predicted, faces.xy_crop).mean(axis=1) > WORST_FACE_NME).mean())
+    if missed > MOST_MISSED:
         raise DataError(
-            f"{faces.origin} does not look like faces: the fp32 network misses its labels by {nme:.0%} of the eye "
-            "distance; calibrate on photos of the kind that the model will see"
+            f"{faces.origin} does not look like faces: the fp32 network misses {missed:.0%} of them by over "
+            f"{WORST_FACE_NME:.0%} of the eye distance; calibrate on photos of the kind that the model will see"
         )
 
 
@@ -150,21 +152,25 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
     if not cpu:
         options |= {"ActivationSymmetric": True, "QuantizeBias": False}
     model = onnx.load(fp32)
-    convolutions = [node.name for node in model.graph.node if node.op_type == "Conv"]
+    nodes = list(model.graph.node)
+    convolutions = [node.name for node in nodes if node.op_type == "Conv"]
+    pooling = next(i for i, node in enumerate(nodes) if node.op_type == "ReduceMean")
+    head = [node.name for node in nodes[pooling:]]
     with tempfile.TemporaryDirectory() as folder, _quiet():
         quantised = Path(folder) / "int8.onnx"
         try:
             quantize_static(
                 str(fp32),
                 str(quantised),
-                _Reader(calibration.crops),
+                # the histograms of percentile keep every activation in memory, 23 MB a face
+                _Reader(calibration.crops[:: 4 if percentile else 1]),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Conv", "Relu", "MaxPool", "Add"] if cpu else ["Conv"],
                 per_channel=True,
                 reduce_range=cpu,
                 activation_type=QuantType.QUInt8 if cpu else QuantType.QInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=convolutions[: choice.float_layers],
+                nodes_to_exclude=head + convolutions[: choice.float_layers],
                 calibrate_method=method,
                 extra_options=options,
             )

@@ -9,7 +9,7 @@ from typing import Any
 from kp_export.cuda_device import CudaDevice, cuda_device
 from kp_export.plan_builder import Progress
 from kp_export.plan_from_onnx import PlanOptions, PlanReport, plan_from_onnx, plan_name, tensorrt_module
-from kp_export.staging import staging
+from kp_export.staging import mend, staging
 from kp_runtime.errors import BackendError, ExportError
 from kp_runtime.spec import Manifest, file_entry
 
@@ -49,14 +49,16 @@ def add_plan(
     if precision not in ONNX_OF:
         raise ExportError(f"a plan's precision must be one of {', '.join(ONNX_OF)}, got {precision!r}")
     bundle = bundle.resolve()
-    manifest = Manifest.read(bundle)
+    mend(bundle)
     source = f"model.{ONNX_OF[precision]}.onnx"
-    if source not in manifest.files:
-        raise BackendError(f"{bundle} has no {source} to build the plan from; kp export --{precision} makes it")
+    if source not in Manifest.read(bundle).files:
+        raise BackendError(f"{bundle} has no {source} to build the plan from; kp export makes it")
     trt = trt if trt is not None else tensorrt_module()
     device = device or cuda_device()
     name = plan_name(precision, device, trt.__version__)
     with staging(bundle) as stage:
+        manifest = Manifest.read(stage)
+        (stage / f"{name}.log").unlink(missing_ok=True)  # of an earlier failure
         report = plan_from_onnx(
             manifest.check_file(stage, source),
             stage / name,

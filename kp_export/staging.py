@@ -11,19 +11,34 @@ from pathlib import Path
 
 from kp_runtime.errors import ExportError
 
-__all__ = ["staging"]
+__all__ = ["mend", "staging"]
+
+
+def mend(target: Path) -> None:
+    """Puts a bundle back that an export was moving when it was killed; call it before reading one."""
+    old = _beside(target, "old")
+    if old.exists() and not target.exists():
+        with contextlib.suppress(OSError):
+            os.replace(old, target)
 
 
 @contextlib.contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, filled with links to its files, that takes its place at the end."""
-    stage = target.with_name(f".{target.name}.new")
-    old = target.with_name(f".{target.name}.old")
+    """A folder beside `target`, filled with links to its files, that takes its place at the end.
+
+    Files in it must be replaced (`kp_runtime.spec.writing`), never written in place: they are the
+    old bundle's own until then.
+
+    Raises:
+        ExportError: the folder can't be written, or another process has it staged.
+    """
+    stage, old = _beside(target, "new"), _beside(target, "old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.with_name(f".{target.name}.lock"), target):
-            if old.exists() and not target.exists():
-                os.replace(old, target)  # an export that was killed between its two last moves
+        if target.exists() and not os.access(target, os.W_OK):
+            raise ExportError(f"the bundle {target} is read-only; make it writable, or name another with --out")
+        with _locked(_beside(target, "lock"), target):
+            mend(target)
             for stale in (stage, old):
                 shutil.rmtree(stale, ignore_errors=True)
             if target.exists():
@@ -39,6 +54,10 @@ def staging(target: Path) -> Iterator[Path]:
         raise ExportError(
             f"can't write the bundle {target}: {error.strerror or error}; what was there before is unchanged"
         ) from error
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}")
 
 
 def _swap(stage: Path, target: Path, old: Path) -> None:
@@ -65,11 +84,16 @@ def _link_or_copy(source: str, target: str) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path, target: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ExportError(f"another export is at work on {target}; wait for it to end") from error
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ExportError(f"another export is at work on {target}; wait for it to end") from error
+            # the one before may have removed the file between our opening and locking it
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break
         try:
             yield
         finally:

@@ -92,6 +92,8 @@ def run_bench(
         raise InputError(f"batch sizes must be 1 or more, got {', '.join(map(str, batches))}")
     if threads is not None and not 1 <= threads <= cores:
         raise InputError(f"threads must be 1 to {cores}, the cores of this machine; got {threads}")
+    if not bundle.is_dir():
+        raise InputError(f"bench compares the files of a bundle: give its folder, not {bundle}")
     model = Model(open_backend(bundle, threads=threads))
     found = predict_photo(model, photo, detector=detector).keypoints
     if not len(found):

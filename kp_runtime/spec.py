@@ -154,6 +154,8 @@ class Manifest:
             spec = ModelSpec(**raw["spec"])
             files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
             rest = {key: raw[key] for key in ("training", "accuracy", "licence") if key in raw}
+            if wrong := [key for key, value in rest.items() if not isinstance(value, dict)]:
+                raise TypeError(f"{wrong[0]} must be an object")
             manifest = cls(spec=spec, files=files, schema=raw["schema"], **rest)
         except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(

@@ -44,7 +44,8 @@ class Augment:
 
     Args:
         shift: standard deviation of the centre's displacement, in sides of the square.
-        max_shift: the most of it, uniform instead of normal where `shift` is 0.
+        max_shift: the most of it. Where `shift` is 0 the window lies anywhere in the image, whose
+            shorter side leaves this much on both sides of it.
         zoom: standard deviation of the logarithm of the side's factor.
         turn: standard deviation of the turn in degrees.
         mirror: how often a face is mirrored.
@@ -58,12 +59,14 @@ class Augment:
         self.mirror = MirrorFace(mirror)
         self.grey = grey
 
-    def draw_jitter(self) -> dict[str, Any]:
-        """Keyword arguments of `matrices_from_boxes` for one face."""
+    def draw_jitter(self, size_hw: tuple[int, int]) -> dict[str, Any]:
+        """Keyword arguments of `matrices_from_boxes` for one face of an image of this size."""
         if self.shift:
             shift = (torch.randn(2) * self.shift).clamp(-self.max_shift, self.max_shift)
         else:
-            shift = (torch.rand(2) * 2 - 1) * self.max_shift
+            # the window may lie anywhere in the image: along its longer side there is more room
+            room = torch.tensor(size_hw[::-1]) / min(size_hw) * (1 + 2 * self.max_shift) - 1
+            shift = (torch.rand(2) - 0.5) * room
         normal = torch.randn(2).clamp(-2.5, 2.5).tolist()
         return {
             "shift": shift.numpy(),

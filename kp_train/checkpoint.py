@@ -44,13 +44,7 @@ def save_checkpoint(bundle: Path, net: KeypointNet, manifest: Manifest, *, half:
         if not name.endswith("num_batches_tracked")
     }
     bundle.mkdir(parents=True, exist_ok=True)
-    with writing(bundle / CHECKPOINT_NAME) as temporary:
-        try:
-            save_file(
-                tensors, temporary, metadata={"format": "pt", "spec": json.dumps(dataclasses.asdict(manifest.spec))}
-            )
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+    _save_tensors(tensors, bundle / CHECKPOINT_NAME, {"spec": json.dumps(dataclasses.asdict(manifest.spec))})
     entry = file_entry(bundle / CHECKPOINT_NAME, "checkpoint", precision="fp16" if half else "fp32")
     dataclasses.replace(manifest, files={CHECKPOINT_NAME: entry}).write(bundle)
 
@@ -93,6 +87,14 @@ def _shape(shapes: dict[str, torch.Size], name: str) -> str:
     return "x".join(map(str, shapes[name])) if name in shapes else "nothing"
 
 
+def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    with writing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"} | metadata)
+        except SafetensorError as error:  # what a full disk is to safetensors
+            raise OSError(str(error)) from error
+
+
 class SafetensorsIO(CheckpointIO):
     """Lightning's training states as a folder of safetensors and JSON."""
 
@@ -102,12 +104,13 @@ class SafetensorsIO(CheckpointIO):
         fresh, old = target.with_name(target.name + ".new"), target.with_name(target.name + ".old")
         tensors: dict[str, Tensor] = {}
         tree = _pack(checkpoint, tensors)
+        if old.exists() and not target.exists():
+            os.replace(old, target)  # a run that was killed between the two moves below
         for stale in (fresh, old):
             shutil.rmtree(stale, ignore_errors=True)
         with writing(fresh / "tree.json") as temporary:
             temporary.write_text(json.dumps(tree), encoding="utf-8")
-        with writing(fresh / "tensors.safetensors") as temporary:
-            save_file(tensors, temporary)
+        _save_tensors(tensors, fresh / "tensors.safetensors", {})
         if target.exists():
             os.replace(target, old)
         os.replace(fresh, target)

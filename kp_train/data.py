@@ -1,7 +1,7 @@
 """Labelled faces from the two layouts that people have, and the data set that training draws from.
 
 Layout 1, CSV: a file name, then x0, y0, … x67, y67, in pixels of that image, an integer being a
-pixel's centre; one header line. Layout 2, folders of photos with an iBUG `.pts` file of the
+pixel's centre; a header line first, or none. Layout 2, folders of photos with an iBUG `.pts` file of the
 same stem beside each; those count pixels from 1 and are moved to 0 here.
 
 The person of a face is its file's stem up to the last underscore: both public data sets name
@@ -105,7 +105,8 @@ def _read_csv(path: Path, weight: float) -> Source:
     try:
         with open(path, newline="", encoding="utf-8") as file:
             for number, row in enumerate(csv.reader(file), start=1):
-                if number == 1 or not row:
+                header = number == 1 and Path(row[0] if row else "").suffix.lower() not in IMAGE_SUFFIXES
+                if header or not row:
                     continue
                 xy = _points_of_row(path, number, row)
                 images = images or _image_folder(path, row[0])
@@ -199,7 +200,11 @@ def luma_from_file(path: Path) -> NDArray[np.uint8]:
     """
     try:
         with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{path} has more than 8 bits a channel; save it with 8 (convert IN -depth 8 OUT)")
             rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except DataError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise DataError(f"{path} is missing, cut off or no image ({reason}); replace or remove it") from error
@@ -231,7 +236,7 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         luma, xy, spec = self._lumas[index], self.faces[index].xy, self.spec
         box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(xy)
-        jitter = self.augment.draw_jitter() if self.augment else {}
+        jitter = self.augment.draw_jitter((luma.shape[0], luma.shape[1])) if self.augment else {}
         matrix = matrices_from_boxes(box[None], spec.size, spec.margin, **jitter)[0]
         image = tv_tensors.Image(torch.from_numpy(crop_from_luma(luma, matrix, spec.size))[None])
         points = tv_tensors.KeyPoints(

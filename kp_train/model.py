@@ -105,5 +105,10 @@ def load_backbone_weights(net: KeypointNet, weights: str) -> str:
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     if state["conv1.weight"].shape[1] == 3:
         state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True) / _GREY_STD
-    net.backbone.load_state_dict(state, strict=False)
+    try:
+        odd = net.backbone.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise KpError(f"{weights} is no torchvision ResNet-18: its tensors have other shapes") from error
+    if odd.unexpected_keys or set(odd.missing_keys) > {"fc.weight", "fc.bias"}:
+        raise KpError(f"{weights} is no torchvision ResNet-18: it has other layers")
     return weights if weights not in ("imagenet", "auto") else "imagenet"

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ import lightning as L
 import numpy as np
 import torch
 import torchvision
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
@@ -89,8 +91,8 @@ class KeypointModule(L.LightningModule):
 class SourceSampler(Sampler[int]):
     """Draws each source's faces `weight` times an epoch: whole passes, then a random part.
 
-    The order is a function of the seed and the epoch, so a resumed run draws what an
-    uninterrupted one would have drawn.
+    The order is a function of the seed and the epoch, so a resumed run draws the faces that an
+    uninterrupted one would have drawn (their augmentation is drawn anew).
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -125,8 +127,8 @@ class FacesPicture(Callback):
         self.crops = torch.stack([crop for crop, _ in items])
         self.xy = torch.stack([xy for _, xy in items])
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draws after the validation of every `every`-th epoch."""
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws after the validation of every `every`-th epoch, while the averaged weights are in."""
         epoch = trainer.current_epoch + 1
         if trainer.sanity_checking or not trainer.is_global_zero or epoch % self.every:
             return
@@ -200,12 +202,12 @@ def train(
     """
     states = run / "state"
     last = states / "last.state"
-    if resume and not (last.exists() or last.with_name("last.state.old").exists()):
+    begun = last.exists() or last.with_name("last.state.old").exists()
+    if resume and not begun:
         raise KpError(f"there is nothing to resume in {run}: it has no {last.relative_to(run)}; leave out --resume")
-    if not resume and (states.exists() or (run / CHECKPOINT_NAME).exists()):
+    if not resume and (begun or (run / CHECKPOINT_NAME).exists()):
         raise KpError(f"{run} already holds a run; add --resume to go on with it, or name another folder with --out")
-    if resume:
-        _check_same_run(run, config)
+    trainer = _trainer(config, run, devices, accelerator, strategy, progress)
     L.seed_everything(config.seed, workers=True, verbose=False)
     spec = ModelSpec(name=name, size=config.size, margin=config.margin, box=config.box)
     training, held_out = _split(sources, config)
@@ -213,38 +215,17 @@ def train(
     val_set = FaceDataset(held_out, spec)
 
     module = KeypointModule(config)
-    start = _start_weights(module.net, train_set, weights, init)
-    record = _record(sources, training, held_out, config, start)
-    run.mkdir(parents=True, exist_ok=True)
-    with writing(run / "run.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-    best = ModelCheckpoint(states, "best", monitor="val_loss", save_last=False, enable_version_counter=False)
-    newest = ModelCheckpoint(states, "last", every_n_epochs=1, save_top_k=1, enable_version_counter=False)
-    for callback in (best, newest):
-        callback.FILE_EXTENSION = ".state"
-    callbacks: list[Callback] = [best, newest, LearningRateMonitor("step")]
-    callbacks.append(FacesPicture(val_set, run / "pictures", picture_every))
-    if not progress:
-        callbacks.append(EpochLines())
-    if config.ema:
-        callbacks.append(EMAWeightAveraging(decay=config.ema))
-    if config.patience:
-        callbacks.append(EarlyStopping("val_loss", patience=config.patience))
-    trainer = L.Trainer(
-        accelerator=accelerator,
-        devices=devices if not devices.isdigit() else int(devices),
-        strategy=strategy,
-        precision=config.precision,  # type: ignore[arg-type]
-        max_epochs=config.epochs,
-        callbacks=callbacks,
-        logger=TensorBoardLogger(run, name=None, version="curves"),
-        plugins=[SafetensorsIO()],
-        enable_progress_bar=progress,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        num_sanity_val_steps=0,
-    )
+    if resume:
+        record = _stored_record(run, sources, config)
+    else:
+        shutil.rmtree(states, ignore_errors=True)  # of a run that was killed in its first epoch
+        start = _start_weights(module.net, train_set, weights, init)
+        record = _record(sources, training, held_out, config, start)
+        run.mkdir(parents=True, exist_ok=True)
+        with writing(run / "run.json") as temporary:
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    # before the weight averaging, which takes its weights out again when validation ends
+    trainer.callbacks.insert(0, FacesPicture(val_set, run / "pictures", picture_every))  # type: ignore[attr-defined]
     sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
     train_loader = DataLoader(
         train_set,
@@ -258,22 +239,72 @@ def train(
     try:
         trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if resume else None)
     except (SystemExit, KeyboardInterrupt) as error:  # what Lightning makes of Ctrl-C
+        place = f"training stopped in epoch {trainer.current_epoch + 1} of {config.epochs}"
+        if not last.exists():
+            raise KpError(f"{place}, before the first state was saved: start it again") from error
         raise KpError(
-            f"training stopped in epoch {trainer.current_epoch + 1} of {config.epochs}; nothing is lost up to the "
-            "last whole epoch: the same command with --resume goes on"
+            f"{place}; nothing is lost up to the last whole epoch: the same command with --resume goes on"
         ) from error
+    except torch.OutOfMemoryError as error:
+        raise KpError(f"the device has too little memory for {config.batch_size} crops; lower --batch-size") from error
     return _checkpoint_from_state(states / "best.state", run, spec, record, trainer)
 
 
-def _check_same_run(run: Path, config: TrainConfig) -> None:
-    """A resumed run must have the settings that it began with: the schedule depends on them."""
+def _trainer(
+    config: TrainConfig, run: Path, devices: str, accelerator: str, strategy: str, progress: bool
+) -> L.Trainer:
+    """Lightning's trainer, made first: what it does not understand fails before an image is read."""
+    best = ModelCheckpoint(run / "state", "best", monitor="val_loss", enable_version_counter=False)
+    newest = ModelCheckpoint(run / "state", "last", every_n_epochs=1, save_top_k=1, enable_version_counter=False)
+    for callback in (best, newest):
+        callback.FILE_EXTENSION = ".state"
+    callbacks: list[Callback] = [best, newest, LearningRateMonitor("step")]
+    if not progress:
+        callbacks.append(EpochLines())
+    if config.ema:
+        callbacks.append(EMAWeightAveraging(decay=config.ema))
+    if config.patience:
+        callbacks.append(EarlyStopping("val_loss", patience=config.patience))
     try:
-        stored = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError) as error:
+        return L.Trainer(
+            accelerator=accelerator,
+            devices=int(devices) if devices.isdigit() else devices,
+            strategy=strategy,
+            precision=config.precision,  # type: ignore[arg-type]
+            max_epochs=config.epochs,
+            callbacks=callbacks,
+            logger=TensorBoardLogger(run, name=None, version="curves"),
+            plugins=[SafetensorsIO()],
+            enable_progress_bar=progress,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+            num_sanity_val_steps=0,
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        raise KpError(
+            f"Lightning refuses accelerator {accelerator}, devices {devices}, strategy {strategy}, "
+            f"precision {config.precision}: {reason}"
+        ) from error
+
+
+def _stored_record(run: Path, sources: Sequence[Source], config: TrainConfig) -> dict[str, Any]:
+    """The record that a run began with; a resumed one must have its settings and its data.
+
+    Raises:
+        KpError: it can't be read, or something differs.
+    """
+    try:
+        stored: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        before, data = stored["config"], [(s["sha256"], s["weight"]) for s in stored["sources"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
     wanted = config.to_json()
-    if changed := [f"{key} {stored.get(key)} -> {wanted[key]}" for key in wanted if stored.get(key) != wanted[key]]:
+    if changed := [f"{key} {before.get(key)} -> {wanted[key]}" for key in wanted if before.get(key) != wanted[key]]:
         raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones")
+    if data != [(source.sha256, source.weight) for source in sources]:
+        raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
+    return stored
 
 
 def _split(sources: Sequence[Source], config: TrainConfig) -> tuple[list[list[Face]], list[Face]]:

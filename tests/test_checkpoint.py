@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
@@ -123,13 +124,26 @@ def test_a_kill_between_the_last_two_moves_loses_no_state(tmp_path: Path) -> Non
     assert io.load_checkpoint(tmp_path / "s.state")["epoch"] == 1
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+def test_a_full_disk_leaves_what_was_there(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    SafetensorsIO().save_checkpoint({"epoch": 1}, saved / "s.state")
+    before = {p: p.read_bytes() for p in saved.rglob("*") if p.is_file()}
 
     def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("kp_train.checkpoint.save_file", full)
     with pytest.raises(KpError, match="No space left on device"):
         save_checkpoint(saved, KeypointNet(64), Manifest(spec=ModelSpec("y", 64)))
-    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    with pytest.raises(KpError, match="No space left on device"):
+        SafetensorsIO().save_checkpoint({"epoch": 2}, saved / "s.state")
+    assert before.items() <= {p: p.read_bytes() for p in saved.rglob("*") if p.is_file()}.items()
+
+
+def test_two_kills_in_a_row_lose_no_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io = SafetensorsIO()
+    io.save_checkpoint({"epoch": 1}, tmp_path / "s.state")
+    (tmp_path / "s.state").rename(tmp_path / "s.state.old")
+    monkeypatch.setattr("kp_train.checkpoint.save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        io.save_checkpoint({"epoch": 2}, tmp_path / "s.state")
+    assert io.load_checkpoint(tmp_path / "s.state")["epoch"] == 1

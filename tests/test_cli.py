@@ -123,6 +123,8 @@ def test_two_photos_of_one_name_are_not_mixed_up(
         (("predict", "{photo}", "--format", "xml"), "there is no format 'xml'"),
         (("predict", "{photo}", "--yunet", "none.onnx"), "there is no YuNet model at none.onnx"),
         (("predict", "{photo}", "--model", "nowhere"), "is not a bundle"),
+        (("bench", "{bundle}/model.fp32.onnx"), "give its folder, not"),
+        (("eval", "{bundle}", "--data", "x", "--yunet", "y"), "--yunet goes with --boxes detector"),
         (("bench", "{bundle}", "--batch", "0"), "batch sizes must be 1 or more"),
         (("bench", "{bundle}", "--threads", "9999"), "threads must be 1 to"),
         (("inspect", "nowhere"), "is not a bundle"),

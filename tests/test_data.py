@@ -74,6 +74,18 @@ def test_a_csv_without_its_images_says_where_it_looked(csv_source: Path) -> None
         read_source(csv_source)
 
 
+def test_a_csv_without_a_header_loses_no_row(csv_source: Path) -> None:
+    whole = read_source(csv_source).faces
+    csv_source.write_text("\n".join(csv_source.read_text().splitlines()[1:]) + "\n")
+    assert [face.image for face in read_source(csv_source).faces] == [face.image for face in whole]
+
+
+def test_16_bit_photos_are_refused(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full((50, 50), 30000, np.uint16))
+    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits a channel"):
+        luma_from_file(tmp_path / "deep.png")
+
+
 def test_an_empty_csv_and_an_unknown_path_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("header\n")
     with pytest.raises(DataError, match="no rows"):

@@ -19,7 +19,6 @@ import kp_export.bundle
 from kp_export.bundle import export_bundle, predict_from_net
 from kp_export.onnx_from_checkpoint import check_fits_half
 from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
-from kp_export.staging import staging
 from kp_runtime.backend import open_backend
 from kp_runtime.errors import ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec
@@ -143,6 +142,26 @@ def test_too_far_from_pytorch_fails_and_the_old_bundle_stays(copied: Path, monke
     assert [p.name for p in copied.parent.iterdir()] == ["bundle"]
 
 
+def test_a_failed_export_into_another_bundle_leaves_that_one(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = contents(copied)
+    net, manifest = load_checkpoint(copied)
+    with torch.no_grad():
+        net.backbone.fc.bias += 1
+    save_checkpoint(tmp_path / "other", net, manifest)
+    monkeypatch.setitem(LIMITS, "fp32", Limit(rise=0.0, max_px=-1.0))
+    with pytest.raises(ParityError):
+        export_bundle(tmp_path / "other", copied)
+    assert contents(copied) == before
+
+
+def test_a_read_only_bundle_is_said(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    with pytest.raises(ExportError, match="bundle is read-only; make it writable, or name another with --out"):
+        export_bundle(copied)
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
 def test_an_interrupted_export_leaves_the_old_bundle(
     copied: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
@@ -163,9 +182,9 @@ def test_an_interrupted_export_leaves_the_old_bundle(
 def test_an_export_killed_between_its_last_moves_is_mended(copied: Path) -> None:
     before = contents(copied)
     copied.rename(copied.with_name(".bundle.old"))
-    with staging(copied) as stage:
-        assert contents(stage) == before
-    assert contents(copied) == before
+    export_bundle(copied)
+    assert contents(copied)["model.fp16.onnx"] == before["model.fp16.onnx"]
+    assert [p.name for p in copied.parent.iterdir()] == ["bundle"]
 
 
 def test_two_exports_at_once_are_refused(copied: Path) -> None:

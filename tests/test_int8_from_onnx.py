@@ -19,7 +19,7 @@ from kp_runtime.backend import open_backend
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import save_checkpoint
-from kp_train.data import FaceDataset, Source, read_source
+from kp_train.data import FaceDataset, Source, is_held_out, read_source
 from kp_train.model import KeypointNet
 from kp_train.synthetic import write_csv_source
 
@@ -96,12 +96,17 @@ def test_the_head_stays_in_float(exported: Path, precision: str) -> None:
     (head,) = [n for n in graph(exported, precision).graph.node if n.op_type == "Gemm"]
     weights = {c.name: c.data_type for c in graph(exported, precision).graph.initializer}
     assert weights[head.input[1]] == TensorProto.FLOAT
+    nodes = list(graph(exported, precision).graph.node)
+    behind = {node.op_type for node in nodes[[node.op_type for node in nodes].index("ReduceMean") :]}
+    assert not behind & {"QuantizeLinear", "DequantizeLinear"}
 
 
 def test_the_manifest_tells_what_was_chosen_and_on_which_images(exported: Path, source: Source) -> None:
     entry = Manifest.read(exported).files["model.int8.onnx"]
     assert entry.made["choice"] in [{"method": c.method, "float_layers": c.float_layers} for c in CHOICES]
-    assert entry.made["calibration"]["images"] == [f"training/{face.image.name}" for face in source.faces[::2]]
+    assert entry.made["calibration"]["images"] == [
+        f"training/{face.image.name}" for face in source.faces if not is_held_out(face.person, 0.5)
+    ]
     assert entry.precision == "int8"
     assert entry.made["layers"] == {"int8": 20, "fp32": 1}
 

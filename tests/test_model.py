@@ -84,9 +84,16 @@ def test_weights_that_can_not_be_had(
     assert "training from scratch" in caplog.text
     with pytest.raises(KpError, match=r"missing\.pth can't be had"):
         load_backbone_weights(KeypointNet(64), str(tmp_path / "missing.pth"))
-    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(KpError, match="no torchvision ResNet-18"):
-        load_backbone_weights(KeypointNet(64), str(tmp_path / "other.pth"))
+    whole = resnet18().state_dict()
+    for other in (
+        {"other": torch.zeros(1)},
+        {"conv1.weight": whole["conv1.weight"]},
+        whole | {"layer5.weight": torch.zeros(1)},
+        whole | {"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)},
+    ):
+        torch.save(other, tmp_path / "other.pth")
+        with pytest.raises(KpError, match="no torchvision ResNet-18"):
+            load_backbone_weights(KeypointNet(64), str(tmp_path / "other.pth"))
 
 
 def test_the_loss_is_smooth_l1() -> None:

@@ -110,6 +110,24 @@ def test_nothing_to_resume_and_other_settings_are_said(trained: Path, faces: Pat
         train([read_source(faces)], recipe("default", epochs=9), trained, resume=True)
 
 
+def test_other_data_can_not_resume_a_run(trained: Path, tmp_path: Path) -> None:
+    other = read_source(write_csv_source(tmp_path, people=40, seed=1))
+    same = recipe("default", size=64, epochs=8, batch_size=8, ema=0.5, lr=1e-3, augment="none")
+    with pytest.raises(KpError, match="began with other data"):
+        train([other], same, trained, resume=True, accelerator="cpu", progress=False)
+
+
+@pytest.mark.parametrize("option", [{"accelerator": "foo"}, {"devices": "foo"}, {"strategy": "foo"}])
+def test_what_lightning_refuses_is_one_line(faces: Path, tmp_path: Path, option: dict[str, str]) -> None:
+    with pytest.raises(KpError, match="Lightning refuses"):
+        train([read_source(faces)], recipe("default", size=64), tmp_path / "r", **{"accelerator": "cpu"} | option)
+
+
+def test_a_run_killed_in_its_first_epoch_can_start_again(faces: Path, tmp_path: Path) -> None:
+    (tmp_path / "r" / "state" / "last.state.new").mkdir(parents=True)
+    assert run(faces, tmp_path / "r", epochs=1).is_file()
+
+
 def test_too_few_people_to_hold_any_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="give none to validate on"):
         run(write_csv_source(tmp_path, people=1), tmp_path / "r")
