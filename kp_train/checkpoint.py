@@ -91,6 +91,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     with writing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"} | metadata)
+            temporary.chmod(0o644)  # safetensors writes for the owner alone
         except SafetensorError as error:  # what a full disk is to safetensors
             raise OSError(str(error)) from error
 
