@@ -29,7 +29,7 @@ from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Face, Source, is_held_out, luma_from_file
 from kp_train.metrics import Accuracy, accuracy, point_errors
 
-__all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "open_model"]
+__all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "open_model", "overlap"]
 
 BATCH = 32
 
@@ -151,10 +151,16 @@ def _box(face: Face, frame: Frame, detector: Detector | None) -> NDArray[np.floa
     found = detector(frame)
     if not len(found):
         return None
-    low, high = np.maximum(found[:, :2], truth[:2]), np.minimum(found[:, 2:], truth[2:])
-    common = np.clip(high - low, 0, None).prod(axis=1)
-    union = (found[:, 2:] - found[:, :2]).prod(axis=1) + (truth[2:] - truth[:2]).prod() - common
-    overlap = common / union
-    best = int(overlap.argmax())
+    scores = overlap(found, truth)
+    best = int(scores.argmax())
     # a box of somebody else's face, or of none, is the detector's miss and not the network's
-    return found[best] if overlap[best] > 0.25 else None
+    return found[best] if scores[best] > 0.25 else None
+
+
+def overlap(boxes_xyxy: NDArray[np.floating], box_xyxy: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Intersection over union of boxes `(n, 4)` with one box `(4,)`, `(n,)`."""
+    low, high = np.maximum(boxes_xyxy[:, :2], box_xyxy[:2]), np.minimum(boxes_xyxy[:, 2:], box_xyxy[2:])
+    common = np.clip(high - low, 0, None).prod(axis=1)
+    areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1) + (box_xyxy[2:] - box_xyxy[:2]).prod()
+    shares: NDArray[np.float64] = common / (areas - common)
+    return shares

@@ -13,17 +13,11 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from kp_export.evaluate import overlap
 from kp_runtime.detect import HaarDetector, YuNetDetector, map_from_pairs
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_train.data import Face, luma_from_file, parse_source
-
-
-def overlap(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Intersection over union of `(n, 4)` boxes with one."""
-    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
-    common = np.clip(high - low, 0, None).prod(axis=1)
-    return common / ((boxes[:, 2:] - boxes[:, :2]).prod(axis=1) + (box[2:] - box[:2]).prod() - common)
 
 
 def pairs(detector: HaarDetector | YuNetDetector, faces: list[Face]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def files_of_the_map() -> list[str]:
     text = (ROOT / "README.md").read_text()
-    (block,) = [b for b in re.findall(r"```\n(.*?)```", text, re.S) if "kp_runtime/" in b]
+    (block,) = [b for b in text.split("```")[1::2] if b.startswith("\nkp_runtime/")]
     files, folder = [], ""
-    for line in block.splitlines():
+    for line in block.strip().splitlines():
         word = line.split()[0]
         if word.endswith("/"):
             folder = word
