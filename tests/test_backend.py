@@ -197,3 +197,14 @@ def test_without_onnxruntime_the_error_has_the_pip_line(bundle: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingExtraError, match=r"onnxruntime, which is not installed.*pip install 'kp-edge\[ort\]'"):
         open_backend(bundle)
+
+
+def test_an_opset_that_the_runtime_can_not_run(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "b", golden=False)
+    model = tiny_graph()
+    model.opset_import[0].version = 99
+    (bundle / "model.fp32.onnx").write_bytes(model.SerializeToString())
+    files = {"model.fp32.onnx": file_entry(bundle / "model.fp32.onnx", "onnx", precision="fp32")}
+    Manifest(spec=Manifest.read(bundle).spec, files=files).write(bundle)
+    with pytest.raises(BackendError, match=r"can't open .*opset.*update onnxruntime or export again"):
+        open_backend(bundle)

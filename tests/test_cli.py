@@ -13,6 +13,7 @@ import pytest
 
 import kp_cli
 from kp_runtime.spec import Manifest
+from tests.test_export import small_checkpoint
 
 COMMANDS = ("train", "eval", "export", "verify", "plan", "predict", "bench", "inspect")
 
@@ -194,6 +195,22 @@ def test_bench_prints_and_writes(capsys: pytest.CaptureFixture[str], bundle: Pat
     assert set(written["stages"]) == {"read", "detect", "crop", "infer", "map back"}
     status, out, _ = kp(capsys, *words, "--json")
     assert json.loads(out)["threads"] == 1
+
+
+def test_export_and_verify_as_typed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small_checkpoint(tmp_path / "run")
+    status, out, err = kp(capsys, "export", tmp_path / "run", "--out", tmp_path / "b")
+    assert status == 0
+    assert out.splitlines()[-1] == f"bundle: {tmp_path / 'b'}"
+    assert "model.fp32.onnx" in out
+    assert "these faces have no labels" in out
+    assert err.splitlines()[-1].startswith("no TensorRT plan was built: TensorRT is not installed here")
+    status, out, _ = kp(capsys, "verify", tmp_path / "b", "--out", tmp_path / "page")
+    assert status == 0
+    assert "model.fp32.onnx: passed" in out
+    assert (tmp_path / "page" / "verify.html").is_file()
+    status, out, _ = kp(capsys, "inspect", tmp_path / "b")
+    assert "21 fp32" in out
 
 
 def test_eval_prints_json(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
