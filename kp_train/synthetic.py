@@ -33,9 +33,9 @@ def mean_shape() -> NDArray[np.float64]:
 
 
 def drawn_face(
-    rng: np.random.Generator, size_hw: tuple[int, int] = (160, 150)
+    rng: np.random.Generator, size_hw: tuple[int, int] = (160, 150), turn_deg: float = 15.0
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Draws one face of a random shape, place and light.
+    """Draws one face of a random shape, place, light and turn (of this standard deviation).
 
     Returns:
         The image, `(h, w, 3)` uint8 BGR, and its points, `(68, 2)` float32, pixels of the image.
@@ -43,7 +43,7 @@ def drawn_face(
     height, width = size_hw
     shape = mean_shape() * rng.uniform(0.9, 1.1, 2) + rng.normal(0, 0.012, (POINTS, 2))
     shape[48:] *= (rng.uniform(0.8, 1.2), 1.0)
-    turn = np.radians(rng.normal(0, 15))
+    turn = np.radians(rng.normal(0, turn_deg))
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     scale = min(size_hw) * rng.uniform(0.26, 0.33)
     centre = (np.array([width, height]) - 1) / 2 + rng.normal(0, 0.02, 2) * min(size_hw)
@@ -75,7 +75,7 @@ def drawn_face(
     return np.asarray(cv2.cvtColor(canvas, cv2.COLOR_GRAY2BGR), np.uint8), xy.astype(np.float32)
 
 
-def write_csv_source(folder: Path, people: int, each: int = 2, seed: int = 0) -> Path:
+def write_csv_source(folder: Path, people: int, each: int = 2, seed: int = 0, turn_deg: float = 15.0) -> Path:
     """Writes drawn faces in the CSV layout: `training_frames_keypoints.csv` and `training/`.
 
     Returns:
@@ -87,7 +87,7 @@ def write_csv_source(folder: Path, people: int, each: int = 2, seed: int = 0) ->
     lines = ["," + ",".join(map(str, range(2 * POINTS)))]
     for person in range(people):
         for number in range(each):
-            image, xy = drawn_face(rng)
+            image, xy = drawn_face(rng, turn_deg=turn_deg)
             name = f"person{person}_{number}.png"
             cv2.imwrite(str(images / name), image)
             lines.append(name + "," + ",".join(f"{value:.2f}" for value in xy.ravel()))
