@@ -233,7 +233,15 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return len(self.faces)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One face: an index, or `(index, seed)` for an augmentation that the seed alone decides."""
+        if isinstance(key, int):
+            return self._item(key)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(key[1])
+            return self._item(key[0])
+
+    def _item(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         luma, xy, spec = self._lumas[index], self.faces[index].xy, self.spec
         box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(xy)
         jitter = self.augment.draw_jitter((luma.shape[0], luma.shape[1])) if self.augment else {}

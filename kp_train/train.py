@@ -88,11 +88,11 @@ class KeypointModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class SourceSampler(Sampler[int]):
+class SourceSampler(Sampler[tuple[int, int]]):
     """Draws each source's faces `weight` times an epoch: whole passes, then a random part.
 
-    The order is a function of the seed and the epoch, so a resumed run draws the faces that an
-    uninterrupted one would have drawn (their augmentation is drawn anew).
+    Yields `(index, seed)`. The order and the seeds of the augmentation are functions of the run's
+    seed and the epoch, so a resumed run sees the crops that an uninterrupted one would have seen.
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -105,7 +105,7 @@ class SourceSampler(Sampler[int]):
     def __len__(self) -> int:
         return sum(round(n * w) for n, w in zip(self.counts, self.weights, strict=True))
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         drawn, start = [], 0
         for count, weight in zip(self.counts, self.weights, strict=True):
@@ -114,7 +114,9 @@ class SourceSampler(Sampler[int]):
             drawn.append(order[: round(count * weight)] + start)
             start += count
         indices = torch.cat(drawn)
-        yield from indices[torch.randperm(len(indices), generator=generator)].tolist()
+        indices = indices[torch.randperm(len(indices), generator=generator)]
+        seeds = torch.randint(1 << 62, indices.shape, generator=generator)
+        yield from zip(indices.tolist(), seeds.tolist(), strict=True)
 
 
 class FacesPicture(Callback):

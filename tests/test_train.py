@@ -148,7 +148,8 @@ def test_sources_are_drawn_by_their_weights() -> None:
     sampler = SourceSampler([100, 10, 40], [1.0, 2.5, 0.5], seed=1)
     drawn = list(sampler)
     assert len(drawn) == len(sampler) == 100 + 25 + 20
-    counts = np.bincount(drawn, minlength=150)
+    counts = np.bincount([index for index, _ in drawn], minlength=150)
+    assert len({seed for _, seed in drawn}) == len(drawn)  # two draws of one face are varied differently
     assert (counts[:100] == 1).all()
     assert set(counts[100:110]) == {2, 3}
     assert counts[110:].sum() == 20
@@ -157,14 +158,28 @@ def test_sources_are_drawn_by_their_weights() -> None:
     assert drawn != list(sampler)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_run_goes_on_where_it_was(faces: Path, tmp_path: Path, how: signal.Signals) -> None:
-    command = [
-        sys.executable, "-m", "kp_cli", "train", "--data", str(faces), "--out", str(tmp_path / "r"), "--size", "64",
+def _four_epochs(faces: Path, out: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "kp_cli", "train", "--data", str(faces), "--out", str(out), "--size", "64",
         "--epochs", "4", "--batch-size", "8", "--ema", "0.9", "--weights", "none", "--workers", "0",
         "--accelerator", "cpu",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The checkpoint of four epochs without a kill."""
+    out = tmp_path_factory.mktemp("undisturbed") / "r"
+    subprocess.run(_four_epochs(faces, out), capture_output=True, timeout=300, check=True)
+    return (out / CHECKPOINT_NAME).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_ends_where_an_undisturbed_one_does(
+    faces: Path, undisturbed: bytes, tmp_path: Path, how: signal.Signals
+) -> None:
+    command = _four_epochs(faces, tmp_path / "r")
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert first.stdout is not None
     for line in first.stdout:
@@ -182,4 +197,6 @@ def test_a_killed_run_goes_on_where_it_was(faces: Path, tmp_path: Path, how: sig
     epochs = [line.split()[1] for line in second.stdout.splitlines() if line.startswith("epoch")]
     assert epochs[0] in ("3/4", "4/4")
     assert epochs[-1] == "4/4"
-    assert (tmp_path / "r" / CHECKPOINT_NAME).stat().st_mtime >= began - 1
+    resumed = tmp_path / "r" / CHECKPOINT_NAME
+    assert resumed.stat().st_mtime >= began - 1
+    assert resumed.read_bytes() == undisturbed
