@@ -82,6 +82,22 @@ class Backend(ABC):
             return np.empty((0, self.spec.points, 2), np.float32)
         return self._run(crops)
 
+    def warmup(self, faces: int = 1) -> None:
+        """Runs 1, 2, 4, … up to `faces` crops, so that later calls of these sizes find everything ready.
+
+        Raises:
+            BackendError: `faces` is under 1, or the engine failed.
+        """
+        if faces < 1:
+            raise BackendError(f"warmup needs the number of faces of a call, 1 or more; got {faces}")
+        size = self.spec.size
+        crops = np.random.default_rng(0).integers(0, 256, (faces, 1, size, size), dtype=np.uint8)
+        n = 1
+        while n < faces:
+            self.infer(crops[:n])
+            n *= 2
+        self.infer(crops)
+
     @abstractmethod
     def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Runs at least one crop of the right shape and dtype."""

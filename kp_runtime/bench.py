@@ -25,7 +25,7 @@ from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest
-from kp_runtime.timing import StageTimer, TimeSummary, summary_from_samples
+from kp_runtime.timing import StageTimer, TimeSummary, summary_from_turns
 
 __all__ = ["Bench", "NetworkTime", "machine", "run_bench"]
 
@@ -133,7 +133,7 @@ def _measure_network(
         rounds += 1
     result = []
     for name, batch in cases:
-        summary = summary_from_samples(samples[name, batch])
+        summary = summary_from_turns([[s] for s in samples[name, batch]])
         result.append(NetworkTime(name, manifest.files[name].sha256, batch, summary, summary.p50_ms / batch))
     return tuple(result)
 

@@ -35,6 +35,10 @@ class Model:
         """The model's contract."""
         return self.backend.spec
 
+    def warmup(self, faces: int = 1) -> None:
+        """Makes calls with up to `faces` faces find everything ready; see `Backend.warmup`."""
+        self.backend.warmup(faces)
+
     def __call__(
         self,
         image: Frame | NDArray[np.uint8],
