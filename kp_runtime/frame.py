@@ -6,19 +6,38 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from kp_runtime.errors import ImageError, MissingExtraError
 
-__all__ = ["Frame", "as_frame", "image_from_file", "import_cv2"]
+__all__ = ["Frame", "Scratch", "as_frame", "image_from_file", "import_cv2"]
 
 _CHANNELS = {"bgr": 3, "rgb": 3, "bgra": 4, "rgba": 4, "gray": 1}
+
+
+class Scratch:
+    """Working memory kept between calls: one block for each use, as large as the largest asked for.
+
+    Not for two threads at once.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, NDArray[np.uint8]] = {}
+
+    def array(self, use: str, shape: tuple[int, ...], dtype: DTypeLike = np.uint8) -> NDArray[Any]:
+        """An array of this shape with any content; the next one for the same use takes its place."""
+        wanted = math.prod(shape) * np.dtype(dtype).itemsize
+        block = self._blocks.get(use)
+        if block is None or block.size < wanted:
+            block = self._blocks[use] = np.empty(wanted, np.uint8)
+        return block[:wanted].view(dtype).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -49,13 +68,17 @@ class Frame:
         """Height and width in pixels."""
         return self.data.shape[0], self.data.shape[1]
 
-    def luma(self, x0: int, y0: int, x1: int, y1: int) -> NDArray[np.uint8]:
-        """The grey levels of a window, `(y1 - y0, x1 - x0)` uint8, by OpenCV's BGR2GRAY."""
+    def luma(self, x0: int, y0: int, x1: int, y1: int, scratch: Scratch | None = None) -> NDArray[np.uint8]:
+        """The grey levels of a window, `(y1 - y0, x1 - x0)` uint8, by OpenCV's BGR2GRAY.
+
+        A view of a grey frame; otherwise in `scratch`'s memory when it is given.
+        """
         window = self.data[y0:y1, x0:x1]
         if self.layout == "gray":
             return window[:, :, 0] if window.ndim == 3 else window
         cv2 = import_cv2()
-        return cv2.cvtColor(window, getattr(cv2, f"COLOR_{self.layout.upper()}2GRAY"))  # type: ignore[no-any-return]
+        grey = None if scratch is None else scratch.array("luma", (y1 - y0, x1 - x0))
+        return cv2.cvtColor(window, getattr(cv2, f"COLOR_{self.layout.upper()}2GRAY"), dst=grey)  # type: ignore[no-any-return]
 
 
 def as_frame(image: Frame | NDArray[Any], layout: str = "bgr") -> Frame:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import threading
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.backend import Backend, open_backend
-from kp_runtime.errors import BoxError
-from kp_runtime.frame import Frame, as_frame
+from kp_runtime.errors import BoxError, InputError
+from kp_runtime.frame import Frame, Scratch, as_frame
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.results import Keypoints
@@ -24,11 +26,14 @@ __all__ = ["Model", "checked_boxes", "load"]
 class Model:
     """A loaded model: `model(image, boxes_xyxy)` gives `Keypoints`.
 
-    May be called from several threads when its backend may (ONNX Runtime on the CPU may).
+    May be called from several threads when its backend may (ONNX Runtime on the CPU may). Each
+    thread keeps the working memory of its largest call (a crop of every face, the grey levels of the
+    largest face) and uses it again; a result is the caller's own.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
+        self._threads = threading.local()
 
     @property
     def spec(self) -> ModelSpec:
@@ -46,6 +51,7 @@ class Model:
         *,
         layout: str = "bgr",
         timer: StageTimer | None = None,
+        out: NDArray[np.float32] | None = None,
     ) -> Keypoints:
         """Finds the 68 keypoints of each face.
 
@@ -55,8 +61,10 @@ class Model:
                 68 points (brows to chin), as the detectors of `kp_runtime` give them; `n` may be 0.
             layout: channel order of a colour array, `bgr` as OpenCV reads or `rgb`.
             timer: collects the times of the stages crop, infer, map back.
+            out: `(n, 68, 2)` float32, becomes the result's `xy`: a loop can use it again.
 
         Raises:
+            InputError: `out` has another shape or dtype.
             ImageError: an image that is not taken.
             BoxError: a box that is not finite, has no size, or does not touch the image.
             BackendError: the engine failed.
@@ -64,14 +72,26 @@ class Model:
         stage: Any = timer or _no_timer
         frame = as_frame(image, layout)
         boxes = checked_boxes(boxes_xyxy, frame.size_hw)
+        size, n = self.spec.size, len(boxes)
+        if out is not None and (out.shape, out.dtype) != ((n, self.spec.points, 2), np.float32):
+            raise InputError(f"out must be float32 ({n}, {self.spec.points}, 2), got {out.dtype} {out.shape}")
+        scratch = self._scratch()
         with stage("crop"):
-            matrices = matrices_from_boxes(boxes, self.spec.size, self.spec.margin)
-            crops = crops_from_frame(frame, matrices, self.spec.size)
+            matrices = matrices_from_boxes(boxes, size, self.spec.margin)
+            crops = crops_from_frame(frame, matrices, size, scratch.array("crops", (n, 1, size, size)), scratch)
         with stage("infer"):
             xy_crop = self.backend.infer(crops)
         with stage("map back"):
-            xy = apply_matrix(invert_matrix(matrices), xy_crop).astype(np.float32)
+            xy = np.empty(xy_crop.shape, np.float32) if out is None else out
+            apply_matrix(invert_matrix(matrices), xy_crop, out=xy)
         return Keypoints(xy, boxes, matrices, frame.size_hw)
+
+    def _scratch(self) -> Scratch:
+        """This thread's working memory."""
+        found: Scratch | None = getattr(self._threads, "scratch", None)
+        if found is None:
+            found = self._threads.scratch = Scratch()
+        return found
 
 
 def load(
@@ -93,20 +113,23 @@ def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np
         raise BoxError(
             f"boxes must be (n, 4) as x0, y0, x1, y1, got shape {boxes.shape}; one box is [[x0, y0, x1, y1]]"
         )
-    height, width = size_hw
-    finite = np.asarray(np.isfinite(boxes).all(axis=1))
-    # a box that is not finite is told of first; the other checks must not warn about its numbers
-    x0, y0, x1, y1 = np.clip(np.where(finite[:, None], boxes, 0), -1e300, 1e300).T
-    for bad, reason in (
-        (~finite, "is not finite"),
-        (~((x1 - x0 >= 1) & (y1 - y0 >= 1)), "is under one pixel wide or high (the order is x0, y0, x1, y1)"),
-        ((x1 <= 0) | (y1 <= 0) | (x0 >= width) | (y0 >= height), f"lies outside the {width} x {height} image"),
-        (np.maximum(x1 - x0, y1 - y0) > 100 * max(size_hw), "is over 100 times the image"),
-    ):
-        if bad.any():
-            i = int(np.argmax(bad))
-            raise BoxError(f"box {i} {boxes[i].tolist()} {reason}; check the detector or the box's frame of reference")
+    for i, box in enumerate(boxes.tolist()):
+        if reason := _box_fault(*box, *size_hw):
+            raise BoxError(f"box {i} {box} {reason}; check the detector or the box's frame of reference")
     return boxes
+
+
+def _box_fault(x0: float, y0: float, x1: float, y1: float, height: int, width: int) -> str | None:
+    """What is wrong with a box; plain numbers cost a tenth of what small arrays do."""
+    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+        return "is not finite"
+    if not (x1 - x0 >= 1 and y1 - y0 >= 1):
+        return "is under one pixel wide or high (the order is x0, y0, x1, y1)"
+    if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
+        return f"lies outside the {width} x {height} image"
+    if max(x1 - x0, y1 - y0) > 100 * max(height, width):
+        return "is over 100 times the image"
+    return None
 
 
 def _no_timer(stage: str) -> contextlib.AbstractContextManager[None]:

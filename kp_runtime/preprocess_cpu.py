@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.frame import Frame
-from kp_runtime.geometry import crop_from_luma, crop_window
+from kp_runtime.frame import Frame, Scratch
+from kp_runtime.geometry import crop_from_window, crop_plan
 
 __all__ = ["crops_from_frame"]
 
@@ -16,6 +16,7 @@ def crops_from_frame(
     crop_from_image: NDArray[np.floating],
     size: int,
     out: NDArray[np.uint8] | None = None,
+    scratch: Scratch | None = None,
 ) -> NDArray[np.uint8]:
     """Cuts all faces of a frame by the crop rule (`geometry`).
 
@@ -26,13 +27,15 @@ def crops_from_frame(
         crop_from_image: `(n, 2, 3)` float64.
         size: side of a crop in pixels.
         out: `(n, 1, size, size)` uint8, C-contiguous, filled when given.
+        scratch: working memory to use again.
 
     Returns:
         `(n, 1, size, size)` uint8 (`out` when given).
     """
     crops = np.empty((len(crop_from_image), 1, size, size), np.uint8) if out is None else out
+    scratch = scratch or Scratch()
     for matrix, crop in zip(crop_from_image, crops, strict=True):
-        window = crop_window(matrix, size, frame.size_hw)
-        luma = frame.luma(window.x0, window.y0, window.x1, window.y1)
-        crop_from_luma(luma, matrix, size, origin_xy=(window.x0, window.y0), out=crop[0])
+        plan = crop_plan(matrix, size, frame.size_hw)
+        luma = frame.luma(plan.x0, plan.y0, plan.x1, plan.y1, scratch)
+        crop_from_window(luma, plan, size, crop[0], scratch)
     return crops

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -7,11 +8,12 @@ import pytest
 
 from kp_runtime.errors import MissingExtraError
 from kp_runtime.geometry import (
+    CropPlan,
     apply_matrix,
-    block_from_matrix,
     boxes_from_points,
     crop_from_luma,
-    crop_window,
+    crop_from_window,
+    crop_plan,
     frame_box,
     invert_matrix,
     matrices_from_boxes,
@@ -54,7 +56,7 @@ def test_crop_follows_the_rule(box: tuple[float, ...], angle: float, rng: np.ran
 @pytest.mark.parametrize("angle", [0.0, 0.3])
 def test_face_of_2000_px(angle: float, rng: np.random.Generator) -> None:
     box = (251.0, 130.5, 2251.0, 2030.0)
-    assert block_from_matrix(one_matrix(box, angle, 224)) == 11
+    assert crop_plan(one_matrix(box, angle, 224), 224, (2203, 2502)).block == 11
     check_crop(waves(2203, 2502, 500), box, angle, 224, CROP_GREY, CROP_GREY_MEAN)
     noise = rng.integers(0, 256, (2203, 2502), dtype=np.uint8)
     check_crop(noise, box, angle, 224, CROP_NOISE, CROP_NOISE_MEAN)
@@ -72,11 +74,25 @@ def test_blocks_of_an_even_scale_are_exact_means(rng: np.random.Generator) -> No
     assert np.array_equal(crop_from_luma(luma, matrix, 64), np.floor(reference_blocks(luma, 3) + 0.5))
 
 
+@pytest.mark.parametrize("k", [2, 3, 4, 15, 16, 40])
+def test_block_means_are_exact_for_every_size(k: int, rng: np.random.Generator) -> None:
+    luma = rng.integers(0, 256, (5 * k - 1, 7 * k - 2), dtype=np.uint8)
+    luma[:k, :k] = 255
+    plan = CropPlan(0, 0, luma.shape[1], luma.shape[0], k, np.array([[1.0, 0, 0], [0, 1.0, 0]]))
+    wanted = np.floor(reference_blocks(luma, k) + 0.5)
+    assert np.array_equal(crop_from_window(luma, plan, 5)[:, :5], wanted[:5, :5])
+
+
 @pytest.mark.parametrize("angle", [0.0, 0.7])
 @pytest.mark.parametrize(("side", "k"), [(10, 1), (127, 1), (128, 1), (129, 2), (191, 2), (192, 3), (640, 10)])
 def test_block_is_the_floor_of_the_scale(side: float, k: int, angle: float) -> None:
     matrix = matrices_from_boxes(np.array([[5, 5, 5 + side, 5 + side]]), 64, 1.0, angle=angle)[0]
-    assert block_from_matrix(matrix) == k
+    assert crop_plan(matrix, 64, (900, 900)).block == k
+
+
+def origin(plan: CropPlan) -> np.ndarray:
+    """What a plan's map gains when the window is the whole image, in blocks."""
+    return np.array([[0, 0, plan.x0 / plan.block], [0, 0, plan.y0 / plan.block]])
 
 
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
@@ -84,21 +100,21 @@ def test_window_gives_the_same_bits_as_the_whole_image(box: tuple[float, ...], r
     luma = rng.integers(0, 256, (301, 403), dtype=np.uint8)
     for angle in (0.0, *rng.uniform(-3, 3, 8)):
         matrix = one_matrix(box, float(angle))
-        window = crop_window(matrix, SIZE, luma.shape)
-        part = luma[window.y0 : window.y1, window.x0 : window.x1]
-        cut = crop_from_luma(part, matrix, SIZE, origin_xy=(window.x0, window.y0))
-        assert np.array_equal(cut, crop_from_luma(luma, matrix, SIZE))
+        plan = crop_plan(matrix, SIZE, (301, 403))
+        whole = dataclasses.replace(plan, source_from_crop=plan.source_from_crop + origin(plan))
+        cut = crop_from_window(luma[plan.y0 : plan.y1, plan.x0 : plan.x1], plan, SIZE)
+        assert np.array_equal(cut, crop_from_window(luma, whole, SIZE))
 
 
 @pytest.mark.parametrize("box", [(-500, -500, -400, -400), (5000, 10, 5100, 110), (0, 9000, 3000, 12000)])
 def test_window_outside_the_image_is_never_empty(box: tuple[float, ...]) -> None:
-    window = crop_window(one_matrix(box), SIZE, (301, 403))
+    window = crop_plan(one_matrix(box), SIZE, (301, 403))
     assert 0 <= window.x0 < window.x1 <= 403
     assert 0 <= window.y0 < window.y1 <= 301
 
 
 def test_window_of_a_small_face_is_small() -> None:
-    window = crop_window(one_matrix((1000, 1000, 1020, 1020)), SIZE, (4000, 4000))
+    window = crop_plan(one_matrix((1000, 1000, 1020, 1020)), SIZE, (4000, 4000))
     assert max(window.x1 - window.x0, window.y1 - window.y0) <= 34
 
 
@@ -108,7 +124,8 @@ def test_out_is_filled_in_place_and_the_image_is_not_touched(rng: np.random.Gene
     luma.setflags(write=False)
     for box in BOXES.values():
         out = np.zeros((SIZE, SIZE), np.uint8)
-        crop = crop_from_luma(luma, one_matrix(box), SIZE, out=out)
+        plan = crop_plan(one_matrix(box), SIZE, (301, 403))
+        crop = crop_from_window(luma[plan.y0 : plan.y1, plan.x0 : plan.x1], plan, SIZE, out=out)
         assert np.shares_memory(crop, out)
         assert np.array_equal(out, crop_from_luma(luma, one_matrix(box), SIZE))
     assert np.array_equal(luma, before)

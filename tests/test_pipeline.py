@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kp_runtime import BoxError, Frame, ImageError, Model, StageTimer, load
+from kp_runtime import BoxError, Frame, ImageError, InputError, Model, StageTimer, load
 from kp_runtime.pipeline import checked_boxes
 from tests.models import SIZE, tiny_keypoints
 from tests.reference import reference_crop, waves
@@ -113,3 +115,42 @@ def test_stages_are_timed_in_order(model: Model, image: np.ndarray) -> None:
         model(image, [BOX], timer=timer)
     assert {name: len(times) for name, times in timer.seconds.items()} == {"crop": 3, "infer": 3, "map back": 3}
     assert list(timer.seconds) == ["crop", "infer", "map back"]
+
+
+def test_out_is_the_result_and_may_be_used_again(model: Model, image: np.ndarray) -> None:
+    out = np.zeros((1, 68, 2), np.float32)
+    result = model(image, [BOX], out=out)
+    assert result.xy is out
+    assert np.array_equal(out, model(image, [BOX]).xy)
+    for wrong in (np.zeros((2, 68, 2), np.float32), np.zeros((1, 68, 2))):
+        with pytest.raises(InputError, match=r"out must be float32 \(1, 68, 2\), got float"):
+            model(image, [BOX], out=wrong)
+
+
+def test_working_memory_is_used_again_and_results_are_not_shared(model: Model, image: np.ndarray) -> None:
+    """Two hundred calls leave no more memory behind than ten, and the first result stays as it was."""
+    first = model(image, [BOX])
+    kept = first.xy.copy()
+    for _ in range(10):
+        model(image, [[20.0, 20.0, 200.0, 200.0]])
+    tracemalloc.start()
+    try:
+        for _ in range(10):
+            model(image, [[20.0, 20.0, 200.0, 200.0]])
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(200):
+            model(image, [[20.0, 20.0, 200.0, 200.0]])
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 2000
+    assert np.array_equal(first.xy, kept)
+
+
+def test_threads_do_not_share_working_memory(model: Model, image: np.ndarray) -> None:
+    boxes = [[[10.0 + i, 20.0, 90.0 + 3 * i, 120.0]] for i in range(40)]
+    wanted = [model(image, box).xy for box in boxes]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            for got, want in zip(pool.map(lambda box: model(image, box).xy, boxes), wanted, strict=True):
+                assert np.array_equal(got, want)
