@@ -73,7 +73,7 @@ class Model:
         frame = as_frame(image, layout)
         boxes = checked_boxes(boxes_xyxy, frame.size_hw)
         size, n = self.spec.size, len(boxes)
-        if out is not None and (out.shape, out.dtype) != ((n, self.spec.points, 2), np.float32):
+        if out is not None and (out.shape != (n, self.spec.points, 2) or out.dtype != np.float32):
             raise InputError(f"out must be float32 ({n}, {self.spec.points}, 2), got {out.dtype} {out.shape}")
         scratch = self._scratch()
         with stage("crop"):
@@ -114,14 +114,16 @@ def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np
             f"boxes must be (n, 4) as x0, y0, x1, y1, got shape {boxes.shape}; one box is [[x0, y0, x1, y1]]"
         )
     for i, box in enumerate(boxes.tolist()):
-        if reason := _box_fault(*box, *size_hw):
+        if reason := _box_fault(box, size_hw):
             raise BoxError(f"box {i} {box} {reason}; check the detector or the box's frame of reference")
     return boxes
 
 
-def _box_fault(x0: float, y0: float, x1: float, y1: float, height: int, width: int) -> str | None:
+def _box_fault(box: list[float], size_hw: tuple[int, int]) -> str | None:
     """What is wrong with a box; plain numbers cost a tenth of what small arrays do."""
-    if not all(map(math.isfinite, (x0, y0, x1, y1))):
+    x0, y0, x1, y1 = box
+    height, width = size_hw
+    if not all(map(math.isfinite, box)):
         return "is not finite"
     if not (x1 - x0 >= 1 and y1 - y0 >= 1):
         return "is under one pixel wide or high (the order is x0, y0, x1, y1)"
