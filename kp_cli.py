@@ -30,6 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # rich takes half as long to import as a short command takes to run
     help="68 facial keypoints, from PyTorch to the edge, provably unchanged.",
 )
 
@@ -98,7 +99,7 @@ def train(
     workers: Annotated[int, typer.Option(min=0, help="Processes that make crops, for each device.")] = 1,
     picture_every: Annotated[int, typer.Option(min=1, help="Epochs between two pictures of held-out faces.")] = 5,
 ) -> None:
-    """Train a network on photos with 68 points; resumable after a kill.
+    """Train on photos with 68 points; go on after a kill.
 
     Example: kp train --data training_frames_keypoints.csv --data photos_68=1.5 --out runs/first
     """
@@ -143,7 +144,9 @@ def evaluate(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model on labelled faces: NME, AUC, failures, regions, the original project's loss."""
+    """Measure a model on labelled faces: NME, AUC, failure rate.
+
+    Also by region, and the original project's loss; --out adds the error curve and the worst faces."""
     from kp_export.evaluate import evaluate as measure
     from kp_export.evaluate import held_out_faces, open_model
     from kp_runtime.spec import Manifest
@@ -197,7 +200,10 @@ def export(
     ] = Engine.auto,
     as_json: Json = False,
 ) -> None:
-    """Export a checkpoint to ONNX (and TensorRT), and prove that the files predict what PyTorch does."""
+    """Export a checkpoint to ONNX, with proof of parity.
+
+    A file that does not predict what PyTorch does fails the export and changes nothing. Where TensorRT is
+    installed, plans are built too."""
     from kp_export.plan_from_onnx import plan_blocker
     from kp_runtime.errors import ExportError
 
@@ -248,7 +254,9 @@ def verify(
     out: Annotated[Path | None, typer.Option(help="Folder for a page with the numbers and the worst faces.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a bundle's files with PyTorch on faces; exit 1 where one is over its limits."""
+    """Compare a bundle's files with PyTorch on your faces.
+
+    Exit status 1 where a file is over its limits."""
     from kp_export.parity import bundled_faces, faces_from_sources
     from kp_export.verify import check_verification, verification_json, verify_bundle
     from kp_export.verify_page import verification_page
@@ -284,7 +292,7 @@ def plan(
     dla_core: Annotated[int | None, typer.Option(help="Build for this DLA core; one batch size alone.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Build a TensorRT plan from a bundle's ONNX file, on the device that will run it."""
+    """Build a TensorRT plan on the device that will run it."""
     from kp_export.plan_bundle import add_plan
     from kp_export.plan_from_onnx import PlanOptions
 
@@ -316,7 +324,9 @@ def predict(
     times: Annotated[bool, typer.Option("--times", help="Print how long each stage took.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Find the keypoints of all faces on photos; draw them and write them down."""
+    """Find the keypoints of all faces on photos.
+
+    Draws them and writes them down. Example: kp predict photo.jpg --format json --format pts"""
     import numpy as np
 
     from kp_runtime.photos import FORMATS, photos_from_paths, predict_photo, results_json, write_results
@@ -395,7 +405,9 @@ def inspect(
     bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")] = DEFAULT_BUNDLE,
     as_json: Json = False,
 ) -> None:
-    """Show what a bundle holds and whether its hashes hold; exit 1 where one does not."""
+    """Show what a bundle holds and whether its hashes hold.
+
+    Exit status 1 where one does not."""
     from kp_runtime.errors import BundleError
     from kp_runtime.spec import Manifest
 

@@ -6,28 +6,34 @@
 >>> keypoints.xy                                  # (n, 68, 2) float32, pixels of the image
 """
 
-from kp_runtime.detect import HaarDetector, YuNetDetector
-from kp_runtime.draw import draw_keypoints
-from kp_runtime.errors import (
-    BackendError,
-    BoxError,
-    BundleError,
-    DataError,
-    ExportError,
-    ImageError,
-    InputError,
-    IntegrityError,
-    KpError,
-    MissingExtraError,
-    ParityError,
-    SchemaError,
-)
-from kp_runtime.frame import Frame, image_from_file
-from kp_runtime.geometry import boxes_from_points
-from kp_runtime.pipeline import Model, load
-from kp_runtime.results import Keypoints
-from kp_runtime.spec import Manifest, ModelSpec
-from kp_runtime.timing import StageTimer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kp_runtime.detect import HaarDetector, YuNetDetector
+    from kp_runtime.draw import draw_keypoints
+    from kp_runtime.errors import (
+        BackendError,
+        BoxError,
+        BundleError,
+        DataError,
+        ExportError,
+        ImageError,
+        InputError,
+        IntegrityError,
+        KpError,
+        MissingExtraError,
+        ParityError,
+        SchemaError,
+    )
+    from kp_runtime.frame import Frame, image_from_file
+    from kp_runtime.geometry import boxes_from_points
+    from kp_runtime.pipeline import Model, load
+    from kp_runtime.results import Keypoints
+    from kp_runtime.spec import Manifest, ModelSpec
+    from kp_runtime.timing import StageTimer
 
 __version__ = "0.1.0"
 
@@ -57,3 +63,28 @@ __all__ = [
     "image_from_file",
     "load",
 ]
+
+_HOME = {
+    "detect": ("HaarDetector", "YuNetDetector"),
+    "draw": ("draw_keypoints",),
+    "frame": ("Frame", "image_from_file"),
+    "geometry": ("boxes_from_points",),
+    "pipeline": ("Model", "load"),
+    "results": ("Keypoints",),
+    "spec": ("Manifest", "ModelSpec"),
+    "timing": ("StageTimer",),
+}
+"""The module of each public name; the rest are errors. A module is imported when it is first used."""
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name's module."""
+    if name not in __all__:
+        raise AttributeError(f"module 'kp_runtime' has no attribute {name!r}")
+    home = next((module for module, names in _HOME.items() if name in names), "errors")
+    return getattr(importlib.import_module(f"kp_runtime.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return [*__all__, "__version__"]

@@ -4,12 +4,14 @@ import importlib
 import pkgutil
 import subprocess
 import sys
-from types import ModuleType
+from pathlib import Path
 
 import pytest
 
 import kp_runtime
+import kp_runtime.errors
 
+ROOT = Path(kp_runtime.__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(kp_runtime.__path__, "kp_runtime."))
 
 BARE = """
@@ -35,13 +37,25 @@ assert not {"kp_train", "kp_export", "kp_cli"} & set(sys.modules)
 
 
 def test_all_is_sorted_and_is_what_is_public() -> None:
-    public = {
-        name
-        for name, value in vars(kp_runtime).items()
-        if not name.startswith("_") and not isinstance(value, ModuleType)
-    }
+    public = set(kp_runtime.errors.__all__).union(*kp_runtime._HOME.values())
     assert sorted(kp_runtime.__all__) == kp_runtime.__all__
     assert set(kp_runtime.__all__) == public
+    assert {*kp_runtime.__all__, "__version__"} == set(dir(kp_runtime))
+
+
+def test_public_names_come_from_their_home() -> None:
+    for home, names in kp_runtime._HOME.items():
+        module = importlib.import_module(f"kp_runtime.{home}")
+        for name in names:
+            assert name in module.__all__
+            assert getattr(kp_runtime, name) is getattr(module, name)
+    with pytest.raises(AttributeError, match="module 'kp_runtime' has no attribute 'lod'"):
+        kp_runtime.lod  # noqa: B018
+
+
+def test_import_costs_no_module_that_is_not_used() -> None:
+    code = "import sys, kp_runtime, kp_runtime.errors; assert not {'numpy', 'cv2', 'json'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-S", "-c", code], check=True, env={"PYTHONPATH": str(ROOT)})
 
 
 @pytest.mark.parametrize("name", MODULES)
