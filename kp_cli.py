@@ -146,7 +146,8 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled faces: NME, AUC, failure rate.
 
-    Also by region, and the original project's loss; --out adds the error curve and the worst faces."""
+    Also by region, and the original project's loss; --out adds the error curve and the worst faces.
+    """
     from kp_export.evaluate import evaluate as measure
     from kp_export.evaluate import held_out_faces, open_model
     from kp_runtime.spec import Manifest
@@ -203,7 +204,8 @@ def export(
     """Export a checkpoint to ONNX, with proof of parity.
 
     A file that does not predict what PyTorch does fails the export and changes nothing. Where TensorRT is
-    installed, plans are built too."""
+    installed, plans are built too.
+    """
     from kp_export.plan_from_onnx import plan_blocker
     from kp_runtime.errors import ExportError
 
@@ -256,7 +258,8 @@ def verify(
 ) -> None:
     """Compare a bundle's files with PyTorch on your faces.
 
-    Exit status 1 where a file is over its limits."""
+    Exit status 1 where a file is over its limits.
+    """
     from kp_export.parity import bundled_faces, faces_from_sources
     from kp_export.verify import check_verification, verification_json, verify_bundle
     from kp_export.verify_page import verification_page
@@ -326,7 +329,8 @@ def predict(
 ) -> None:
     """Find the keypoints of all faces on photos.
 
-    Draws them and writes them down. Example: kp predict photo.jpg --format json --format pts"""
+    Draws them and writes them down. Example: kp predict photo.jpg --format json --format pts
+    """
     import numpy as np
 
     from kp_runtime.photos import FORMATS, photos_from_paths, predict_photo, results_json, write_results
@@ -407,7 +411,8 @@ def inspect(
 ) -> None:
     """Show what a bundle holds and whether its hashes hold.
 
-    Exit status 1 where one does not."""
+    Exit status 1 where one does not.
+    """
     from kp_runtime.errors import BundleError
     from kp_runtime.spec import Manifest
 
