@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import gc
 import sys
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,9 +14,10 @@ import pytest
 
 from kp_runtime.backend import GOLDEN_NAME, BackendReport, open_backend
 from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError
+from kp_runtime.feeding import TRIES
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints
-from tests.tolerances import FP32_PX, assert_close
+from tests.tolerances import FP32_PX, MAP_PX, assert_close
 
 MODEL = "model.fp32.onnx"
 
@@ -208,3 +212,41 @@ def test_an_opset_that_the_runtime_can_not_run(tmp_path: Path) -> None:
     Manifest(spec=Manifest.read(bundle).spec, files=files).write(bundle)
     with pytest.raises(BackendError, match=r"can't open .*opset.*update onnxruntime or export again"):
         open_backend(bundle)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_every_way_to_feed_a_batch_gives_every_crop_its_own_answer(
+    threads: int, bundle: Path, rng: np.random.Generator
+) -> None:
+    backend = open_backend(bundle, threads=threads)
+    for n in (2, 3, 9):
+        crops = rng.integers(0, 256, (n, 1, SIZE, SIZE), dtype=np.uint8)
+        wanted = tiny_keypoints(crops)
+        for _ in range(4 * (TRIES + 1) + 2):
+            assert_close(backend.infer(crops), wanted, MAP_PX, f"{n} crops on {threads} threads")
+    assert list(backend.batch_times()) == [2, 4, 16]
+    names = {"whole", "one by one", "by 4"} | ({"side by side"} if threads > 1 else set())
+    assert set(backend.batch_times()[16]) == names
+    assert all(ms > 0 for times in backend.batch_times().values() for ms in times.values())
+
+
+def test_warmup_chooses_for_every_size_up_to_the_one_given(bundle: Path) -> None:
+    backend = open_backend(bundle, threads=2)
+    backend.warmup()
+    assert backend.batch_times() == {}
+    backend.warmup(6)
+    assert list(backend.batch_times()) == [2, 4, 8]
+    with pytest.raises(BackendError, match="warmup needs the number of faces of a call, 1 or more; got 0"):
+        backend.warmup(0)
+
+
+def test_threads_of_a_dropped_backend_end(bundle: Path) -> None:
+    backend = open_backend(bundle, threads=2)
+    backend.warmup(2)
+    assert any(thread.name.startswith("kp-faces") for thread in threading.enumerate())
+    del backend
+    gc.collect()
+    end = time.monotonic() + 10
+    while any(thread.name.startswith("kp-faces") for thread in threading.enumerate()):
+        assert time.monotonic() < end
+        time.sleep(0.01)
