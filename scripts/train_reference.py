@@ -1,0 +1,150 @@
+"""Trains the models that ship in engines/, with the table of runs that led to them.
+
+    python scripts/train_reference.py --data training_frames_keypoints.csv --data photos_68 --out runs/reference
+
+Three parts: `ideas` (one change each against the base, at 112 px), `final` (both models, three
+seeds each), `table` (the Markdown table of all runs, by NME on the held-out people alone). Each run is
+a folder; one that is finished is kept, one that was cut off is resumed, so the same command goes on
+after a kill. The test rows are not read here: `kp eval` measures the chosen models on them at the end.
+
+Made for a CUDA GPU (`--precision bf16-mixed --workers 14`); it runs on a CPU too, for days.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kp_export.evaluate import evaluate, open_model
+from kp_train.checkpoint import CHECKPOINT_NAME
+from kp_train.config import recipe
+from kp_train.data import Source, is_held_out, parse_source
+from kp_train.train import train
+
+VAL_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what it changes against the base, and how often faces of the second source are drawn."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    photos: float = 1.0
+    init: str | None = None
+
+
+def ideas(epochs: int) -> list[Run]:
+    """One change each; the base is the default recipe at 112 px."""
+    base = {"size": 112, "epochs": epochs}
+    changes: dict[str, dict[str, Any]] = {
+        "base": {},
+        "augment-light": {"augment": "light"},
+        "augment-none": {"augment": "none"},
+        "beta-0.02": {"beta": 0.02},
+        "beta-0.2": {"beta": 0.2},
+        "beta-1": {"beta": 1.0},
+        "ema-off": {"ema": 0.0},
+        "decay-0.1": {"weight_decay": 0.1},
+        "lr-5e-3": {"lr": 5e-3},
+        "lr-1e-3": {"lr": 1e-3},
+        "batch-32": {"batch_size": 32},
+    }
+    runs = [Run(f"idea-{name}", base | change) for name, change in changes.items()]
+    return [*runs, Run("idea-photos-0.5", base, photos=0.5), Run("idea-photos-2", base, photos=2.0)]
+
+
+def final(epochs: int, seeds: list[int], changes: dict[str, Any], photos: float) -> list[Run]:
+    """Both models for each seed; the large one begins at the small one's weights."""
+    runs = []
+    for seed in seeds:
+        lite = f"resnet18-68-lite-{seed}"
+        runs.append(Run(lite, {"size": 112, "epochs": epochs, "seed": seed} | changes, photos))
+        runs.append(Run(f"resnet18-68-{seed}", {"size": 224, "epochs": epochs, "seed": seed} | changes, photos, lite))
+    return runs
+
+
+def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Trains a run, or goes on with it, and measures it on the held-out people of each source."""
+    folder = out / run.name
+    measured = folder / "held_out.json"
+    if measured.is_file():
+        return json.loads(measured.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    if not (folder / CHECKPOINT_NAME).is_file():
+        print(f"== {run.name}: {run.changes}", flush=True)
+        config = recipe("default", precision=args.precision, val_fraction=VAL_FRACTION, **run.changes)
+        train(
+            weighted(sources, run.photos), config, folder, name=run.name.rpartition("-")[0], weights="none",
+            init=None if run.init is None else out / run.init, resume=(folder / "state" / "last.state").exists(),
+            devices="1", accelerator=args.accelerator, workers=args.workers, picture_every=50, progress=False,
+        )  # fmt: skip
+    model = open_model(folder)
+    result: dict[str, Any] = {"run": run.name, "changes": run.changes, "photos": run.photos, "init": run.init}
+    for source in sources:
+        faces = [face for face in source.faces if is_held_out(face.person, VAL_FRACTION)]
+        if faces:
+            result[source.path.name] = evaluate(model, faces).accuracy.nme
+    measured.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return result
+
+
+def weighted(sources: list[Source], photos: float) -> list[Source]:
+    """The sources, those behind the first drawn `photos` times an epoch."""
+    return [
+        Source(source.path, source.weight if i == 0 else photos, source.faces, source.sha256)
+        for i, source in enumerate(sources)
+    ]
+
+
+def table(results: list[dict[str, Any]], names: list[str]) -> str:
+    """All runs as a Markdown table, and the spread over the seeds of each final model."""
+    lines = [f"| run | change | {' | '.join(names)} |", "|---|---|" + "---|" * len(names)]
+    for result in results:
+        changes = result["changes"] | ({} if result["photos"] == 1 else {"photos": result["photos"]})
+        text = ", ".join(f"{key} {value}" for key, value in changes.items())
+        lines.append(
+            f"| {result['run']} | {text} | " + " | ".join(f"{result.get(n, np.nan):.2%}" for n in names) + " |"
+        )
+    for model in ("resnet18-68-lite", "resnet18-68"):
+        seeds = [r for r in results if r["run"].rpartition("-")[0] == model]
+        if len(seeds) > 1:
+            spread = [[r.get(name, np.nan) for r in seeds] for name in names]
+            cells = " | ".join(f"{np.mean(v):.2%} ± {np.std(v, ddof=1):.2%}" for v in spread)
+            lines.append(f"| {model}, {len(seeds)} seeds | mean ± standard deviation | {cells} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs the parts that were asked for, and prints the table of what is finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", action="append", required=True, help="as for kp train; the first is the video frames")
+    parser.add_argument("--out", type=Path, default=Path("runs/reference"))
+    parser.add_argument("--part", choices=("ideas", "final", "all"), default="all")
+    parser.add_argument("--idea-epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=250, help="of each final run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--change", action="append", default=[], help="NAME=JSON: a setting of the final runs")
+    parser.add_argument("--photos", type=float, default=1.0, help="weight of the second source in the final runs")
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--accelerator", default="auto")
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+    sources = [parse_source(text) for text in args.data]
+    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.change)}
+    runs = ideas(args.idea_epochs) if args.part != "final" else []
+    runs += final(args.epochs, args.seeds, changes, args.photos) if args.part != "ideas" else []
+    results = []
+    for run in runs:
+        results.append(finish(run, sources, args.out, args))
+        text = table(results, [source.path.name for source in sources])
+        (args.out / "runs.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

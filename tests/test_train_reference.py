@@ -1,0 +1,59 @@
+"""The script that trains the shipped models, on drawn faces and for one epoch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from kp_train.synthetic import write_csv_source
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+import train_reference
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.mark.slow
+def test_runs_are_measured_kept_and_put_in_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_csv_source(tmp_path / "faces", people=24, each=1)
+    out = tmp_path / "runs"
+    command = [
+        "train_reference.py", "--data", str(data), "--out", str(out), "--part", "final", "--epochs", "1",
+        "--seeds", "7", "--change", "batch_size=8", "--change", "size=64", "--accelerator", "cpu", "--workers", "0",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", command)
+    train_reference.main()
+    first = capsys.readouterr().out
+    names = ["resnet18-68-lite-7", "resnet18-68-7"]
+    for name in names:
+        measured = json.loads((out / name / "held_out.json").read_text())
+        assert f"| {name} |" in first
+        assert f"{measured[data.name]:.2%}" in first
+    record = json.loads((out / names[1] / "run.json").read_text())
+    assert record["start"]["training"]["config"]["seed"] == 7  # began at the small model of its seed
+    made = [(out / name / "checkpoint.safetensors").stat().st_mtime_ns for name in names]
+    train_reference.main()  # everything is finished: nothing is trained again
+    assert capsys.readouterr().out.endswith(first[first.index("| run |") :])
+    assert made == [(out / name / "checkpoint.safetensors").stat().st_mtime_ns for name in names]
+
+
+def test_the_table_tells_the_spread_over_seeds() -> None:
+    results = [
+        {"run": f"resnet18-68-{seed}", "changes": {"seed": seed}, "photos": 2, "init": None, "a.csv": nme}
+        for seed, nme in ((1, 0.03), (2, 0.04), (3, 0.05))
+    ]
+    text = train_reference.table(results, ["a.csv"])
+    assert "| resnet18-68-2 | seed 2, photos 2 | 4.00% |" in text
+    assert "| resnet18-68, 3 seeds | mean ± standard deviation | 4.00% ± 1.00% |" in text
+
+
+def test_every_idea_is_a_valid_setting() -> None:
+    runs = train_reference.ideas(3)
+    assert len({run.name for run in runs}) == len(runs) > 10
+    for run in runs:
+        train_reference.recipe("default", **run.changes)
