@@ -112,21 +112,11 @@ def _each(value: ArrayLike, shape: tuple[int, ...]) -> list[Any]:
     return np.broadcast_to(np.asarray(value, np.float64), shape).tolist()  # type: ignore[no-any-return]
 
 
-def apply_matrix(matrix: FloatArray, xy: FloatArray, out: NDArray[np.float32] | None = None) -> FloatArray:
-    """Maps points.
-
-    Args:
-        matrix: `(..., 2, 3)` float64.
-        xy: `(..., p, 2)`.
-        out: where to write, in its own dtype.
-
-    Returns:
-        `(..., p, 2)` float64 (`out` when given).
-    """
+def apply_matrix(matrix: FloatArray, xy: FloatArray) -> NDArray[np.float64]:
+    """Maps points: `matrix` `(..., 2, 3)`, `xy` `(..., p, 2)`; `(..., p, 2)` float64."""
     matrix, xy = np.asarray(matrix, np.float64), np.asarray(xy)
     x, y = xy[..., 0].astype(np.float64), xy[..., 1].astype(np.float64)
-    mapped: FloatArray = np.empty(np.broadcast_shapes(matrix.shape[:-2], xy.shape[:-2]) + xy.shape[-2:])
-    mapped = mapped if out is None else out
+    mapped = np.empty(np.broadcast_shapes(matrix.shape[:-2], xy.shape[:-2]) + xy.shape[-2:])
     # products and sums one by one: a matrix product would round differently on other processors
     for i in (0, 1):
         row = matrix[..., i, :, None]

@@ -83,7 +83,7 @@ class Model:
             xy_crop = self.backend.infer(crops)
         with stage("map back"):
             xy = np.empty(xy_crop.shape, np.float32) if out is None else out
-            apply_matrix(invert_matrix(matrices), xy_crop, out=xy)
+            xy[...] = apply_matrix(invert_matrix(matrices), xy_crop)
         return Keypoints(xy, boxes, matrices, frame.size_hw)
 
     def _scratch(self) -> Scratch:
