@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kp_runtime.errors import BackendError, IntegrityError
 from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec
 
-__all__ = ["BACKENDS", "GOLDEN_NAME", "Backend", "BackendReport", "open_backend"]
+__all__ = ["BACKENDS", "GOLDEN_NAME", "Backend", "BackendReport", "open_backend", "usable_cores"]
 
 GOLDEN_NAME = "golden.npz"
 BACKENDS = ("ort-cpu",)
@@ -114,6 +114,11 @@ class Backend(ABC):
         """Runs at least one crop of the right shape and dtype."""
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on: its affinity where the system tells, else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def open_backend(
     bundle: str | os.PathLike[str], backend: str = "auto", precision: str = "auto", threads: int | None = None
 ) -> Backend:
@@ -123,7 +128,7 @@ def open_backend(
         bundle: the bundle's folder, or one model file in it, which is then the one that runs.
         backend: `auto` or one of `BACKENDS`; a named one is never replaced by another.
         precision: `auto` or one of `spec.PRECISIONS`; a named one is never replaced by another.
-        threads: threads of the engine; None leaves the choice to it (all cores).
+        threads: threads of the engine, 1 to the cores that the process may use; None uses all of them.
 
     Raises:
         BundleError: the bundle or its files can't be used.
@@ -136,8 +141,9 @@ def open_backend(
         raise BackendError(f"there is no backend {backend!r}; choose auto or {', '.join(BACKENDS)}")
     if precision not in ("auto", *PRECISIONS):
         raise BackendError(f"there is no precision {precision!r}; choose auto or {', '.join(PRECISIONS)}")
-    if threads is not None and threads < 1:
-        raise BackendError(f"threads must be 1 or more, or None for the engine's own choice; got {threads}")
+    cores = usable_cores()
+    if threads is not None and not 1 <= threads <= cores:
+        raise BackendError(f"threads must be 1 to {cores}, the cores that this process may use; got {threads}")
     path = Path(bundle)
     folder = path.parent if path.is_file() else path
     manifest = Manifest.read(folder)

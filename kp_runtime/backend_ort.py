@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import Backend
+from kp_runtime.backend import Backend, usable_cores
 from kp_runtime.errors import BackendError, MissingExtraError
 from kp_runtime.feeding import WAYS, Feeder, Way
 from kp_runtime.spec import ModelSpec
@@ -41,7 +41,7 @@ class OrtCpuBackend(Backend):
     def __init__(self, model: Path, spec: ModelSpec, threads: int | None = None) -> None:
         super().__init__(spec)
         self._model = model
-        self._threads = threads or _usable_cores()
+        self._threads = threads or usable_cores()
         self._session = _session(model, self._threads)
         self._check_contract(model)
         self._feeder = Feeder([way for way in WAYS if self._threads > 1 or not way.side_by_side])
@@ -123,11 +123,6 @@ def _session(model: Path, threads: int) -> Any:
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open {model}: {reason}; update onnxruntime or export again"
         ) from error
-
-
-def _usable_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _import_onnxruntime() -> Any:
