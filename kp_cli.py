@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,10 +18,13 @@ from kp_report import (
     print_accuracy,
     print_bench,
     print_bundle,
+    print_comparison,
+    print_groups,
     print_json,
     print_parity,
     print_times,
     progress,
+    share_progress,
 )
 from kp_runtime.errors import InputError, KpError
 
@@ -137,6 +139,10 @@ def evaluate(
     ] = Boxes.keypoints,
     split: Annotated[Split, typer.Option(help="All rows, or only people that were never trained on.")] = Split.rows,
     out: Annotated[Path | None, typer.Option(help="Folder for the error curve and the worst faces.")] = None,
+    steady: Annotated[
+        bool,
+        typer.Option("--robustness", help="Also shake the boxes, enlarge and mirror the photos: 13 times the work."),
+    ] = False,
     record: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also keep the result in the bundle's manifest under this name.")
     ] = None,
@@ -146,26 +152,33 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled faces: NME, AUC, failure rate.
 
-    Also by region, and the original project's loss; --out adds the error curve and the worst faces.
+    Also by region, face size and turn of the head, and the original project's loss; --out adds the error
+    curve and the worst faces.
     """
     from kp_export.evaluate import evaluate as measure
     from kp_export.evaluate import held_out_faces, open_model
+    from kp_export.robustness import groups, robustness
     from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
 
     if yunet and boxes is not Boxes.detector:
         raise InputError("--yunet goes with --boxes detector")
+    if steady and boxes is Boxes.detector:
+        raise InputError("--robustness shakes the boxes of the keypoints: leave out --boxes detector")
     opened = open_model(model, threads)
-    if boxes is Boxes.detector and opened.manifest.spec.box == "frame":
-        raise InputError("this model sees whole frames, not face boxes: leave out --boxes detector")
+    if (steady or boxes is Boxes.detector) and opened.manifest.spec.box == "frame":
+        raise InputError("this model sees whole frames, not face boxes: leave out --boxes detector and --robustness")
     sources = [parse_source(text) for text in data]
     if split is Split.person:
         sources = [held_out_faces(source, opened.manifest) for source in sources]
     faces = [face for source in sources for face in source.faces]
     detector = _detector(yunet) if boxes is Boxes.detector else None
     result = measure(opened, faces, detector, track=progress("measuring"))
+    more = {"groups": [dataclasses.asdict(group) for group in groups(result)]}
+    if steady:
+        more["robustness"] = dataclasses.asdict(robustness(opened, result.faces, progress("showing otherwise")))
     if record is not None:
-        kept = {record: dataclasses.asdict(result.accuracy) | {"missed": result.missed}}
+        kept = {record: dataclasses.asdict(result.accuracy) | {"missed": result.missed} | more}
         bundle = model if model.is_dir() else model.parent
         manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
         dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
@@ -176,9 +189,10 @@ def evaluate(
         pictures = [error_curve(result, opened.name, out / "error_curve.png"), worst_faces(result, out / "worst.png")]
     if as_json:
         rest = {"model": opened.name, "boxes": boxes.value, "split": split.value, "missed": result.missed}
-        print_json(rest | dataclasses.asdict(result.accuracy) | {"pictures": [str(p) for p in pictures]})
+        print_json(rest | dataclasses.asdict(result.accuracy) | more | {"pictures": [str(p) for p in pictures]})
         return
     print_accuracy(opened.name, result)
+    print_groups(more)
     for picture in pictures:
         typer.echo(picture)
 
@@ -377,31 +391,62 @@ def bench(
     batch: Annotated[
         list[int] | None, typer.Option(help="Batch size of the network alone. Repeatable; 1 and 8 when left out.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.0, help="About how long each thing is measured.")] = 3.0,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Only files of this precision. Repeatable; all files when left out.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Least time that each case is measured.")] = 3.0,
+    samples: Annotated[int, typer.Option(min=1, help="Least number of samples of each case.")] = 200,
     threads: Threads = None,
     yunet: Yunet = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the JSON document to this file.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results, with every sample, to this JSON file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots and all numbers to this file.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OLD", help="Older results (--out): say what is faster or slower since.")
+    ] = None,
+    new: Annotated[
+        Path | None, typer.Option("--with", metavar="NEW", help="Compare with these results; measure nothing.")
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--compare-anyway", help="Compare different machines or settings too, and say what differs.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Time each stage on a photo, and the network alone by file and batch size."""
-    from kp_runtime.bench import run_bench
-    from kp_runtime.spec import writing
+    """Measure a bundle's files and each stage, to be believed.
 
-    result = run_bench(
-        bundle,
-        photo or _astronaut(),
-        _detector(yunet),
-        batches=tuple(batch or (1, 8)),
-        seconds=seconds,
-        threads=threads,
-    )
-    if out is not None:
-        with writing(out) as temporary:
-            temporary.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
+    The network alone by file and batch size, and the whole way from a photo's file to its keypoints. All
+    cases run in turns; each has a median with a 95% interval, p95, p99 and the longest, and no sample is
+    dropped. It takes minutes on a small board: --samples 50 and --precision make it shorter. docs/bench.md
+    explains the numbers.
+
+    Example: kp bench out/resnet18-68 --batch 1 --batch 8 --out new.json --compare old.json --html bench.html
+    """
+    from kp_runtime.bench import run_bench
+    from kp_runtime.bench_compare import compared, gate
+    from kp_runtime.bench_page import bench_page
+    from kp_runtime.bench_results import BenchSettings, json_from_bench, results_from_file, write_results
+
+    if compare is None and (new or anyway):
+        raise InputError("--with and --compare-anyway go with --compare OLD")
+    if new and any((photo, batch, precision, threads, yunet, out)):
+        raise InputError("--with measures nothing: it goes with --compare, --compare-anyway, --html and --json alone")
+    old = results_from_file(compare) if compare else None
+    if new:
+        result = results_from_file(new)
+    else:
+        settings = BenchSettings(tuple(batch or (1, 8)), seconds, samples, threads, tuple(precision or ()))
+        with share_progress() as step:
+            admit = gate(old, anyway)
+            result = run_bench(bundle, photo or _astronaut(), _detector(yunet), settings, admit=admit, step=step)
+    comparison = compared(old, result, anyway=anyway) if old else None
+    written = [] if out is None else [write_results(result, out)]
+    written += [] if html is None else [bench_page(result, html, comparison)]
     if as_json:
-        print_json(dataclasses.asdict(result))
+        print_json(json_from_bench(result) | ({"comparison": dataclasses.asdict(comparison)} if comparison else {}))
         return
     print_bench(result)
+    print_comparison(comparison)
+    for path in written:
+        typer.echo(path)
 
 
 @app.command()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import typer
@@ -14,10 +15,13 @@ __all__ = [
     "print_accuracy",
     "print_bench",
     "print_bundle",
+    "print_comparison",
+    "print_groups",
     "print_json",
     "print_parity",
     "print_times",
     "progress",
+    "share_progress",
 ]
 
 
@@ -47,6 +51,27 @@ def build_progress() -> Any:
             print(f"\r{phase} {share:.0%}\033[K", end="", file=sys.stderr, flush=True)
 
     return progress
+
+
+@contextlib.contextmanager
+def share_progress() -> Iterator[Callable[[str, float], None]]:
+    """Bars on stderr for work that tells its phase and share; none where nobody looks."""
+    if not sys.stderr.isatty():
+        yield lambda phase, share: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    tasks: dict[str, Any] = {}
+    # drawn when told alone: a thread that draws by the clock would take time from what is measured
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as bar:
+
+        def step(phase: str, share: float) -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=1.0)
+            bar.update(tasks[phase], completed=share, refresh=True)
+
+        yield step
 
 
 def print_json(value: Any) -> None:
@@ -83,6 +108,28 @@ def print_accuracy(name: str, result: Any) -> None:
     _print_table(name, ("measure", "value"), rows)
 
 
+def print_groups(more: dict[str, Any]) -> None:
+    """NME by size and turn, and how steady the model is where that was measured."""
+    rows = [
+        (
+            group["by"],
+            f"{group['low']:g} or more" if group["high"] is None else f"{group['low']:g} to {group['high']:g}",
+            group["faces"],
+            f"{group['nme']:.2%}",
+        )
+        for group in more["groups"]
+    ]
+    _print_table("by face", ("property", "range", "faces", "NME"), rows)
+    if steady := more.get("robustness"):
+        rise = steady["jitter_nme"] - steady["nme"]
+        changed = [
+            ("boxes 10% off in place and size", f"NME {steady['jitter_nme']:.2%}, {rise * 100:+.2f} points"),
+            *((f"photo enlarged {k} times", f"points move by {v:.2%}") for k, v in steady["enlarged"].items()),
+            ("photo mirrored", f"points move by {steady['mirrored']:.2%}"),
+        ]
+        _print_table(f"the same {steady['faces']} faces shown otherwise", ("how", "result"), changed)
+
+
 def print_parity(reports: Sequence[Any]) -> None:
     """`Parity` reports of one set of faces, a file a line."""
     if not reports:
@@ -114,15 +161,49 @@ def print_times(title: str, stages: dict[str, Any]) -> None:
     _print_table(title, ("stage", "samples", "p50 ms", "p95", "p99", "max"), rows)
 
 
+def _interval(time: Any, divisor: float = 1.0) -> str:
+    return f"{time.p50_low_ms / divisor:.2f} to {time.p50_high_ms / divisor:.2f}"
+
+
 def print_bench(result: Any) -> None:
-    """A `Bench` as its two tables."""
-    machine = result.machine
-    typer.echo(
-        f"{machine['cpu']}, {machine['cores']} cores, onnxruntime {machine['onnxruntime']}, {result.faces} face(s)"
-    )
-    print_times("stages of a photo", result.stages)
-    rows = [(n.file, n.batch, n.time.samples, *_ms(n.time), f"{n.ms_a_face:.2f}") for n in result.network]
-    _print_table("network alone", ("file", "batch", "samples", "p50 ms", "p95", "p99", "max", "ms a face"), rows)
+    """A `Bench`: the machine, the network alone, the stages, the cold starts."""
+    machine, setup = result.setup.machine, result.setup
+    runs = f"onnxruntime {machine.versions.get('onnxruntime')}, {setup.faces} face(s) on {setup.photo}"
+    typer.echo(f"{machine.cpu}, {machine.cores} cores, {runs}")
+    tail = ("samples", "p50 ms", "95% interval", "p95", "p99", "longest")
+    rows = []
+    for case in result.network:
+        s = case.times.summary
+        numbers = _ms(s)
+        rows.append((case.file, case.batch, s.samples, numbers[0], _interval(s), *numbers[1:], f"{case.ms_a_face:.2f}"))
+    _print_table("network alone", ("file", "batch", *tail, "ms a face"), rows)
+    stages = [*result.photo.stages.items(), ("whole", result.photo.whole)]
+    rows = [
+        (name, t.summary.samples, _ms(t.summary)[0], _interval(t.summary), *_ms(t.summary)[1:]) for name, t in stages
+    ]
+    _print_table(f"stages of a photo with {result.photo.file}", ("stage", *tail), rows)
+    rows = []
+    for file in result.files:
+        memory = ["" if mib is None else f"{mib:.0f}" for mib in (file.cold.peak_mib, file.cold.base_mib)]
+        rows.append((file.file, file.backend, f"{file.cold.load_ms:.0f}", f"{file.cold.first_ms:.1f}", *memory))
+    columns = ("file", "engine", "load ms", "first call ms", "peak MiB", "before the load")
+    _print_table("fresh processes", columns, rows)
+
+
+def print_comparison(comparison: Any) -> None:
+    """A `Comparison`, a case a line, and what else has to be said; nothing for None."""
+    if comparison is None:
+        return
+    rows = []
+    for case in comparison.cases:
+        interval = f"{case.ratio.low:.3f} to {case.ratio.high:.3f}"
+        numbers = f"{case.old_ms:.2f}", f"{case.new_ms:.2f}", f"{case.ratio.value:.3f}", interval
+        rows.append((case.case, *numbers, case.verdict))
+    columns = ("case", "old p50 ms", "new p50 ms", "new / old", "95% interval", "the new one is")
+    _print_table("against the older results", columns, rows)
+    lines = [*(f"no fair comparison: {text}" for text in comparison.obstacles), *comparison.alone, *comparison.notes]
+    for line in lines:
+        typer.echo(line)
 
 
 def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:

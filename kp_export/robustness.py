@@ -1,0 +1,176 @@
+"""How steady a model is: shaken boxes, enlarged and mirrored photos, and faces by turn and size.
+
+All numbers are fractions of the distance of the outer eye corners, as NME is.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_export.evaluate import BATCH, Evaluation, OpenModel
+from kp_runtime.frame import Frame
+from kp_runtime.geometry import apply_matrix, boxes_from_points, invert_matrix, matrices_from_boxes
+from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.scheme68 import EYE_CORNERS, MIRROR
+from kp_train.data import Face, luma_from_file
+from kp_train.metrics import point_errors
+
+__all__ = ["Group", "Robustness", "groups", "robustness"]
+
+JITTER = 0.1
+SHAKES = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1), (-1, -1, 1), (1, 1, -1))
+"""Directions of the shaken boxes: right, down, and larger."""
+ENLARGED = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """What changes when the same faces are shown otherwise.
+
+    Attributes:
+        faces: how many were measured.
+        nme: with the boxes as they are.
+        jitter_nme: mean NME with boxes moved and scaled by 10% of their longer side, each way alone
+            and two corners; the least it should stay near is `nme`.
+        enlarged: mean distance between the points of a photo and of the same photo enlarged 2, 4 and
+            8 times (OpenCV's bilinear), mapped back.
+        mirrored: mean distance between the points of a photo and the mirrored points of its mirror
+            image.
+    """
+
+    faces: int
+    nme: float
+    jitter_nme: float
+    enlarged: dict[int, float]
+    mirrored: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """NME of the faces between two bounds of a property: `[low, high)`, without an end where `high` is None."""
+
+    by: str
+    low: float
+    high: float | None
+    faces: int
+    nme: float
+
+
+@dataclass(frozen=True)
+class _View:
+    """A grey photo and the face's box on it, as the model is shown them."""
+
+    luma: NDArray[np.uint8]
+    box_xyxy: NDArray[np.float64]
+
+
+def robustness(
+    model: OpenModel,
+    faces: Sequence[Face],
+    track: Callable[[Sequence[Any]], Iterable[Any]] = lambda items: items,
+) -> Robustness:
+    """Measures a model on labelled faces shown in other ways; boxes from the keypoints.
+
+    Args:
+        model: from `evaluate.open_model`; one that takes face boxes.
+        faces: labelled faces.
+        track: wraps the list of faces, to show progress.
+
+    Raises:
+        DataError: an image can't be read.
+    """
+    base, shaken, larger, mirrored = [], [], [], []
+    for face in track(faces):
+        luma, box = luma_from_file(face.image), boxes_from_points(face.xy)
+        views = [_View(luma, box), *(_View(luma, _shaken(box, *shake)) for shake in SHAKES)]
+        views += [_enlarged(luma, box, k) for k in ENLARGED]
+        views.append(_View(np.ascontiguousarray(luma[:, ::-1]), _mirrored_box(box, luma.shape[1])))
+        points = _predict(model, views)
+        n = 1 + len(SHAKES)
+        base.append(points[0])
+        shaken.append(points[1:n])
+        larger.append(np.stack([(p + 0.5) / k - 0.5 for p, k in zip(points[n:-1], ENLARGED, strict=True)]))
+        flipped = points[-1][MIRROR] * (-1, 1) + (luma.shape[1] - 1, 0)
+        mirrored.append(flipped)
+    truth = np.stack([face.xy for face in faces]).astype(np.float64)
+    plain, shakes, sizes = np.stack(base), np.stack(shaken), np.stack(larger)
+    # distances to the model's own answer, but over the true eyes
+    eyes = np.linalg.norm(truth[:, EYE_CORNERS[0]] - truth[:, EYE_CORNERS[1]], axis=-1)
+    return Robustness(
+        faces=len(faces),
+        nme=float(point_errors(plain, truth).mean()),
+        jitter_nme=float(np.mean([point_errors(shakes[:, i], truth).mean() for i in range(len(SHAKES))])),
+        enlarged={k: _distance(sizes[:, i], plain, eyes) for i, k in enumerate(ENLARGED)},
+        mirrored=_distance(np.stack(mirrored), plain, eyes),
+    )
+
+
+def _distance(a: NDArray[np.float64], b: NDArray[np.float64], eyes: NDArray[np.float64]) -> float:
+    return float((np.linalg.norm(a - b, axis=-1).mean(axis=1) / eyes).mean())
+
+
+def _shaken(box: NDArray[np.float64], right: int, down: int, larger: int) -> NDArray[np.float64]:
+    side = max(box[2] - box[0], box[3] - box[1])
+    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+    centre = centre + JITTER * side * np.array([right, down])
+    half = half * (1 + JITTER * larger)
+    return np.concatenate([centre - half, centre + half])
+
+
+def _enlarged(luma: NDArray[np.uint8], box: NDArray[np.float64], k: int) -> _View:
+    larger = cv2.resize(luma, None, fx=k, fy=k, interpolation=cv2.INTER_LINEAR)
+    return _View(np.asarray(larger), (box + 0.5) * k - 0.5)
+
+
+def _mirrored_box(box: NDArray[np.float64], width: int) -> NDArray[np.float64]:
+    return np.array([width - 1 - box[2], box[1], width - 1 - box[0], box[3]])
+
+
+def _predict(model: OpenModel, views: Sequence[_View]) -> NDArray[np.float64]:
+    """Points of each view in its own pixels, `(n, 68, 2)`."""
+    spec = model.manifest.spec
+    matrices = np.concatenate([matrices_from_boxes(v.box_xyxy[None], spec.size, spec.margin) for v in views])
+    crops = [
+        crops_from_frame(Frame(view.luma, "gray"), matrix[None], spec.size)[0]
+        for view, matrix in zip(views, matrices, strict=True)
+    ]
+    answers = [model.predict(np.stack(crops[i : i + BATCH])) for i in range(0, len(crops), BATCH)]
+    return apply_matrix(invert_matrix(matrices), np.concatenate(answers))
+
+
+def groups(result: Evaluation) -> list[Group]:
+    """NME by the face's size (eye distance in pixels) and by its turn to the side.
+
+    The turn is read off the true points: how far the nose tip (30) lies from the middle of the outer
+    jaw points (0 and 16), over half their distance; 0 is frontal, 1 a profile.
+    """
+    truth = np.stack([face.xy for face in result.faces]).astype(np.float64)
+    eyes = np.linalg.norm(truth[:, EYE_CORNERS[0]] - truth[:, EYE_CORNERS[1]], axis=-1)
+    jaw = truth[:, 16] - truth[:, 0]
+    along = np.einsum("nd,nd->n", truth[:, 30] - (truth[:, 0] + truth[:, 16]) / 2, jaw)
+    turn = np.abs(along) / (np.einsum("nd,nd->n", jaw, jaw) / 2)
+    found = []
+    for by, values, bounds in (
+        ("eye distance px", eyes, (0, 30, 45, 60, 90, np.inf)),
+        ("turn", turn, (0, 0.15, 0.3, 0.5, np.inf)),
+    ):
+        for low, high in itertools.pairwise(bounds):
+            inside = (values >= low) & (values < high)
+            if inside.any():
+                found.append(
+                    Group(
+                        by,
+                        low,
+                        high if np.isfinite(high) else None,
+                        int(inside.sum()),
+                        float(result.errors[inside].mean()),
+                    )
+                )
+    return found

@@ -1,0 +1,105 @@
+"""Steadiness of models whose answers are known: fixed points of the crop, or its brightest pixel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kp_export.evaluate import Evaluation, OpenModel, evaluate
+from kp_export.robustness import SHAKES, groups, robustness
+from kp_runtime.scheme68 import MIRROR
+from kp_runtime.spec import Manifest, ModelSpec
+from kp_train.data import Face, read_source
+from kp_train.synthetic import mean_shape, write_csv_source
+
+SIZE = 64
+
+
+@pytest.fixture
+def faces(tmp_path: Path) -> tuple[Face, ...]:
+    return read_source(write_csv_source(tmp_path, people=6)).faces
+
+
+def fixed(points: np.ndarray) -> OpenModel:
+    """A model that puts the same points into every crop: they follow the box."""
+    spec = ModelSpec("x", SIZE)
+    return OpenModel("fixed", Manifest(spec=spec), lambda crops: np.repeat(points[None], len(crops), axis=0))
+
+
+def symmetric() -> np.ndarray:
+    shape = mean_shape() * 0.3
+    mirrored = shape[MIRROR] * (-1, 1)
+    return ((shape + mirrored) / 2 * SIZE + (SIZE - 1) / 2).astype(np.float32)
+
+
+def test_points_that_follow_the_box_move_as_it_was_shaken(faces: tuple[Face, ...]) -> None:
+    found = robustness(fixed(symmetric()), faces)
+    assert found.faces == len(faces)
+    assert found.nme == pytest.approx(evaluate(fixed(symmetric()), faces).accuracy.nme, rel=1e-6)
+    wanted = []
+    for right, down, larger in SHAKES:
+        for face in faces:
+            low, high = face.xy.min(axis=0), face.xy.max(axis=0)
+            side, centre = (high - low).max(), (low + high) / 2
+            points = (symmetric() - (SIZE - 1) / 2) * 1.3 * side / SIZE * (1 + 0.1 * larger)
+            points += centre + 0.1 * side * np.array([right, down])
+            eyes = np.linalg.norm(face.xy[36] - face.xy[45])
+            wanted.append(np.linalg.norm(points - face.xy, axis=-1).mean() / eyes)
+    assert found.jitter_nme == pytest.approx(np.mean(wanted), rel=1e-4)
+
+
+def test_enlarging_and_mirroring_move_nothing_of_a_symmetric_answer(faces: tuple[Face, ...]) -> None:
+    found = robustness(fixed(symmetric()), faces)
+    assert list(found.enlarged) == [2, 4, 8]
+    assert max(found.enlarged.values()) < 1e-4
+    assert found.mirrored < 1e-4
+
+
+def test_an_answer_that_leans_to_one_side_shows_in_the_mirror(faces: tuple[Face, ...]) -> None:
+    found = robustness(fixed(symmetric() + np.array([2, 0], np.float32)), faces)
+    # two crop pixels to the right here, to the left in the mirror: four apart
+    wanted = []
+    for face in faces:
+        side = np.ptp(face.xy, axis=0).max()
+        wanted.append(4 * 1.3 * side / SIZE / np.linalg.norm(face.xy[36] - face.xy[45]))
+    assert found.mirrored == pytest.approx(np.mean(wanted), rel=1e-4)
+    assert max(found.enlarged.values()) < 1e-4
+
+
+def test_enlarged_photos_are_seen_enlarged(faces: tuple[Face, ...]) -> None:
+    """A model that reads the crop sees much the same crop whatever the photo's resolution."""
+    spec = ModelSpec("x", SIZE)
+
+    def predict(crops: np.ndarray) -> np.ndarray:
+        y, x = np.mgrid[:SIZE, :SIZE]
+        weight = crops[:, 0].astype(np.float64)
+        centre = np.stack([(weight * x).sum((1, 2)), (weight * y).sum((1, 2))], axis=-1) / weight.sum((1, 2))[:, None]
+        return np.repeat(centre[:, None], 68, axis=1).astype(np.float32)
+
+    found = robustness(OpenModel("centre of light", Manifest(spec=spec), predict), faces)
+    assert 0 < max(found.enlarged.values()) < 0.01
+
+
+def turned(turn: float, eyes: float) -> Face:
+    xy = mean_shape().astype(np.float64)
+    xy *= eyes / np.linalg.norm(xy[36] - xy[45])
+    middle, half = (xy[0] + xy[16]) / 2, (xy[16] - xy[0]) / 2
+    xy[30] = middle + turn * half
+    return Face(Path("a.jpg"), xy.astype(np.float32))
+
+
+def test_groups_by_size_and_turn() -> None:
+    faces = (turned(0.0, 20), turned(0.2, 50), turned(-0.2, 55), turned(0.9, 200))
+    errors = np.array([0.01, 0.02, 0.04, 0.08])
+    result = Evaluation(faces, np.empty(0), np.empty(0), errors, 0, None)  # type: ignore[arg-type]
+    found = {(g.by, g.low, g.high): (g.faces, g.nme) for g in groups(result)}
+    assert found == {
+        ("eye distance px", 0, 30): (1, 0.01),
+        ("eye distance px", 45, 60): (2, pytest.approx(0.03)),
+        ("eye distance px", 90, None): (1, 0.08),
+        ("turn", 0, 0.15): (1, 0.01),
+        ("turn", 0.15, 0.3): (2, pytest.approx(0.03)),
+        ("turn", 0.5, None): (1, 0.08),
+    }
