@@ -23,7 +23,9 @@ def files_of_the_map() -> list[str]:
 
 def test_the_map_is_the_house() -> None:
     there = {
-        str(p.relative_to(ROOT)) for name in ("kp_runtime", "kp_train", "kp_export") for p in (ROOT / name).glob("*.py")
+        str(p.relative_to(ROOT))
+        for name in ("kp_runtime", "kp_train", "kp_export", "benchmarks")
+        for p in (ROOT / name).glob("*.py")
     }
     there = {name for name in there if not name.endswith("__init__.py")} | {"kp_cli.py", "kp_report.py"}
     assert set(files_of_the_map()) == there

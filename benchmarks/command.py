@@ -1,0 +1,76 @@
+"""What the benchmarks' command lines share: arguments, tables, the last line, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.record import RESULTS, Record, write_record
+from kp_runtime.errors import InputError, KpError
+
+__all__ = ["checked_threads", "finish", "parser", "print_table", "run", "without_samples"]
+
+
+def parser(description: str | None, *, bundle: bool = True) -> argparse.ArgumentParser:
+    """A parser with the arguments that all have."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if bundle:
+        made.add_argument("--bundle", type=Path, required=True, help="the bundle's folder, made by kp export")
+        made.add_argument("--threads", type=int, default=_cores(), help="of every engine; all cores when left out")
+    made.add_argument("--out", type=Path, help="results file; one in benchmarks/results/ when left out")
+    return made
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def checked_threads(threads: int) -> int:
+    """The number of threads, or the error that says what this machine has."""
+    if not 1 <= threads <= _cores():
+        raise InputError(f"threads must be 1 to {_cores()}, the cores of this machine; got {threads}")
+    return threads
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(width=None if Console().is_terminal else 170).print(table)
+
+
+def finish(record: Record, out: Path | None) -> None:
+    """Writes the results file and prints the record, without its single samples, as the last line."""
+    path = out or RESULTS / record.file_name
+    write_record(record, path)
+    print(f"written: {path}", file=sys.stderr)
+    print(json.dumps(without_samples(dataclasses.asdict(record))))
+
+
+def without_samples(value: Any) -> Any:
+    """A JSON value whose keys for single samples (`turns_…`, `values`) are left out."""
+    if isinstance(value, dict):
+        return {k: without_samples(v) for k, v in value.items() if not k.startswith("turns_") and k != "values"}
+    return [without_samples(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a benchmark; a `KpError` becomes one line on stderr and exit status 1."""
+    try:
+        main()
+    except KpError as error:
+        print("benchmarks: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,217 @@
+"""Writes the tables of docs/benchmarks.md from benchmarks/results/, a section a machine.
+
+    python -m benchmarks.table
+
+What stands between the two markers is made; the text around them is written by hand and stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command import run
+from benchmarks.record import KINDS, RESULTS, Record, read_records
+from kp_runtime.errors import InputError
+from kp_runtime.spec import writing
+from kp_runtime.timing import Ratio
+
+__all__ = ["BEGIN", "DOCS", "END", "docs_with_tables", "tables_from_records"]
+
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+BEGIN = "<!-- begin: made by python -m benchmarks.table -->"
+END = "<!-- end: made by python -m benchmarks.table -->"
+NOTHING = "There are no results here yet; `make bench` makes them."
+
+
+def docs_with_tables(text: str, records: Sequence[Record]) -> str:
+    """The page with its tables made anew.
+
+    Raises:
+        InputError: the page lacks the markers, or a record a field.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise InputError(f"the page needs the lines {BEGIN} and {END}, in this order; put them back")
+    return f"{before}{BEGIN}\n\n{tables_from_records(records)}\n\n{END}{after}"
+
+
+def tables_from_records(records: Sequence[Record]) -> str:
+    """All tables as Markdown: by machine, then by kind, then as the records are ordered.
+
+    Raises:
+        InputError: a record lacks a field of its kind.
+    """
+    machines: dict[str, list[Record]] = {}
+    for record in records:
+        machines.setdefault(_machine_key(record), []).append(record)
+    sections = [_section(members) for members in machines.values()]
+    return "\n\n".join(sections) or NOTHING
+
+
+def _machine_key(record: Record) -> str:
+    return json.dumps([record.machine.get(key) for key in ("cpu", "cores_usable", "architecture", "device")])
+
+
+def _section(records: Sequence[Record]) -> str:
+    machine = records[0].machine
+    parts = [f"## {_machine_title(machine)}", _machine_line(machine)]
+    for record in sorted(records, key=lambda r: KINDS.index(r.kind)):
+        try:
+            parts += [*_KINDS[record.kind](record)]
+        except (KeyError, TypeError, IndexError) as error:
+            raise InputError(
+                f"a result of kind {record.kind} lacks or mistakes the field {error}; measure again with: make bench"
+            ) from error
+    return "\n\n".join(parts)
+
+
+def _machine_title(machine: dict[str, Any]) -> str:
+    return f"{machine.get('device') or machine.get('cpu')}, {machine.get('cores_usable')} cores"
+
+
+def _machine_line(machine: dict[str, Any]) -> str:
+    mib = machine.get("memory_mib")
+    told = [
+        str(machine.get("architecture")),
+        ", ".join(machine.get("instructions") or ()),
+        f"{mib / 1024:.0f} GiB" if mib else "",
+        f"{machine.get('system')}, kernel {machine.get('kernel')}",
+    ]
+    return "; ".join(part for part in told if part) + "."
+
+
+def _caption(record: Record) -> str:
+    """Which model and versions, under how many threads."""
+    bundle, settings = record.bundle, record.settings
+    versions = {**record.machine["versions"], **record.packages}
+    told = [f"{bundle['name']}, {bundle['size']} px crops" if bundle else ""]
+    if bundle.get("reduce", 1) > 1:
+        told[0] += f" of which the network sees means of {bundle['reduce']} x {bundle['reduce']}"
+    told.append(f"{settings['threads']} threads" if "threads" in settings else "")
+    told.append(", ".join(f"{name} {version}" for name, version in versions.items() if version))
+    load = f"load average after it {record.load_average[0]:.1f}" if record.load_average else ""
+    return "; ".join(part for part in (*told, load) if part) + "."
+
+
+def _engines(record: Record) -> Iterable[str]:
+    cases = record.measured["cases"]
+    batches = sorted({case["batch"] for case in cases})
+    by_engine: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+    for case in cases:
+        by_engine.setdefault((case["engine"], case["precision"]), {})[case["batch"]] = case
+    yield f"### The network in each engine: {record.bundle['folder']}"
+    yield _caption(record) + " Milliseconds a face, median with its 95% interval."
+    columns = ("engine", "precision", *(f"batch {batch}" for batch in batches), "most px from PyTorch")
+    yield _table(columns, [(*key, *_engine_cells(by_batch, batches)) for key, by_batch in by_engine.items()])
+    if ratios := record.measured["int8_ort_over_openvino"]:
+        yield "ONNX Runtime's time over OpenVINO's, both int8; under 1 ONNX Runtime is faster:"
+        rows = [(r["batch"], *_ratio_cells(r["ratio"]), Ratio(**r["ratio"]).verdict) for r in ratios]
+        yield _table(("batch", "ratio", "95% interval", "ONNX Runtime is"), rows)
+    fed = [f"{c['precision']} {c['batch']} {c['feeding']}" for c in cases if c["feeding"]]
+    if fed:
+        yield f"How `kp_runtime` fed ONNX Runtime's batches: {', '.join(fed)}."
+    if out := record.measured["left_out"]:
+        yield "Left out:\n\n" + "\n".join(f"- {_left_out_name(item)}: {item['reason']}" for item in out)
+
+
+def _engine_cells(by_batch: dict[int, dict[str, Any]], batches: Sequence[int]) -> list[str]:
+    cells = []
+    for batch in batches:
+        if case := by_batch.get(batch):
+            low, high = case["ms_a_face_low"], case["ms_a_face_high"]
+            cells.append(f"{case['ms_a_face']:.2f} ({low:.2f} to {high:.2f})")
+        else:
+            cells.append("")
+    return [*cells, f"{max(case['distance_px'] for case in by_batch.values()):.4f}"]
+
+
+def _left_out_name(item: dict[str, Any]) -> str:
+    return f"{item['engine']} {item['precision']}" + (f" at batch {item['batch']}" if item["batch"] else "")
+
+
+def _operators(record: Record) -> Iterable[str]:
+    batches = record.measured["batches"]
+    yield f"### Operators by batch: {record.bundle['folder']}"
+    yield _caption(record) + " Microseconds a face; the last column is the last batch over the first."
+    columns = ("", "nodes", *(f"batch {batch}" for batch in batches), "ratio")
+    for file in record.measured["files"]:
+        all_of_them = {"name": "all", "nodes": sum(kind["nodes"] for kind in file["kinds"])}
+        total = all_of_them | {"us_a_face": file["total_us_a_face"]}
+        yield f"`{file['file']}`:"
+        yield _table(columns, [_operator_cells(kind) for kind in [*file["kinds"], total]])
+        yield "Its dearest nodes:"
+        yield _table(columns, [_operator_cells(node) for node in file["nodes"]])
+
+
+def _operator_cells(time: dict[str, Any]) -> tuple[Any, ...]:
+    us = time["us_a_face"]
+    return time["name"], time["nodes"], *(f"{value:.1f}" for value in us), f"{us[-1] / us[0]:.2f}" if us[0] else ""
+
+
+def _crop_path(record: Record) -> Iterable[str]:
+    yield "### Everything but the network"
+    yield _caption(record) + " Microseconds a call of all boxes, medians; OpenCV on one thread."
+    rows = [
+        (
+            f"{case['faces']} x {case['box']} px",
+            f"{case['size']} px",
+            *(f"{case[stage]['p50_ms'] * 1e3:.0f}" for stage in ("total", "crop", "map_back", "by_hand")),
+            *_ratio_cells(case["crop_over_by_hand"]),
+            f"{case['peak_kb']:.0f}",
+            f"{case['growth_kb']:.1f} in {case['growth_calls']}",
+        )
+        for case in record.measured["cases"]
+    ]
+    columns = ("boxes", "crop", "total", "crop stage", "map back", "by hand", "crop / by hand", "95% interval")
+    yield _table((*columns, "peak kB a call", "kB left by calls"), rows)
+
+
+def _start(record: Record) -> Iterable[str]:
+    yield f"### Start: {record.bundle['folder']}"
+    yield _caption(record) + f" `{record.measured['file']}`, {record.settings['runs']} fresh processes of each kind."
+    rows = [
+        (t["subject"], t["quantity"], t["unit"], f"{t['median']['value']:.1f}", _interval(t["median"], 1))
+        for t in record.measured["times"]
+    ]
+    yield _table(("what", "of it", "unit", "median", "95% interval"), rows)
+
+
+def _ratio_cells(ratio: dict[str, float]) -> tuple[str, str]:
+    return f"{ratio['value']:.2f}", _interval(ratio, 2)
+
+
+def _interval(ratio: dict[str, float], digits: int) -> str:
+    return f"{ratio['low']:.{digits}f} to {ratio['high']:.{digits}f}"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+_KINDS: dict[str, Callable[[Record], Iterable[str]]] = {
+    "engines": _engines,
+    "operators": _operators,
+    "crop-path": _crop_path,
+    "start": _start,
+}
+
+
+def main() -> None:
+    """Makes the page's tables anew."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--results", type=Path, default=RESULTS)
+    made.add_argument("--docs", type=Path, default=DOCS)
+    args = made.parse_args()
+    text = docs_with_tables(args.docs.read_text(encoding="utf-8"), read_records(args.results))
+    with writing(args.docs) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
