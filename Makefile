@@ -1,10 +1,14 @@
-# The two commands of the README: make demo, make test. Both make .venv first.
+# The commands of the README: make demo, make test, make bench. Each makes .venv first.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.bench-installed
+# make bench BUNDLE=runs/a CALIBRATION=faces.csv
+BUNDLE ?= engines/resnet18-68
+EXPORTED = out/$(notdir $(patsubst %/,%,$(BUNDLE)))
 ASTRONAUT = $$($(BIN)/python -c "import skimage, pathlib; print(pathlib.Path(skimage.__file__).parent / 'data' / 'astronaut.png')")
 
-.PHONY: demo test check clean
+.PHONY: demo test bench check clean
 
 demo: $(STAMP)
 	$(BIN)/kp export engines/resnet18-68 --fp16 --out out/resnet18-68
@@ -13,12 +17,26 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
+# int8 files need labelled faces; one that is there already, of the same weights, is kept by the export
+bench: $(BENCH_STAMP)
+	$(BIN)/kp export $(BUNDLE) --fp16 $(if $(CALIBRATION),--int8 $(addprefix --calibration ,$(CALIBRATION))) --engine never --out $(EXPORTED)
+	@test -f $(EXPORTED)/model.int8.onnx || echo "no int8 file: it is left out; make bench CALIBRATION=faces.csv makes one"
+	$(BIN)/python -m benchmarks.compare_engines --bundle $(EXPORTED)
+	$(BIN)/python -m benchmarks.profile_batches --bundle $(EXPORTED)
+	$(BIN)/python -m benchmarks.start --bundle $(EXPORTED)
+	$(BIN)/python -m benchmarks.crop_path
+	$(BIN)/python -m benchmarks.table
+
 check: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 
 $(STAMP): pyproject.toml
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	touch $@
 
 clean:
