@@ -1,0 +1,207 @@
+"""What a machine is, as far as it decides how fast things run: enough to tell two results apart.
+
+All is read from files and from one command, none of which has to be there: what is missing is
+None. The files of Jetsons are read as NVIDIA's L4T documentation describes them; this was tested
+with made-up files alone, never on a Jetson.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from kp_runtime.backend import usable_cores
+
+__all__ = ["INSTRUCTIONS", "Jetson", "Machine", "load_average", "machine_from_system"]
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
+"""Instruction sets that decide how fast float32 and int8 run, by their names in /proc/cpuinfo."""
+
+_GPU = re.compile(r"gpu|gm20b|gp10b|gv11b|ga10b|gb10b")
+"""Names of Jetson GPUs among the devices whose clock changes."""
+
+
+@dataclass(frozen=True)
+class Jetson:
+    """What only a Jetson has.
+
+    Attributes:
+        l4t: first line of /etc/nv_tegra_release.
+        power_mode: what `nvpmodel -q` prints, in one line.
+        power_status: /var/lib/nvpmodel/status, in one line.
+        gpu_mhz: the GPU's clock now; it is allowed `gpu_mhz_least` to `gpu_mhz_most`.
+        gpu_mhz_least: see `gpu_mhz`.
+        gpu_mhz_most: see `gpu_mhz`.
+    """
+
+    l4t: str | None
+    power_mode: str | None
+    power_status: str | None
+    gpu_mhz: float | None
+    gpu_mhz_least: float | None
+    gpu_mhz_most: float | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine and the software on it.
+
+    Attributes:
+        cpu: the processor's name.
+        cores: logical cores of the machine.
+        cores_usable: those that this process may run on.
+        cpu_quota: cores' worth of time that a container's limit leaves (cgroup v2).
+        architecture: such as `x86_64` or `aarch64`.
+        instructions: those of `INSTRUCTIONS` that the processor has.
+        mhz: clock of the first core now; its governor may choose `mhz_least` to `mhz_most`.
+            Virtual machines mostly do not tell.
+        mhz_least: see `mhz`.
+        mhz_most: see `mhz`.
+        governor: the policy that sets the clock, such as `performance` or `schedutil`.
+        memory_mib: main memory.
+        system: the operating system's name and version.
+        kernel: its kernel's release.
+        device: the board's name, where a device tree tells it.
+        jetson: None on other machines.
+        versions: of python, kp, numpy, onnxruntime and opencv.
+    """
+
+    cpu: str
+    cores: int
+    cores_usable: int
+    cpu_quota: float | None
+    architecture: str
+    instructions: tuple[str, ...]
+    mhz: float | None
+    mhz_least: float | None
+    mhz_most: float | None
+    governor: str | None
+    memory_mib: int | None
+    system: str
+    kernel: str
+    device: str | None
+    jetson: Jetson | None
+    versions: dict[str, str | None]
+
+
+def machine_from_system(root: Path = Path("/")) -> Machine:
+    """Describes the machine that this runs on; `root` is where its files lie."""
+    cpufreq = root / "sys/devices/system/cpu/cpu0/cpufreq"
+    info = _text(root / "proc/cpuinfo") or ""
+    flags = set((_field(info, "flags") or _field(info, "Features") or "").split())
+    device = _text(root / "proc/device-tree/model")
+    memory = re.search(r"\d+", _field(_text(root / "proc/meminfo") or "", "MemTotal") or "")
+    return Machine(
+        cpu=_cpu(info),
+        cores=os.cpu_count() or 1,
+        cores_usable=usable_cores(),
+        cpu_quota=_quota(root),
+        architecture=platform.machine(),
+        instructions=tuple(name for name in INSTRUCTIONS if name in flags),
+        mhz=_number(cpufreq / "scaling_cur_freq", 1e3),
+        mhz_least=_number(cpufreq / "scaling_min_freq", 1e3),
+        mhz_most=_number(cpufreq / "scaling_max_freq", 1e3),
+        governor=_text(cpufreq / "scaling_governor"),
+        memory_mib=int(memory[0]) // 1024 if memory else None,
+        system=(_field(_text(root / "etc/os-release") or "", "PRETTY_NAME", "=") or platform.system()).strip('"'),
+        kernel=platform.release(),
+        device=device,
+        jetson=_jetson(root, device or ""),
+        versions=_versions(),
+    )
+
+
+def load_average(root: Path = Path("/")) -> tuple[float, ...] | None:
+    """Means over 1, 5 and 15 minutes of how many threads wanted to run."""
+    try:
+        return tuple(map(float, (_text(root / "proc/loadavg") or "").split()[:3])) or None
+    except ValueError:
+        return None
+
+
+def _jetson(root: Path, device: str) -> Jetson | None:
+    l4t = _text(root / "etc/nv_tegra_release")
+    if l4t is None and "jetson" not in device.lower():
+        return None
+    devices = root / "sys/class/devfreq"
+    gpu = next((d for d in sorted(devices.glob("*")) if _GPU.search(d.name)), devices)
+    return Jetson(
+        l4t.splitlines()[0] if l4t else None,
+        _output(root, "nvpmodel", "-q"),
+        _joined(_text(root / "var/lib/nvpmodel/status")),
+        _number(gpu / "cur_freq", 1e6),
+        _number(gpu / "min_freq", 1e6),
+        _number(gpu / "max_freq", 1e6),
+    )
+
+
+def _cpu(info: str) -> str:
+    """The processor's name; ARM's kernels tell numbers alone."""
+    if name := _field(info, "model name"):
+        return name
+    parts = [(key, _field(info, f"CPU {key}")) for key in ("implementer", "part", "variant", "revision")]
+    told = " ".join(f"{key} {value}" for key, value in parts if value)
+    return told or platform.processor() or platform.machine() or "unknown"
+
+
+def _quota(root: Path) -> float | None:
+    words = (_text(root / "sys/fs/cgroup/cpu.max") or "").split()
+    if len(words) != 2 or not all(word.isdigit() for word in words) or words[1] == "0":
+        return None  # "max" is no limit
+    return int(words[0]) / int(words[1])
+
+
+def _versions() -> dict[str, str | None]:
+    modules = {"kp": "kp_runtime", "numpy": "numpy", "onnxruntime": "onnxruntime", "opencv": "cv2"}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name, module in modules.items():
+        try:
+            versions[name] = str(importlib.import_module(module).__version__)
+        except ImportError:
+            versions[name] = None
+    return versions
+
+
+def _output(root: Path, command: str, *arguments: str) -> str | None:
+    """What a system's command prints, in one line; None where it is missing or fails."""
+    for folder in ("usr/sbin", "usr/bin"):
+        try:
+            done = subprocess.run([str(root / folder / command), *arguments], capture_output=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0:
+            return _joined(done.stdout.decode(errors="replace"))
+    return None
+
+
+def _text(path: Path) -> str | None:
+    """A small file's text without the zero bytes of device trees; None where it can't be read or is empty."""
+    try:
+        return path.read_bytes().decode(errors="replace").strip("\0 \t\r\n") or None
+    except OSError:
+        return None
+
+
+def _joined(text: str | None) -> str | None:
+    return " ".join(text.split()) or None if text else None
+
+
+def _number(path: Path, divisor: float) -> float | None:
+    try:
+        return float(_text(path) or "") / divisor
+    except ValueError:
+        return None
+
+
+def _field(text: str, name: str, mark: str = ":") -> str | None:
+    """The first `name: value` of a text."""
+    for line in text.splitlines():
+        key, found, value = line.partition(mark)
+        if found and key.strip() == name:
+            return value.strip() or None
+    return None
