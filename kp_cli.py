@@ -325,6 +325,24 @@ def plan(
 
 
 @app.command()
+def pack(
+    bundle: Annotated[Path, typer.Argument(help="A bundle with models.")],
+    out: Annotated[Path, typer.Option(help="The bundle to write; may be the same folder.")],
+    precision: Annotated[list[str], typer.Option(help="fp32, fp16, int8 or int8-trt. Repeatable.")],
+    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Keep the checkpoint too.")] = False,
+) -> None:
+    """Copy a bundle with only the models that a device runs.
+
+    Example: kp pack out/resnet18-68 --precision int8 --out board/resnet18-68
+    """
+    from kp_export.pack import pack_bundle
+
+    manifest = pack_bundle(bundle, out, precision, checkpoint=checkpoint)
+    size = sum(entry.bytes for entry in manifest.files.values())
+    typer.echo(f"{out}: {', '.join(manifest.files)}, {size / 1e6:.1f} MB")
+
+
+@app.command()
 def predict(
     photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them.")],
     model: Annotated[Path, typer.Option(help="A bundle, or an ONNX file in one.")] = DEFAULT_BUNDLE,

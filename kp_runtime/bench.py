@@ -1,77 +1,60 @@
-"""`kp bench`: how long each stage takes on a photo, and the network alone by file and batch size.
+"""`kp bench`: the network alone by file and batch size, and the whole way of a photo by stage.
 
-Every sample is kept. What is compared is interleaved round by round, so that a change of the
-machine's speed touches all alike. The network's input is real crops of the photo's faces.
+Everything is measured in one run and in turns (`timing` says how and why), and every sample is
+kept. The network's input is crops of the photo's own faces, each box shifted a little so that a
+batch is not one crop many times over. `docs/bench.md` says what the numbers mean.
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import time
-from dataclasses import dataclass
+import datetime
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend import Backend, open_backend
+from kp_runtime.bench_results import (
+    Bench,
+    BenchSettings,
+    ColdStart,
+    FileRun,
+    NetworkCase,
+    PhotoRun,
+    Setup,
+    times_from_turns,
+)
+from kp_runtime.cold_start import cold_starts
 from kp_runtime.detect import Detector
 from kp_runtime.errors import ImageError, InputError
-from kp_runtime.frame import as_frame, image_from_file
+from kp_runtime.frame import Frame, as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.machine import load_average, machine_from_system
 from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest
-from kp_runtime.timing import StageTimer, TimeSummary, summary_from_turns
+from kp_runtime.spec import Manifest, ModelSpec, sha256_of_file
+from kp_runtime.timing import StageTimer, Turns, measure_in_turns
 
-__all__ = ["Bench", "NetworkTime", "machine", "run_bench"]
+__all__ = ["crops_of_faces", "run_bench"]
 
+PHOTO = "photo"
+SHIFT = 0.02
+"""Most that a crop is shifted, in sides of its square: 4.5 px of a crop of 224."""
 
-@dataclass(frozen=True)
-class NetworkTime:
-    """The network alone: one file at one batch size; the summary is of a whole batch."""
-
-    file: str
-    sha256: str
-    batch: int
-    time: TimeSummary
-    ms_a_face: float
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One run's numbers.
-
-    Attributes:
-        machine: what it ran on.
-        bundle: the bundle's folder.
-        photo: the photo, and how many faces were found on it.
-        faces: number of faces in the photo.
-        stages: read, detect, crop, infer, map back, for the whole photo.
-        network: the network alone.
-        threads: threads that the engine was given; None is its own choice.
-    """
-
-    machine: dict[str, Any]
-    bundle: str
-    photo: str
-    faces: int
-    stages: dict[str, TimeSummary]
-    network: tuple[NetworkTime, ...]
-    threads: int | None
+Step = Callable[[str, float], None]
 
 
 def run_bench(
     bundle: Path,
     photo: Path,
     detector: Detector,
+    settings: BenchSettings | None = None,
     *,
-    batches: tuple[int, ...] = (1, 8),
-    seconds: float = 3.0,
-    threads: int | None = None,
+    admit: Callable[[Setup], None] = lambda setup: None,
+    step: Step = lambda phase, share: None,
 ) -> Bench:
     """Measures a bundle on a photo.
 
@@ -79,87 +62,155 @@ def run_bench(
         bundle: a bundle with ONNX files.
         photo: with at least one face.
         detector: finds its faces.
-        batches: batch sizes of the network alone.
-        seconds: about how long each thing is measured; at least 10 samples are taken.
-        threads: threads of the engine; None leaves it the choice.
+        settings: what is measured and for how long.
+        admit: shown the setup before anything is measured; may raise to stop the run.
+        step: told what is at work, and the share of it that is done.
 
     Raises:
-        InputError: a batch size or a thread count that makes no sense.
+        InputError: settings that make no sense, or a precision that the bundle lacks.
         ImageError: the photo can't be read or shows no face.
+        BackendError: the engine failed, or more threads than cores.
     """
-    cores = os.cpu_count() or 1
-    if any(batch < 1 for batch in batches):
-        raise InputError(f"batch sizes must be 1 or more, got {', '.join(map(str, batches))}")
-    if threads is not None and not 1 <= threads <= cores:
-        raise InputError(f"threads must be 1 to {cores}, the cores of this machine; got {threads}")
+    settings = settings or BenchSettings()
+    _check(settings, bundle)
+    before, started = load_average(), datetime.datetime.now(datetime.timezone.utc)
+    backends = _open(bundle, settings)
+    model = Model(next(iter(backends.values())))
+    setup, crops = _setup(model, bundle, photo, detector, settings)
+    admit(setup)
+    cold = cold_starts([bundle / name for name in backends], crops[0], settings.threads, partial(step, "cold starts"))
+    _warm_up(backends, (*settings.batches, setup.faces), partial(step, "warming up"))
+    predict = partial(predict_photo, model, photo, detector=detector)
+    network, stages = _measure(model, backends, crops, predict, settings, partial(step, "measuring"))
+    files = _files(bundle, backends, cold)
+    return Bench(setup, started.isoformat(timespec="seconds"), before, load_average(), files, network, stages)
+
+
+def _check(settings: BenchSettings, bundle: Path) -> None:
+    if not settings.batches or any(batch < 1 for batch in settings.batches):
+        raise InputError(f"batch sizes must be 1 or more, got {', '.join(map(str, settings.batches)) or 'none'}")
+    if not 0 <= settings.seconds < float("inf") or settings.samples < 1:
+        raise InputError(
+            f"a case needs seconds from 0 on and samples from 1 on, got {settings.seconds} and {settings.samples}"
+        )
     if not bundle.is_dir():
         raise InputError(f"bench compares the files of a bundle: give its folder, not {bundle}")
-    model = Model(open_backend(bundle, threads=threads))
+
+
+def _open(bundle: Path, settings: BenchSettings) -> dict[str, Backend]:
+    """The files that run, by name; the first is the one that the photo's stages use."""
+    wanted = settings.precisions
+    files = {name: entry for name, entry in Manifest.read(bundle).files.items() if entry.kind == "onnx"}
+    have = sorted({str(entry.precision) for entry in files.values()})
+    if missing := [precision for precision in wanted if precision not in have]:
+        raise InputError(
+            f"the bundle {bundle} has no ONNX file of precision {missing[0]}, only {', '.join(have) or 'none'}; "
+            "kp export can add it"
+        )
+    first = open_backend(bundle, precision=wanted[0] if wanted else "auto", threads=settings.threads)
+    names = [name for name, entry in files.items() if not wanted or entry.precision in wanted]
+    rest = [name for name in names if name != first.report.file]
+    return {first.report.file: first} | {name: open_backend(bundle / name, threads=settings.threads) for name in rest}
+
+
+def _setup(
+    model: Model, bundle: Path, photo: Path, detector: Detector, settings: BenchSettings
+) -> tuple[Setup, NDArray[np.uint8]]:
+    """The setup, and the crops of the largest batch."""
     found = predict_photo(model, photo, detector=detector).keypoints
     if not len(found):
         raise ImageError(f"no face was found on {photo}; bench on a photo with one")
-    stages = _measure_stages(model, photo, detector, seconds)
     frame = as_frame(image_from_file(photo))
-    matrices = matrices_from_boxes(found.boxes_xyxy, model.spec.size, model.spec.margin)
-    crops = crops_from_frame(frame, matrices, model.spec.size)
-    network = _measure_network(bundle, crops, batches, seconds, threads)
-    return Bench(machine(), str(bundle), str(photo), len(found), stages, network, threads)
+    crops = crops_of_faces(frame, found.boxes_xyxy, max(settings.batches), model.spec)
+    name = "none, whole frames" if model.spec.box == "frame" else getattr(detector, "__name__", type(detector).__name__)
+    return Setup(
+        str(bundle), str(photo), sha256_of_file(photo), frame.size_hw, len(found), name, settings, machine_from_system()
+    ), crops
 
 
-def _measure_stages(model: Model, photo: Path, detector: Detector, seconds: float) -> dict[str, TimeSummary]:
-    timer = StageTimer()
-    rounds, start = 0, time.perf_counter()
-    while rounds < 10 or time.perf_counter() - start < seconds:
-        predict_photo(model, photo, detector=detector, timer=timer)
-        rounds += 1
-    return timer.summaries()
+def crops_of_faces(frame: Frame, boxes_xyxy: NDArray[np.float64], n: int, spec: ModelSpec) -> NDArray[np.uint8]:
+    """Crops of a frame's faces in turn, none like another.
+
+    Args:
+        frame: the image.
+        boxes_xyxy: `(f, 4)` boxes of its faces, at least one.
+        n: number of crops.
+        spec: the model's contract.
+
+    Returns:
+        `(n, 1, size, size)` uint8; the first `f` are cut as the model cuts them, the rest shifted
+        by up to `SHIFT` of their side.
+    """
+    shift = np.random.default_rng(68).uniform(-SHIFT, SHIFT, (n, 2))
+    shift[: len(boxes_xyxy)] = 0
+    boxes = boxes_xyxy[np.arange(n) % len(boxes_xyxy)]
+    return crops_from_frame(frame, matrices_from_boxes(boxes, spec.size, spec.margin, shift=shift), spec.size)
 
 
-def _measure_network(
-    bundle: Path, crops: NDArray[np.uint8], batches: tuple[int, ...], seconds: float, threads: int | None
-) -> tuple[NetworkTime, ...]:
-    manifest = Manifest.read(bundle)
-    names = [name for name, entry in manifest.files.items() if entry.kind == "onnx"]
-    backends = {name: open_backend(bundle / name, threads=threads) for name in names}
-    cases = [(name, batch) for name in names for batch in batches]
-    inputs = {batch: np.ascontiguousarray(crops[np.arange(batch) % len(crops)]) for batch in batches}
-    samples: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
-    for name, batch in cases:
-        _once(backends[name], inputs[batch])
-    rounds, start = 0, time.perf_counter()
-    while rounds < 10 or time.perf_counter() - start < seconds * len(cases):
-        for name, batch in cases:
-            samples[name, batch].append(_once(backends[name], inputs[batch]))
-        rounds += 1
-    result = []
-    for name, batch in cases:
-        summary = summary_from_turns([[s] for s in samples[name, batch]])
-        result.append(NetworkTime(name, manifest.files[name].sha256, batch, summary, summary.p50_ms / batch))
-    return tuple(result)
+def _warm_up(backends: dict[str, Backend], batches: tuple[int, ...], step: Callable[[float], None]) -> None:
+    """Lets each engine find everything ready and chosen for each size of batch that is measured."""
+    pairs = [(backend, batch) for backend in backends.values() for batch in sorted(set(batches))]
+    for i, (backend, batch) in enumerate(pairs):
+        backend.warmup(batch)
+        step((i + 1) / len(pairs))
 
 
-def _once(backend: Backend, crops: NDArray[np.uint8]) -> float:
-    start = time.perf_counter()
-    backend.infer(crops)
-    return time.perf_counter() - start
+def _files(bundle: Path, backends: dict[str, Backend], cold: list[ColdStart]) -> tuple[FileRun, ...]:
+    entries = Manifest.read(bundle).files
+    files = []
+    for (name, backend), start in zip(backends.items(), cold, strict=True):
+        entry, report = entries[name], backend.report
+        ways = {str(size): {way: round(ms, 4) for way, ms in by.items()} for size, by in backend.batch_times().items()}
+        files.append(FileRun(name, entry.sha256, entry.bytes, report.precision, report.backend, report.golden_error_px,
+                             ways, start))  # fmt: skip
+    return tuple(files)
 
 
-def machine() -> dict[str, Any]:
-    """What this machine is: enough to tell two results files of different machines apart."""
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    except OSError:
-        pass
-    import onnxruntime
+def _measure(
+    model: Model,
+    backends: dict[str, Backend],
+    crops: NDArray[np.uint8],
+    predict: Callable[..., object],
+    settings: BenchSettings,
+    step: Callable[[float], None],
+) -> tuple[tuple[NetworkCase, ...], PhotoRun]:
+    staged = StagedCalls(predict)
+    batches = dict.fromkeys(settings.batches)
+    cases: dict[str, Callable[[], object]] = {PHOTO: staged}
+    for name, backend in backends.items():
+        cases |= {f"{name} {batch}": partial(backend.infer, crops[:batch]) for batch in batches}
+    turns = measure_in_turns(cases, seconds=settings.seconds, samples=settings.samples, step=step)
+    network = []
+    for name in backends:
+        for batch in batches:
+            times = times_from_turns(turns[f"{name} {batch}"])
+            network.append(NetworkCase(name, batch, times.summary.p50_ms / batch, times))
+    stages = {name: times_from_turns(found) for name, found in staged.turns(turns[PHOTO]).items()}
+    return tuple(network), PhotoRun(model.backend.report.file, times_from_turns(turns[PHOTO]), stages)
 
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "architecture": platform.machine(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "onnxruntime": onnxruntime.__version__,
-        "load_average": round(os.getloadavg()[0], 2),
-    }
+
+class StagedCalls:
+    """Calls that take a `timer`, with the stages of each call kept by themselves."""
+
+    def __init__(self, predict: Callable[..., object]) -> None:
+        self._predict = predict
+        self._calls: list[dict[str, float]] = []
+
+    def __call__(self) -> None:
+        timer = StageTimer()
+        self._predict(timer=timer)
+        self._calls.append({stage: sum(seconds) for stage, seconds in timer.seconds.items()})
+
+    def turns(self, whole: Turns) -> dict[str, Turns]:
+        """The stages' seconds in the turns of the whole calls, which `measure_in_turns` gave.
+
+        The last calls are those of the turns: before a turn's samples comes one that is no sample.
+        """
+        at = len(self._calls) - sum(len(turn) + 1 for turn in whole)
+        result: dict[str, Turns] = {stage: [] for stage in self._calls[-1]}
+        for turn in whole:
+            calls = self._calls[at + 1 : at + 1 + len(turn)]
+            for stage, turns in result.items():
+                turns.append([call[stage] for call in calls])
+            at += len(turn) + 1
+        return result

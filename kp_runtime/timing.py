@@ -181,5 +181,7 @@ def _medians(turns: Sequence[Sequence[float]], seed: int = 0) -> NDArray[np.floa
     for i in range(RESAMPLES):
         drawn = np.bincount(rng.integers(len(turns), size=len(turns)), minlength=len(turns))
         weight = np.cumsum(drawn[owner])
-        result[i] = values[np.searchsorted(weight, weight[-1] / 2)]
+        middle = weight[-1] / 2
+        low, high = np.searchsorted(weight, middle), np.searchsorted(weight, middle, side="right")
+        result[i] = (values[low] + values[high]) / 2
     return result

@@ -1,0 +1,70 @@
+"""`kp pack`: a bundle with only what a device runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from kp_export.staging import mend, staging
+from kp_runtime.errors import BundleError
+from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, file_entry, writing
+
+__all__ = ["pack_bundle"]
+
+
+def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoint: bool = False) -> Manifest:
+    """Copies a bundle with some of its models alone: those, the golden crop, and what was measured of them.
+
+    Where `out` is a bundle, it is replaced when the new one is whole; files that no manifest names
+    (a model card) stay.
+
+    Args:
+        bundle: the bundle's folder.
+        out: the folder to fill; may be `bundle` itself.
+        precisions: of the ONNX files and plans to keep.
+        checkpoint: keep the checkpoint too.
+
+    Returns:
+        The new manifest.
+
+    Raises:
+        BundleError: the bundle can't be used, or has no model of a precision.
+        ExportError: `out` can't be written.
+    """
+    bundle = bundle.resolve()
+    mend(bundle)
+    manifest = Manifest.read(bundle)
+    kept = {
+        name: entry
+        for name, entry in manifest.files.items()
+        if entry.precision in precisions
+        or entry.kind in ("golden", "report")
+        or (checkpoint and entry.kind == "checkpoint")
+    }
+    have = sorted({str(entry.precision) for entry in manifest.files.values() if entry.kind in ("onnx", "plan")})
+    if missing := [precision for precision in precisions if precision not in have]:
+        raise BundleError(f"{bundle} has no model of precision {missing[0]}, only {', '.join(have) or 'none'}")
+    with staging(out.resolve()) as stage:
+        old = Manifest.read(stage).files if (stage / MANIFEST_NAME).exists() else {}
+        for name in {**old, **manifest.files}:
+            if name not in kept:
+                (stage / name).unlink(missing_ok=True)
+        for name, entry in kept.items():
+            with writing(stage / name) as temporary:
+                shutil.copyfile(manifest.check_file(bundle, name), temporary)
+            if entry.kind == "report":
+                kept[name] = _shortened(stage / name, set(kept))
+        packed = dataclasses.replace(manifest, files=kept)
+        packed.write(stage)
+    return packed
+
+
+def _shortened(report: Path, names: set[str]) -> FileEntry:
+    """Leaves a parity report the lines of the files that are kept."""
+    rows = [row for row in json.loads(report.read_text(encoding="utf-8")) if row["file"] in names]
+    with writing(report) as temporary:
+        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return file_entry(report, "report")

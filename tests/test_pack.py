@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from kp_export.pack import pack_bundle
+from kp_runtime import load
+from kp_runtime.errors import BundleError, IntegrityError
+from kp_runtime.spec import Manifest, file_entry
+
+
+@pytest.fixture
+def full(bundle: Path, tmp_path: Path) -> Path:
+    """The tiny bundle with a second precision, a checkpoint, a report and a file of nobody's."""
+    folder = shutil.copytree(bundle, tmp_path / "full")
+    shutil.copyfile(folder / "model.fp32.onnx", folder / "model.int8.onnx")
+    (folder / "checkpoint.safetensors").write_bytes(b"weights")
+    rows = [{"file": name, "p99_px": 0.1} for name in ("model.fp32.onnx", "model.int8.onnx")]
+    (folder / "parity.json").write_text(json.dumps(rows))
+    manifest = Manifest.read(folder)
+    more = {
+        "model.int8.onnx": file_entry(folder / "model.int8.onnx", "onnx", precision="int8"),
+        "checkpoint.safetensors": file_entry(folder / "checkpoint.safetensors", "checkpoint"),
+        "parity.json": file_entry(folder / "parity.json", "report"),
+    }
+    dataclasses.replace(manifest, files=manifest.files | more).write(folder)
+    (folder / "MODEL_CARD.md").write_text("card")
+    return folder
+
+
+def test_only_what_was_asked_for_is_packed_and_runs(full: Path, tmp_path: Path) -> None:
+    out = tmp_path / "slim"
+    manifest = pack_bundle(full, out, ["int8"])
+    assert {p.name for p in out.iterdir()} == {*manifest.files, "manifest.json"}
+    assert {"model.int8.onnx", "parity.json"} <= set(manifest.files)
+    assert not {"model.fp32.onnx", "checkpoint.safetensors"} & set(manifest.files)
+    assert [row["file"] for row in json.loads((out / "parity.json").read_text())] == ["model.int8.onnx"]
+    for name in manifest.files:
+        Manifest.read(out).check_file(out, name)
+    assert load(out, threads=1).backend.report.precision == "int8"
+    assert Manifest.read(out).spec == Manifest.read(full).spec
+
+
+def test_a_bundle_can_be_packed_in_place(full: Path) -> None:
+    pack_bundle(full, full, ["int8"], checkpoint=True)
+    assert {p.name for p in full.iterdir()} >= {"model.int8.onnx", "checkpoint.safetensors", "MODEL_CARD.md"}
+    assert not (full / "model.fp32.onnx").exists()
+
+
+def test_an_older_pack_is_replaced(full: Path, tmp_path: Path) -> None:
+    out = tmp_path / "slim"
+    pack_bundle(full, out, ["fp32"])
+    pack_bundle(full, out, ["int8"])
+    assert not (out / "model.fp32.onnx").exists()
+    assert load(out, threads=1).backend.report.precision == "int8"
+
+
+def test_what_is_not_there_is_refused_and_nothing_written(full: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="has no model of precision fp16, only fp32, int8"):
+        pack_bundle(full, tmp_path / "slim", ["int8", "fp16"])
+    assert not (tmp_path / "slim").exists()
+
+
+def test_a_changed_file_is_not_packed(full: Path, tmp_path: Path) -> None:
+    path = full / "model.int8.onnx"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(IntegrityError, match="the file was changed"):
+        pack_bundle(full, tmp_path / "slim", ["int8"])
+    assert not (tmp_path / "slim").exists()
