@@ -1,18 +1,37 @@
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
-from dataclasses import asdict
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kp_runtime.bench import Bench, run_bench
-from kp_runtime.errors import ImageError, InputError
-from kp_runtime.spec import Manifest
-from kp_runtime.timing import TimeSummary
+from kp_runtime.backend import usable_cores
+from kp_runtime.bench import StagedCalls, crops_of_faces, run_bench
+from kp_runtime.bench_compare import check_alike, compared, gate, obstacles
+from kp_runtime.bench_results import (
+    Bench,
+    BenchSettings,
+    Setup,
+    Times,
+    json_from_bench,
+    results_from_file,
+    times_from_turns,
+    write_results,
+)
+from kp_runtime.cold_start import PROCESSES, PROGRAM, cold_starts
+from kp_runtime.errors import BackendError, ImageError, InputError
+from kp_runtime.frame import as_frame, image_from_file
+from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.spec import Manifest, ModelSpec, sha256_of_file
+from kp_runtime.timing import StageTimer, measure_in_turns, summary_from_turns
+
+QUICK = BenchSettings(batches=(1, 3), seconds=0, samples=3, threads=1)
 
 
 def astronaut_box(image: object, layout: str = "bgr") -> np.ndarray:
@@ -23,51 +42,355 @@ def nothing(image: object, layout: str = "bgr") -> np.ndarray:
     return np.empty((0, 4))
 
 
+def two_precisions(bundle: Path, folder: Path) -> Path:
+    """The tiny bundle with its graph once more as a file of precision fp16."""
+    shutil.copytree(bundle, folder)
+    manifest = Manifest.read(folder)
+    shutil.copy(folder / "model.fp32.onnx", folder / "model.fp16.onnx")
+    entry = dataclasses.replace(manifest.files["model.fp32.onnx"], precision="fp16")
+    dataclasses.replace(manifest, files=manifest.files | {"model.fp16.onnx": entry}).write(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def bench(bundle: Path, astronaut: Path) -> Bench:
-    return run_bench(bundle, astronaut, astronaut_box, batches=(1, 3), seconds=0, threads=1)
+    return run_bench(bundle, astronaut, astronaut_box, QUICK)
 
 
-def check_summary(summary: TimeSummary) -> None:
-    assert summary.samples >= 10
-    assert 0 < summary.p50_ms <= summary.p95_ms <= summary.p99_ms <= summary.max_ms
-    assert 0 < summary.mean_ms <= summary.max_ms
+def check_times(times: Times) -> None:
+    assert len(times.turns_ms) >= 2
+    assert times.summary.samples == sum(map(len, times.turns_ms)) >= 3
+    assert times.summary == summary_from_turns([[ms / 1e3 for ms in turn] for turn in times.turns_ms])
+    for turn in times.turns_ms:
+        assert [round(ms, 4) for ms in turn] == list(turn)
 
 
-def test_every_stage_is_measured(bench: Bench) -> None:
-    assert list(bench.stages) == ["read", "detect", "crop", "infer", "map back"]
-    assert (bench.faces, bench.threads) == (1, 1)
-    for summary in bench.stages.values():
-        check_summary(summary)
+def test_every_case_is_measured_in_turns(bench: Bench, bundle: Path) -> None:
+    assert list(bench.photo.stages) == ["read", "detect", "crop", "infer", "map back"]
+    assert [(case.file, case.batch) for case in bench.network] == [("model.fp32.onnx", 1), ("model.fp32.onnx", 3)]
+    for times in bench.cases().values():
+        check_times(times)
+    for case in bench.network:
+        assert case.ms_a_face == case.times.summary.p50_ms / case.batch
+    assert len(bench.cases()) == 8
 
 
-def test_every_batch_is_measured(bench: Bench, bundle: Path) -> None:
-    sha256 = Manifest.read(bundle).files["model.fp32.onnx"].sha256
-    assert [(n.file, n.sha256, n.batch) for n in bench.network] == [("model.fp32.onnx", sha256, b) for b in (1, 3)]
-    for network in bench.network:
-        check_summary(network.time)
-        assert network.ms_a_face == network.time.p50_ms / network.batch
+def test_stages_are_those_of_the_very_calls(bench: Bench) -> None:
+    """A call's stages are parts of its own time; those of another call would now and then exceed it."""
+    for turn, whole in enumerate(bench.photo.whole.turns_ms):
+        stages = [times.turns_ms[turn] for times in bench.photo.stages.values()]
+        assert {len(stage) for stage in stages} == {len(whole)}
+        assert all(sum(parts) <= call + 1e-3 for call, *parts in zip(whole, *stages, strict=True))
 
 
-def test_result_is_one_json_document(bench: Bench) -> None:
-    raw = json.loads(json.dumps(asdict(bench)))
-    assert raw["machine"]["cores"] == os.cpu_count()
-    assert raw["stages"]["infer"]["samples"] == bench.stages["infer"].samples
+def test_what_ran_is_recorded(bench: Bench, bundle: Path, astronaut: Path) -> None:
+    (file,) = bench.files
+    entry = Manifest.read(bundle).files["model.fp32.onnx"]
+    assert (file.file, file.sha256, file.bytes) == ("model.fp32.onnx", entry.sha256, entry.bytes)
+    assert (file.precision, file.backend, bench.photo.file) == ("fp32", "ort-cpu", "model.fp32.onnx")
+    assert bench.setup.photo_sha256 == sha256_of_file(astronaut)
+    assert (bench.setup.faces, bench.setup.detector, bench.setup.photo_size_hw) == (1, "astronaut_box", (512, 512))
+    assert bench.setup.settings == QUICK
+
+
+def test_batches_settle_before_they_are_measured(bench: Bench) -> None:
+    """With one thread the ways of three faces are whole and one by one; the fastest stands first."""
+    (ways,) = [by for size, by in bench.files[0].ways.items() if size == "4"]
+    assert set(ways) == {"whole", "one by one"}
+    assert list(ways.values()) == sorted(ways.values())
+    assert bench.files[0].way(3) == next(iter(ways))
+    assert bench.files[0].way(1) == bench.files[0].way(99) == ""
+
+
+def test_a_fresh_process_tells_time_and_memory(bench: Bench) -> None:
+    cold = bench.files[0].cold
+    assert cold.processes == PROCESSES == 3
+    assert min(cold.load_ms, cold.first_ms) > 0
+    if sys.platform == "linux":
+        assert cold.base_mib is not None
+        assert cold.peak_mib is not None
+        assert 5 < cold.base_mib < cold.peak_mib
+
+
+def test_a_fresh_process_imports_kp_runtime_and_numpy_alone() -> None:
+    modules = {
+        line.split()[1].partition(".")[0] for line in PROGRAM.splitlines() if line.startswith(("import", "from"))
+    }
+    assert modules <= {"json,", "sys", "numpy", "kp_runtime"}
+
+
+def test_cold_starts_are_medians_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([[1.0, 10, 1024, 4096], [7.0, 70, None, None], [5.0, 30, 1024, 2048], [8.0, 80, None, None],
+                 [3.0, 20, 3072, 8192], [9.0, 90, None, None]])  # fmt: skip
+    asked = []
+    monkeypatch.setattr("kp_runtime.cold_start._run", lambda path, *_: (asked.append(path), next(told))[1])
+    shares: list[float] = []
+    first, second = cold_starts([Path("a"), Path("b")], np.zeros((1, 8, 8), np.uint8), 1, shares.append)
+    assert [str(path) for path in asked] == ["a", "b"] * 3
+    assert (first.load_ms, first.first_ms, first.base_mib, first.peak_mib) == (3, 20, 1, 4)
+    assert (second.load_ms, second.base_mib, second.peak_mib) == (8, None, None)
+    assert shares[-1] == 1
+
+
+def test_a_process_that_fails_is_said(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"did not start in a fresh process \(exit 1\): .*is not a bundle"):
+        cold_starts([tmp_path / "none.onnx"], np.zeros((1, 64, 64), np.uint8), 1)
+
+
+def test_crops_of_a_batch_are_faces_and_differ(astronaut: Path) -> None:
+    frame, spec = as_frame(image_from_file(astronaut)), ModelSpec("tiny", size=64)
+    boxes = np.concatenate([astronaut_box(None), [[120.0, 60, 330, 240]]])
+    crops = crops_of_faces(frame, boxes, 7, spec)
+    assert crops.shape == (7, 1, 64, 64)
+    assert len({crop.tobytes() for crop in crops}) == 7
+    assert crops.reshape(7, -1).std(axis=1).min() > 20
+    np.testing.assert_array_equal(crops[:2], crops_from_frame(frame, matrices_from_boxes(boxes, 64, spec.margin), 64))
+    # those of one face are near it, not elsewhere
+    distance = np.abs(crops.astype(int) - crops[np.arange(7) % 2].astype(int)).mean(axis=(1, 2, 3))
+    across = np.abs(crops[0].astype(int) - crops[1].astype(int)).mean()
+    assert distance.max() < across / 2
+
+
+def test_staged_calls_know_what_was_timed() -> None:
+    durations = iter(range(1, 1000))
+
+    def predict(timer: StageTimer) -> None:
+        timer.seconds = {"a": [float(next(durations))], "b": [0.5, 0.25]}
+
+    staged = StagedCalls(predict)
+    turns = measure_in_turns({"photo": staged}, seconds=0, samples=1, warm_up=0, turn=0, pause=0)["photo"]
+    assert list(map(len, turns)) == [1, 1]
+    # call 1 warms up, 2 and 4 begin a turn
+    assert staged.turns(turns) == {"a": [[3.0], [5.0]], "b": [[0.75], [0.75]]}
+
+
+def test_samples_are_rounded_and_none_is_lost() -> None:
+    times = times_from_turns([[0.00123456789, 1.0], [1e-9]])
+    assert times.turns_ms == ((1.2346, 1000.0), (0.0001,))
+    assert (times.summary.samples, times.summary.max_ms) == (3, 1000)
+
+
+def test_precisions_limit_the_files(bundle: Path, astronaut: Path, tmp_path: Path) -> None:
+    both = two_precisions(bundle, tmp_path / "both")
+    shown: list[Setup] = []
+
+    def stop(setup: Setup) -> None:
+        shown.append(setup)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(both, astronaut, astronaut_box, QUICK, admit=stop)
+    only = run_bench(both, astronaut, astronaut_box, dataclasses.replace(QUICK, batches=(1,), precisions=("fp16",)))
+    assert [file.file for file in only.files] == ["model.fp16.onnx"] == [case.file for case in only.network]
+    assert only.photo.file == "model.fp16.onnx"
+    all_files = run_bench(both, astronaut, astronaut_box, dataclasses.replace(QUICK, batches=(1,)))
+    assert [file.file for file in all_files.files] == ["model.fp32.onnx", "model.fp16.onnx"]
+    assert [setup.settings for setup in shown] == [QUICK]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("settings", "error", "message"),
     [
-        ({"batches": (1, 0)}, "batch sizes must be 1 or more, got 1, 0"),
-        ({"threads": 0}, "threads must be 1 to .* the cores of this machine; got 0"),
-        ({"threads": (os.cpu_count() or 1) + 1}, "threads must be 1 to"),
+        ({"batches": (1, 0)}, InputError, "batch sizes must be 1 or more, got 1, 0"),
+        ({"batches": ()}, InputError, "batch sizes must be 1 or more, got none"),
+        ({"threads": 0}, BackendError, "threads must be 1 to"),
+        ({"threads": usable_cores() + 1}, BackendError, "threads must be 1 to"),
+        ({"seconds": -1.0}, InputError, "seconds from 0 on and samples from 1 on, got -1.0 and 200"),
+        ({"seconds": float("nan")}, InputError, "got nan and 200"),
+        ({"samples": 0}, InputError, "got 3.0 and 0"),
+        ({"precisions": ("fp32", "int8")}, InputError, "has no ONNX file of precision int8, only fp32; kp export can"),
     ],
 )
-def test_arguments_that_make_no_sense(arguments: dict[str, Any], message: str, bundle: Path, astronaut: Path) -> None:
-    with pytest.raises(InputError, match=message):
-        run_bench(bundle, astronaut, astronaut_box, **arguments)
+def test_settings_that_make_no_sense(
+    settings: dict[str, Any], error: type[Exception], message: str, bundle: Path, astronaut: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        run_bench(bundle, astronaut, astronaut_box, BenchSettings(**settings))
 
 
 def test_photo_without_a_face(bundle: Path, astronaut: Path) -> None:
     with pytest.raises(ImageError, match=r"no face was found on .*astronaut\.png; bench on a photo with one"):
-        run_bench(bundle, astronaut, nothing, seconds=0, threads=1)
+        run_bench(bundle, astronaut, nothing, QUICK)
+
+
+def test_a_document_is_read_as_it_was_written(bench: Bench, tmp_path: Path) -> None:
+    path = write_results(bench, tmp_path / "deep" / "b.json")
+    assert results_from_file(path) == bench
+    raw = json.loads(path.read_text())
+    assert raw == json.loads(json.dumps(json_from_bench(bench)))
+    assert (raw["schema"], next(iter(raw))) == (1, "schema")
+    assert any(
+        line.strip().startswith("[0.") or line.strip().startswith("[1") for line in path.read_text().splitlines()
+    )
+    raw["later"] = raw["setup"]["later"] = "a field that is added"
+    path.write_text(json.dumps(raw))
+    assert results_from_file(path) == bench
+
+
+def test_odd_names_survive_the_document(bench: Bench, tmp_path: Path) -> None:
+    odd = dataclasses.replace(bench.setup, photo="a [  1,  2 ]\n[\n 3\n].png \udcff")
+    other = dataclasses.replace(bench, setup=odd)
+    assert results_from_file(write_results(other, tmp_path / "b.json")) == other
+
+
+def changed(raw: Any, path: list[Any], value: Any) -> Any:
+    """A document with one value replaced."""
+    raw = json.loads(json.dumps(raw))
+    inner = raw
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["schema"], 2, "has schema 2, this release reads 1: run kp bench --out again"),
+        (["schema"], "1", "has schema '1'"),
+        (["network"], {}, "network must be a list, got {}"),
+        (["network", 0, "batch"], "8", "network.batch must be a whole number, got 8"),
+        (["network", 0, "batch"], 0, "a batch size must be 1 or more, got 0"),
+        (["network", 0, "times", "turns_ms", 0, 0], 0, "each sample must be over 0 ms"),
+        (["network", 0, "times", "turns_ms", 0, 0], float("nan"), "turns_ms must be a number, got nan"),
+        (["network", 0, "times", "turns_ms"], [], "must have turns"),
+        (["network", 0, "times", "turns_ms"], [[]], "each turn samples"),
+        (["network", 0, "times", "summary", "p99_ms"], 1e-9, "percentiles must rise"),
+        (["setup", "machine", "cores"], True, "setup.machine.cores must be a whole number, got True"),
+        (["setup", "machine", "versions", "numpy"], 2, "setup.machine.versions.numpy must be text, got 2"),
+        (["setup", "machine"], None, "setup.machine must be an object"),
+        (["files", 0], {"file": "a"}, "files lacks sha256"),
+    ],
+)
+def test_a_wrong_document_is_said(bench: Bench, tmp_path: Path, path: list[Any], value: Any, message: str) -> None:
+    file = tmp_path / "b.json"
+    file.write_text(json.dumps(changed(json_from_bench(bench), path, value)))
+    with pytest.raises(InputError) as caught:
+        results_from_file(file)
+    assert message in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is no JSON"), ("[]", "is no results file"), ('{"schema": 1}', "is no results file"), ("\udcff", "no JSON")],
+)
+def test_what_is_no_document(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "b.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=message):
+        results_from_file(tmp_path / "b.json")
+    with pytest.raises(InputError, match="can't be read"):
+        results_from_file(tmp_path / "none.json")
+
+
+def leaves(raw: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = raw.items() if isinstance(raw, dict) else enumerate(raw[:1]) if isinstance(raw, list) else ()
+    return [path, *(leaf for key, value in items for leaf in leaves(value, (*path, key)))]
+
+
+def test_no_wrong_value_is_more_than_one_line(bench: Bench, tmp_path: Path) -> None:
+    """Whatever stands in a field, the answer is results or an InputError."""
+    raw, file = json_from_bench(bench), tmp_path / "b.json"
+    small = changed(raw, ["network"], json_from_bench(bench)["network"][:1])
+    for path in leaves(json.loads(json.dumps(small)))[1:]:
+        for value in (None, -1, 10**400, "x", [], {}):
+            file.write_text(json.dumps(changed(small, list(path), value)))
+            said = ""
+            try:
+                results_from_file(file)
+            except InputError as error:
+                said = str(error)
+            assert "\n" not in said
+
+
+def slower(times: Times, factor: float) -> Times:
+    return times_from_turns([[ms * factor / 1e3 for ms in turn] for turn in times.turns_ms])
+
+
+def steady(bench: Bench, factor: float = 1.0) -> Bench:
+    """The same with times that hardly vary; those of the first network case are `factor` times as long."""
+    even = times_from_turns([[0.010, 0.0101, 0.0102]] * 10)
+    network = [dataclasses.replace(case, times=even) for case in bench.network]
+    network[0] = dataclasses.replace(network[0], times=slower(even, factor))
+    stages = dict.fromkeys(bench.photo.stages, even)
+    photo = dataclasses.replace(bench.photo, whole=even, stages=stages)
+    return dataclasses.replace(bench, network=tuple(network), photo=photo)
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(2.0, "slower"), (0.5, "faster"), (1.0, "not distinguishable")])
+def test_a_case_is_compared_with_itself(bench: Bench, factor: float, verdict: str) -> None:
+    found = compared(steady(bench), steady(bench, factor))
+    verdicts = {case.case: case.verdict for case in found.cases}
+    assert verdicts.pop("model.fp32.onnx, batch 1") == verdict
+    assert set(verdicts.values()) == {"not distinguishable"}
+    (case,) = [case for case in found.cases if case.case == "model.fp32.onnx, batch 1"]
+    assert case.ratio.value == pytest.approx(factor)
+    assert case.new_ms / case.old_ms == pytest.approx(factor)
+    assert case.ratio.low <= case.ratio.value <= case.ratio.high
+    assert (found.obstacles, found.alone) == ((), ())
+    assert "not interleaved" in found.notes[-1]
+
+
+def with_machine(bench: Bench, **fields: Any) -> Bench:
+    machine = dataclasses.replace(bench.setup.machine, **fields)
+    return dataclasses.replace(bench, setup=dataclasses.replace(bench.setup, machine=machine))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cpu": "other"}, "CPU .*, then other"),
+        ({"cores": 999}, "cores .*, then 999"),
+        ({"cores_usable": 998}, "cores that the process may use .*, then 998"),
+        ({"cpu_quota": 0.5}, "CPU quota .*, then 0.5"),
+        ({"architecture": "riscv64"}, "architecture .*, then riscv64"),
+        ({"governor": "odd"}, "governor .*, then odd"),
+        ({"instructions": ("i8mm", "amx_int8")}, "instructions .*, then amx_int8 i8mm"),
+    ],
+)
+def test_another_machine_is_refused(bench: Bench, fields: dict[str, Any], message: str) -> None:
+    other = with_machine(bench, **fields)
+    with pytest.raises(InputError, match=message + ".*measure both alike, or add --compare-anyway"):
+        compared(bench, other)
+    found = compared(bench, other, anyway=True)
+    assert len(found.obstacles) == 1
+    assert len(found.cases) == 8
+
+
+def test_another_power_mode_is_refused(bench: Bench) -> None:
+    from kp_runtime.machine import Jetson
+
+    old, new = (Jetson("R36", mode, None, None, None, None) for mode in ("MAXN 0", "15W 1"))
+    found = obstacles(with_machine(bench, jetson=old).setup, with_machine(bench, jetson=new).setup)
+    assert found == ["power mode MAXN 0, then 15W 1"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"settings": dataclasses.replace(QUICK, threads=None)}, "threads 1, then of the engine's choice"),
+        ({"photo_sha256": "0" * 64}, "photo's sha256 88431cd.*, then 0000"),
+        ({"faces": 2}, "faces 1, then 2"),
+    ],
+)
+def test_other_settings_are_refused(bench: Bench, fields: dict[str, Any], message: str) -> None:
+    setup = dataclasses.replace(bench.setup, **fields)
+    with pytest.raises(InputError, match=message):
+        check_alike(bench.setup, setup)
+    with pytest.raises(InputError, match=message):
+        gate(bench, anyway=False)(setup)
+    gate(bench, anyway=True)(setup)
+    gate(None, anyway=False)(setup)
+
+
+def test_what_one_compares_is_told_not_refused(bench: Bench) -> None:
+    new = with_machine(bench, versions=bench.setup.machine.versions | {"onnxruntime": "99"})
+    file = dataclasses.replace(bench.files[0], sha256="f" * 64, backend="other")
+    new = dataclasses.replace(new, files=(file,), network=bench.network[:1], load_before=None)
+    found = compared(bench, new)
+    notes = "\n".join(found.notes)
+    assert ", then 99" in notes
+    assert f"sha256 of model.fp32.onnx {bench.files[0].sha256[:12]}, then ffffffffffff" in notes
+    assert "engine of model.fp32.onnx ort-cpu, then other" in notes
+    assert "before the new not known" in notes
+    assert found.alone == ("model.fp32.onnx, batch 3: only in the old results",)
