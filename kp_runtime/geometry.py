@@ -234,9 +234,12 @@ def _block_means(luma: NDArray[np.uint8], k: int, scratch: Scratch) -> NDArray[n
     (0.06% of the grey levels differ by one between x86-64 and aarch64).
     """
     height, width = luma.shape
-    pad = ((0, -height % k), (0, -width % k))
-    if pad != ((0, 0), (0, 0)):
-        luma = np.pad(luma, pad, mode="edge")
+    if height % k or width % k:
+        whole = scratch.array("whole", (height + -height % k, width + -width % k))
+        whole[:height, :width] = luma
+        whole[height:, :width] = luma[-1]
+        whole[:, width:] = whole[:, width - 1 : width]
+        luma = whole
     height, width = luma.shape[0] // k, luma.shape[1] // k
     wide = np.uint16 if k < 16 else np.uint32  # 15 x 15 x 255 and the rounding are under 2^16
     step = k
