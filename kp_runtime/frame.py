@@ -1,7 +1,9 @@
 """An image as the crop path takes it: a host array with a known layout of its channels.
 
 `Frame` holds the caller's array without a copy. Layouts: `bgr` `(h, w, 3)`, `rgb` `(h, w, 3)`,
-`bgra` `(h, w, 4)`, `rgba` `(h, w, 4)`, `gray` `(h, w)` or `(h, w, 1)`; all uint8.
+`bgra` `(h, w, 4)`, `rgba` `(h, w, 4)`, `gray` `(h, w)` or `(h, w, 1)`, `nv12` and `i420`
+`(h + h / 2, w)` with the luma plane on top, h and w even; all uint8, with any distance between rows.
+Of video layouts the luma plane alone is read; where it lies apart from the colour, it is a `gray` frame.
 """
 
 from __future__ import annotations
@@ -17,9 +19,54 @@ from numpy.typing import DTypeLike, NDArray
 
 from kp_runtime.errors import ImageError, MissingExtraError
 
-__all__ = ["Frame", "Scratch", "as_frame", "image_from_file", "import_cv2"]
+__all__ = [
+    "CHANNELS",
+    "Frame",
+    "Scratch",
+    "as_frame",
+    "check_layout",
+    "image_from_file",
+    "import_cv2",
+    "size_hw_from_shape",
+]
 
-_CHANNELS = {"bgr": 3, "rgb": 3, "bgra": 4, "rgba": 4, "gray": 1}
+CHANNELS = {"bgr": 3, "rgb": 3, "bgra": 4, "rgba": 4, "gray": 1, "nv12": 1, "i420": 1}
+"""The layouts, with the bytes from a pixel to the next in what is read of them."""
+
+_LUMA_PLANES = ("gray", "nv12", "i420")
+_VIDEO = ("nv12", "i420")
+
+# ITU-T H.273, 8.3, VideoFullRangeFlag 0: 16 is black, 235 is white
+_STRETCHED = np.clip((np.arange(256) - 16) * 255 / 219 + 0.5, 0, 255).astype(np.uint8)
+
+
+def check_layout(layout: str, luma_range: str) -> None:
+    """Checks the names of a layout and of a range.
+
+    Raises:
+        ImageError: an unknown one, or limited luma of a layout that has no luma plane.
+    """
+    if layout not in CHANNELS:
+        raise ImageError(f"there is no layout {layout!r}; choose from {', '.join(CHANNELS)}")
+    if luma_range not in ("full", "limited"):
+        raise ImageError(f"the range must be 'full' or 'limited', got {luma_range!r}")
+    if luma_range == "limited" and layout not in _LUMA_PLANES:
+        raise ImageError(
+            f"a {layout} frame can't have limited range, which is of luma planes ({', '.join(_LUMA_PLANES)}); "
+            "leave range at 'full'"
+        )
+
+
+def size_hw_from_shape(layout: str, shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """Height and width of an image whose array has this shape; None where the layout has no such arrays."""
+    if 0 in shape or len(shape) not in (2, 3):
+        return None
+    if layout in _VIDEO:
+        fits = len(shape) == 2 and shape[0] % 3 == 0 and shape[1] % 2 == 0
+        return (shape[0] // 3 * 2, shape[1]) if fits else None
+    channels = CHANNELS[layout]
+    fits = shape[2:] == (channels,) or (channels == 1 and len(shape) == 2)
+    return (shape[0], shape[1]) if fits else None
 
 
 class Scratch:
@@ -44,40 +91,51 @@ class Scratch:
 class Frame:
     """A host image: `data` uint8 in the given `layout`; not copied.
 
+    Attributes:
+        data: see the file's docstring.
+        layout: likewise.
+        range: of the luma of `gray`, `nv12` and `i420`: `full` is 0 to 255 and read as it is;
+            `limited` is 16 to 235, as most video has it, and is stretched to 0 to 255.
+
     Raises:
-        ImageError: an unknown layout, or data that it does not describe.
+        ImageError: an unknown layout or range, or data that the layout does not describe.
     """
 
     data: NDArray[np.uint8]
     layout: str
+    range: str = "full"
 
     def __post_init__(self) -> None:
-        channels = _CHANNELS.get(self.layout)
-        if channels is None:
-            raise ImageError(f"there is no layout {self.layout!r}; choose from {', '.join(_CHANNELS)}")
-        shape = self.data.shape
-        fits = shape[2:] == (channels,) or (channels == 1 and len(shape) == 2)
-        if self.data.dtype != np.uint8 or not fits or self.data.size == 0:
+        check_layout(self.layout, self.range)
+        if self.data.dtype != np.uint8 or size_hw_from_shape(self.layout, self.data.shape) is None:
+            wanted = f"with {CHANNELS[self.layout]} channel(s)"
+            if self.layout in _VIDEO:
+                wanted = "(h + h / 2, w) with even h and w (give the luma plane alone as 'gray')"
             raise ImageError(
-                f"a {self.layout} frame must be uint8 with {channels} channel(s), not empty; "
-                f"got {self.data.dtype} {shape}"
+                f"a {self.layout} frame must be uint8 {wanted}, not empty; got {self.data.dtype} {self.data.shape}"
             )
 
     @property
     def size_hw(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return self.data.shape[0], self.data.shape[1]
+        height, width = self.data.shape[:2]
+        return (height // 3 * 2 if self.layout in _VIDEO else height), width
 
     def luma(self, x0: int, y0: int, x1: int, y1: int, scratch: Scratch | None = None) -> NDArray[np.uint8]:
         """The grey levels of a window, `(y1 - y0, x1 - x0)` uint8, by OpenCV's BGR2GRAY.
 
-        A view of a grey frame; otherwise in `scratch`'s memory when it is given.
+        A view of a luma plane of full range; otherwise in `scratch`'s memory when it is given.
         """
         window = self.data[y0:y1, x0:x1]
-        if self.layout == "gray":
-            return window[:, :, 0] if window.ndim == 3 else window
+        plane = self.layout in _LUMA_PLANES
+        if plane:
+            window = window[:, :, 0] if window.ndim == 3 else window
+            if self.range == "full":
+                return window
         cv2 = import_cv2()
         grey = None if scratch is None else scratch.array("luma", (y1 - y0, x1 - x0))
+        if plane:
+            return cv2.LUT(window, _STRETCHED, dst=grey)  # type: ignore[no-any-return]
         return cv2.cvtColor(window, getattr(cv2, f"COLOR_{self.layout.upper()}2GRAY"), dst=grey)  # type: ignore[no-any-return]
 
 

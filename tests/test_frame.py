@@ -80,12 +80,32 @@ def test_layouts(shape: tuple[int, ...], order: str, layout: str) -> None:
         (np.zeros((4, 6), np.uint8), "bgr", r"with 3 channel.*got uint8 \(4, 6\)"),
         (np.zeros((4, 6, 3), np.uint8), "rgba", r"with 4 channel.*got uint8 \(4, 6, 3\)"),
         (np.zeros((4, 0), np.uint8), "gray", r"not empty; got uint8 \(4, 0\)"),
-        (np.zeros((4, 6), np.uint8), "nv12", "no layout 'nv12'; choose from bgr, rgb"),
+        (np.zeros((4, 6), np.uint8), "yuyv", "no layout 'yuyv'; choose from bgr, rgb.*nv12, i420"),
+        (np.zeros((4, 6), np.uint8), "nv12", r"\(h \+ h / 2, w\) with even h and w.*got uint8 \(4, 6\)"),
+        (np.zeros((6, 5), np.uint8), "i420", r"give the luma plane alone as 'gray'.*got uint8 \(6, 5\)"),
+        (np.zeros((6, 4, 1), np.uint8), "nv12", r"got uint8 \(6, 4, 1\)"),
     ],
 )
 def test_a_frame_is_what_its_layout_says(data: np.ndarray, layout: str, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         Frame(data, layout)
+
+
+@pytest.mark.parametrize("layout", ["nv12", "i420"])
+def test_video_frames_are_two_thirds_as_high_as_their_data(layout: str) -> None:
+    assert Frame(np.zeros((9, 8), np.uint8), layout).size_hw == (6, 8)
+
+
+@pytest.mark.parametrize(
+    ("layout", "luma_range", "message"),
+    [
+        ("gray", "tv", "range must be 'full' or 'limited', got 'tv'"),
+        ("bgr", "limited", r"a bgr frame can't have limited range.*\(gray, nv12, i420\); leave range at 'full'"),
+    ],
+)
+def test_bad_ranges(layout: str, luma_range: str, message: str) -> None:
+    with pytest.raises(ImageError, match=message):
+        Frame(np.zeros((4, 6, 3), np.uint8), layout, luma_range)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".tiff"])

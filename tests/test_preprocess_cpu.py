@@ -41,6 +41,29 @@ def test_every_layout_gives_the_same_crops(layout: str, bgr: np.ndarray, matrice
     assert np.array_equal(crops, crops_from_frame(as_frame(reference_luma(bgr)), matrices, SIZE))
 
 
+@pytest.mark.parametrize("rows", ["close", "apart", "upside down"])
+@pytest.mark.parametrize("layout", ["nv12", "i420"])
+def test_video_frames_are_cut_from_their_luma_plane(
+    layout: str, rows: str, matrices: np.ndarray, rng: np.random.Generator
+) -> None:
+    data = rng.integers(0, 256, (450, 500), dtype=np.uint8)
+    data = {"close": data[:, :402].copy(), "apart": data[:, 20:422], "upside down": data[::-1, 20:422]}[rows]
+    plane = np.ascontiguousarray(data[:300])
+    crops = crops_from_frame(Frame(data, layout), matrices, SIZE)
+    assert np.array_equal(crops, crops_from_frame(Frame(plane, "gray"), matrices, SIZE))
+
+
+def test_limited_range_is_stretched_before_anything_else(matrices: np.ndarray, rng: np.random.Generator) -> None:
+    """H.273: (y - 16) * 255 / 219, rounded; no level lies half-way, since 219 is odd."""
+    plane = rng.integers(0, 256, (300, 402), dtype=np.uint8)
+    stretched = np.clip(np.rint((plane.astype(np.float64) - 16) * 255 / 219), 0, 255).astype(np.uint8)
+    video = np.vstack([plane, rng.integers(0, 256, (150, 402), dtype=np.uint8)])
+    wanted = crops_from_frame(Frame(stretched, "gray"), matrices, SIZE)
+    for frame in (Frame(plane, "gray", "limited"), Frame(plane[:, :, None], "gray", "limited")):
+        assert np.array_equal(crops_from_frame(frame, matrices, SIZE), wanted)
+    assert np.array_equal(crops_from_frame(Frame(video, "nv12", "limited"), matrices, SIZE), wanted)
+
+
 def test_one_by_one_from_the_whole_image_gives_the_same_bits(bgr: np.ndarray, matrices: np.ndarray) -> None:
     crops = crops_from_frame(as_frame(bgr), matrices, SIZE)
     for crop, matrix in zip(crops, matrices, strict=True):
@@ -62,13 +85,14 @@ def test_image_is_not_touched(size_hw: tuple[int, int], matrices: np.ndarray, rn
     assert np.array_equal(image, before)
 
 
-@pytest.mark.parametrize("view", ["read-only", "flipped", "fortran", "every other", "grey (h, w, 1)"])
+@pytest.mark.parametrize("view", ["read-only", "flipped", "fortran", "every other", "padded rows", "grey (h, w, 1)"])
 def test_memory_order_does_not_matter(view: str, bgr: np.ndarray, matrices: np.ndarray) -> None:
     views = {
         "read-only": np.frombuffer(bgr.tobytes(), np.uint8).reshape(bgr.shape),
         "flipped": bgr[::-1, ::-1],
         "fortran": np.asfortranarray(bgr),
         "every other": bgr[::2, ::2],
+        "padded rows": np.pad(bgr, ((0, 0), (3, 8), (0, 0)))[:, 3:-8],
         "grey (h, w, 1)": bgr[:, :, :1],
     }
     image = views[view]
