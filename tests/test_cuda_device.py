@@ -93,7 +93,7 @@ def test_cuda_that_does_not_work(driver: Any) -> None:
 
 def test_no_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
-    with pytest.raises(BackendError, match="pip install cuda-python"):
+    with pytest.raises(BackendError, match=r"pip install 'kp-edge\[cuda12\]', or 'kp-edge\[cuda13\]'"):
         cuda_device()
 
 

@@ -22,6 +22,12 @@ CROP_NOISE = 9.0
 CROP_NOISE_MEAN = 1.3
 """The same on the average: two noise pixels are 85 levels apart on the average; a shift by 0.05 px would give 4."""
 
+GPU_CROP_GREY = 0
+"""A crop on the GPU against the CPU path: both are the same integers."""
+
+GPU_PX = 0.1
+"""Keypoints of the GPU's crops against those of the CPU path's, pixels of the image; equal crops give 0."""
+
 MAP_PX = 1e-3
 """There and back through a crop matrix in float64, the result rounded to float32."""
 

@@ -1,0 +1,143 @@
+"""The host's part of cropping on a GPU: against a double of the driver, and on a real GPU where there is one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kp_runtime.device_frame import DeviceFrame
+from kp_runtime.errors import BackendError, InputError, MissingExtraError
+from kp_runtime.frame import Frame
+from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.preprocess_cuda import CudaCropper
+from tests.cuda_driver_double import DriverDouble, Result
+from tests.emulation import EmulatedKernel
+
+SIZE = 48
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
+    return EmulatedKernel(tmp_path_factory)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> DriverDouble:
+    double = DriverDouble(None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", double)
+    return double
+
+
+def on_device(frame: Frame, **more: Any) -> DeviceFrame:
+    """A frame of the double's device memory, which is the host's."""
+    data = frame.data
+    return DeviceFrame(data.ctypes.data, frame.size_hw, data.strides[0], frame.layout, frame.range, owner=data, **more)
+
+
+def some_matrices(rng: np.random.Generator, n: int) -> np.ndarray:
+    corner = rng.uniform(0, 300, (n, 2))
+    return matrices_from_boxes(np.concatenate([corner, corner + rng.uniform(20, 200, (n, 2))], axis=1), SIZE, 1.3)
+
+
+@pytest.mark.parametrize("layout", ["bgr", "rgba", "gray"])
+def test_crops_of_many_calls_under_way_at_once(
+    driver: DriverDouble, kernel: EmulatedKernel, layout: str, rng: np.random.Generator
+) -> None:
+    driver.kernel = kernel
+    shape = {"bgr": (300, 401, 3), "rgba": (300, 401, 4), "gray": (300, 401)}[layout]
+    frame = Frame(rng.integers(0, 256, shape, dtype=np.uint8), layout, "limited" if layout == "gray" else "full")
+    matrices = [some_matrices(rng, n) for n in (3, 70, 1, 0, 200, 2, 5, 1, 90, 4)]
+    outs = [np.full((len(m), 1, SIZE, SIZE), 77, np.uint8) for m in matrices]
+    with CudaCropper(cubin=b"cubin") as cropper:
+        for some, out in zip(matrices, outs, strict=True):
+            cropper.crops_from_frame(on_device(frame), some, SIZE, out.ctypes.data, 5)
+    for some, out in zip(matrices, outs, strict=True):
+        assert np.array_equal(out, crops_from_frame(frame, some, SIZE))
+    assert driver.memory == {}
+    launches = [call for call in driver.asked if call[0] == "cuLaunchKernel"]
+    assert len(launches) == 9  # one for all faces of a frame, none for no face
+
+
+def test_crops_wait_for_the_frame_s_own_stream(driver: DriverDouble, rng: np.random.Generator) -> None:
+    frame = Frame(rng.integers(0, 256, (300, 401), dtype=np.uint8), "gray")
+    cropper = CudaCropper(cubin=b"cubin")
+    driver.failing["cuLaunchKernel"] = Result.CUDA_SUCCESS  # nothing is computed here
+    cropper.crops_from_frame(on_device(frame, stream=9), some_matrices(rng, 1), SIZE, 1, 5)
+    events = [call for call in driver.asked if call[0] in ("cuEventRecord", "cuStreamWaitEvent")]
+    ready, wait, done = events
+    assert ready[2] == 9
+    assert wait[1:3] == (5, ready[1])
+    assert done[2] == 5
+    assert done[1] != ready[1]
+
+
+class Stream:
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, 42
+
+
+def test_streams_of_other_libraries(driver: DriverDouble, rng: np.random.Generator) -> None:
+    frame = on_device(Frame(rng.integers(0, 256, (300, 401), dtype=np.uint8), "gray"))
+    cropper = CudaCropper(cubin=b"cubin")
+    driver.failing["cuLaunchKernel"] = Result.CUDA_SUCCESS
+    cropper.crops_from_frame(frame, some_matrices(rng, 1), SIZE, 1, Stream())
+    assert next(call for call in driver.asked if call[0] == "cuMemcpyHtoDAsync")[4] == 42
+    with pytest.raises(BackendError, match="must be its handle or an object with __cuda_stream__, got str"):
+        cropper.crops_from_frame(frame, some_matrices(rng, 1), SIZE, 1, "stream")
+
+
+def test_a_frame_on_another_device(driver: DriverDouble) -> None:
+    frame = DeviceFrame(1, (10, 10), 10, "gray", device_id=1)
+    with pytest.raises(InputError, match=r"frame is on CUDA device 1, the cropper on 0; open .*device_id=1"):
+        CudaCropper(cubin=b"cubin").crops_from_frame(frame, np.zeros((1, 2, 3)), SIZE, 1, 0)
+
+
+def test_cubin_of_the_environment(driver: DriverDouble, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(b"cubin of a file")
+    monkeypatch.setenv("KP_CUBIN", str(tmp_path / "kernel"))
+    CudaCropper()
+    CudaCropper(cubin=tmp_path / "kernel")
+    monkeypatch.setenv("KP_CUBIN", str(tmp_path / "none"))
+    with pytest.raises(BackendError, match="none can't be read: No such file"):
+        CudaCropper()
+
+
+def test_a_cubin_for_another_gpu(driver: DriverDouble) -> None:
+    driver.failing["cuModuleLoadData"] = Result.CUDA_ERROR_NO_BINARY_FOR_GPU
+    with pytest.raises(
+        BackendError, match=r"can't be used on this sm_87 GPU \(.*NO_BINARY_FOR_GPU.*compile it for sm_87"
+    ):
+        CudaCropper(cubin=b"cubin")
+
+
+def test_no_memory(driver: DriverDouble, rng: np.random.Generator) -> None:
+    frame = on_device(Frame(np.zeros((300, 401), np.uint8), "gray"))
+    cropper = CudaCropper(cubin=b"cubin")
+    driver.failing["cuMemAlloc"] = Result.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(BackendError, match="cuMemAlloc says CUDA_ERROR_OUT_OF_MEMORY; see that nvidia-smi"):
+        cropper.crops_from_frame(frame, some_matrices(rng, 1), SIZE, 1, 0)
+
+
+def test_no_such_device(driver: DriverDouble) -> None:
+    with pytest.raises(BackendError, match="no CUDA device 3: this machine has 1, numbered from 0"):
+        CudaCropper(3, cubin=b"cubin")
+
+
+def test_no_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with pytest.raises(MissingExtraError, match=r"cropping on the GPU.*cuda-python.*pip install 'kp-edge\[cuda12\]'"):
+        CudaCropper()
+
+
+def test_no_driver_library(driver: DriverDouble, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise RuntimeError("libcuda.so.1 not found\nsecond line")
+
+    monkeypatch.setattr(driver, "cuInit", missing, raising=False)
+    with pytest.raises(BackendError, match=r"libcuda can't be loaded \(libcuda.so.1 not found\).*crop on the CPU$"):
+        CudaCropper()
