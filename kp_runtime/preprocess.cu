@@ -43,7 +43,7 @@ namespace {
 constexpr int TILE = 32;         // side of a tile, and the threads of a warp
 constexpr int THREADS = 256;
 constexpr int STRIPS = 24;       // strips of columns that a block is summed in, at most
-constexpr int MOST_MEANS = 5120; // of k > 1, at most 1.5 blocks a pixel and axis: 71^2 for a square turned by 45 degrees
+constexpr int MOST_MEANS = 5120; // of k > 1, at most 1.5 blocks a pixel and axis: 71^2 for a square turned by 45°
 constexpr int MOST_SUMS = 1792;  // 71 blocks of 24 strips, and some
 constexpr int MOST_PIXELS = MOST_MEANS + 4 * MOST_SUMS; // of k = 1, at most 2 a pixel and axis: 93^2 likewise
 constexpr int LIMIT = 1 << 29;   // positions beyond half a million pixels are as good as this
