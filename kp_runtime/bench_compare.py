@@ -7,7 +7,7 @@ files) is told.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from kp_runtime.bench_results import Bench, Setup
@@ -64,10 +64,12 @@ def compared(old: Bench, new: Bench, *, anyway: bool = False) -> Comparison:
         ratio = ratio_of_medians(after[case].turns_ms, before[case].turns_ms)
         times = before[case].summary.p50_ms, after[case].summary.p50_ms
         cases.append(CaseComparison(case, *times, ratio, ratio.verdict))
-    alone = [f"{name}: only in the old results" for name in before if name not in after]
-    alone += [f"{name}: only in the new results" for name in after if name not in before]
+    alone = [_alone("old", before, after), _alone("new", after, before)]
     return Comparison(
-        tuple(cases), tuple(alone), tuple(obstacles(old.setup, new.setup)), (*_notes(old, new), NOT_INTERLEAVED)
+        tuple(cases),
+        tuple(filter(None, alone)),
+        tuple(obstacles(old.setup, new.setup)),
+        (*_notes(old, new), NOT_INTERLEAVED),
     )
 
 
@@ -82,6 +84,11 @@ def check_alike(old: Setup, new: Setup) -> None:
             f"the old results and the new are no comparison: {'; '.join(found)}; "
             "measure both alike, or add --compare-anyway"
         )
+
+
+def _alone(which: str, here: Iterable[str], there: Container[str]) -> str:
+    names = [name for name in here if name not in there]
+    return f"only in the {which} results: {'; '.join(names)}" if names else ""
 
 
 def gate(old: Bench | None, anyway: bool) -> Callable[[Setup], None]:

@@ -23,11 +23,11 @@ _STYLE = """
   :root { --ink: #e4e8ea; --paper: #14181b; --soft: #9aa6ae; --line: #343c42;
     --0: #6cb4f0; --1: #f5a267; --2: #6fd197; --3: #d79be0; --4: #dcc55a; --5: #ff8fb4 } }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1120px; margin: 0 auto; padding: 1.5rem }
+  max-width: 1240px; margin: 0 auto; padding: 1.5rem }
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.4rem 0 .3rem }
 p { margin: .3rem 0; max-width: 75ch } .soft, figcaption { color: var(--soft) }
 .wide { overflow-x: auto } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; vertical-align: bottom; text-align: right;
+th, td { padding: .3rem .5rem; vertical-align: bottom; text-align: right;
   border-bottom: 1px solid var(--line); white-space: nowrap }
 th { font-weight: 600; color: var(--soft) } .files th { white-space: normal; max-width: 6.5em }
 :is(th, td):is(:first-child, .text) { text-align: left }
@@ -35,7 +35,8 @@ th { font-weight: 600; color: var(--soft) } .files th { white-space: normal; max
 .machine td { white-space: normal; overflow-wrap: anywhere; text-align: left }
 .faster { color: var(--2); font-weight: 600 } .slower { color: var(--5); font-weight: 600 }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 1.4rem; margin-top: 1rem }
-figure { margin: .8rem 0 } .cards figure { margin: 0 } figcaption { font-size: 13px; overflow-wrap: anywhere }
+figure { margin: .8rem 0; overflow-x: auto } .plot svg { min-width: 640px } .cards figure { margin: 0 }
+figcaption { font-size: 13px; overflow-wrap: anywhere }
 figcaption b { color: var(--ink) } .swatch { display: inline-block; width: .7em; height: .7em; margin-right: .5em;
   border-radius: 2px; background: var(--c) }
 svg { width: 100%; height: auto; display: block; font-size: 13px; font-variant-numeric: tabular-nums }
@@ -82,7 +83,8 @@ def _header(bench: Bench, title: str) -> str:
     )
     where = f"{machine.device or machine.cpu}, {machine.cores} cores, {threads}"
     photo = f"{Path(setup.photo).name}, {setup.photo_size_hw[1]} x {setup.photo_size_hw[0]} pixels, {faces}"
-    return f"<h1>{clean(title)}</h1>\n<p>{clean(where)}; {clean(photo)}; {clean(bench.started)}</p>\n{_READING}"
+    when = f"{bench.started[:16].replace('T', ' ')} UTC"
+    return f"<h1>{clean(title)}</h1>\n<p>{clean(where)}; {clean(photo)}; {clean(when)}</p>\n{_READING}"
 
 
 def _files(bench: Bench) -> str:
@@ -122,7 +124,11 @@ def _curves(bench: Bench) -> str:
         curves.setdefault(case.file, []).append(point)
     # the files in the order of the first table, so that a file has one colour everywhere
     curves = {file.file: curves[file.file] for file in bench.files if file.file in curves}
-    return f"<h2>The network alone, by batch size</h2>\n<figure>{batch_curves(curves)}</figure>\n" if curves else ""
+    return (
+        f"<h2>The network alone, by batch size</h2>\n<figure class=plot>{batch_curves(curves)}</figure>\n"
+        if curves
+        else ""
+    )
 
 
 def _stages(bench: Bench) -> str:
@@ -133,7 +139,8 @@ def _stages(bench: Bench) -> str:
     note = "The medians of the stages need not add up to that of the whole call."
     return (
         f"<h2>From the photo's file to its keypoints, with {clean(photo.file)}</h2>\n"
-        f"<figure>{stage_bar(medians)}</figure>\n{_table(head, rows, swatches=len(medians))}<p class=soft>{note}</p>\n"
+        f"<figure class=plot>{stage_bar(medians)}</figure>\n"
+        f"{_table(head, rows, swatches=len(medians))}<p class=soft>{note}</p>\n"
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kp_runtime.backend import usable_cores
-from kp_runtime.bench import StagedCalls, crops_of_faces, run_bench
+from kp_runtime.bench import StagedCalls, _open, crops_of_faces, run_bench
 from kp_runtime.bench_compare import check_alike, compared, gate, obstacles
 from kp_runtime.bench_results import (
     Bench,
@@ -170,22 +170,28 @@ def test_samples_are_rounded_and_none_is_lost() -> None:
     assert (times.summary.samples, times.summary.max_ms) == (3, 1000)
 
 
-def test_precisions_limit_the_files(bundle: Path, astronaut: Path, tmp_path: Path) -> None:
+def test_precisions_limit_the_files(bundle: Path, tmp_path: Path) -> None:
     both = two_precisions(bundle, tmp_path / "both")
-    shown: list[Setup] = []
+    for precisions, files in (
+        ((), ["model.fp32.onnx", "model.fp16.onnx"]),
+        (("fp16",), ["model.fp16.onnx"]),
+        (("fp16", "fp32"), ["model.fp16.onnx", "model.fp32.onnx"]),
+    ):
+        opened = _open(both, dataclasses.replace(QUICK, precisions=precisions))
+        assert list(opened) == [backend.report.file for backend in opened.values()] == files
 
-    def stop(setup: Setup) -> None:
-        shown.append(setup)
-        raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run_bench(both, astronaut, astronaut_box, QUICK, admit=stop)
-    only = run_bench(both, astronaut, astronaut_box, dataclasses.replace(QUICK, batches=(1,), precisions=("fp16",)))
-    assert [file.file for file in only.files] == ["model.fp16.onnx"] == [case.file for case in only.network]
-    assert only.photo.file == "model.fp16.onnx"
-    all_files = run_bench(both, astronaut, astronaut_box, dataclasses.replace(QUICK, batches=(1,)))
-    assert [file.file for file in all_files.files] == ["model.fp32.onnx", "model.fp16.onnx"]
-    assert [setup.settings for setup in shown] == [QUICK]
+def test_a_setup_that_is_not_admitted_is_not_measured(
+    bundle: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_runtime.bench.cold_starts", None)
+
+    def refuse(setup: Setup) -> None:
+        assert setup.settings == QUICK
+        raise InputError("no")
+
+    with pytest.raises(InputError, match="no"):
+        run_bench(bundle, astronaut, astronaut_box, QUICK, admit=refuse)
 
 
 @pytest.mark.parametrize(
@@ -290,9 +296,8 @@ def leaves(raw: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def test_no_wrong_value_is_more_than_one_line(bench: Bench, tmp_path: Path) -> None:
     """Whatever stands in a field, the answer is results or an InputError."""
-    raw, file = json_from_bench(bench), tmp_path / "b.json"
-    small = changed(raw, ["network"], json_from_bench(bench)["network"][:1])
-    for path in leaves(json.loads(json.dumps(small)))[1:]:
+    small, file = json.loads(json.dumps(json_from_bench(steady(bench)))), tmp_path / "b.json"
+    for path in leaves(small)[1:]:
         for value in (None, -1, 10**400, "x", [], {}):
             file.write_text(json.dumps(changed(small, list(path), value)))
             said = ""
@@ -349,10 +354,10 @@ def with_machine(bench: Bench, **fields: Any) -> Bench:
     ],
 )
 def test_another_machine_is_refused(bench: Bench, fields: dict[str, Any], message: str) -> None:
-    other = with_machine(bench, **fields)
+    old, other = steady(bench), steady(with_machine(bench, **fields))
     with pytest.raises(InputError, match=message + ".*measure both alike, or add --compare-anyway"):
-        compared(bench, other)
-    found = compared(bench, other, anyway=True)
+        compared(old, other)
+    found = compared(old, other, anyway=True)
     assert len(found.obstacles) == 1
     assert len(found.cases) == 8
 
@@ -386,11 +391,11 @@ def test_other_settings_are_refused(bench: Bench, fields: dict[str, Any], messag
 def test_what_one_compares_is_told_not_refused(bench: Bench) -> None:
     new = with_machine(bench, versions=bench.setup.machine.versions | {"onnxruntime": "99"})
     file = dataclasses.replace(bench.files[0], sha256="f" * 64, backend="other")
-    new = dataclasses.replace(new, files=(file,), network=bench.network[:1], load_before=None)
-    found = compared(bench, new)
+    new = dataclasses.replace(new, files=(file,), network=steady(bench).network[:1], load_before=None)
+    found = compared(steady(bench), new)
     notes = "\n".join(found.notes)
     assert ", then 99" in notes
     assert f"sha256 of model.fp32.onnx {bench.files[0].sha256[:12]}, then ffffffffffff" in notes
     assert "engine of model.fp32.onnx ort-cpu, then other" in notes
     assert "before the new not known" in notes
-    assert found.alone == ("model.fp32.onnx, batch 3: only in the old results",)
+    assert found.alone == ("only in the old results: model.fp32.onnx, batch 3",)

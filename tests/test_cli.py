@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import sys
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 import kp_cli
+import kp_report
 from kp_runtime.spec import Manifest
 from tests.test_export import small_checkpoint
 
@@ -128,6 +131,12 @@ def test_two_photos_of_one_name_are_not_mixed_up(
         (("eval", "{bundle}", "--data", "x", "--yunet", "y"), "--yunet goes with --boxes detector"),
         (("bench", "{bundle}", "--batch", "0"), "batch sizes must be 1 or more"),
         (("bench", "{bundle}", "--threads", "9999"), "threads must be 1 to"),
+        (("bench", "{bundle}", "--precision", "int8"), "has no ONNX file of precision int8, only fp32"),
+        (("bench", "{bundle}", "--with", "x"), "go with --compare OLD"),
+        (("bench", "{bundle}", "--compare-anyway"), "go with --compare OLD"),
+        (("bench", "{bundle}", "--compare", "x", "--with", "y", "--batch", "1"), "--with measures nothing"),
+        (("bench", "{bundle}", "--compare", "nowhere.json"), "nowhere.json can't be read"),
+        (("bench", "{bundle}", "--compare", "{bundle}/manifest.json"), "is no results file of kp bench"),
         (("inspect", "nowhere"), "is not a bundle"),
         (("export", "nowhere"), "there is no checkpoint at nowhere"),
         (("eval", "nowhere", "--data", "x"), "there is no checkpoint at nowhere"),
@@ -184,17 +193,90 @@ def test_inspect_tells_a_changed_file(capsys: pytest.CaptureFixture[str], bundle
     assert json.loads(out)["files"]["golden.npz"] == "ok"
 
 
-def test_bench_prints_and_writes(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
-    words = ("bench", bundle, "--seconds", "0", "--batch", "1", "--batch", "3", "--threads", "1")
-    status, out, _ = kp(capsys, *words, "--out", tmp_path / "b.json")
-    assert status == 0
-    assert "network alone" in out
-    written = json.loads((tmp_path / "b.json").read_text())
+@pytest.fixture(scope="module")
+def bench_file(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `kp bench --out` wrote of the tiny bundle."""
+    path = tmp_path_factory.mktemp("bench") / "old.json"
+    words = ("bench", bundle, "--seconds", "0", "--samples", "3", "--batch", "1", "--batch", "3", "--threads", "1")
+    old, sys.argv = sys.argv, ["kp", *map(str, (*words, "--precision", "fp32", "--out", path))]
+    try:
+        with contextlib.suppress(SystemExit):
+            kp_cli.main()
+    finally:
+        sys.argv = old
+    return path
+
+
+def test_bench_prints_and_writes(
+    capsys: pytest.CaptureFixture[str], bundle: Path, bench_file: Path, tmp_path: Path
+) -> None:
+    written = json.loads(bench_file.read_text())
     assert [case["batch"] for case in written["network"]] == [1, 3]
-    assert written["network"][0]["sha256"] == Manifest.read(bundle).files["model.fp32.onnx"].sha256
-    assert set(written["stages"]) == {"read", "detect", "crop", "infer", "map back"}
-    status, out, _ = kp(capsys, *words, "--json")
-    assert json.loads(out)["threads"] == 1
+    assert written["files"][0]["sha256"] == Manifest.read(bundle).files["model.fp32.onnx"].sha256
+    assert set(written["photo"]["stages"]) == {"read", "detect", "crop", "infer", "map back"}
+    assert written["setup"]["settings"] == {
+        "batches": [1, 3], "seconds": 0, "samples": 3, "threads": 1, "precisions": ["fp32"]
+    }  # fmt: skip
+    words = ("bench", bundle, "--seconds", "0", "--samples", "3", "--batch", "1", "--threads", "1")
+    page = tmp_path / "page.html"
+    status, out, err = kp(capsys, *words, "--json", "--compare", bench_file, "--html", page)
+    assert (status, err) == (0, "")
+    document = json.loads(out)
+    assert document["schema"] == 1
+    cases = [case["case"] for case in document["comparison"]["cases"]]
+    assert cases[0] == "whole photo"
+    assert cases[-1] == "model.fp32.onnx, batch 1"
+    assert document["comparison"]["alone"] == ["only in the old results: model.fp32.onnx, batch 3"]
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_bench_of_two_files_measures_nothing(
+    capsys: pytest.CaptureFixture[str], bench_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_runtime.bench.run_bench", None)
+    words = ("bench", "nowhere", "--compare", bench_file, "--with", bench_file, "--html", tmp_path / "p.html")
+    status, out, _ = kp(capsys, *words)
+    assert status == 0
+    for text in ("network alone", "stages of a photo", "fresh processes", "against the older results", "interleaved"):
+        assert text in out
+    assert out.count("not distinguishable") == 8
+    assert out.splitlines()[-1] == str(tmp_path / "p.html")
+    raw = json.loads(bench_file.read_text())
+    raw["setup"]["machine"]["governor"] = "other"
+    (tmp_path / "other.json").write_text(json.dumps(raw))
+    words = ("bench", "--compare", bench_file, "--with", tmp_path / "other.json")
+    status, _, err = kp(capsys, *words)
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "governor" in err
+    assert "--compare-anyway" in err
+    status, out, _ = kp(capsys, *words, "--compare-anyway")
+    assert status == 0
+    assert "no fair comparison: governor" in out
+
+
+def test_bench_refuses_before_it_measures(
+    capsys: pytest.CaptureFixture[str], bundle: Path, bench_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_runtime.bench.cold_starts", None)
+    status, _, err = kp(capsys, "bench", bundle, "--compare", bench_file, "--batch", "1")
+    assert status == 1
+    assert "threads 1, then of the engine's choice" in err
+
+
+def test_a_terminal_sees_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with kp_report.share_progress() as step:
+        step("cold starts", 0.5)
+        step("measuring", 0.25)
+    assert "cold starts" in terminal.getvalue()
+    assert "25%" in terminal.getvalue()
 
 
 def test_export_and_verify_as_typed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
