@@ -92,8 +92,9 @@ def _version(nvrtc: Any) -> str:
     except Exception as error:  # the loader's errors are of another kind in each release
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BackendError(
-            f"the crop kernel can't be compiled: NVRTC can't be loaded ({reason}); run: pip install nvidia-cuda-nvrtc "
-            "(CUDA 12: nvidia-cuda-nvrtc-cu12), or name a compiled kernel in KP_CUBIN"
+            f"the crop kernel can't be compiled: NVRTC can't be loaded ({reason}); put the CUDA toolkit's lib64 into "
+            "LD_LIBRARY_PATH, or run: pip install nvidia-cuda-nvrtc (CUDA 12: nvidia-cuda-nvrtc-cu12 and the newest "
+            "cuda-python of CUDA 12), or name a compiled kernel in KP_CUBIN"
         ) from error
     return f"{major}.{minor}"
 

@@ -154,7 +154,7 @@ def test_without_nvrtc(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(sys.modules["cuda.bindings.nvrtc"], "nvrtcVersion", missing)
     with pytest.raises(
-        BackendError, match=r"dlopen libnvrtc\.so\.12\); run: pip install nvidia-cuda-nvrtc .*KP_CUBIN$"
+        BackendError, match=r"dlopen libnvrtc\.so\.12\).*LD_LIBRARY_PATH.*pip install nvidia-cuda-nvrtc .*KP_CUBIN$"
     ):
         compile_cubin("sm_87")
 
