@@ -21,8 +21,8 @@
 //
 // Bytes. A crop reads its square of the frame once (k or at most 2 pixels of it a pixel of the crop and
 // axis) and writes size * size bytes. Sampling from the frame itself would read each colour pixel up to
-// four times and turn it grey each time; through shared memory it is read once a tile, the tile's border of
-// about 2 in 34 to 66 rows twice, from the L2 cache. A turned square reads its upright bounding rectangle,
+// four times and turn it grey each time; through shared memory it is read once a tile, two rows and
+// columns of which the next tile reads again from the L2 cache. A turned square reads its upright rectangle,
 // at most twice its area, of which neighbouring tiles share the surplus in L2. For 64 faces of 150 px in
 // 1080p that is 7 MB read (195^2 px of 3 bytes a face) and 3 MB written. A block takes 12.5 KB of shared
 // memory and 64 registers a thread, so that four blocks (1,024 threads, each with several loads on
