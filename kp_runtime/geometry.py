@@ -241,7 +241,8 @@ def _block_means(luma: NDArray[np.uint8], k: int, scratch: Scratch) -> NDArray[n
         whole[:, width:] = whole[:, width - 1 : width]
         luma = whole
     height, width = luma.shape[0] // k, luma.shape[1] // k
-    wide = np.uint16 if k < 16 else np.uint32  # 15 x 15 x 255 and the rounding are under 2^16
+    # the sum of a white block and the rounding must fit
+    wide = np.uint16 if k < 16 else np.uint32 if k <= 4096 else np.uint64
     step = k
     if k == 2:  # the usual large face: neighbours of a row are the two bytes of a number
         pairs = np.ascontiguousarray(luma).view(np.uint16)
