@@ -1,8 +1,7 @@
 """The run-time's tests on each Python that is here, with the oldest and the newest packages allowed.
 
     nox                      all but gpu_packages; a Python that is not on this machine is skipped, and said so
-    nox -s runtime-3.12      one Python
-    nox -t oldest            one end of the bounds
+    nox -s runtime-3.12      one Python; "runtime-3.12(oldest)" is one end of the bounds
     nox -s gpu_packages      onnxruntime-gpu, some 250 MB for each Python and bound
 
 The bounds are read from pyproject.toml and the tests from tests/runtime.txt, so neither is written
@@ -22,7 +21,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-BOUNDS = (nox.param("oldest", id="oldest", tags=["oldest"]), nox.param("newest", id="newest", tags=["newest"]))
+BOUNDS = (nox.param("oldest", id="oldest"), nox.param("newest", id="newest"))
 TESTS_NEED = ("onnx", "pytest")
 SYSTEM_PACKAGES = {
     "3.10": ("numpy==1.21.5", "opencv-python-headless==4.5.4.60", "onnxruntime==1.18.0"),
@@ -55,7 +54,7 @@ os.environ["PATH"] = os.pathsep.join(
 @nox.parametrize("bounds", BOUNDS)
 def runtime(session: nox.Session, bounds: str) -> None:
     """The run-time on ONNX Runtime and OpenCV, and the command's help without anything of training."""
-    session.install(*TESTS_NEED, *_requirements(session, bounds, "image", "ort", "cli"))
+    _install(session, bounds, "image", "ort", "cli", needs=TESTS_NEED)
     _test(session)
     for command in ("", "predict", "bench", "export", "train"):
         session.run("python", "-c", "import kp_cli; kp_cli.main()", *command.split(), "--help", silent=True)
@@ -65,7 +64,7 @@ def runtime(session: nox.Session, bounds: str) -> None:
 @nox.parametrize("bounds", BOUNDS)
 def gpu_packages(session: nox.Session, bounds: str) -> None:
     """The run-time on onnxruntime-gpu's CPU provider; without a GPU that is all that can be asked of it."""
-    session.install(*TESTS_NEED, *_requirements(session, bounds, "image", "ort-gpu"))
+    _install(session, bounds, "image", "ort-gpu", needs=TESTS_NEED)
     _test(session)
 
 
@@ -74,7 +73,7 @@ def gpu_packages(session: nox.Session, bounds: str) -> None:
 @nox.parametrize("extra", ["cuda12", "cuda13"])
 def cuda(session: nox.Session, extra: str, bounds: str) -> None:
     """NVIDIA's bindings are there and have the names that are used; a device is opened where there is one."""
-    session.install(*_requirements(session, bounds, extra))
+    _install(session, bounds, extra)
     session.run("python", "-c", OPEN_DEVICE)
 
 
@@ -88,9 +87,15 @@ def system_packages(session: nox.Session) -> None:
     _test(session)
 
 
+def _install(session: nox.Session, bounds: str, *extras: str, needs: tuple[str, ...] = ()) -> None:
+    """What the extras require at this end of the bounds, and the tests' own packages in any version."""
+    upgrade = ("--upgrade",) if bounds == "newest" else ()
+    session.install(*upgrade, *needs, *_requirements(session, bounds, *extras))
+
+
 def _test(session: nox.Session) -> None:
     """Runs the list of the run-time's tests."""
-    session.run("python", "-m", "pip", "list", "--format=freeze", silent=False)
+    session.run("python", "-m", "pip", "list", "--format=freeze")
     photo = _photo()
     session.run(
         "python", "-m", "pytest", "-p", "no:cacheprovider", "-q", "@tests/runtime.txt", *session.posargs,
