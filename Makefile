@@ -1,4 +1,4 @@
-# The commands of the README: make demo, make test, make bench. Each makes .venv first.
+# The commands of the README. Each makes .venv first.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -8,7 +8,7 @@ BUNDLE ?= engines/resnet18-68
 EXPORTED = out/$(notdir $(patsubst %/,%,$(BUNDLE)))
 ASTRONAUT = $$($(BIN)/python -c "import skimage, pathlib; print(pathlib.Path(skimage.__file__).parent / 'data' / 'astronaut.png')")
 
-.PHONY: demo test bench check clean
+.PHONY: demo test test-pythons test-aarch64 bench check clean
 
 demo: $(STAMP)
 	$(BIN)/kp export engines/resnet18-68 --fp16 --out out/resnet18-68
@@ -26,6 +26,14 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.start --bundle $(EXPORTED)
 	$(BIN)/python -m benchmarks.crop_path
 	$(BIN)/python -m benchmarks.table
+
+# the run-time on every Python from 3.10 to 3.13 that is here, with the oldest and the newest packages
+test-pythons: $(STAMP)
+	$(BIN)/nox
+
+# the run-time on emulated aarch64; make test-aarch64 BUNDLE=out/resnet18-68 compares its keypoints too
+test-aarch64: $(STAMP)
+	PYTHON=$(BIN)/python scripts/test-aarch64 $(BUNDLE)
 
 check: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

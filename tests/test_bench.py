@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kp_runtime.backend import usable_cores
+from kp_runtime.backend import Backend, usable_cores
 from kp_runtime.bench import StagedCalls, _open, crops_of_faces, run_bench
 from kp_runtime.bench_compare import check_alike, compared, gate, obstacles
 from kp_runtime.bench_results import (
@@ -100,6 +100,24 @@ def test_batches_settle_before_they_are_measured(bench: Bench) -> None:
     assert list(ways.values()) == sorted(ways.values())
     assert bench.files[0].way(3) == next(iter(ways))
     assert bench.files[0].way(1) == bench.files[0].way(99) == ""
+
+
+def test_engines_are_warm_before_anything_is_measured(
+    bundle: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed: list[int] = []
+
+    def measure(cases: dict[str, object], **settings: object) -> None:
+        assert (settings["seconds"], settings["samples"]) == (0, 3)
+        assert list(cases) == ["photo", "model.fp32.onnx 1", "model.fp32.onnx 3"]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kp_runtime.bench.cold_starts", lambda *_: [])
+    monkeypatch.setattr("kp_runtime.bench.measure_in_turns", measure)
+    monkeypatch.setattr(Backend, "warmup", lambda self, faces: warmed.append(faces))
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(bundle, astronaut, astronaut_box, QUICK)
+    assert warmed == [1, 3]
 
 
 def test_a_fresh_process_tells_time_and_memory(bench: Bench) -> None:

@@ -246,6 +246,15 @@ def test_labels_of_near_curves_do_not_touch() -> None:
     assert np.diff(at).min() > 19
 
 
+def test_labels_stay_in_the_picture() -> None:
+    curves = {f"file {i}": [Point(1, 0.1, 0.1, 0.1)] for i in range(8)} | {"slow": [Point(1, 100, 90, 110)]}
+    svg = batch_curves(curves)
+    zero = next(float(t.get("y", "")) for t in elements(svg, "text") if t.text == "0")
+    at = [float(t.get("y", "")) for t in elements(svg, "text") if (t.text or "").startswith("file")]
+    assert max(at) <= zero
+    assert min(at) > 0
+
+
 def test_stages_are_as_long_as_they_take() -> None:
     svg = stage_bar({"read": 10.0, "detect": 30.0, "map back": 0.001})
     x = [float(r.get("x", "")) for r in elements(svg, "rect")]
