@@ -174,7 +174,7 @@ def evaluate(
     faces = [face for source in sources for face in source.faces]
     detector = _detector(yunet) if boxes is Boxes.detector else None
     result = measure(opened, faces, detector, track=progress("measuring"))
-    more = {"groups": [dataclasses.asdict(group) for group in groups(result)]}
+    more: dict[str, Any] = {"groups": [dataclasses.asdict(group) for group in groups(result)]}
     if steady:
         more["robustness"] = dataclasses.asdict(robustness(opened, result.faces, progress("showing otherwise")))
     if record is not None:

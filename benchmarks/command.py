@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, Record, write_record
+from kp_runtime.backend import usable_cores
 from kp_runtime.errors import InputError, KpError
 
 __all__ = ["checked_threads", "finish", "parser", "print_table", "run", "without_samples"]
@@ -22,20 +22,17 @@ def parser(description: str | None, *, bundle: bool = True) -> argparse.Argument
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if bundle:
         made.add_argument("--bundle", type=Path, required=True, help="the bundle's folder, made by kp export")
-        made.add_argument("--threads", type=int, default=_cores(), help="of every engine; all cores when left out")
+        made.add_argument(
+            "--threads", type=int, default=usable_cores(), help="of every engine; all cores when left out"
+        )
     made.add_argument("--out", type=Path, help="results file; one in benchmarks/results/ when left out")
     return made
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def checked_threads(threads: int) -> int:
     """The number of threads, or the error that says what this machine has."""
-    if not 1 <= threads <= _cores():
-        raise InputError(f"threads must be 1 to {_cores()}, the cores of this machine; got {threads}")
+    if not 1 <= threads <= usable_cores():
+        raise InputError(f"threads must be 1 to {usable_cores()}, the cores of this machine; got {threads}")
     return threads
 
 

@@ -60,8 +60,8 @@ def export_bundle(
 
     All files are made in a folder beside the bundle. Only when every one is within its limits
     does that folder take the bundle's place; on an error, a full disk or Ctrl-C the old bundle
-    stays as it was. Files of the old bundle that this export does not make are kept where they
-    come from the same weights.
+    stays as it was. Files of the old bundle, and of the checkpoint's own, that this export does not
+    make are kept where they come from the same weights.
 
     Args:
         checkpoint: a bundle's folder or its `checkpoint.safetensors`.
@@ -85,10 +85,12 @@ def export_bundle(
         raise ExportError("int8 needs real faces to find its ranges: give --calibration with labelled photos")
     target = (out or own).resolve()
     with staging(target) as stage:
-        if target != own.resolve():
-            with writing(stage / CHECKPOINT_NAME) as temporary:
-                shutil.copyfile(own / CHECKPOINT_NAME, temporary)
         old = Manifest.read(stage).files if (stage / MANIFEST_NAME).exists() else {}
+        if target != own.resolve():
+            for name in manifest.files:
+                with writing(stage / name) as temporary:
+                    shutil.copyfile(manifest.check_file(own, name), temporary)
+            old = old | manifest.files
         faces, calibrating = _face_sets(manifest.spec, sources, calibration)
         if calibrating is not None:
             check_calibration(calibrating, predict_from_net(net))

@@ -57,8 +57,8 @@ def cuda_device(index: int = 0) -> CudaDevice:
         driver = importlib.import_module("cuda.bindings.driver")
     except ImportError as error:
         raise BackendError(
-            "there is no way to look for a CUDA device: cuda-python is not installed; run: pip install 'kp-edge[cuda12]', "
-            "or 'kp-edge[cuda13]' where the driver is for CUDA 13"
+            "there is no way to look for a CUDA device: cuda-python is not installed; run: "
+            "pip install 'kp-edge[cuda12]', or 'kp-edge[cuda13]' where the driver is for CUDA 13"
         ) from error
     try:
         return _open(driver, index)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,22 +55,53 @@ def test_many_boxes_are_each_as_alone(exported: Path, astronaut: Path) -> None:
     assert np.abs(together - alone).max() < FP32_PX
 
 
-def test_the_manifest_holds_and_tells_where_it_is_from() -> None:
-    manifest = Manifest.read(DEFAULT)
+MODELS = sorted(path.parent for path in ENGINES.glob("*/manifest.json"))
+each_model = pytest.mark.parametrize("bundle", MODELS, ids=[bundle.name for bundle in MODELS])
+
+
+@each_model
+def test_the_manifest_holds_and_tells_where_it_is_from(bundle: Path) -> None:
+    manifest = Manifest.read(bundle)
     for name in manifest.files:
-        manifest.check_file(DEFAULT, name)
+        manifest.check_file(bundle, name)
+    assert {"checkpoint.safetensors", "model.int8.onnx", "golden.npz", "parity.json"} <= set(manifest.files)
+    assert manifest.spec.name == bundle.name
     assert {"code", "weights", "data"} <= set(manifest.licence)
     assert all(source["sha256"] for source in manifest.training["sources"])
     assert manifest.accuracy
-    assert (DEFAULT / "MODEL_CARD.md").is_file()
+
+
+def test_the_models_are_of_the_sizes_that_they_say() -> None:
+    sizes = {bundle.name: Manifest.read(bundle).spec.size for bundle in MODELS}
+    assert sizes == {"resnet18-68": 224, "resnet18-68-lite": 112}
+
+
+@each_model
+def test_a_checkout_predicts_without_torch(bundle: Path, astronaut: Path) -> None:
+    """The int8 file lies in the checkout: numpy, OpenCV and onnxruntime are enough."""
+    code = (
+        "import sys, json; sys.modules['torch'] = None; sys.modules['onnx'] = None; import kp_runtime as kp\n"
+        "image = kp.image_from_file(sys.argv[2]); model = kp.load(sys.argv[1])\n"
+        "assert model.backend.report.precision == 'int8'\n"
+        "print(json.dumps(model(image, kp.HaarDetector()(image)).xy[0].tolist()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(bundle), str(astronaut)], capture_output=True, text=True, check=True
+    )
+    xy = np.array(json.loads(done.stdout))
+    for point, place in PORTRAIT.items():
+        assert np.linalg.norm(xy[point] - place) < 6, f"point {point} at {xy[point]}, seen at {place}"
 
 
 @pytest.mark.slow
-def test_the_recorded_accuracy_is_reproduced(shared_data: Path) -> None:
+@each_model
+def test_the_recorded_accuracy_is_reproduced(bundle: Path, shared_data: Path) -> None:
     rows = read_source(shared_data / "youtube_faces_68" / "test_frames_keypoints.csv")
-    measured = evaluate(open_model(DEFAULT), rows.faces).accuracy
-    recorded = Manifest.read(DEFAULT).accuracy["youtube_faces_68 test rows, boxes from keypoints"]
+    recorded = Manifest.read(bundle).accuracy["youtube_faces_68 test rows, boxes from keypoints"]
+    measured = evaluate(open_model(bundle), rows.faces).accuracy
     assert measured.faces == 385
     assert measured.nme < 0.046
     assert measured.nme == pytest.approx(recorded["nme"], abs=2e-5)
     assert measured.smooth_l1 == pytest.approx(recorded["smooth_l1"], rel=1e-2)
+    int8 = evaluate(open_model(bundle / "model.int8.onnx"), rows.faces).accuracy
+    assert int8.nme - measured.nme < 0.001

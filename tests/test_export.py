@@ -281,3 +281,14 @@ def test_a_nan_is_as_far_as_can_be() -> None:
         report = parity(lambda c: base, lambda c: base * np.nan, faces, file="f", precision=precision)
         with pytest.raises(ParityError, match="worst point inf px"):
             check_parity(report, SIZE)
+
+
+def test_an_export_elsewhere_brings_along_what_the_bundle_has_of_the_same_weights(copied: Path, tmp_path: Path) -> None:
+    made = Manifest.read(copied)
+    other = export_bundle(copied, tmp_path / "other").manifest
+    assert set(other.files) == set(made.files) >= {"model.fp16.onnx", "model.fp32.onnx"}
+    assert other.files["model.fp16.onnx"] == made.files["model.fp16.onnx"]
+    rows = json.loads((tmp_path / "other" / "parity.json").read_text())
+    assert {row["file"] for row in rows} == {"model.fp16.onnx", "model.fp32.onnx"}
+    for name in other.files:
+        other.check_file(tmp_path / "other", name)

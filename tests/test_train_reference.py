@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import train_reference
 
 from kp_train.synthetic import write_csv_source
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import train_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 

@@ -1,0 +1,120 @@
+"""Fills a model card's tables from the bundle's manifest and parity report.
+
+    python scripts/model_card.py engines/resnet18-68 …
+
+What stands between the two markers of MODEL_CARD.md is made; the text around them is written by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from kp_runtime.errors import KpError
+from kp_runtime.spec import Manifest
+
+CARD = "MODEL_CARD.md"
+BEGIN = "<!-- begin: made by scripts/model_card.py -->"
+END = "<!-- end: made by scripts/model_card.py -->"
+REGIONS = ("jaw", "brows", "nose", "eyes", "mouth")
+
+
+def filled(text: str, manifest: Manifest, parity: list[dict[str, Any]]) -> str:
+    """The card's text with new tables.
+
+    Raises:
+        KpError: the text lacks the markers.
+    """
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not (begin and end):
+        raise KpError(f"the card has no place for its tables: it needs the lines {BEGIN} and {END}")
+    tables = [*_accuracy(manifest), *_groups(manifest), *_robustness(manifest), *_parity(parity), *_sources(manifest)]
+    return f"{head}{BEGIN}\n\n" + "\n\n".join(tables) + f"\n\n{END}{tail}"
+
+
+def _accuracy(manifest: Manifest) -> Iterator[str]:
+    columns = ["faces", "number", "missed by the detector", "NME", "median", "95%", "AUC at 8%", "failures over 8%",
+               "SmoothL1 as the original", *REGIONS]  # fmt: skip
+    rows = []
+    for name, a in manifest.accuracy.items():
+        share = [f"{a[key]:.2%}" for key in ("nme", "median", "p95")]
+        rest = [f"{a['auc']:.3f}", f"{a['failures']:.2%}", f"{a['smooth_l1']:.5f}"]
+        regions = [f"{a['regions'][region]:.2%}" for region in REGIONS]
+        rows.append([name, a["faces"], a["missed"], *share, *rest, *regions])
+    yield _table(columns, rows)
+
+
+def _groups(manifest: Manifest) -> Iterator[str]:
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    names = [name for name, a in manifest.accuracy.items() if "groups" in a and "held-out people" not in name]
+    for name in names:
+        for g in manifest.accuracy[name]["groups"]:
+            span = f"{g['low']:g} or more" if g["high"] is None else f"{g['low']:g} to {g['high']:g}"
+            found.setdefault((g["by"], span), {})[name] = f"{g['nme']:.2%} ({g['faces']})"
+    if found:
+        yield "By size and turn: NME, and how many faces. The turn is 0 for a frontal face, 1 for a profile."
+        yield _table(
+            ["", "", *names], [[*key, *(cells.get(name, "") for name in names)] for key, cells in found.items()]
+        )
+
+
+def _robustness(manifest: Manifest) -> Iterator[str]:
+    rows = []
+    for name, a in manifest.accuracy.items():
+        if steady := a.get("robustness"):
+            rise = (steady["jitter_nme"] - steady["nme"]) * 100
+            enlarged = [f"{steady['enlarged'][key]:.2%}" for key in steady["enlarged"]]
+            rows.append([name, f"{rise:+.2f} points", *enlarged, f"{steady['mirrored']:.2%}"])
+    if rows:
+        yield (
+            "Shown otherwise: how far the NME rises with boxes 10% off in place and size, and how far points move, in "
+            "eye distances, when the photo is enlarged or mirrored."
+        )
+        yield _table(["faces", "boxes 10% off", "2 times", "4 times", "8 times", "mirrored"], rows)
+
+
+def _parity(parity: list[dict[str, Any]]) -> Iterator[str]:
+    if parity:
+        rows = [
+            [
+                f"`{p['file']}`",
+                p["origin"],
+                p["faces"],
+                *(f"{p[key]:.3f}" for key in ("p50_px", "p99_px", "max_px")),
+                "" if p["rise"] is None else f"{p['rise']:+.3f}",
+            ]
+            for p in parity
+        ]
+        yield "How far the files are from PyTorch, in pixels of the crop, and the rise of the NME in points:"
+        yield _table(["file", "faces", "number", "p50 px", "p99 px", "max px", "rise"], rows)
+
+
+def _sources(manifest: Manifest) -> Iterator[str]:
+    rows = [
+        [f"`{s['name']}`", s["faces"], s["trained_on"], f"{s['weight']:g}", f"`{s['sha256'][:16]}…`"]
+        for s in manifest.training["sources"]
+    ]
+    yield "What the last run was trained on:"
+    yield _table(["source", "faces", "trained on", "weight", "sha256 of its labels"], rows)
+
+
+def _table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def main() -> None:
+    """Fills the cards of the bundles that are named."""
+    for bundle in map(Path, sys.argv[1:]):
+        report = bundle / "parity.json"
+        parity = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
+        card = bundle / CARD
+        card.write_text(filled(card.read_text(encoding="utf-8"), Manifest.read(bundle), parity), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
