@@ -19,6 +19,7 @@ __all__ = [
     "print_groups",
     "print_json",
     "print_parity",
+    "print_table",
     "print_times",
     "progress",
     "share_progress",
@@ -79,7 +80,8 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str))
 
 
-def _print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """A table on stdout; the first column is text, the others are numbers."""
     from rich.console import Console
     from rich.table import Table
 
@@ -105,7 +107,7 @@ def print_accuracy(name: str, result: Any) -> None:
         ("SmoothL1 as the original", f"{measured.smooth_l1:.5f}"),
         *((f"NME {region}", f"{value:.2%}") for region, value in measured.regions.items()),
     ]
-    _print_table(name, ("measure", "value"), rows)
+    print_table(name, ("measure", "value"), rows)
 
 
 def print_groups(more: dict[str, Any]) -> None:
@@ -119,7 +121,7 @@ def print_groups(more: dict[str, Any]) -> None:
         )
         for group in more["groups"]
     ]
-    _print_table("by face", ("property", "range", "faces", "NME"), rows)
+    print_table("by face", ("property", "range", "faces", "NME"), rows)
     if steady := more.get("robustness"):
         rise = steady["jitter_nme"] - steady["nme"]
         changed = [
@@ -127,7 +129,7 @@ def print_groups(more: dict[str, Any]) -> None:
             *((f"photo enlarged {k} times", f"points move by {v:.2%}") for k, v in steady["enlarged"].items()),
             ("photo mirrored", f"points move by {steady['mirrored']:.2%}"),
         ]
-        _print_table(f"the same {steady['faces']} faces shown otherwise", ("how", "result"), changed)
+        print_table(f"the same {steady['faces']} faces shown otherwise", ("how", "result"), changed)
 
 
 def print_parity(reports: Sequence[Any]) -> None:
@@ -146,7 +148,7 @@ def print_parity(reports: Sequence[Any]) -> None:
     ]
     regions = [f"{name} px" for name in reports[0].regions_px]
     title = f"distance to PyTorch on {reports[0].origin}"
-    _print_table(title, ("file", "faces", "mean px", "p50 px", "p99 px", "max px", "NME %", "rise", *regions), rows)
+    print_table(title, ("file", "faces", "mean px", "p50 px", "p99 px", "max px", "NME %", "rise", *regions), rows)
     if any(p.rise is None for p in reports):
         typer.echo("these faces have no labels: how far the accuracy itself moves was not measured, --data does that")
 
@@ -158,7 +160,7 @@ def _ms(time: Any) -> tuple[str, ...]:
 def print_times(title: str, stages: dict[str, Any]) -> None:
     """`TimeSummary` by stage, a stage a line."""
     rows = [(stage, time.samples, *_ms(time)) for stage, time in stages.items()]
-    _print_table(title, ("stage", "samples", "p50 ms", "p95", "p99", "max"), rows)
+    print_table(title, ("stage", "samples", "p50 ms", "p95", "p99", "max"), rows)
 
 
 def _interval(time: Any, divisor: float = 1.0) -> str:
@@ -176,18 +178,18 @@ def print_bench(result: Any) -> None:
         s = case.times.summary
         numbers = _ms(s)
         rows.append((case.file, case.batch, s.samples, numbers[0], _interval(s), *numbers[1:], f"{case.ms_a_face:.2f}"))
-    _print_table("network alone", ("file", "batch", *tail, "ms a face"), rows)
+    print_table("network alone", ("file", "batch", *tail, "ms a face"), rows)
     stages = [*result.photo.stages.items(), ("whole", result.photo.whole)]
     rows = [
         (name, t.summary.samples, _ms(t.summary)[0], _interval(t.summary), *_ms(t.summary)[1:]) for name, t in stages
     ]
-    _print_table(f"stages of a photo with {result.photo.file}", ("stage", *tail), rows)
+    print_table(f"stages of a photo with {result.photo.file}", ("stage", *tail), rows)
     rows = []
     for file in result.files:
         memory = ["" if mib is None else f"{mib:.0f}" for mib in (file.cold.peak_mib, file.cold.base_mib)]
         rows.append((file.file, file.backend, f"{file.cold.load_ms:.0f}", f"{file.cold.first_ms:.1f}", *memory))
     columns = ("file", "engine", "load ms", "first call ms", "peak MiB", "before the load")
-    _print_table("fresh processes", columns, rows)
+    print_table("fresh processes", columns, rows)
 
 
 def print_comparison(comparison: Any) -> None:
@@ -200,7 +202,7 @@ def print_comparison(comparison: Any) -> None:
         numbers = f"{case.old_ms:.2f}", f"{case.new_ms:.2f}", f"{case.ratio.value:.3f}", interval
         rows.append((case.case, *numbers, case.verdict))
     columns = ("case", "old p50 ms", "new p50 ms", "new / old", "95% interval", "the new one is")
-    _print_table("against the older results", columns, rows)
+    print_table("against the older results", columns, rows)
     lines = [*(f"no fair comparison: {text}" for text in comparison.obstacles), *comparison.alone, *comparison.notes]
     for line in lines:
         typer.echo(line)
@@ -215,7 +217,7 @@ def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:
         hashes = e.sha256[:12], (e.parent_sha256 or "")[:12]
         state = "ok" if states[name] == "ok" else "BAD"
         rows.append((name, e.kind, e.precision or "", f"{e.bytes:,}", *hashes, _layers(e.made), state))
-    _print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "layers", "hash"), rows)
+    print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "layers", "hash"), rows)
     for source in training.get("sources", []):
         typer.echo(f"trained on {source.get('trained_on')} faces of {source.get('name')} ({source.get('sha256')})")
     if training:

@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, Record, write_record
+from kp_report import print_table
 from kp_runtime.backend import usable_cores
 from kp_runtime.errors import InputError, KpError
 
@@ -34,19 +35,6 @@ def checked_threads(threads: int) -> int:
     if not 1 <= threads <= usable_cores():
         raise InputError(f"threads must be 1 to {usable_cores()}, the cores of this machine; got {threads}")
     return threads
-
-
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """A table on stdout."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(width=None if Console().is_terminal else 170).print(table)
 
 
 def finish(record: Record, out: Path | None) -> None:
