@@ -114,13 +114,10 @@ def _each(value: ArrayLike, shape: tuple[int, ...]) -> list[Any]:
 
 def apply_matrix(matrix: FloatArray, xy: FloatArray) -> NDArray[np.float64]:
     """Maps points: `matrix` `(..., 2, 3)`, `xy` `(..., p, 2)`; `(..., p, 2)` float64."""
-    matrix, xy = np.asarray(matrix, np.float64), np.asarray(xy)
-    x, y = xy[..., 0].astype(np.float64), xy[..., 1].astype(np.float64)
-    mapped = np.empty(np.broadcast_shapes(matrix.shape[:-2], xy.shape[:-2]) + xy.shape[-2:])
+    matrix, xy = np.asarray(matrix, np.float64)[..., None, :, :], np.asarray(xy, np.float64)
     # products and sums one by one: a matrix product would round differently on other processors
-    for i in (0, 1):
-        row = matrix[..., i, :, None]
-        mapped[..., i] = x * row[..., 0, :] + y * row[..., 1, :] + row[..., 2, :]
+    mapped: NDArray[np.float64] = xy[..., :1] * matrix[..., 0] + xy[..., 1:] * matrix[..., 1]
+    mapped += matrix[..., 2]
     return mapped
 
 
