@@ -139,8 +139,8 @@ def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     """A tree of dicts, lists, tuples, numbers and tensors as JSON; tensors go into `tensors`."""
     if isinstance(value, Tensor):
         key = str(len(tensors))
-        tensors[key] = value.detach().cpu().clone().contiguous()
-        return {"tensor": key}
+        tensors[key] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": key, "channels_last": value.ndim == 4 and not value.is_contiguous()}
     if isinstance(value, dict):
         return {"dict": [[_pack(k, tensors), _pack(v, tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
@@ -156,8 +156,8 @@ def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if not isinstance(value, dict):
         return value
     (kind, inner), *_ = value.items()
-    if kind == "tensor":
-        return tensors[inner]
+    if kind == "tensor":  # a fused optimiser walks the memory: its moments must lie as their weights do
+        return tensors[inner].to(memory_format=torch.channels_last) if value["channels_last"] else tensors[inner]
     if kind == "dict":
         return {_unpack(k, tensors): _unpack(v, tensors) for k, v in inner}
     items = [_unpack(item, tensors) for item in inner]

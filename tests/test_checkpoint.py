@@ -117,6 +117,16 @@ def test_a_training_state_is_json_and_safetensors_and_comes_back_whole(tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["s.state"]
 
 
+def test_a_state_keeps_how_its_tensors_lie_in_memory(tmp_path: Path) -> None:
+    """A fused optimiser pairs weights and moments by their place in memory."""
+    plain = torch.arange(24.0).reshape(1, 2, 3, 4)
+    last = plain.to(memory_format=torch.channels_last)
+    SafetensorsIO().save_checkpoint({"moments": [plain, last]}, tmp_path / "s.state")
+    back = SafetensorsIO().load_checkpoint(tmp_path / "s.state")["moments"]
+    assert [m.stride() for m in back] == [plain.stride(), last.stride()]
+    assert all(torch.equal(m, plain) for m in back)
+
+
 def test_a_kill_between_the_last_two_moves_loses_no_state(tmp_path: Path) -> None:
     io = SafetensorsIO()
     io.save_checkpoint({"epoch": 1}, tmp_path / "s.state")
