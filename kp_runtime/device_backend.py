@@ -1,0 +1,157 @@
+"""What engines on a GPU have in common: lanes (a stream and buffers), and crops from the host's memory.
+
+A lane holds the network's input and output in device memory, so that whatever is already there (crops
+of `preprocess_cuda`) needs no way through the host. One backend opens many lanes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from abc import ABC, abstractmethod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.backend import Backend
+from kp_runtime.cuda_driver import CudaDriver
+from kp_runtime.errors import BackendError
+from kp_runtime.spec import ModelSpec
+
+__all__ = ["DeviceBackend", "Lane"]
+
+
+class Lane(ABC):
+    """A CUDA stream with the network's input and output buffers. Used by one thread at a time.
+
+    Args:
+        driver: the device.
+        spec: the model's contract.
+        max_faces: most crops of one `enqueue`.
+        batches: fewest and most crops that the engine takes at once; most None: any number.
+        stream: a stream that all lanes share, which stays open; None makes one for this lane.
+
+    Attributes:
+        stream: the `CUstream`'s handle.
+        input_ptr: address of uint8 `(max_faces, 1, size, size)` on the device.
+        output_ptr: address of float32 `(max_faces, 68, 2)` on the device.
+        max_faces: most crops of one `enqueue`.
+        capturable: whether `enqueue` may be captured into a CUDA graph, once it has run with as many faces.
+
+    Raises:
+        BackendError: no memory is left on the device; nothing is kept, other lanes stay usable.
+    """
+
+    capturable = False
+
+    def __init__(
+        self,
+        driver: CudaDriver,
+        spec: ModelSpec,
+        max_faces: int,
+        batches: tuple[int, int | None] = (1, None),
+        stream: int | None = None,
+    ) -> None:
+        if max_faces < 1:
+            raise BackendError(f"a lane needs room for 1 face or more, got {max_faces}")
+        self.driver, self.spec, self.max_faces = driver, spec, max_faces
+        self._least, self._most = batches
+        self._owned: list[tuple[str, object]] = []
+        self.crop_bytes, self.result_bytes = spec.size * spec.size, spec.points * 2 * 4
+        room = max_faces + self._least - 1  # a last part under the least is filled up with what lies behind it
+        driver.make_current()
+        try:
+            self.stream = self._own("cuStreamDestroy", "cuStreamCreate", 1) if stream is None else stream
+            self.input_ptr = self._own("cuMemFree", "cuMemAlloc", room * self.crop_bytes)
+            self.output_ptr = self._own("cuMemFree", "cuMemAlloc", room * self.result_bytes)
+        except BackendError as error:
+            self.close()
+            raise BackendError(f"no room for {max_faces} faces on the GPU: {error}; use fewer at once") from error
+
+    def _own(self, release: str, function: str, argument: int) -> int:
+        handle = self.driver.call(function, argument)
+        self._owned.append((release, handle))
+        return int(handle)
+
+    def enqueue(self, faces: int) -> None:
+        """Runs the network on the first `faces` crops of the input; asynchronous on `stream`.
+
+        More than the engine takes at once are fed in parts.
+
+        Raises:
+            BackendError: `faces` is not 1 to `max_faces`, or the engine failed.
+        """
+        if not 1 <= faces <= self.max_faces:
+            raise BackendError(f"this lane takes 1 to {self.max_faces} faces, got {faces}; open a larger one")
+        self.driver.make_current()
+        step = self._most or faces
+        for start in range(0, faces, step):
+            count = max(min(step, faces - start), self._least)
+            self._feed(self.input_ptr + start * self.crop_bytes, self.output_ptr + start * self.result_bytes, count)
+
+    @abstractmethod
+    def _feed(self, input_ptr: int, output_ptr: int, count: int) -> None:
+        """Runs the network on crops that it takes at once; asynchronous on `stream`."""
+
+    def close(self) -> None:
+        """Waits for the stream and frees what the lane has; a second call does nothing."""
+        if not self._owned:
+            return
+        self.driver.make_current()
+        if hasattr(self, "stream"):
+            self.driver.call("cuStreamSynchronize", self.driver.api.CUstream(self.stream))
+        while self._owned:
+            release, handle = self._owned.pop()
+            self.driver.call(release, handle)
+
+    def __enter__(self) -> Lane:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # a program that ends takes the driver away first; what is left goes with it
+        with contextlib.suppress(Exception):
+            self.close()
+
+
+class DeviceBackend(Backend):
+    """An engine on a GPU. `infer` may be called from several threads at once: each has its own lane."""
+
+    driver: CudaDriver
+
+    def __init__(self, spec: ModelSpec, driver: CudaDriver) -> None:
+        super().__init__(spec)
+        self.driver = driver
+        self._threads = threading.local()
+
+    @abstractmethod
+    def open_lane(self, max_faces: int) -> Lane:
+        """A new lane with room for so many faces; one that has become too small is replaced by another.
+
+        Raises:
+            BackendError: no memory is left on the device; the lanes that are open stay usable.
+        """
+
+    def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        crops = np.ascontiguousarray(crops)
+        keypoints = np.empty((len(crops), self.spec.points, 2), np.float32)
+        lane = self._lane(len(crops))
+        call, stream = self.driver.call, self.driver.api.CUstream(lane.stream)
+        self.driver.make_current()
+        call("cuMemcpyHtoDAsync", lane.input_ptr, crops.ctypes.data, crops.nbytes, stream)
+        lane.enqueue(len(crops))
+        call("cuMemcpyDtoHAsync", keypoints.ctypes.data, lane.output_ptr, keypoints.nbytes, stream)
+        call("cuStreamSynchronize", stream)
+        return keypoints
+
+    def _lane(self, faces: int) -> Lane:
+        """The calling thread's lane, replaced by a larger one where it must be."""
+        lane: Lane | None = getattr(self._threads, "lane", None)
+        if lane is None or lane.max_faces < faces:
+            larger = self.open_lane(1 << (faces - 1).bit_length())
+            if lane is not None:
+                lane.close()
+            lane = self._threads.lane = larger
+        return lane
