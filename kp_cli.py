@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 
 DEFAULT_BUNDLE = Path("engines/resnet18-68")
+ELSE_DEFAULT = "the default model when left out: KP_MODEL, the model wheel, the checkout's own."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own choice (all cores) when left out.")]
 Yunet = Annotated[Path | None, typer.Option(help="A YuNet model file, to detect faces with it instead of Haar.")]
@@ -143,6 +144,9 @@ def evaluate(
         bool,
         typer.Option("--robustness", help="Also shake the boxes, enlarge and mirror the photos: 13 times the work."),
     ] = False,
+    looks: Annotated[
+        int, typer.Option(help="Times that a face is looked at, each time in the box of the points found before.")
+    ] = 1,
     record: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also keep the result in the bundle's manifest under this name.")
     ] = None,
@@ -173,12 +177,12 @@ def evaluate(
         sources = [held_out_faces(source, opened.manifest) for source in sources]
     faces = [face for source in sources for face in source.faces]
     detector = _detector(yunet) if boxes is Boxes.detector else None
-    result = measure(opened, faces, detector, track=progress("measuring"))
+    result = measure(opened, faces, detector, track=progress("measuring"), looks=looks)
     more: dict[str, Any] = {"groups": [dataclasses.asdict(group) for group in groups(result)]}
     if steady:
-        more["robustness"] = dataclasses.asdict(robustness(opened, result.faces, progress("showing otherwise")))
+        more["robustness"] = dataclasses.asdict(robustness(opened, result.faces, progress("showing otherwise"), looks))
     if record is not None:
-        kept = {record: dataclasses.asdict(result.accuracy) | {"missed": result.missed} | more}
+        kept = {record: dataclasses.asdict(result.accuracy) | {"missed": result.missed, "looks": looks} | more}
         bundle = model if model.is_dir() else model.parent
         manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
         dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
@@ -188,7 +192,13 @@ def evaluate(
 
         pictures = [error_curve(result, opened.name, out / "error_curve.png"), worst_faces(result, out / "worst.png")]
     if as_json:
-        rest = {"model": opened.name, "boxes": boxes.value, "split": split.value, "missed": result.missed}
+        rest = {
+            "model": opened.name,
+            "boxes": boxes.value,
+            "split": split.value,
+            "missed": result.missed,
+            "looks": looks,
+        }
         print_json(rest | dataclasses.asdict(result.accuracy) | more | {"pictures": [str(p) for p in pictures]})
         return
     print_accuracy(opened.name, result)
@@ -345,7 +355,7 @@ def pack(
 @app.command()
 def predict(
     photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them.")],
-    model: Annotated[Path, typer.Option(help="A bundle, or an ONNX file in one.")] = DEFAULT_BUNDLE,
+    model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
     out: Annotated[Path, typer.Option(help="Folder for the drawn photos and the results.")] = Path("out"),
     drawn: Annotated[Path | None, typer.Option(help="File for the drawn photo, when there is one photo.")] = None,
     box: Annotated[
@@ -378,7 +388,7 @@ def predict(
     if len(set(targets)) < len(targets):
         raise InputError("two of the photos have the same name; predict them in two runs with their own --out")
     boxes = np.array([_parse_box(text) for text in box]) if box else None
-    opened, timer = load(model, threads=threads), StageTimer()
+    opened, timer = load(_bundle(model), threads=threads), StageTimer()
     detector = None if boxes is not None else _detector(yunet)
     results, failed = [], []
     for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
@@ -402,7 +412,7 @@ def predict(
 
 @app.command()
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="A bundle with ONNX files.")] = DEFAULT_BUNDLE,
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle with ONNX files; " + ELSE_DEFAULT)] = None,
     photo: Annotated[
         Path | None, typer.Option(help="A photo with a face; scikit-image's astronaut when left out.")
     ] = None,
@@ -454,7 +464,7 @@ def bench(
         settings = BenchSettings(tuple(batch or (1, 8)), seconds, samples, threads, tuple(precision or ()))
         with share_progress() as step:
             admit = gate(old, anyway)
-            result = run_bench(bundle, photo or _astronaut(), _detector(yunet), settings, admit=admit, step=step)
+            result = run_bench(_bundle(bundle), photo or _astronaut(), _detector(yunet), settings, admit=admit, step=step)
     comparison = compared(old, result, anyway=anyway) if old else None
     written = [] if out is None else [write_results(result, out)]
     written += [] if html is None else [bench_page(result, html, comparison)]
@@ -469,7 +479,7 @@ def bench(
 
 @app.command()
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")] = DEFAULT_BUNDLE,
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle's folder; " + ELSE_DEFAULT)] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a bundle holds and whether its hashes hold.
@@ -524,6 +534,13 @@ def _quiet_training() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers).*")
+
+
+def _bundle(named: Path | None) -> Path:
+    """The bundle that was named, else the default one; last, in a checkout, the checkout's own."""
+    from kp_runtime.default_model import default_bundle
+
+    return named or default_bundle(checkout=Path(__file__).parent / DEFAULT_BUNDLE)
 
 
 def _detector(yunet: Path | None) -> Any:

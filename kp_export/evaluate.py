@@ -14,7 +14,7 @@ from kp_export.bundle import predict_from_net
 from kp_export.parity import Predict
 from kp_runtime.backend import open_backend
 from kp_runtime.detect import Detector
-from kp_runtime.errors import DataError
+from kp_runtime.errors import DataError, InputError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import (
     apply_matrix,
@@ -29,7 +29,7 @@ from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Face, Source, is_held_out, luma_from_file
 from kp_train.metrics import Accuracy, accuracy, point_errors
 
-__all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "open_model", "overlap"]
+__all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "open_model", "overlap", "predict_in_frames"]
 
 BATCH = 32
 
@@ -99,6 +99,7 @@ def evaluate(
     faces: Sequence[Face],
     detector: Detector | None = None,
     track: Callable[[Sequence[Any]], Iterable[Any]] = lambda items: items,
+    looks: int = 1,
 ) -> Evaluation:
     """Measures a model on labelled faces.
 
@@ -108,29 +109,32 @@ def evaluate(
         detector: gives the boxes; the keypoints' own boxes when None. Of several boxes in a photo
             the one with the largest overlap counts.
         track: wraps the list of batches, to show progress.
+        looks: as `predict_in_frames` takes them.
 
     Raises:
         DataError: an image can't be read, or the detector found none of the faces.
+        InputError: more looks at a model of whole frames, or fewer than one.
     """
     spec = model.manifest.spec
     kept: list[Face] = []
-    predicted, boxes, sizes = [], [], []
+    predicted: list[NDArray[np.float64]] = []
+    boxes: list[NDArray[np.float64]] = []
+    sizes: list[tuple[int, int]] = []
     batches = [faces[i : i + BATCH] for i in range(0, len(faces), BATCH)]
     for batch in track(batches):
-        crops, matrices = [], []
+        frames, found = [], []
         for face in batch:
             frame = Frame(luma_from_file(face.image), "gray")
             box = frame_box(frame.size_hw) if spec.box == "frame" else _box(face, frame, detector)
             if box is None:
                 continue
-            matrix = matrices_from_boxes(box[None], spec.size, spec.margin)
-            crops.append(crops_from_frame(frame, matrix, spec.size)[0])
-            matrices.append(matrix[0])
+            frames.append(frame)
+            found.append(box)
             kept.append(face)
-            boxes.append(box)
-            sizes.append(frame.size_hw)
-        if crops:
-            predicted.append(apply_matrix(invert_matrix(np.stack(matrices)), model.predict(np.stack(crops))))
+        if frames:
+            predicted.append(predict_in_frames(model, frames, np.stack(found), looks))
+            boxes += found
+            sizes += [frame.size_hw for frame in frames]
     if not kept:
         raise DataError(f"the detector found none of the {len(faces)} faces; try --boxes keypoints")
     points, truth = np.concatenate(predicted), np.stack([face.xy for face in kept])
@@ -142,6 +146,38 @@ def evaluate(
         missed=len(faces) - len(kept),
         accuracy=accuracy(points, truth, np.array(sizes)),
     )
+
+
+def predict_in_frames(
+    model: OpenModel, frames: Sequence[Frame], boxes_xyxy: NDArray[np.float64], looks: int = 1
+) -> NDArray[np.float64]:
+    """Keypoints of a face on each frame.
+
+    Args:
+        model: from `open_model`.
+        frames: `n` images.
+        boxes_xyxy: `(n, 4)`, pixels of each frame.
+        looks: how often the network sees each face; from the second time on, the box is the one around
+            the points that it found before.
+
+    Returns:
+        `(n, 68, 2)` float64, pixels of each frame.
+
+    Raises:
+        InputError: `looks` is under 1, or over 1 for a model whose crop is not cut around the face.
+    """
+    spec = model.manifest.spec
+    if looks < 1 or (looks > 1 and spec.box != "keypoints"):
+        raise InputError(f"looks must be 1{' or more' if spec.box == 'keypoints' else ' for this model'}, got {looks}")
+    points = np.empty((0, spec.points, 2))
+    for _ in range(looks):
+        matrices = matrices_from_boxes(boxes_xyxy, spec.size, spec.margin)
+        crops = np.concatenate(
+            [crops_from_frame(frame, matrix[None], spec.size) for frame, matrix in zip(frames, matrices, strict=True)]
+        )
+        points = apply_matrix(invert_matrix(matrices), model.predict(crops))
+        boxes_xyxy = boxes_from_points(points)
+    return points
 
 
 def _box(face: Face, frame: Frame, detector: Detector | None) -> NDArray[np.float64] | None:

@@ -14,10 +14,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_export.evaluate import BATCH, Evaluation, OpenModel
+from kp_export.evaluate import Evaluation, OpenModel, predict_in_frames
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import apply_matrix, boxes_from_points, invert_matrix, matrices_from_boxes
-from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.geometry import boxes_from_points
 from kp_runtime.scheme68 import EYE_CORNERS, MIRROR
 from kp_train.data import Face, luma_from_file
 from kp_train.metrics import point_errors
@@ -75,6 +74,7 @@ def robustness(
     model: OpenModel,
     faces: Sequence[Face],
     track: Callable[[Sequence[Any]], Iterable[Any]] = lambda items: items,
+    looks: int = 1,
 ) -> Robustness:
     """Measures a model on labelled faces shown in other ways; boxes from the keypoints.
 
@@ -82,6 +82,7 @@ def robustness(
         model: from `evaluate.open_model`; one that takes face boxes.
         faces: labelled faces.
         track: wraps the list of faces, to show progress.
+        looks: as `evaluate.predict_in_frames` takes them.
 
     Raises:
         DataError: an image can't be read.
@@ -92,7 +93,8 @@ def robustness(
         views = [_View(luma, box), *(_View(luma, _shaken(box, *shake)) for shake in SHAKES)]
         views += [_enlarged(luma, box, k) for k in ENLARGED]
         views.append(_View(np.ascontiguousarray(luma[:, ::-1]), _mirrored_box(box, luma.shape[1])))
-        points = _predict(model, views)
+        frames, boxes = [Frame(view.luma, "gray") for view in views], np.stack([view.box_xyxy for view in views])
+        points = predict_in_frames(model, frames, boxes, looks)
         n = 1 + len(SHAKES)
         base.append(points[0])
         shaken.append(points[1:n])
@@ -131,18 +133,6 @@ def _enlarged(luma: NDArray[np.uint8], box: NDArray[np.float64], k: int) -> _Vie
 
 def _mirrored_box(box: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     return np.array([width - 1 - box[2], box[1], width - 1 - box[0], box[3]])
-
-
-def _predict(model: OpenModel, views: Sequence[_View]) -> NDArray[np.float64]:
-    """Points of each view in its own pixels, `(n, 68, 2)`."""
-    spec = model.manifest.spec
-    matrices = np.concatenate([matrices_from_boxes(v.box_xyxy[None], spec.size, spec.margin) for v in views])
-    crops = [
-        crops_from_frame(Frame(view.luma, "gray"), matrix[None], spec.size)[0]
-        for view, matrix in zip(views, matrices, strict=True)
-    ]
-    answers = [model.predict(np.stack(crops[i : i + BATCH])) for i in range(0, len(crops), BATCH)]
-    return apply_matrix(invert_matrix(matrices), np.concatenate(answers))
 
 
 def groups(result: Evaluation) -> list[Group]:

@@ -11,7 +11,7 @@ import pytest
 
 from kp_export.evaluate import OpenModel, evaluate, held_out_faces, open_model
 from kp_export.pictures import error_curve, worst_faces
-from kp_runtime.errors import BackendError, BundleError, DataError
+from kp_runtime.errors import BackendError, BundleError, DataError, InputError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.spec import Manifest, ModelSpec
@@ -53,6 +53,28 @@ def test_an_error_in_the_crop_is_an_error_in_the_photo(source: Source) -> None:
     sides = np.array([spec.margin * np.ptp(face.xy, axis=0).max() for face in source.faces])
     eyes = np.array([np.linalg.norm(face.xy[36] - face.xy[45]) for face in source.faces])
     np.testing.assert_allclose(result.errors, sides / SIZE / eyes, rtol=1e-4)
+
+
+def test_a_second_look_is_cut_around_the_points_of_the_first(source: Source) -> None:
+    """A network that puts the same points into every crop: where they end can be reckoned."""
+    spec, middle = ModelSpec("x", SIZE), (SIZE - 1) / 2
+    points = (mean_shape() * 0.6 + 0.04) * SIZE + middle
+    fixed = OpenModel("fixed", Manifest(spec=spec), lambda crops: np.repeat(points[None], len(crops), axis=0))
+    twice = evaluate(fixed, source.faces, looks=2)
+    for face, found in zip(source.faces, twice.predicted, strict=True):
+        box = boxes_from_points(face.xy)
+        for _ in range(2):
+            side, centre = 1.3 * (box[2:] - box[:2]).max(), (box[:2] + box[2:]) / 2
+            xy = (points - middle) * side / SIZE + centre
+            box = boxes_from_points(xy)
+        np.testing.assert_allclose(found, xy, atol=1e-6)
+
+
+def test_looks_that_cannot_be(source: Source) -> None:
+    with pytest.raises(InputError, match="looks must be 1 or more, got 0"):
+        evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces, looks=0)
+    with pytest.raises(InputError, match="looks must be 1 for this model, got 2"):
+        evaluate(oracle(source, ModelSpec("x", SIZE, box="frame")), source.faces, looks=2)
 
 
 def test_a_detectors_boxes_and_misses(source: Source) -> None:
