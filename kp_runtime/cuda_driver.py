@@ -5,14 +5,24 @@ cuda-python is imported here alone in the run-time (and its NVRTC in `cubin`), w
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 from typing import Any
 
 from kp_runtime.errors import BackendError, MissingExtraError
 
-__all__ = ["CudaDriver", "bindings", "stream_handle"]
+__all__ = ["CudaDriver", "bindings", "has_driver", "stream_handle"]
 
-PURPOSE = "cropping on the GPU (with CUDA 13: the extra cuda13)"
+PURPOSE = "running on a GPU (with CUDA 13: the extra cuda13)"
+
+
+def has_driver() -> bool:
+    """Whether this machine has NVIDIA's driver library: a look that costs nothing where it has not."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def bindings(name: str) -> Any:
@@ -28,6 +38,10 @@ class CudaDriver:
 
     Args:
         device_id: number of the GPU.
+
+    Attributes:
+        arch: the GPU's architecture, such as `sm_87`.
+        cuda: the newest CUDA version that the driver runs, such as `12.6`.
 
     Raises:
         MissingExtraError: cuda-python is not installed.
@@ -46,7 +60,7 @@ class CudaDriver:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BackendError(
                 f"there is no CUDA device: the NVIDIA driver's libcuda can't be loaded ({reason}); where there is a "
-                "GPU, install its driver; elsewhere crop on the CPU"
+                "GPU, install its driver; elsewhere run on the CPU"
             ) from error
         if not 0 <= device_id < count:
             raise BackendError(f"there is no CUDA device {device_id}: this machine has {count}, numbered from 0")
@@ -55,6 +69,8 @@ class CudaDriver:
         major = self.call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
         minor = self.call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
         self.arch = f"sm_{int(major)}{int(minor)}"
+        version = int(self.call("cuDriverGetVersion"))
+        self.cuda = f"{version // 1000}.{version % 1000 // 10}"
         self._context = self.call("cuDevicePrimaryCtxRetain", device)
         self.make_current()
 

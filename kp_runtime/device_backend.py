@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,19 +55,22 @@ class Lane(ABC):
     ) -> None:
         if max_faces < 1:
             raise BackendError(f"a lane needs room for 1 face or more, got {max_faces}")
-        self.driver, self.spec, self.max_faces = driver, spec, max_faces
-        self._least, self._most = batches
-        self._owned: list[tuple[str, object]] = []
-        self.crop_bytes, self.result_bytes = spec.size * spec.size, spec.points * 2 * 4
-        room = max_faces + self._least - 1  # a last part under the least is filled up with what lies behind it
+        self.driver, self.max_faces = driver, max_faces
+        self._least, self._most = batches[0], batches[1] or max_faces
+        self._owned: list[tuple[str, Any]] = []
+        self._sizes = spec.size * spec.size, spec.points * 2 * 4  # bytes of a crop and of its keypoints
         driver.make_current()
         try:
             self.stream = self._own("cuStreamDestroy", "cuStreamCreate", 1) if stream is None else stream
-            self.input_ptr = self._own("cuMemFree", "cuMemAlloc", room * self.crop_bytes)
-            self.output_ptr = self._own("cuMemFree", "cuMemAlloc", room * self.result_bytes)
+            self.input_ptr, self.output_ptr = self._buffers(max(max_faces, self._least))
+            self._part = self._buffers(self._most) if max_faces > self._most else (0, 0)
         except BackendError as error:
             self.close()
             raise BackendError(f"no room for {max_faces} faces on the GPU: {error}; use fewer at once") from error
+
+    def _buffers(self, faces: int) -> tuple[int, int]:
+        crops, keypoints = (self._own("cuMemFree", "cuMemAlloc", faces * size) for size in self._sizes)
+        return crops, keypoints
 
     def _own(self, release: str, function: str, argument: int) -> int:
         handle = self.driver.call(function, argument)
@@ -76,7 +80,8 @@ class Lane(ABC):
     def enqueue(self, faces: int) -> None:
         """Runs the network on the first `faces` crops of the input; asynchronous on `stream`.
 
-        More than the engine takes at once are fed in parts.
+        More than the engine takes at once are fed in parts, through memory of their own: engines want
+        addresses at multiples of 256 bytes.
 
         Raises:
             BackendError: `faces` is not 1 to `max_faces`, or the engine failed.
@@ -84,14 +89,24 @@ class Lane(ABC):
         if not 1 <= faces <= self.max_faces:
             raise BackendError(f"this lane takes 1 to {self.max_faces} faces, got {faces}; open a larger one")
         self.driver.make_current()
-        step = self._most or faces
-        for start in range(0, faces, step):
-            count = max(min(step, faces - start), self._least)
-            self._feed(self.input_ptr + start * self.crop_bytes, self.output_ptr + start * self.result_bytes, count)
+        if faces <= self._most:
+            self._feed(self.input_ptr, self.output_ptr, max(faces, self._least))
+            return
+        copy, stream = "cuMemcpyDtoDAsync", self.driver.api.CUstream(self.stream)
+        crop, keypoints = self._sizes
+        for start in range(0, faces, self._most):
+            count = min(self._most, faces - start)
+            self.driver.call(copy, self._part[0], self.input_ptr + start * crop, count * crop, stream)
+            self._feed(*self._part, max(count, self._least))
+            self.driver.call(copy, self.output_ptr + start * keypoints, self._part[1], count * keypoints, stream)
 
     @abstractmethod
     def _feed(self, input_ptr: int, output_ptr: int, count: int) -> None:
-        """Runs the network on crops that it takes at once; asynchronous on `stream`."""
+        """Runs the network on crops that it takes at once; asynchronous on `stream`.
+
+        Raises:
+            BackendError: the engine failed.
+        """
 
     def close(self) -> None:
         """Waits for the stream and frees what the lane has; a second call does nothing."""

@@ -39,6 +39,7 @@ class DriverDouble:
         self.memory: dict[int, Any] = {}
         self.queue: list[Callable[[], Any] | int] = []
         self.events = 0
+        self.streams = 0
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
         if not name.startswith("cu"):
@@ -64,6 +65,24 @@ class DriverDouble:
 
     def _cuDevicePrimaryCtxRetain(self, device: int) -> str:
         return "context"
+
+    def _cuDriverGetVersion(self) -> int:
+        return 12060
+
+    def _cuStreamCreate(self, flags: int) -> int:
+        self.streams += 1
+        return 1000 + self.streams
+
+    def _cuStreamSynchronize(self, stream: int) -> None:
+        while self.queue:
+            step = self.queue.pop(0)
+            if callable(step):
+                step()
+
+    def _cuMemcpyDtoHAsync(self, to: int, source: int, size: int, stream: int) -> None:
+        self.queue.append(lambda: ctypes.memmove(to, source, size))
+
+    _cuMemcpyDtoDAsync = _cuMemcpyDtoHAsync
 
     def _cuModuleLoadData(self, image: int) -> str:
         assert ctypes.string_at(image, 5) == b"cubin"

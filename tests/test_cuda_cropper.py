@@ -130,7 +130,7 @@ def test_no_such_device(driver: DriverDouble) -> None:
 
 def test_no_cuda_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
-    with pytest.raises(MissingExtraError, match=r"cropping on the GPU.*cuda-python.*pip install 'kp-edge\[cuda12\]'"):
+    with pytest.raises(MissingExtraError, match=r"running on a GPU.*cuda-python.*pip install 'kp-edge\[cuda12\]'"):
         CudaCropper()
 
 
@@ -139,5 +139,5 @@ def test_no_driver_library(driver: DriverDouble, monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("libcuda.so.1 not found\nsecond line")
 
     monkeypatch.setattr(driver, "cuInit", missing, raising=False)
-    with pytest.raises(BackendError, match=r"libcuda can't be loaded \(libcuda.so.1 not found\).*crop on the CPU$"):
+    with pytest.raises(BackendError, match=r"libcuda can't be loaded \(libcuda.so.1 not found\).*run on the CPU$"):
         CudaCropper()
