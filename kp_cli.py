@@ -464,7 +464,8 @@ def bench(
         settings = BenchSettings(tuple(batch or (1, 8)), seconds, samples, threads, tuple(precision or ()))
         with share_progress() as step:
             admit = gate(old, anyway)
-            result = run_bench(_bundle(bundle), photo or _astronaut(), _detector(yunet), settings, admit=admit, step=step)
+            face = photo or _astronaut()
+            result = run_bench(_bundle(bundle), face, _detector(yunet), settings, admit=admit, step=step)
     comparison = compared(old, result, anyway=anyway) if old else None
     written = [] if out is None else [write_results(result, out)]
     written += [] if html is None else [bench_page(result, html, comparison)]
@@ -489,18 +490,19 @@ def inspect(
     from kp_runtime.errors import BundleError
     from kp_runtime.spec import Manifest
 
-    manifest = Manifest.read(bundle)
+    folder = _bundle(bundle)
+    manifest = Manifest.read(folder)
     states: dict[str, str] = {}
     for name in manifest.files:
         try:
-            manifest.check_file(bundle, name)
+            manifest.check_file(folder, name)
             states[name] = "ok"
         except BundleError as error:
             states[name] = str(error)
     if as_json:
         print_json({"manifest": dataclasses.asdict(manifest), "files": states})
     else:
-        print_bundle(bundle, manifest, states)
+        print_bundle(folder, manifest, states)
     if bad := [text for text in states.values() if text != "ok"]:
         raise BundleError("; ".join(bad))
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.backend import Backend, open_backend
+from kp_runtime.default_model import default_bundle
 from kp_runtime.errors import BoxError, InputError
 from kp_runtime.frame import Frame, Scratch, as_frame
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
@@ -95,10 +96,18 @@ class Model:
 
 
 def load(
-    bundle: str | os.PathLike[str], backend: str = "auto", threads: int | None = None, *, precision: str = "auto"
+    bundle: str | os.PathLike[str] | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    *,
+    precision: str = "auto",
 ) -> Model:
-    """Opens a bundle; see `backend.open_backend` for the arguments and errors."""
-    return Model(open_backend(bundle, backend, precision, threads))
+    """Opens a bundle; see `backend.open_backend` for the arguments and errors.
+
+    Without one it is the default model's: what `KP_MODEL` names, else the installed model wheel
+    (`pip install 'kp-edge[model]'`), else a `BundleError`; see `default_model.default_bundle`.
+    """
+    return Model(open_backend(default_bundle() if bundle is None else bundle, backend, precision, threads))
 
 
 def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np.float64]:

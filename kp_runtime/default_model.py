@@ -1,0 +1,58 @@
+"""The bundle that `load()` opens when none is named: `KP_MODEL`, else the installed model wheel."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kp_runtime.errors import BundleError
+from kp_runtime.spec import MANIFEST_NAME
+
+__all__ = ["MODEL_DISTRIBUTION", "MODEL_VARIABLE", "default_bundle"]
+
+MODEL_VARIABLE = "KP_MODEL"
+MODEL_DISTRIBUTION = "kp-edge-model"
+MODEL_PACKAGE = "kp_model"
+
+
+def default_bundle(checkout: Path | None = None) -> Path:
+    """The default bundle's folder, or the model file that `KP_MODEL` names.
+
+    Only what was set or installed counts: the current folder is never searched, so the same program opens
+    the same model wherever it is started.
+
+    Args:
+        checkout: a bundle beside the program's own source; taken last, where it is there.
+
+    Raises:
+        BundleError: `KP_MODEL` leads nowhere, the model wheel is damaged, or there is no default model.
+    """
+    if given := os.environ.get(MODEL_VARIABLE):
+        if not Path(given).exists():
+            raise BundleError(f"{MODEL_VARIABLE} names {given}, which is not there; set it to a bundle's folder")
+        return Path(given)
+    if (installed := _installed_bundle()) is not None:
+        return installed
+    if checkout is not None and (checkout / MANIFEST_NAME).exists():
+        return checkout
+    raise BundleError(
+        f"no model was named and there is no default one: run pip install 'kp-edge[model]', set {MODEL_VARIABLE} "
+        "to a bundle's folder, or name a bundle"
+    )
+
+
+def _installed_bundle() -> Path | None:
+    """The model wheel's folder by the record of installed packages: a folder of its name elsewhere is not one."""
+    from importlib import metadata  # here, as it takes longer to import than all of this run-time's own modules
+
+    try:
+        wheel = metadata.distribution(MODEL_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
+    folder = Path(str(wheel.locate_file(MODEL_PACKAGE)))
+    if not (folder / MANIFEST_NAME).exists():
+        raise BundleError(
+            f"{MODEL_DISTRIBUTION} {wheel.version} is installed, but {folder} holds no {MANIFEST_NAME}; run: "
+            f"pip install --force-reinstall --no-deps {MODEL_DISTRIBUTION}"
+        )
+    return folder

@@ -1,0 +1,1 @@
+"""A packed bundle: manifest.json and the files that it names. `kp_runtime.load()` finds it."""

@@ -1,0 +1,108 @@
+"""Builds the project's wheel and the default model's, the same bytes each time.
+
+    python scripts/wheels.py --out dist
+
+Needs pip and setuptools, not torch. The model's wheel holds the int8 files of a full bundle, packed. Its
+version is the project's with the packed manifest's sha256 as label, so other weights are another version.
+Both are built from copies: setuptools leaves files in the folder, and takes old ones from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import kp_runtime
+from kp_export.pack import pack_bundle
+from kp_runtime.errors import ExportError, KpError
+from kp_runtime.spec import MANIFEST_NAME, sha256_of_file
+
+__all__ = ["build_model_wheel", "build_project_wheel", "main"]
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = ("pyproject.toml", "README.md", "LICENSE", "kp_cli.py", "kp_report.py", "kp_runtime", "kp_train", "kp_export")
+CARD = "MODEL_CARD.md"
+EARLIEST = "315532800"
+"""The first second that a zip file can name, 1980: what a wheel holds decides its bytes, not when it was made."""
+
+
+def build_project_wheel(out: Path) -> Path:
+    """Builds `kp-edge` into the folder `out`.
+
+    Raises:
+        ExportError: pip or setuptools failed.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(temporary)
+        for name in PROJECT:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(ROOT / name, source / name)
+        return _wheel_from(source, out)
+
+
+def build_model_wheel(bundle: Path, out: Path) -> Path:
+    """Builds `kp-edge-model` into the folder `out`, from the int8 files of a full bundle.
+
+    Raises:
+        BundleError: the bundle has no int8 file, or a file is not the manifest's.
+        ExportError: pip or setuptools failed.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        source = Path(shutil.copytree(ROOT / "packaging" / "model", Path(temporary) / "model"))
+        package = source / "kp_model"
+        shutil.rmtree(package / "__pycache__", ignore_errors=True)
+        pack_bundle(bundle, package, ["int8"])
+        if (bundle / CARD).exists():
+            shutil.copyfile(bundle / CARD, package / CARD)
+        label = sha256_of_file(package / MANIFEST_NAME)[:12]
+        (source / "VERSION").write_text(f"{kp_runtime.__version__}+m{label}\n", encoding="utf-8")
+        return _wheel_from(source, out)
+
+
+def _wheel_from(source: Path, out: Path) -> Path:
+    """Builds the project in `source`; modes are set, as the wheel would hold this user's."""
+    for path in source.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as built:
+        words = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", built, str(source))
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "--isolated", "--disable-pip-version-check", "wheel", *words],
+            capture_output=True, text=True, check=False, umask=0o022,
+            env={"SOURCE_DATE_EPOCH": EARLIEST} | dict(os.environ),
+        )  # fmt: skip
+        if done.returncode:
+            raise ExportError(
+                f"pip can't build the wheel of {source.name}; it needs setuptools 77 or newer here. It said: "
+                + (done.stderr.strip() or done.stdout.strip())
+            )
+        (wheel,) = Path(built).glob("*.whl")
+        os.replace(wheel, out / wheel.name)
+        return out / wheel.name
+
+
+def main(words: list[str] | None = None) -> None:
+    """Builds both and prints their paths and sizes."""
+    parser = argparse.ArgumentParser(description="Build the wheels of kp-edge and of its default model.")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder to fill; dist when left out")
+    parser.add_argument(
+        "--bundle", type=Path, default=ROOT / "engines" / "resnet18-68", help="a full bundle with an int8 file"
+    )
+    asked = parser.parse_args(words)
+    try:
+        wheels = build_project_wheel(asked.out), build_model_wheel(asked.bundle, asked.out)
+    except (KpError, OSError) as error:
+        sys.exit(f"wheels: {' '.join(str(error).split())}")
+    for wheel in wheels:
+        print(f"{wheel}: {wheel.stat().st_size:,} bytes, sha256 {sha256_of_file(wheel)}")
+
+
+if __name__ == "__main__":
+    main()
