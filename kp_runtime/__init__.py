@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         MissingExtraError,
         ParityError,
         SchemaError,
+        SignatureError,
     )
     from kp_runtime.frame import Frame, image_from_file
     from kp_runtime.geometry import boxes_from_points
@@ -56,6 +57,7 @@ __all__ = [
     "ModelSpec",
     "ParityError",
     "SchemaError",
+    "SignatureError",
     "StageTimer",
     "YuNetDetector",
     "boxes_from_points",

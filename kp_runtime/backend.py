@@ -6,8 +6,8 @@ a file and an engine, says why, and compares the golden crop before anything is 
 
 from __future__ import annotations
 
+import functools
 import os
-import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.errors import BackendError, IntegrityError
+from kp_runtime.errors import BackendError
+from kp_runtime.golden import GOLDEN_NAME, golden_from_bytes
 from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec
 
 __all__ = ["BACKENDS", "GOLDEN_NAME", "Backend", "BackendReport", "open_backend", "usable_cores"]
 
-GOLDEN_NAME = "golden.npz"
 BACKENDS = ("ort-cpu",)
 CPU_ORDER = ("int8", "fp32", "fp16")
 """What ONNX Runtime runs on a CPU, best first: float16 has no fast arithmetic on most of them."""
@@ -120,7 +120,11 @@ def usable_cores() -> int:
 
 
 def open_backend(
-    bundle: str | os.PathLike[str], backend: str = "auto", precision: str = "auto", threads: int | None = None
+    bundle: str | os.PathLike[str],
+    backend: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    public_key: str | os.PathLike[str] | bytes | None = None,
 ) -> Backend:
     """Opens a bundle's model on an inference engine.
 
@@ -129,9 +133,12 @@ def open_backend(
         backend: `auto` or one of `BACKENDS`; a named one is never replaced by another.
         precision: `auto` or one of `spec.PRECISIONS`; a named one is never replaced by another.
         threads: threads of the engine, 1 to the cores that the process may use; None uses all of them.
+        public_key: whose signature the bundle must have: a PEM file's path, its bytes, or the key's
+            32 bytes. None asks for none. See docs/signing.md.
 
     Raises:
         BundleError: the bundle or its files can't be used.
+        SignatureError: the bundle is not signed by `public_key`.
         BackendError: the engine can't run the model, or its golden keypoints are wrong.
         MissingExtraError: the engine's package is not installed.
     """
@@ -146,13 +153,14 @@ def open_backend(
         raise BackendError(f"threads must be 1 to {cores}, the cores that this process may use; got {threads}")
     path = Path(bundle)
     folder = path.parent if path.is_file() else path
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(folder, public_key)
     rejected: tuple[str, ...] = ()
     if path.is_file():
         name, entry = path.name, _named_entry(path, manifest, precision)
     else:
         name, entry, rejected = _choose_file(folder, manifest, precision)
-    opened = OrtCpuBackend(manifest.check_file(folder, name), manifest.spec, threads)
+    read = functools.partial(manifest.read_file, folder, name)
+    opened = OrtCpuBackend(folder / name, manifest.spec, threads, read=read)
     error = _golden_error(opened, folder, manifest, entry)
     opened.report = BackendReport(opened.name, name, entry.precision or "fp32", rejected, error)
     return opened
@@ -192,15 +200,8 @@ def _golden_error(backend: Backend, folder: Path, manifest: Manifest, entry: Fil
     """Largest distance to the golden keypoints, in pixels of the crop."""
     if GOLDEN_NAME not in manifest.files:
         return None
-    path = manifest.check_file(folder, GOLDEN_NAME)
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as golden:
-            crops, expected = golden["crops"], golden["keypoints"]
-        if len(crops) == 0 or expected.shape != (len(crops), manifest.spec.points, 2):
-            raise ValueError(f"crops {crops.shape}, keypoints {expected.shape}")
-    except (OSError, EOFError, TypeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise IntegrityError(f"{path} is no golden crop ({error}); export the bundle again") from error
-    worst = float(np.linalg.norm(backend.infer(crops) - expected, axis=-1).max())
+    golden = golden_from_bytes(manifest.read_file(folder, GOLDEN_NAME), manifest.spec, str(folder / GOLDEN_NAME))
+    worst = float(np.linalg.norm(backend.infer(golden.crops) - golden.keypoints, axis=-1).max())
     limit = GOLDEN_TOLERANCE_PX[entry.precision or "fp32"]
     if not worst <= limit:
         raise BackendError(

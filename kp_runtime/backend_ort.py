@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend import Backend, usable_cores
-from kp_runtime.errors import BackendError, MissingExtraError
+from kp_runtime.errors import BackendError, KpError, MissingExtraError
 from kp_runtime.feeding import WAYS, Feeder, Way
 from kp_runtime.spec import ModelSpec
 
@@ -29,6 +31,7 @@ class OrtCpuBackend(Backend):
         model: path of the ONNX file.
         spec: the contract that it must have.
         threads: threads of a call; None uses all cores that the process may use.
+        read: gives the file's bytes, for each session anew; the file is read as it is when None.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
@@ -37,11 +40,13 @@ class OrtCpuBackend(Backend):
 
     name = "ort-cpu"
 
-    def __init__(self, model: Path, spec: ModelSpec, threads: int | None = None) -> None:
+    def __init__(
+        self, model: Path, spec: ModelSpec, threads: int | None = None, *, read: Callable[[], bytes] | None = None
+    ) -> None:
         super().__init__(spec)
-        self._model = model
+        self._model, self._read = model, read or model.read_bytes
         self._threads = threads or usable_cores()
-        self._session = _session(model, self._threads)
+        self._session = _session(model, self._read, self._threads)
         self._check_contract(model)
         self._feeder = Feeder([way for way in WAYS if self._threads > 1 or not way.side_by_side])
         self._lock = threading.Lock()
@@ -66,6 +71,8 @@ class OrtCpuBackend(Backend):
             start = time.perf_counter()
             keypoints = self._fed(crops, way)
             self._feeder.record(len(crops), way, time.perf_counter() - start)
+        except KpError:  # the file was changed before a second session was made of it
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             reason = str(error).strip().splitlines()[-1]
             raise BackendError(f"ONNX Runtime failed on {len(crops)} crops: {reason}; try fewer at once") from error
@@ -74,7 +81,7 @@ class OrtCpuBackend(Backend):
     def _fed(self, crops: NDArray[np.uint8], way: Way) -> NDArray[np.float32]:
         if way.side_by_side:
             with self._lock:
-                self._beside = self._beside or _SideBySide(_session(self._model, 1), self._threads)
+                self._beside = self._beside or _SideBySide(_session(self._model, self._read, 1), self._threads)
             return self._beside.run(crops)
         if way.part is None:
             return _keypoints(self._session, crops)
@@ -108,15 +115,19 @@ def _keypoints(session: Any, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     return session.run(["keypoints"], {"crops": crops})[0]  # type: ignore[no-any-return]
 
 
-def _session(model: Path, threads: int) -> Any:
+def _session(model: Path, read: Callable[[], bytes], threads: int) -> Any:
     """An ONNX Runtime session on the CPU, or the error that says why not."""
     ort = _import_onnxruntime()
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # weights outside the file are in no manifest: they are looked for where there are none
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
-        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(read(), options, providers=["CPUExecutionProvider"])
+    except KpError:  # it is not the file of the manifest
+        raise
     except Exception as error:  # onnxruntime's exceptions share no base of their own
         reason = str(error).strip().splitlines()[-1]
         raise BackendError(

@@ -7,6 +7,7 @@
     │   └── DataError           a data set: labels, folders, too few faces
     ├── BundleError             a model file or its manifest
     │   ├── SchemaError         a manifest of a version that this release can't read
+    │   ├── SignatureError      a manifest that is not signed, or not by the key that is trusted
     │   └── IntegrityError      a file that is missing, cut off, or not the one in the manifest
     ├── BackendError            an inference engine that can't run, or gives wrong results
     │   └── MissingExtraError   a package is not installed; the message has the pip line
@@ -31,6 +32,7 @@ __all__ = [
     "MissingExtraError",
     "ParityError",
     "SchemaError",
+    "SignatureError",
 ]
 
 
@@ -60,6 +62,10 @@ class BundleError(KpError):
 
 class SchemaError(BundleError):
     """The manifest has a schema version that this release can't read."""
+
+
+class SignatureError(BundleError):
+    """The manifest is not signed, or not by the key that the caller trusts."""
 
 
 class IntegrityError(BundleError):

@@ -10,11 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+import re
+import stat
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +28,13 @@ __all__ = [
     "MANIFEST_NAME",
     "PRECISIONS",
     "SCHEMA_VERSION",
+    "SIGNATURE_NAME",
     "FileEntry",
     "Manifest",
     "ModelSpec",
     "file_entry",
+    "manifest_bytes",
+    "read_plain",
     "sha256_of_file",
     "writing",
 ]
@@ -36,6 +43,14 @@ SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-trt")
 """Of files; `int8-trt` is the graph whose quantisation TensorRT can take."""
+
+SIGNATURE_NAME = "manifest.sig"
+_LARGEST_MANIFEST = 4 << 20
+_LARGEST_FILE = 2 << 30
+"""In bytes; protobuf, and with it ONNX, takes no larger one."""
+_DEEPEST = 32
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
+"""A name that is one file in one folder on every system: no separator, drive, NUL or leading dot."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +78,18 @@ class ModelSpec:
     scheme: str = "ibug68"
 
     def __post_init__(self) -> None:
-        if not 32 <= self.size <= 1024:
-            raise BundleError(f"the model's crop size must be 32 to 1024 pixels, got {self.size}")
-        if not 0.5 <= self.margin <= 4:
-            raise BundleError(f"the model's margin must be 0.5 to 4, got {self.margin}")
+        if not isinstance(self.name, str) or len(self.name) > 200:
+            raise BundleError(f"the model's name must be text of up to 200 characters, got {_short(self.name)}")
+        if type(self.size) is not int or not 32 <= self.size <= 1024:
+            raise BundleError(f"the model's crop size must be 32 to 1024 pixels, got {_short(self.size)}")
+        if type(self.margin) not in (int, float) or not 0.5 <= self.margin <= 4:
+            raise BundleError(f"the model's margin must be 0.5 to 4, got {_short(self.margin)}")
         if self.box not in ("keypoints", "frame"):
-            raise BundleError(f"the model's box must be 'keypoints' or 'frame', got {self.box!r}")
-        if (self.scheme, self.points) != ("ibug68", 68):
-            raise BundleError(f"only the 68-point mark-up ibug68 is known, got {self.points} points of {self.scheme!r}")
+            raise BundleError(f"the model's box must be 'keypoints' or 'frame', got {_short(self.box)}")
+        if type(self.points) is not int or (self.scheme, self.points) != ("ibug68", 68):
+            raise BundleError(
+                f"only the 68-point mark-up ibug68 is known, got {_short(self.points)} points of {_short(self.scheme)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -94,10 +113,16 @@ class FileEntry:
     made: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.sha256, str) and isinstance(self.bytes, int) and isinstance(self.kind, str)):
-            raise BundleError(f"a file's sha256, bytes and kind must be text, a number and text; got {self}")
+        if not (isinstance(self.sha256, str) and type(self.bytes) is int and isinstance(self.kind, str)):
+            raise BundleError(f"a file's sha256, bytes and kind must be text, a number and text; got {_short(self)}")
+        if not 0 <= self.bytes <= _LARGEST_FILE:
+            raise BundleError(f"a file's bytes must be 0 to {_LARGEST_FILE}, got {_short(self.bytes)}")
         if self.precision not in (None, *PRECISIONS):
-            raise BundleError(f"a file's precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+            raise BundleError(
+                f"a file's precision must be one of {', '.join(PRECISIONS)}, got {_short(self.precision)}"
+            )
+        if not isinstance(self.made, dict) or not isinstance(self.parent_sha256, str | None):
+            raise BundleError(f"a file's made and parent_sha256 must be an object and text, got {_short(self)}")
 
 
 @dataclass(frozen=True)
@@ -121,29 +146,40 @@ class Manifest:
     schema: int = SCHEMA_VERSION
 
     @classmethod
-    def read(cls, bundle: str | os.PathLike[str]) -> Manifest:
+    def read(cls, bundle: str | os.PathLike[str], public_key: str | os.PathLike[str] | bytes | None = None) -> Manifest:
         """Reads and checks a bundle's manifest.
+
+        Args:
+            bundle: the bundle's folder.
+            public_key: whose signature the manifest must have: see `signing.check_signature`. The
+                bytes that are verified are those that are parsed. None asks for no signature.
 
         Raises:
             BundleError: no such folder, no manifest in it, or fields that are not the schema's.
             SchemaError: the manifest is newer than this release.
+            SignatureError: it is not signed by this key.
         """
-        path = Path(bundle) / MANIFEST_NAME
+        data = manifest_bytes(bundle)
+        if public_key is not None:
+            from kp_runtime.signing import check_signature
+
+            check_signature(bundle, data, public_key)
+        return cls.from_bytes(data, str(Path(bundle) / MANIFEST_NAME))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, origin: str = MANIFEST_NAME) -> Manifest:
+        """The manifest of a file's bytes; `origin` stands in the messages."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise BundleError(
-                f"{path.parent} is not a bundle: it has no {MANIFEST_NAME}; give a folder that "
-                "`kp train` or `kp export` wrote"
-            ) from error
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise BundleError(f"{path} can't be read as JSON ({error}); make the bundle again") from error
-        return cls.from_json(raw, str(path))
+            raw = json.loads(data.decode())
+            _check_depth(raw)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{origin} can't be read as JSON ({error}); make the bundle again") from error
+        return cls.from_json(raw, origin)
 
     @classmethod
     def from_json(cls, raw: Any, origin: str = MANIFEST_NAME) -> Manifest:
         """The manifest of a decoded JSON document; `origin` stands in the messages."""
-        if not isinstance(raw, dict) or not isinstance(raw.get("schema"), int):
+        if not isinstance(raw, dict) or type(raw.get("schema")) is not int or raw["schema"] < 1:
             raise BundleError(f"{origin} has no schema number; it is not a bundle's manifest")
         if raw["schema"] > SCHEMA_VERSION:
             raise SchemaError(
@@ -159,60 +195,155 @@ class Manifest:
             manifest = cls(spec=spec, files=files, schema=raw["schema"], **rest)
         except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(
-                f"{origin} lacks a field of schema {raw['schema']} or has a wrong one: {error}"
+                f"{origin} lacks a field of schema {raw['schema']} or has a wrong one: {_short(error, str)}"
             ) from error
         for name in files:
-            if Path(name).name != name or name in (".", "..", "") or "\0" in name:
-                raise BundleError(f"{origin} names the file {name!r}; a bundle's files lie in its own folder")
+            if not _FILE_NAME.fullmatch(name) or name in (MANIFEST_NAME, SIGNATURE_NAME):
+                raise BundleError(
+                    f"{origin} names the file {_short(name)}; a bundle's files lie in its own folder, with names of "
+                    "letters, digits and . _ + -"
+                )
         return manifest
 
     def write(self, bundle: str | os.PathLike[str]) -> None:
-        """Writes `manifest.json` into the folder, the old one kept whole until the new one is."""
+        """Writes `manifest.json` into the folder, the old one kept whole until the new one is.
+
+        A signature of the old one no longer holds, so it is removed.
+        """
         text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=False) + "\n"
         with writing(Path(bundle) / MANIFEST_NAME) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        (Path(bundle) / SIGNATURE_NAME).unlink(missing_ok=True)
 
     def check_file(self, bundle: str | os.PathLike[str], name: str) -> Path:
         """The path of one of the bundle's files, after size and sha256 were compared.
 
+        Whoever opens the path later opens what lies there then; `read_file` leaves no such gap.
+
         Raises:
             BundleError: the manifest has no such file.
-            IntegrityError: the file is missing, cut off, or another one.
+            IntegrityError: the file is missing, cut off, another one, or no plain file.
         """
         path = Path(bundle) / name
+        with self._open(path, name) as file:
+            self._compare(path, name, _digest(file))
+        return path
+
+    def read_file(self, bundle: str | os.PathLike[str], name: str) -> bytes:
+        """The bytes of one of the bundle's files: those that were compared with size and sha256.
+
+        Raises:
+            BundleError, IntegrityError: as `check_file`.
+        """
+        path = Path(bundle) / name
+        with self._open(path, name) as file:
+            data = file.read(self.files[name].bytes)
+        self._compare(path, name, hashlib.sha256(data).hexdigest())
+        return data
+
+    def _open(self, path: Path, name: str) -> BufferedReader:
+        """One of the files, of the right size."""
         entry = self.files.get(name)
         if entry is None:
             known = ", ".join(sorted(self.files)) or "none"
-            raise BundleError(f"the bundle {bundle} has no file {name}; it has: {known}")
+            raise BundleError(f"the bundle {path.parent} has no file {name}; it has: {known}")
         try:
-            size = path.stat().st_size
-        except OSError as error:
+            file = _open_plain(path)
+        except FileNotFoundError as error:
             raise IntegrityError(
                 f"{path} stands in the manifest but is not there; copy the whole bundle, or run kp export"
             ) from error
+        except OSError as error:
+            raise IntegrityError(
+                f"{path} can't be read ({error.strerror}); a bundle's files are plain files in its own folder"
+            ) from error
+        size = os.fstat(file.fileno()).st_size
         if size != entry.bytes:
+            file.close()
             raise IntegrityError(
                 f"{path} has {size} bytes, the manifest says {entry.bytes}: it is cut off or was "
                 "replaced; copy the bundle again, or run kp export"
             )
-        found = sha256_of_file(path)
-        if found != entry.sha256:
+        return file
+
+    def _compare(self, path: Path, name: str, found: str) -> None:
+        wanted = self.files[name].sha256
+        if found != wanted:
             raise IntegrityError(
-                f"{path} has sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…: the file "
+                f"{path} has sha256 {found[:12]}…, the manifest says {wanted[:12]}…: the file "
                 "was changed; copy the bundle again, or run kp export"
             )
-        return path
+
+
+def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:
+    """A bundle's manifest as it lies on the disk.
+
+    Raises:
+        BundleError: no such folder, no manifest in it, or one that can't be read.
+    """
+    path = Path(bundle) / MANIFEST_NAME
+    try:
+        return read_plain(path, _LARGEST_MANIFEST)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BundleError(
+            f"{path.parent} is not a bundle: it has no {MANIFEST_NAME}; give a folder that "
+            "`kp train` or `kp export` wrote"
+        ) from error
+    except OSError as error:
+        raise BundleError(f"{path} can't be read ({error.strerror}); make the bundle again") from error
+
+
+def read_plain(path: Path, largest: int) -> bytes:
+    """The bytes of a plain file of at most `largest` bytes; an OSError says what else it is."""
+    with _open_plain(path) as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise OSError(errno.EFBIG, f"it has over {largest} bytes", str(path))
+    return data
+
+
+def _open_plain(path: Path) -> BufferedReader:
+    """Opens a file that is no link, folder, device or pipe, and never waits for one."""
+    # Windows has neither of the two flags; it needs to be told that the file is not text
+    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    try:
+        file = open(os.open(path, os.O_RDONLY | sum(flags)), "rb")  # noqa: SIM115  the caller closes it
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return file
+
+
+def _check_depth(raw: Any) -> None:
+    """Refuses JSON that is nested deeper than any manifest."""
+    level = [raw]
+    for _ in range(_DEEPEST):
+        lists = [list(value.values()) if isinstance(value, dict) else value for value in level]
+        level = [child for values in lists if isinstance(values, list) for child in values]
+    if level:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels")
+
+
+def _short(value: object, text: Callable[[Any], str] = repr) -> str:
+    """A value in a message: a hostile file's may be megabytes long."""
+    shown = text(value)
+    return shown if len(shown) <= 200 else shown[:200] + "…"
 
 
 def sha256_of_file(path: str | os.PathLike[str]) -> str:
     """The sha256 of a file, hexadecimal."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
+        return _digest(file)
 
 
-def _digest(file: Any) -> str:
-    """The same for Python 3.10, which has no `hashlib.file_digest`."""
-    digest = hashlib.sha256()
+def _digest(file: BufferedReader) -> str:
+    if hasattr(hashlib, "file_digest"):
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()  # Python 3.10
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()

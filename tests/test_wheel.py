@@ -1,10 +1,13 @@
-"""The wheel that is installed on a board: small, pure Python, and with no package but numpy unless asked for."""
+"""The wheels that are installed on a board: one small, pure Python, and with no package but numpy unless asked for;
+one with the default model's data alone.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,6 +17,11 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from wheels import build_model_wheel, build_project_wheel
+
+from kp_runtime.errors import BundleError, ExportError
+from kp_runtime.spec import Manifest
+from tests.models import tiny_bundle
 
 # not imported: setuptools refuses to be where the standard library's distutils was imported before
 pytestmark = pytest.mark.skipif(
@@ -30,6 +38,7 @@ EXTRAS = {
     "cuda12": {"cuda-python"},
     "cuda13": {"cuda-python"},
     "cli": {"typer", "rich"},
+    "sign": {"cryptography"},
 }
 """What each extra of the run-time adds; nothing may slip in."""
 
@@ -47,19 +56,20 @@ print(kp_runtime.__version__, len(names))
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built in a copy: setuptools leaves files in the folder, and takes old ones from it."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "kp_cli.py", "kp_report.py"):
-        shutil.copy(ROOT / name, source)
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    pip("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(out), str(source))
-    (built,) = out.glob("*.whl")
-    return built
+    return build_project_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def model_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model_wheel(ROOT / "engines" / "resnet18-68", tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
 def metadata(wheel: Path) -> Message:
+    return metadata_of(wheel)
+
+
+def metadata_of(wheel: Path) -> Message:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         return message_from_bytes(archive.read(name))
@@ -144,14 +154,81 @@ def test_every_bound_of_the_run_time_can_be_tested(metadata: Message, python: st
             assert len(least) == 1, f"[{extra}] {requirement} has no lower bound that noxfile.py could pin"
 
 
-def test_installed_wheel_imports(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "site"
+def test_the_model_wheel_is_the_packed_bundle_and_nothing_else(model_wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(model_wheel) as archive:
+        archive.extractall(tmp_path)
+    folder = tmp_path / "kp_model"
+    manifest = Manifest.read(folder)
+    assert {path.name for path in folder.iterdir()} == {
+        *manifest.files,
+        "manifest.json",
+        "MODEL_CARD.md",
+        "__init__.py",
+    }
+    assert {entry.kind for entry in manifest.files.values()} == {"onnx", "golden", "report"}
+    for name in manifest.files:
+        manifest.check_file(folder, name)
+    others = {path.name.partition(".dist-info")[0] for path in tmp_path.iterdir()} - {"kp_model"}
+    assert others == {"-".join(model_wheel.name.split("-")[:2])}
+
+
+def test_the_model_wheel_names_its_licence_its_weights_and_no_package(model_wheel: Path, metadata: Message) -> None:
+    found = metadata_of(model_wheel)
+    assert found["License-Expression"] == "LicenseRef-Research-Not-Commercial"
+    assert found.get_all("License-File") == ["LICENSE"]
+    assert "not commercial" in found["Summary"]
+    assert "**Licence: the weights are for research that is not commercial**" in str(found.get_payload())
+    assert found.get_all("Requires-Dist") is None
+    with zipfile.ZipFile(model_wheel) as archive:
+        manifest = archive.read("kp_model/manifest.json")
+        (licence,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/LICENSE")]
+    assert "research that is not commercial" in licence
+    assert found["Version"] == f"{metadata['Version']}+m{hashlib.sha256(manifest).hexdigest()[:12]}"
+    (wanted,) = requirements(metadata, "model")
+    assert found["Version"] in wanted.specifier
+
+
+def test_the_same_files_give_the_same_wheel(model_wheel: Path, tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        again = build_model_wheel(ROOT / "engines" / "resnet18-68", tmp_path)
+    finally:
+        os.umask(before)
+    assert again.name == model_wheel.name
+    assert again.read_bytes() == model_wheel.read_bytes()
+
+
+def test_a_wheel_that_can_not_be_built_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BundleError, match="has no model of precision int8, only fp32"):
+        build_model_wheel(tiny_bundle(tmp_path / "tiny"), tmp_path)
+    monkeypatch.setattr("wheels.PROJECT", ("LICENSE",))
+    with pytest.raises(ExportError, match="pip can't build the wheel"):
+        build_project_wheel(tmp_path)
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_installed_wheels_import_and_the_model_is_found(wheel: Path, model_wheel: Path, tmp_path: Path) -> None:
+    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    tiny_bundle(elsewhere / "kp_model")  # must not be taken for the wheel's
+
+    def python(code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-B", "-c", code, str(target)], capture_output=True, text=True, check=False,
+            cwd=elsewhere, env={"PYTHONPATH": str(target)},
+        )  # fmt: skip
+
     pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel))
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", IMPORT_ALL, str(target)], capture_output=True, text=True, check=False,
-        cwd=tmp_path, env={"PYTHONPATH": str(target)},
-    )  # fmt: skip
+    done = python(IMPORT_ALL)
     assert done.returncode == 0, done.stderr
     version, modules = done.stdout.split()
     assert version == re.findall(r"-(.*?)-", wheel.name)[0]
     assert int(modules) >= 15
+    done = python("import kp_runtime; kp_runtime.load()")
+    assert (
+        "BundleError: no model was named and there is no default one: run pip install 'kp-edge[model]'" in done.stderr
+    )
+    pip("install", "--no-deps", "--no-index", "--target", str(target), str(model_wheel))
+    done = python(
+        "import kp_runtime; model = kp_runtime.load(); print(model.spec.name, model.backend.report.precision)"
+    )
+    assert done.stdout.split() == ["resnet18-68", "int8"], done.stderr

@@ -1,0 +1,54 @@
+"""The golden crop: what every engine must get right when it opens a bundle."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.errors import IntegrityError
+from kp_runtime.spec import ModelSpec
+
+__all__ = ["GOLDEN_NAME", "Golden", "golden_from_bytes"]
+
+GOLDEN_NAME = "golden.npz"
+_MOST_CROPS = 16
+_LARGEST_ARRAY = 32 << 20
+"""In bytes, unpacked; sixteen of the largest crops are half of it."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """Crops `(n, 1, size, size)` uint8, and PyTorch's keypoints of them, `(n, 68, 2)`, pixels of the crop."""
+
+    crops: NDArray[np.uint8]
+    keypoints: NDArray[np.floating]
+
+
+def golden_from_bytes(data: bytes, spec: ModelSpec, origin: str = GOLDEN_NAME) -> Golden:
+    """Reads the file's bytes; `origin` stands in the messages.
+
+    Raises:
+        IntegrityError: no such archive, or arrays of another shape or dtype.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            crops, keypoints = (_array(archive, f"{name}.npy") for name in ("crops", "keypoints"))
+        n, size = len(crops), spec.size
+        right = crops.shape == (n, 1, size, size) and keypoints.shape == (n, spec.points, 2)
+        if not right or crops.dtype != np.uint8 or keypoints.dtype.kind != "f" or not 1 <= n <= _MOST_CROPS:
+            raise ValueError(f"crops {crops.dtype} {crops.shape}, keypoints {keypoints.dtype} {keypoints.shape}")
+    except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds on a damaged file
+        raise IntegrityError(f"{origin} is no golden crop ({str(error)[:200]}); export the bundle again") from error
+    return Golden(crops, keypoints)
+
+
+def _array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """An array of the archive; a header that promises gigabytes is refused before they are unpacked."""
+    if (size := archive.getinfo(name).file_size) > _LARGEST_ARRAY:
+        raise ValueError(f"{name} has {size} bytes unpacked, at most {_LARGEST_ARRAY} are read")
+    return np.lib.format.read_array(io.BytesIO(archive.read(name)), allow_pickle=False)
