@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +42,7 @@ DEFAULT_BUNDLE = Path("engines/resnet18-68")
 ELSE_DEFAULT = "the default model when left out: KP_MODEL, the model wheel, the checkout's own."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own choice (all cores) when left out.")]
+PublicKey = Annotated[Path | None, typer.Option(help="Refuse a bundle that this PEM file's key did not sign.")]
 Yunet = Annotated[Path | None, typer.Option(help="A YuNet model file, to detect faces with it instead of Haar.")]
 Data = Annotated[list[str], typer.Option(
     "--data", metavar="PATH[=WEIGHT]",
@@ -185,7 +188,8 @@ def evaluate(
         kept = {record: dataclasses.asdict(result.accuracy) | {"missed": result.missed, "looks": looks} | more}
         bundle = model if model.is_dir() else model.parent
         manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
-        dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
+        with _signature_told(bundle):
+            dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
     pictures = []
     if out is not None:
         from kp_export.pictures import error_curve, worst_faces
@@ -239,14 +243,16 @@ def export(
     from kp_export.bundle import export_bundle
     from kp_train.data import parse_source
 
-    report = export_bundle(
-        checkpoint,
-        out,
-        precisions=("fp32", *(["fp16"] * fp16), *(["int8", "int8-trt"] * int8)),
-        sources=[parse_source(text) for text in data or []],
-        calibration=[parse_source(text) for text in calibration or []],
-        step=_note,
-    )
+    own = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    with _signature_told(out or own, own):
+        report = export_bundle(
+            checkpoint,
+            out,
+            precisions=("fp32", *(["fp16"] * fp16), *(["int8", "int8-trt"] * int8)),
+            sources=[parse_source(text) for text in data or []],
+            calibration=[parse_source(text) for text in calibration or []],
+            step=_note,
+        )
     if not as_json:
         print_parity(report.parity)
         typer.echo(f"bundle: {report.bundle}")
@@ -287,20 +293,22 @@ def verify(
     from kp_export.parity import bundled_faces, faces_from_sources
     from kp_export.verify import check_verification, verification_json, verify_bundle
     from kp_export.verify_page import verification_page
+    from kp_runtime.signing import signature_state
     from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
 
-    spec = Manifest.read(bundle).spec
+    spec, signature = Manifest.read(bundle).spec, signature_state(bundle)
     sources = [parse_source(text) for text in data or []]
     faces = faces_from_sources(sources, spec) if sources else bundled_faces(spec)
     result = verify_bundle(bundle, faces, files=file or (), track=progress("comparing"))
     page = None if out is None else verification_page(result, out / "verify.html")
     if as_json:
-        print_json(verification_json(result) | {"page": page})
+        print_json(verification_json(result) | {"page": page, "signature": signature})
     else:
         print_parity([f.parity for f in result.files if f.parity])
         for verdict in result.files:
             typer.echo(f"{verdict.file}: {verdict.verdict}" + (f", {verdict.reason}" if verdict.reason else ""))
+        typer.echo(f"signature: {signature}")
         if page is not None:
             typer.echo(page)
     check_verification(result)
@@ -326,7 +334,8 @@ def plan(
     options = PlanOptions(
         min_batch, opt_batch, max_batch, workspace_mib, version_compatible, hardware_compatible, dla_core
     )
-    report = add_plan(bundle, precision, options, progress=build_progress())
+    with _signature_told(bundle):
+        report = add_plan(bundle, precision, options, progress=build_progress())
     if as_json:
         print_json(dataclasses.asdict(report))
         return
@@ -347,7 +356,8 @@ def pack(
     """
     from kp_export.pack import pack_bundle
 
-    manifest = pack_bundle(bundle, out, precision, checkpoint=checkpoint)
+    with _signature_told(out, bundle):
+        manifest = pack_bundle(bundle, out, precision, checkpoint=checkpoint)
     size = sum(entry.bytes for entry in manifest.files.values())
     typer.echo(f"{out}: {', '.join(manifest.files)}, {size / 1e6:.1f} MB")
 
@@ -366,6 +376,7 @@ def predict(
     ] = None,
     yunet: Yunet = None,
     threads: Threads = None,
+    public_key: PublicKey = None,
     times: Annotated[bool, typer.Option("--times", help="Print how long each stage took.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -388,7 +399,7 @@ def predict(
     if len(set(targets)) < len(targets):
         raise InputError("two of the photos have the same name; predict them in two runs with their own --out")
     boxes = np.array([_parse_box(text) for text in box]) if box else None
-    opened, timer = load(_bundle(model), threads=threads), StageTimer()
+    opened, timer = load(_bundle(model), threads=threads, public_key=public_key), StageTimer()
     detector = None if boxes is not None else _detector(yunet)
     results, failed = [], []
     for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
@@ -481,17 +492,20 @@ def bench(
 @app.command()
 def inspect(
     bundle: Annotated[Path | None, typer.Argument(help="A bundle's folder; " + ELSE_DEFAULT)] = None,
+    public_key: PublicKey = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a bundle holds and whether its hashes hold.
+    """Show what a bundle holds, whether its hashes hold and whether it is signed.
 
-    Exit status 1 where one does not.
+    Exit status 1 where a hash does not hold, or --public-key is not the signer's.
     """
     from kp_runtime.errors import BundleError
+    from kp_runtime.signing import signature_state
     from kp_runtime.spec import Manifest
 
     folder = _bundle(bundle)
-    manifest = Manifest.read(folder)
+    manifest = Manifest.read(folder, public_key)
+    signature = "of the key that was given" if public_key else signature_state(folder)
     states: dict[str, str] = {}
     for name in manifest.files:
         try:
@@ -500,11 +514,35 @@ def inspect(
         except BundleError as error:
             states[name] = str(error)
     if as_json:
-        print_json({"manifest": dataclasses.asdict(manifest), "files": states})
+        print_json({"manifest": dataclasses.asdict(manifest), "files": states, "signature": signature})
     else:
         print_bundle(folder, manifest, states)
+        typer.echo(f"signature: {signature}")
     if bad := [text for text in states.values() if text != "ok"]:
         raise BundleError("; ".join(bad))
+
+
+@app.command()
+def sign(
+    bundle: Annotated[Path | None, typer.Argument(help="The bundle's folder.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Your private key, a PEM file.")] = None,
+    new: Annotated[
+        Path | None,
+        typer.Option("--new-key", metavar="PATH", help="Make a key pair: PATH and, to give away, .pub.pem."),
+    ] = None,
+) -> None:
+    """Sign a bundle, so that devices can refuse any other; or make the keys for it.
+
+    Example: kp sign --new-key release.pem, then kp sign out/resnet18-68 --key release.pem
+    """
+    from kp_runtime.signing import new_key, sign_bundle
+
+    if new is not None and bundle is None and key is None:
+        typer.echo(f"{new}: keep it to yourself\n{new_key(new)}: give it to the devices")
+    elif bundle is not None and key is not None and new is None:
+        typer.echo(sign_bundle(bundle, key))
+    else:
+        raise InputError("give a bundle and --key PRIVATE.pem, or --new-key PATH alone")
 
 
 def main() -> None:
@@ -526,6 +564,17 @@ def _fail(text: str) -> None:
 
 def _note(text: str) -> None:
     typer.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def _signature_told(written: Path, source: Path | None = None) -> Iterator[None]:
+    """Says so where a command leaves a bundle without the signature that it, or its source, had."""
+    from kp_runtime.signing import is_signed
+
+    before = is_signed(written) or (source is not None and is_signed(source))
+    yield
+    if before and not is_signed(written):
+        _note(f"{written} has a new manifest and no signature of it; sign it: kp sign {written} --key PRIVATE.pem")
 
 
 def _quiet_training() -> None:

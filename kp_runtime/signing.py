@@ -13,7 +13,7 @@ from typing import Any
 from kp_runtime.errors import InputError, KpError, MissingExtraError, SignatureError
 from kp_runtime.spec import SIGNATURE_NAME, Manifest, manifest_bytes, read_plain, writing
 
-__all__ = ["PREFIX", "PublicKey", "check_signature", "is_signed", "new_key", "sign_bundle"]
+__all__ = ["PREFIX", "PublicKey", "check_signature", "is_signed", "new_key", "sign_bundle", "signature_state"]
 
 PREFIX = b"kp-edge bundle manifest, signature 1\n"
 PublicKey = str | os.PathLike[str] | bytes
@@ -26,6 +26,11 @@ _LARGEST_PEM = 1 << 16
 def is_signed(bundle: str | os.PathLike[str]) -> bool:
     """Whether a signature lies in the bundle; whose it is and whether it holds, only a key can tell."""
     return os.path.lexists(Path(bundle) / SIGNATURE_NAME)
+
+
+def signature_state(bundle: str | os.PathLike[str]) -> str:
+    """What can be said of a bundle's signature without a key, in words."""
+    return "there is one, not checked: give --public-key" if is_signed(bundle) else "none"
 
 
 def check_signature(bundle: str | os.PathLike[str], manifest: bytes, public_key: PublicKey) -> None:
