@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cryptography")
+pytest.importorskip("typer")
+
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
+
+import kp_cli
+from kp_export.pack import pack_bundle
+from kp_export.plan_bundle import add_plan
+from kp_runtime import load
+from kp_runtime.backend_ort import OrtCpuBackend
+from kp_runtime.errors import (
+    BackendError,
+    BundleError,
+    InputError,
+    IntegrityError,
+    KpError,
+    MissingExtraError,
+    SignatureError,
+)
+from kp_runtime.signing import PREFIX, new_key, sign_bundle
+from kp_runtime.spec import Manifest
+from tests.models import SIZE, tiny_bundle
+
+MODEL = "model.fp32.onnx"
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the key pairs ours and theirs."""
+    folder = tmp_path_factory.mktemp("keys")
+    for name in ("ours", "theirs"):
+        new_key(folder / f"{name}.pem")
+    return folder
+
+
+@pytest.fixture
+def signed(bundle: Path, keys: Path, tmp_path: Path) -> Path:
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    sign_bundle(copied, keys / "ours.pem")
+    return copied
+
+
+@pytest.fixture
+def public(keys: Path) -> Path:
+    return keys / "ours.pub.pem"
+
+
+def kp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
+    """Status, stdout and stderr of a command, without typer's own exit."""
+    monkeypatch.setattr(sys, "argv", ["kp", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        kp_cli.main()
+    captured = capsys.readouterr()
+    return int(end.value.code or 0), captured.out, captured.err
+
+
+def edit(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+
+
+def test_signed_bundle_loads_with_every_form_of_the_key(signed: Path, public: Path) -> None:
+    key = serialization.load_pem_public_key(public.read_bytes())
+    assert isinstance(key, ed25519.Ed25519PublicKey)
+    raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    for given in (public, str(public), public.read_bytes(), raw):
+        model = load(signed, threads=1, public_key=given)
+        assert model.backend.infer(np.zeros((1, 1, SIZE, SIZE), np.uint8)).shape == (1, 68, 2)
+    assert load(signed / MODEL, threads=1, public_key=public).spec == model.spec
+    assert load(signed, threads=1).spec == model.spec
+
+
+def test_the_signature_is_plain_ed25519_of_prefix_and_manifest(signed: Path, public: Path) -> None:
+    signature = (signed / "manifest.sig").read_bytes()
+    assert len(signature) == 64
+    key = serialization.load_pem_public_key(public.read_bytes())
+    assert isinstance(key, ed25519.Ed25519PublicKey)
+    key.verify(signature, PREFIX + (signed / "manifest.json").read_bytes())  # raises when it does not hold
+
+
+def test_unsigned(bundle: Path, public: Path) -> None:
+    with pytest.raises(SignatureError, match="is not signed, and a public key was given; get the signed bundle"):
+        load(bundle, public_key=public)
+
+
+def test_wrong_key(signed: Path, keys: Path) -> None:
+    with pytest.raises(SignatureError, match="the manifest was changed, or another key signed it"):
+        load(signed, public_key=keys / "theirs.pub.pem")
+
+
+def test_changed_manifest(signed: Path, public: Path) -> None:
+    edit(signed / "manifest.json", b'"margin": 1.3', b'"margin": 1.4')
+    assert load(signed, threads=1).spec.margin == 1.4
+    with pytest.raises(SignatureError, match="the manifest was changed"):
+        load(signed, public_key=public)
+
+
+def test_a_blank_more_is_a_change(signed: Path, public: Path) -> None:
+    (signed / "manifest.json").write_bytes((signed / "manifest.json").read_bytes() + b" ")
+    with pytest.raises(SignatureError, match="the manifest was changed"):
+        load(signed, public_key=public)
+
+
+def test_the_signature_is_looked_at_before_the_manifest(signed: Path, public: Path) -> None:
+    (signed / "manifest.json").write_bytes(b"no JSON")
+    with pytest.raises(SignatureError, match="the manifest was changed"):
+        load(signed, public_key=public)
+
+
+def test_manifest_exchanged_after_it_was_verified(signed: Path, public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was verified is what is parsed: the file is read once."""
+    import kp_runtime.signing
+
+    check = kp_runtime.signing.check_signature
+
+    def check_then_change(*args: object) -> None:
+        check(*args)  # type: ignore[arg-type]
+        edit(signed / "manifest.json", b'"margin": 1.3', b'"margin": 4.0')
+
+    monkeypatch.setattr(kp_runtime.signing, "check_signature", check_then_change)
+    assert load(signed, threads=1, public_key=public).spec.margin == 1.3
+
+
+@pytest.mark.parametrize("name", [MODEL, "golden.npz"])
+def test_changed_file(name: str, signed: Path, public: Path) -> None:
+    data = bytearray((signed / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (signed / name).write_bytes(data)
+    with pytest.raises(IntegrityError, match="the file was changed"):
+        load(signed, public_key=public)
+
+
+def test_file_exchanged_for_one_that_the_manifest_now_names(signed: Path, public: Path, tmp_path: Path) -> None:
+    other = tiny_bundle(tmp_path / "other", size=96)
+    for name in (MODEL, "golden.npz", "manifest.json"):
+        shutil.copy(other / name, signed / name)
+    assert load(signed, threads=1).spec.size == 96
+    with pytest.raises(SignatureError, match="the manifest was changed"):
+        load(signed, public_key=public)
+
+
+def test_file_exchanged_after_it_was_hashed(signed: Path, public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was hashed is what the engine opens."""
+    read = Manifest.read_file
+
+    def read_then_change(self: Manifest, folder: Path, name: str) -> bytes:
+        data = read(self, folder, name)
+        (Path(folder) / name).write_bytes(b"other")
+        return data
+
+    monkeypatch.setattr(Manifest, "read_file", read_then_change)
+    crops = np.zeros((1, 1, SIZE, SIZE), np.uint8)
+    assert load(signed, threads=1, public_key=public).backend.infer(crops).shape == (1, 68, 2)
+
+
+def test_a_second_session_is_made_of_the_same_file_or_not_at_all(signed: Path) -> None:
+    manifest = Manifest.read(signed)
+    backend = OrtCpuBackend(signed / MODEL, manifest.spec, 2, read=lambda: manifest.read_file(signed, MODEL))
+    (signed / MODEL).write_bytes(b"other")
+    with pytest.raises(IntegrityError, match=r"model\.fp32\.onnx has 5 bytes, the manifest says"):
+        backend.warmup(4)  # each way of feeding has its turn
+
+
+def test_file_that_no_manifest_names_is_never_used(signed: Path, public: Path) -> None:
+    shutil.copy(signed / MODEL, signed / "model.int8.onnx")  # what ONNX Runtime would rather have
+    assert load(signed, threads=1, public_key=public).backend.report.file == MODEL
+    with pytest.raises(BundleError, match=r"has no file model\.int8\.onnx"):
+        load(signed / "model.int8.onnx", public_key=public)
+    with pytest.raises(BackendError, match="has no int8 file"):
+        load(signed, precision="int8", public_key=public)
+
+
+def test_signature_of_another_bundle(signed: Path, keys: Path, public: Path, tmp_path: Path) -> None:
+    other = tiny_bundle(tmp_path / "other", margin=1.5)
+    sign_bundle(other, keys / "ours.pem")
+    shutil.copy(other / "manifest.sig", signed)
+    with pytest.raises(SignatureError, match="the manifest was changed"):
+        load(signed, public_key=public)
+
+
+@pytest.mark.parametrize("content", [b"", b"short", b"x" * 64, b"x" * 65, b"x" * 100_000])
+def test_no_signature_at_all(content: bytes, signed: Path, public: Path) -> None:
+    (signed / "manifest.sig").write_bytes(content)
+    with pytest.raises(SignatureError, match=r"manifest\.sig"):
+        load(signed, public_key=public)
+
+
+def test_signature_that_is_a_link(signed: Path, public: Path, tmp_path: Path) -> None:
+    (signed / "manifest.sig").rename(tmp_path / "elsewhere")
+    (signed / "manifest.sig").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SignatureError, match=r"manifest\.sig can't be read \(it is a symbolic link\)"):
+        load(signed, public_key=public)
+
+
+def test_without_cryptography(signed: Path, public: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "cryptography.hazmat.primitives", None)
+    message = r"needs the package cryptography, which is not installed; run: pip install 'kp-edge\[sign\]'"
+    with pytest.raises(MissingExtraError, match=message):
+        load(signed, public_key=public)
+    with pytest.raises(MissingExtraError, match=message):
+        new_key(tmp_path / "key.pem")
+    assert load(signed, threads=1).spec.name == "tiny"
+
+
+def test_keys_that_are_none(signed: Path, tmp_path: Path, keys: Path) -> None:
+    rsa_key = rsa.generate_private_key(65537, 1024 * 2)
+    pem = rsa_key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public = rsa_key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    (tmp_path / "rsa.pem").write_bytes(pem)
+    locked = ed25519.Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"pass")
+    )
+    (tmp_path / "locked.pem").write_bytes(locked)
+    for given, message in (
+        (b"", "the public key is no public key in PEM"),
+        (b"x" * 31, "the public key is no public key in PEM"),
+        (public, "the public key is no Ed25519 key"),
+        (tmp_path / "none.pem", r"the key .*none\.pem can't be read: No such file"),
+        (keys / "ours.pem", r"ours\.pem is no public key in PEM"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(signed, public_key=given)
+    for name, message in (
+        ("rsa.pem", "is no Ed25519 key; make one with: kp sign --new-key"),
+        ("locked.pem", "is no private key in PEM without a passphrase"),
+        ("none.pem", "can't be read: No such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            sign_bundle(signed, tmp_path / name)
+
+
+def test_private_key_is_for_its_owner_and_never_overwritten(tmp_path: Path) -> None:
+    public = new_key(tmp_path / "release.pem")
+    assert public == tmp_path / "release.pub.pem"
+    assert stat.S_IMODE((tmp_path / "release.pem").stat().st_mode) == 0o600
+    before = (tmp_path / "release.pem").read_bytes()
+    public_before = public.read_bytes()
+    with pytest.raises(KpError, match=r"release\.pub\.pem is there already, and a key is never overwritten"):
+        new_key(tmp_path / "release.pem")
+    public.unlink()
+    with pytest.raises(KpError, match=r"release\.pem is there already, and a key is never overwritten"):
+        new_key(tmp_path / "release.pem")
+    assert (tmp_path / "release.pem").read_bytes() == before
+    assert not public.exists()
+    assert b"PRIVATE" in before
+    assert b"PRIVATE" not in public_before
+    with pytest.raises(KpError, match=r"can't write the key .*: No such file"):
+        new_key(tmp_path / "no folder" / "release.pem")
+
+
+def test_a_bundle_that_is_not_whole_is_not_signed(bundle: Path, keys: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    (copied / MODEL).write_bytes(b"other")
+    with pytest.raises(IntegrityError, match="is cut off or was replaced"):
+        sign_bundle(copied, keys / "ours.pem")
+    assert not (copied / "manifest.sig").exists()
+
+
+def test_commands_sign_and_show(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    key, public = tmp_path / "release.pem", tmp_path / "release.pub.pem"
+    status, out, _ = kp(capsys, monkeypatch, "inspect", copied)
+    assert (status, out.splitlines()[-1]) == (0, "signature: none")
+    status, out, _ = kp(capsys, monkeypatch, "sign", "--new-key", key)
+    assert (status, out) == (0, f"{key}: keep it to yourself\n{public}: give it to the devices\n")
+    status, out, _ = kp(capsys, monkeypatch, "sign", copied, "--key", key)
+    assert (status, out) == (0, f"{copied / 'manifest.sig'}\n")
+    status, out, _ = kp(capsys, monkeypatch, "inspect", copied)
+    assert out.splitlines()[-1] == "signature: there is one, not checked: give --public-key"
+    status, out, _ = kp(capsys, monkeypatch, "inspect", copied, "--public-key", public, "--json")
+    assert (status, json.loads(out)["signature"]) == (0, "of the key that was given")
+    edit(copied / "manifest.json", b'"margin": 1.3', b'"margin": 1.4')
+    status, out, err = kp(capsys, monkeypatch, "inspect", copied, "--public-key", public)
+    assert (status, out) == (1, "")
+    assert err.startswith("kp: ")
+    assert "is no signature of this manifest" in err
+
+
+@pytest.mark.parametrize("words", [(), ("bundle",), ("--key", "a.pem"), ("bundle", "--new-key", "a.pem")])
+def test_sign_wants_one_of_two_things(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, _, err = kp(capsys, monkeypatch, "sign", *words)
+    assert (status, err) == (1, "kp: give a bundle and --key PRIVATE.pem, or --new-key PATH alone\n")
+
+
+def test_predict_asks_for_the_signature(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, public: Path, astronaut: Path
+) -> None:
+    status, _, err = kp(capsys, monkeypatch, "predict", astronaut, "--model", bundle, "--public-key", public)
+    assert status == 1
+    assert "is not signed, and a public key was given" in err
+
+
+def test_pack_leaves_no_stale_signature_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, signed: Path, public: Path, tmp_path: Path
+) -> None:
+    slim = tmp_path / "slim"
+    status, _, err = kp(capsys, monkeypatch, "pack", signed, "--out", slim, "--precision", "fp32")
+    assert status == 0
+    assert f"{slim} has a new manifest and no signature of it; sign it: kp sign {slim} --key PRIVATE.pem" in err
+    assert not (slim / "manifest.sig").exists()
+    load(signed, threads=1, public_key=public)
+    status, _, err = kp(capsys, monkeypatch, "pack", signed, "--out", signed, "--precision", "fp32")
+    assert (status, "no signature of it" in err) == (0, True)
+    assert not (signed / "manifest.sig").exists()
+
+
+def test_a_failed_change_keeps_the_signature(signed: Path, public: Path) -> None:
+    with pytest.raises(BundleError, match="has no model of precision int8"):
+        pack_bundle(signed, signed, ["int8"])
+    with pytest.raises(BackendError, match=r"has no model\.fp16\.onnx to build the plan from"):
+        add_plan(signed, "fp16")
+    load(signed, threads=1, public_key=public)
+
+
+def test_every_new_manifest_takes_the_signature_away(signed: Path) -> None:
+    Manifest.read(signed).write(signed)
+    assert not (signed / "manifest.sig").exists()
