@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         SchemaError,
         SignatureError,
     )
-    from kp_runtime.frame import Frame, image_from_file
+    from kp_runtime.frame import Frame, image_from_bytes, image_from_file
     from kp_runtime.geometry import boxes_from_points
     from kp_runtime.pipeline import Model, load
     from kp_runtime.results import Keypoints
@@ -62,6 +62,7 @@ __all__ = [
     "YuNetDetector",
     "boxes_from_points",
     "draw_keypoints",
+    "image_from_bytes",
     "image_from_file",
     "load",
 ]
@@ -69,7 +70,7 @@ __all__ = [
 _HOME = {
     "detect": ("HaarDetector", "YuNetDetector"),
     "draw": ("draw_keypoints",),
-    "frame": ("Frame", "image_from_file"),
+    "frame": ("Frame", "image_from_bytes", "image_from_file"),
     "geometry": ("boxes_from_points",),
     "pipeline": ("Model", "load"),
     "results": ("Keypoints",),

@@ -25,6 +25,7 @@ __all__ = [
     "Scratch",
     "as_frame",
     "check_layout",
+    "image_from_bytes",
     "image_from_file",
     "import_cv2",
     "size_hw_from_shape",
@@ -184,18 +185,32 @@ def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"{path} can't be read: {error.strerror or error}") from error
+    return image_from_bytes(data, str(path))
+
+
+def image_from_bytes(data: bytes, origin: str = "the image") -> NDArray[np.uint8]:
+    """Decodes an image file's bytes, turned upright by its EXIF orientation; `origin` stands in the messages.
+
+    Returns:
+        `(h, w, 3)` uint8, BGR.
+
+    Raises:
+        ImageError: the image is cut off, 16 bits deep, or none.
+    """
     if _is_cut_off(data):
-        raise ImageError(f"{path} is cut off: the end of the image is missing; copy or download it again")
+        raise ImageError(f"{origin} is cut off: the end of the image is missing; copy or download it again")
     cv2 = import_cv2()
     buffer = np.frombuffer(data, np.uint8)
     try:
         image = cv2.imdecode(buffer, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if data else None
     except cv2.error as error:
-        raise ImageError(f"{path} can't be decoded: {str(error).strip().splitlines()[-1]}") from error
+        if "CV_IO_MAX_IMAGE" in str(error):
+            raise ImageError(f"{origin} has more pixels than are taken; OPENCV_IO_MAX_IMAGE_PIXELS sets it") from error
+        raise ImageError(f"{origin} can't be decoded: {str(error).strip().splitlines()[-1]}") from error
     if image is None:
-        raise ImageError(f"{path} is no image that OpenCV can decode (JPEG, PNG, BMP, TIFF, WebP)")
+        raise ImageError(f"{origin} is no image that OpenCV can decode (JPEG, PNG, BMP, TIFF, WebP)")
     if image.dtype != np.uint8:
-        raise ImageError(f"{path} has {image.dtype} samples; save it with 8 bits a channel (convert IN -depth 8 OUT)")
+        raise ImageError(f"{origin} has {image.dtype} samples; save it with 8 bits a channel (convert IN -depth 8 OUT)")
     return image  # type: ignore[no-any-return]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kp_runtime.errors import ImageError, MissingExtraError
-from kp_runtime.frame import Frame, as_frame, image_from_file
+from kp_runtime.frame import Frame, as_frame, image_from_bytes, image_from_file
 
 # a TIFF header and one tag, 0x0112: turn by 90 degrees clockwise to see the picture upright
 EXIF_TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
@@ -166,6 +166,12 @@ def test_cut_off_jpeg_with_a_whole_thumbnail(picture: np.ndarray, tmp_path: Path
     (tmp_path / "a.jpg").write_bytes(whole[:-20])
     with pytest.raises(ImageError, match="is cut off"):
         image_from_file(tmp_path / "a.jpg")
+
+
+def test_bytes_need_no_file(picture: np.ndarray) -> None:
+    assert np.array_equal(image_from_bytes(encoded(picture, ".png")), picture)
+    with pytest.raises(ImageError, match=r"^upload 7 is no image"):
+        image_from_bytes(b"text", "upload 7")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])

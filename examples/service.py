@@ -1,0 +1,272 @@
+"""Keypoints over HTTP: requests that arrive together share one network call.
+
+What it does    POST an image (JPEG or PNG, as the body) to /keypoints -> JSON with the box and the 68
+                keypoints of every face. GET /health runs the network and compares its answer.
+What it needs   pip install 'kp-edge[serve]'; a bundle
+How to run      KP_MODEL=BUNDLE uvicorn examples.service:app, or KP_MODEL=BUNDLE python examples/service.py
+How to ask      curl --data-binary @photo.jpg http://127.0.0.1:8000/keypoints
+Settings        environment variables, see `Settings`; with `uvicorn`, host and port are its own options
+Errors          {"detail": "one line"}: 400 no image, 408 slow upload, 413 too large, 415 neither JPEG nor
+                PNG, 503 busy (with Retry-After), 500 the engine failed
+What was run    here, on x86-64 CPUs: the tests, in one process and over a socket. Not run: GPU backends
+What it leaves  to the proxy in front: TLS, who may ask, how often
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse
+from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
+
+import kp_runtime
+from kp_runtime.backend import Backend, usable_cores
+from kp_runtime.default_model import default_bundle
+from kp_runtime.detect import Detector
+
+BUNDLE_OF_THE_CHECKOUT = Path(__file__).resolve().parents[1] / "engines" / "resnet18-68"
+MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
+"""How a JPEG and a PNG begin."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Each field can be set by the environment: `KP_` and its name in capitals."""
+
+    model: str | None = None  # a bundle; None: the installed default model, else the checkout's
+    backend: str = "auto"
+    detector: str = "haar"  # or the path of a YuNet model
+    max_upload_mib: int = 8
+    max_megapixels: int = 40  # a small file can be a huge image
+    max_requests: int = 32  # being answered at once; one more is told to come back later
+    body_seconds: int = 10  # in which an upload has to arrive
+    wait_ms: int = 4  # how long the first request waits for others to share its network call
+    batch_faces: int = 8  # so many faces do not wait for more
+    host: str = "127.0.0.1"
+    port: int = 8000
+
+    @classmethod
+    def from_environment(cls) -> Settings:
+        """The defaults, replaced by what is set.
+
+        Raises:
+            InputError: a number that is none, or is under 1.
+        """
+        given: dict[str, Any] = {}
+        for setting in fields(cls):
+            name = f"KP_{setting.name.upper()}"
+            text = os.environ.get(name)
+            if text is None:
+                continue
+            if isinstance(setting.default, int) and not (text.isascii() and text.isdigit() and int(text) > 0):
+                raise kp_runtime.InputError(f"{name} must be a whole number from 1 on, got {text!r}")
+            given[setting.name] = int(text) if isinstance(setting.default, int) else text
+        return cls(**given)
+
+
+@dataclass
+class Batch:
+    """Crops that wait for the same network call, and where each caller's keypoints go."""
+
+    jobs: list[tuple[NDArray[np.uint8], Future[NDArray[np.float32]]]] = field(default_factory=list)
+
+    @property
+    def faces(self) -> int:
+        """How many crops wait."""
+        return sum(len(crops) for crops, _ in self.jobs)
+
+    def run(self, backend: Backend) -> None:
+        """One network call for all; its error is everyone's."""
+        try:
+            keypoints = backend.infer(np.concatenate([crops for crops, _ in self.jobs]))
+        except Exception as error:
+            for _, answer in self.jobs:
+                answer.set_exception(error)
+            return
+        start = 0
+        for crops, answer in self.jobs:
+            answer.set_result(keypoints[start : start + len(crops)])
+            start += len(crops)
+
+
+class BatchingBackend(Backend):
+    """A backend that runs the crops of several threads in one call of another backend.
+
+    The first thread to come waits `wait_s` for others, or until `enough` faces are there, and while
+    a call is running; then it runs all that have come. A `Model` on it is used as any other, so a
+    request's keypoints are those of `model(image, boxes)`.
+    """
+
+    def __init__(self, backend: Backend, wait_s: float, enough: int) -> None:
+        super().__init__(backend.spec)
+        self.name, self.report = backend.name, backend.report
+        self.calls = self.faces = 0
+        self._backend, self._wait_s, self._enough = backend, wait_s, enough
+        self._arrival, self._engine = threading.Condition(), threading.Lock()
+        self._batch = Batch()
+
+    def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        answer: Future[NDArray[np.float32]] = Future()
+        with self._arrival:
+            self._batch.jobs.append((crops, answer))
+            leads = len(self._batch.jobs) == 1
+            self._arrival.notify()
+        if leads:
+            with self._arrival:
+                self._arrival.wait_for(lambda: self._batch.faces >= self._enough, self._wait_s)
+            with self._engine:
+                with self._arrival:
+                    batch, self._batch = self._batch, Batch()
+                self.calls, self.faces = self.calls + 1, self.faces + batch.faces
+                batch.run(self._backend)
+        return answer.result()
+
+
+class Service:
+    """Image bytes to keypoints; `answer` is called from many threads at once."""
+
+    def __init__(self, settings: Settings) -> None:
+        model = kp_runtime.load(settings.model or default_bundle(BUNDLE_OF_THE_CHECKOUT), settings.backend)
+        model.warmup(settings.batch_faces)
+        self.batching = BatchingBackend(model.backend, settings.wait_ms / 1000, settings.batch_faces)
+        self._model = kp_runtime.Model(self.batching)
+        # as many as there are cores: the others wait here, with their bytes still compressed
+        self._detectors: queue.LifoQueue[Detector] = queue.LifoQueue()
+        for _ in range(usable_cores()):
+            self._detectors.put(detector_from_name(settings.detector))
+        size = model.spec.size
+        self._crop = np.random.default_rng(68).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
+        self._expected = model.backend.infer(self._crop)  # load() has just compared the golden crop
+
+    def answer(self, data: bytes) -> dict[str, Any]:
+        """The keypoints of all faces, as `Keypoints.to_json`."""
+        detector = self._detectors.get()
+        try:
+            image = kp_runtime.image_from_bytes(data)
+            boxes = detector(image)
+        finally:
+            self._detectors.put(detector)
+        return self._model(image, boxes).to_json()
+
+    def check(self) -> dict[str, Any]:
+        """Runs the network; what runs, and how many faces shared how many calls.
+
+        Raises:
+            BackendError: it no longer gives the answer that it gave at the start.
+        """
+        error = float(np.abs(self.batching.infer(self._crop) - self._expected).max())
+        if not error < 0.5:
+            raise kp_runtime.BackendError(f"a keypoint is {error:.3f} px from where it was at the start; restart")
+        report, counted = self.batching.report, {"calls": self.batching.calls, "faces": self.batching.faces}
+        return {"status": "ok", "backend": report.backend, "file": report.file, **counted}
+
+
+def detector_from_name(name: str) -> Detector:
+    """`haar`, or a YuNet detector by the path of its model."""
+    return kp_runtime.HaarDetector() if name == "haar" else kp_runtime.YuNetDetector(name)
+
+
+class Door:
+    """Lets so many requests in at once. Used by the event loop's one thread."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._inside = most, 0
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Holds a place, or refuses at once: waiting would only make the queue longer."""
+        if self._inside >= self._most:
+            busy = f"busy: {self._most} requests are being answered; try again in a second"
+            raise HTTPException(503, busy, {"Retry-After": "1"})
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+
+async def body_of(request: Request, settings: Settings) -> bytes:
+    """The whole upload, which is never larger in memory than it may be."""
+
+    async def read() -> bytes:
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > settings.max_upload_mib << 20:
+                raise HTTPException(413, f"an image may have {settings.max_upload_mib} MiB; send a smaller one")
+        return bytes(data)
+
+    try:
+        return await asyncio.wait_for(read(), settings.body_seconds)
+    except asyncio.TimeoutError as error:
+        raise HTTPException(408, f"the image did not arrive within {settings.body_seconds} s") from error
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the upload was cut off") from error
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The web application, with its model loaded.
+
+    Raises:
+        KpError: the model or the detector can't be used.
+    """
+    # OpenCV reads it once, when it is imported
+    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(settings.max_megapixels * 1_000_000))
+    service, door = Service(settings), Door(settings.max_requests)
+    threads = ThreadPoolExecutor(settings.max_requests, "request")  # who is let in never waits for a thread
+    app = FastAPI(title="kp", version=kp_runtime.__version__)
+    app.state.settings, app.state.service = settings, service
+
+    @app.post("/keypoints")
+    async def keypoints(request: Request) -> JSONResponse:
+        with door.entered():
+            data = await body_of(request, settings)
+            if not data.startswith(MAGIC):
+                raise HTTPException(415, "the body is neither a JPEG nor a PNG; send the image's bytes as they are")
+            return JSONResponse(await asyncio.get_running_loop().run_in_executor(threads, service.answer, data))
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(service.check))
+
+    @app.exception_handler(kp_runtime.KpError)
+    async def failed(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 400 if isinstance(error, kp_runtime.ImageError) else 500)
+
+    return app
+
+
+@functools.cache
+def app_or_exit() -> FastAPI:
+    """The application with the environment's settings; an error is one line and exit status 1."""
+    try:
+        return create_app(Settings.from_environment())
+    except kp_runtime.KpError as error:
+        sys.exit(f"error: {error}")
+
+
+def __getattr__(name: str) -> FastAPI:
+    """`app`, made when uvicorn asks for it; who only imports this file loads no model."""
+    if name == "app":
+        return app_or_exit()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+if __name__ == "__main__":
+    app = app_or_exit()
+    uvicorn.run(app, host=app.state.settings.host, port=app.state.settings.port)

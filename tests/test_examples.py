@@ -1,0 +1,284 @@
+"""The examples as they are: each that needs no board is run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+import kp_runtime
+from kp_runtime.backend import Backend
+from kp_runtime.spec import ModelSpec
+from tests.tolerances import FP32_PX, assert_close
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module `examples.service`."""
+    pytest.importorskip("fastapi", reason="fastapi, which the service is made of, is not installed")
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")  # so that what the service sets is undone
+    import examples.service
+
+    return examples.service
+
+
+class CountingBackend(Backend):
+    """Answers with each crop's first pixel; a call waits until it is let through."""
+
+    def __init__(self) -> None:
+        super().__init__(ModelSpec("counting", size=32))
+        self.name, self.report = "counting", kp_runtime.backend.BackendReport("counting", "-", "fp32", (), None)
+        self.batches: list[int] = []
+        self.may_run = threading.Event()
+        self.started = threading.Event()
+
+    def _run(self, crops: np.ndarray) -> np.ndarray:
+        self.batches.append(len(crops))
+        self.started.set()
+        assert self.may_run.wait(30)
+        if crops[0, 0, 0, 0] == 255:
+            raise kp_runtime.BackendError("the engine failed")
+        return np.broadcast_to(crops[:, 0, :1, :1].astype(np.float32), (len(crops), 68, 2))
+
+
+def crops_of(*levels: int) -> np.ndarray:
+    return np.broadcast_to(np.array(levels, np.uint8)[:, None, None, None], (len(levels), 1, 32, 32))
+
+
+def until(true: Callable[[], bool]) -> None:
+    """Waits for what another thread is about to do; a test that hangs fails."""
+    for _ in range(3000):
+        if true():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen within 30 s")
+
+
+def test_what_waits_behind_a_call_shares_the_next(service: Any) -> None:
+    engine = CountingBackend()
+    batching = service.BatchingBackend(engine, wait_s=0.001, enough=100)
+    with ThreadPoolExecutor(8) as threads:
+        first = threads.submit(batching.infer, crops_of(1))
+        assert engine.started.wait(30)
+        behind = [threads.submit(batching.infer, crops_of(*[i] * n)) for i, n in ((2, 1), (3, 2), (4, 1))]
+        until(lambda: batching._batch.faces == 4)
+        engine.may_run.set()
+        assert (first.result()[:, 0, 0] == [1]).all()
+        assert [answer.result()[:, 0, 0].tolist() for answer in behind] == [[2.0], [3.0, 3.0], [4.0]]
+    assert engine.batches == [1, 4]
+    assert (batching.calls, batching.faces) == (2, 5)
+
+
+def test_enough_faces_do_not_wait(service: Any) -> None:
+    engine = CountingBackend()
+    engine.may_run.set()
+    batching = service.BatchingBackend(engine, wait_s=3600, enough=3)
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(batching.infer, crops_of(*levels)) for levels in ((1, 2), (3,))]
+        assert [len(answer.result(30)) for answer in answers] == [2, 1]
+    assert engine.batches == [3]
+
+
+def test_an_error_is_everyones_and_the_next_call_works(service: Any) -> None:
+    engine = CountingBackend()
+    engine.may_run.set()
+    batching = service.BatchingBackend(engine, wait_s=3600, enough=2)
+    with ThreadPoolExecutor(2) as threads:
+        answers = [threads.submit(batching.infer, crops_of(255)) for _ in range(2)]
+        for answer in answers:
+            with pytest.raises(kp_runtime.BackendError, match="the engine failed"):
+                answer.result(30)
+    assert len(batching.infer(crops_of(7, 8))) == 2
+
+
+def test_settings_from_the_environment(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KP_DETECTOR", "face.onnx")
+    monkeypatch.setenv("KP_PORT", "8001")
+    settings = service.Settings.from_environment()
+    assert (settings.detector, settings.port, settings.wait_ms) == ("face.onnx", 8001, 4)
+    for wrong in ("0", "-1", "4.5", "x", "", "²"):
+        monkeypatch.setenv("KP_PORT", wrong)
+        with pytest.raises(kp_runtime.InputError, match=r"^KP_PORT must be a whole number from 1 on"):
+            service.Settings.from_environment()
+
+
+@contextlib.asynccontextmanager
+async def client_of(app: Any) -> AsyncIterator[Any]:
+    """An HTTP client of an application in this process."""
+    import httpx
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        yield client
+
+
+def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path) -> None:
+    image = kp_runtime.image_from_file(astronaut)
+    wanted = kp_runtime.load(bundle)(image, kp_runtime.HaarDetector()(image)).to_json()
+    jpeg = cv2.imencode(".jpg", image)[1].tobytes()
+    plain = cv2.imencode(".png", np.zeros((40, 30), np.uint8))[1].tobytes()
+    bmp = cv2.imencode(".bmp", image)[1].tobytes()
+    app = service.create_app(service.Settings(model=str(bundle), max_upload_mib=1, max_requests=1))
+
+    async def talk() -> None:
+        async with client_of(app) as client:
+
+            async def ask(content: bytes) -> tuple[int, Any]:
+                answer = await client.post("/keypoints", content=content)
+                return answer.status_code, answer.json()
+
+            assert len(wanted["faces"]) == 1
+            assert await ask(astronaut.read_bytes()) == (200, wanted)
+            assert (await ask(jpeg))[0] == 200
+            assert await ask(plain) == (200, {"height": 40, "width": 30, "faces": []})
+            cut_off = "the image is cut off: the end of the image is missing; copy or download it again"
+            assert await ask(jpeg[:-100]) == (400, {"detail": cut_off})
+            neither = {"detail": "the body is neither a JPEG nor a PNG; send the image's bytes as they are"}
+            assert [await ask(b""), await ask(bmp[:999])] == [(415, neither)] * 2
+            too_large = {"detail": "an image may have 1 MiB; send a smaller one"}
+            assert await ask(jpeg + bytes(1 << 20)) == (413, too_large)
+
+            health = await client.get("/health")
+            assert health.json() == {
+                "status": "ok", "backend": "ort-cpu", "file": "model.fp32.onnx", "calls": 3, "faces": 3,
+            }  # fmt: skip
+            app.state.service._expected += 1
+            health = await client.get("/health")
+            assert health.status_code == 500
+            assert "1.000 px from where it was at the start" in health.json()["detail"]
+
+    asyncio.run(talk())
+
+
+def test_a_full_service_says_so_at_once(service: Any, bundle: Path) -> None:
+    app = service.create_app(service.Settings(model=str(bundle), max_requests=2))
+    plain = cv2.imencode(".png", np.zeros((40, 30), np.uint8))[1].tobytes()
+    leave, inside = threading.Event(), []
+    answer = app.state.service.answer
+
+    def slow(data: bytes) -> Any:
+        inside.append(data)
+        assert leave.wait(30)
+        return answer(data)
+
+    app.state.service.answer = slow
+
+    async def talk() -> None:
+        async with client_of(app) as client:
+            let_in = [asyncio.create_task(client.post("/keypoints", content=plain)) for _ in range(2)]
+            await asyncio.to_thread(until, lambda: len(inside) == 2)
+            refused = await client.post("/keypoints", content=plain)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert refused.json() == {"detail": "busy: 2 requests are being answered; try again in a second"}
+            leave.set()
+            answers = [*await asyncio.gather(*let_in), await client.post("/keypoints", content=plain)]
+            assert [answer.status_code for answer in answers] == [200] * 3
+
+    asyncio.run(talk())
+
+
+def test_a_slow_upload_gives_its_place_back(service: Any, bundle: Path) -> None:
+    app = service.create_app(service.Settings(model=str(bundle), max_requests=1, body_seconds=1))
+
+    async def never_ends() -> AsyncIterator[bytes]:
+        yield b"\xff\xd8\xff"
+        await asyncio.Event().wait()
+
+    async def talk() -> None:
+        async with client_of(app) as client:
+            late = await client.post("/keypoints", content=never_ends())
+            assert (late.status_code, late.json()) == (408, {"detail": "the image did not arrive within 1 s"})
+            assert (await client.post("/keypoints", content=b"")).status_code == 415
+
+    asyncio.run(talk())
+
+
+@contextlib.contextmanager
+def serving(*words: str, **environment: str) -> Iterator[str]:
+    """`python WORDS`, a server of its own; gives its address and ends it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, *words] + (["--port", port] if "-m" in words else [])
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KP_", "OPENCV_"))}
+    given = inherited | {"KP_PORT": port} | environment
+    with subprocess.Popen(command, cwd=ROOT, env=given, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        try:
+            log = []
+            for line in server.stderr:
+                log.append(line)
+                if "running on" in line:
+                    break
+            else:
+                pytest.fail("the server did not start: " + "".join(log))
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+    assert server.returncode in (0, -signal.SIGTERM)
+
+
+def ask(url: str, data: bytes | None = None) -> tuple[int, dict[str, Any]]:
+    """POSTs data, or GETs; status and JSON."""
+    try:
+        with urllib.request.urlopen(url, data, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as refusal:
+        with refusal:
+            return refusal.code, json.load(refusal)
+
+
+@pytest.mark.parametrize("words", [("examples/service.py",), ("-m", "uvicorn", "examples.service:app")])
+def test_requests_over_a_socket_share_one_call(
+    service: Any, bundle: Path, astronaut: Path, words: tuple[str, ...]
+) -> None:
+    image = kp_runtime.image_from_file(astronaut)[:256, 80:336]
+    photos = [np.roll(image, 9 * i, axis=1) for i in range(6)]
+    model, detector = kp_runtime.load(bundle), kp_runtime.HaarDetector()
+    wanted = [model(photo, detector(photo)) for photo in photos]
+    together = sum(map(len, wanted)) + 1  # and the face of the health check
+    bomb = cv2.imencode(".png", np.zeros((2000, 2000), np.uint8))[1].tobytes()
+    # nobody is patient for a minute: the call begins because all faces are there
+    settings = {"KP_WAIT_MS": "60000", "KP_BATCH_FACES": str(together), "KP_MAX_MEGAPIXELS": "3"}
+    with serving(*words, KP_MODEL=str(bundle), **settings) as url, ThreadPoolExecutor(8) as threads:
+        uploads = [cv2.imencode(".png", photo)[1].tobytes() for photo in photos]
+        posted = [threads.submit(ask, f"{url}/keypoints", upload) for upload in uploads]
+        status, health = threads.submit(ask, f"{url}/health").result()
+        answers = [answer.result() for answer in posted]
+        too_large = ask(f"{url}/keypoints", bomb)
+    assert (status, health["calls"], health["faces"]) == (200, 1, together)
+    assert min(map(len, wanted)) >= 1
+    for (status, answer), keypoints in zip(answers, wanted, strict=True):
+        assert status == 200
+        assert_close([f["keypoints_xy"] for f in answer["faces"]], keypoints.xy, FP32_PX, "over the socket")
+    assert too_large[0] == 400
+    assert too_large[1]["detail"].startswith("the image has more pixels than are taken")
+
+
+@pytest.mark.parametrize("words", [("examples/service.py",), ("-m", "uvicorn", "examples.service:app")])
+def test_a_service_without_its_model_ends_with_one_line(service: Any, words: tuple[str, ...]) -> None:
+    ended = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=os.environ | {"KP_MODEL": "nowhere"}, capture_output=True, text=True
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: nowhere is not a bundle")
+    assert ended.stderr.count("\n") == 1
