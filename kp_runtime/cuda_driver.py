@@ -5,13 +5,18 @@ cuda-python is imported here alone in the run-time (and its NVRTC in `cubin`), w
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib
+import math
 from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from kp_runtime.errors import BackendError, MissingExtraError
 
-__all__ = ["CudaDriver", "bindings", "has_driver", "stream_handle"]
+__all__ = ["CudaDriver", "Memory", "bindings", "has_driver", "stream_handle"]
 
 PURPOSE = "running on a GPU (with CUDA 13: the extra cuda13)"
 
@@ -86,11 +91,104 @@ class CudaDriver:
         """
         status, *values = getattr(self.api, name)(*arguments)
         if status != self.api.CUresult.CUDA_SUCCESS:
-            raise BackendError(
-                f"CUDA failed: {name} says {getattr(status, 'name', status)}; see that nvidia-smi (tegrastats on a "
-                "Jetson) shows a GPU with free memory"
-            )
+            reason = str(getattr(status, "name", status))
+            raise BackendError(f"CUDA failed: {name} says {reason}; {_advice(reason)}")
         return values[0] if values else None
+
+    def wait_for(self, other: int | None, stream: Any, event: Any) -> None:
+        """Makes a stream wait for what another one, given by its handle, was told so far; `event` is used for it."""
+        if other is not None:
+            self.call("cuEventRecord", event, self.api.CUstream(other))
+            self.call("cuStreamWaitEvent", stream, event, 0)
+
+    def pointer_attribute(self, name: str, address: int) -> int | None:
+        """`CU_POINTER_ATTRIBUTE_<name>` of the memory at an address; None where CUDA knows of none.
+
+        Raises:
+            BackendError: CUDA failed.
+        """
+        attribute = getattr(self.api.CUpointer_attribute, f"CU_POINTER_ATTRIBUTE_{name}")
+        status, *values = self.api.cuPointerGetAttribute(attribute, address)
+        if status == self.api.CUresult.CUDA_ERROR_INVALID_VALUE:
+            return None
+        if status != self.api.CUresult.CUDA_SUCCESS:
+            reason = str(getattr(status, "name", status))
+            raise BackendError(f"CUDA failed: cuPointerGetAttribute says {reason}; {_advice(reason)}")
+        return int(values[0])
+
+
+_BROKEN = (
+    "ADDRESS",
+    "LAUNCH_FAILED",
+    "ILLEGAL_INSTRUCTION",
+    "ASSERT",
+    "HARDWARE_STACK",
+    "LAUNCH_TIMEOUT",
+    "INVALID_PC",
+)
+"""Words in the errors after which a process can't use its GPU any more."""
+
+
+def _advice(reason: str) -> str:
+    """What to do about an error of the driver."""
+    if "OUT_OF_MEMORY" in reason:
+        return (
+            "take fewer faces at once, or end other programs on the GPU (nvidia-smi lists them, tegrastats on a Jetson)"
+        )
+    if any(word in reason for word in _BROKEN):
+        return (
+            "something read or wrote memory that is not there, such as a frame that was freed too early; "
+            "this process can't use the GPU any more: start it again"
+        )
+    return "see that nvidia-smi (tegrastats on a Jetson) shows a GPU that works"
+
+
+class Memory:
+    """A block of a device's memory, or of pinned memory of the host, that can grow. For one thread at a time.
+
+    Args:
+        driver: the device.
+        pinned: memory of the host, which copies to and from the device want.
+
+    Attributes:
+        address: where the block is; 0 while there is none.
+        size: its bytes.
+    """
+
+    def __init__(self, driver: CudaDriver, pinned: bool = False) -> None:
+        self._driver, self._pinned = driver, pinned
+        self.address = self.size = 0
+
+    def reserve(self, size: int) -> None:
+        """Makes room for so many bytes. A larger block takes the place of the old one, which nothing may be using.
+
+        Raises:
+            BackendError: no memory is left; the old block stays.
+        """
+        if size <= self.size:
+            return
+        function = ("cuMemHostAlloc", size, 0) if self._pinned else ("cuMemAlloc", size)
+        address = int(self._driver.call(*function))
+        self.free()
+        self.address, self.size = address, size
+
+    def array(self, shape: tuple[int, ...], dtype: DTypeLike, start: int = 0) -> NDArray[Any]:
+        """An array in pinned memory, `start` bytes from its begin; valid until the block is freed or grows."""
+        count = math.prod(shape) * np.dtype(dtype).itemsize
+        memory = (ctypes.c_uint8 * count).from_address(self.address + start)
+        return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
+
+    def free(self) -> None:
+        """Frees the block, which nothing may be using; a second call does nothing."""
+        if self.address:
+            self._driver.call("cuMemFreeHost" if self._pinned else "cuMemFree", self.address)
+            self.address = self.size = 0
+
+    def __del__(self) -> None:
+        # a program that ends takes the driver away first; what is left goes with it
+        with contextlib.suppress(Exception):
+            self._driver.make_current()
+            self.free()
 
 
 def stream_handle(stream: Any) -> int:

@@ -55,11 +55,12 @@ struct Face {          // as preprocess_cuda.py packs it
     int reserved;
 };
 
-struct Image {
+struct Image {         // likewise
     const unsigned char* data;
     long long pitch;   // bytes from a row to the next
     int first, third;  // weights of the first and the third channel; the second is always green
     int limited;       // luma of 16 to 235
+    int reserved;
 };
 
 struct Shared {
@@ -260,17 +261,17 @@ __device__ void crop_tile(Shared& shared, const Image& image, const Face& face, 
 } // namespace
 
 // The kernels, by bytes a pixel: luma planes and grey, BGR and RGB, BGRA and RGBA. A grid of
-// (tiles across, tiles down, faces) blocks of 256 threads. `v1` is what the host and the kernel agree on.
+// (tiles across, tiles down, faces) blocks of 256 threads. What changes from frame to frame is read from memory,
+// so that a CUDA graph, which keeps the arguments, serves every frame. `v2` is what the host and the kernel agree on.
 #define KP_KERNEL(name, BYTES)                                                                                    \
     extern "C" __global__ void __launch_bounds__(THREADS, 4)                                                      \
-        name(const unsigned char* data, long long pitch, int first, int third, int limited, const Face* faces,    \
-             int size, unsigned char* crops) {                                                                    \
+        name(const Image* frame, const Face* faces, int size, unsigned char* crops) {                             \
         __shared__ Shared shared;                                                                                 \
         KP_BLOCK_BEGINS(shared);                                                                                  \
-        const Image image{data, pitch, first, third, limited};                                                    \
+        const Image image = *frame;                                                                               \
         crop_tile<BYTES>(shared, image, faces[blockIdx.z], crops + (long long)blockIdx.z * size * size, size);    \
     }
 
-KP_KERNEL(kp_crops_v1_1, 1)
-KP_KERNEL(kp_crops_v1_3, 3)
-KP_KERNEL(kp_crops_v1_4, 4)
+KP_KERNEL(kp_crops_v2_1, 1)
+KP_KERNEL(kp_crops_v2_3, 3)
+KP_KERNEL(kp_crops_v2_4, 4)

@@ -4,7 +4,8 @@ The kernel is `preprocess.cu` beside this file; it gives the very bits of `prepr
 run it on the CPU, block by block, and compile it for the GPUs named there. What is around it here,
 memory, stream and launch, **has not been run on a GPU yet**; the tests that do it are marked `gpu`.
 
-Matrices are `crop_from_image` of `geometry`.
+Matrices are `crop_from_image` of `geometry`. `CropKernels` may be shared between threads, `CropRecords`
+and `CudaCropper` are for one thread at a time.
 """
 
 from __future__ import annotations
@@ -21,13 +22,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.cubin import cubin_from_source
-from kp_runtime.cuda_driver import CudaDriver, stream_handle
+from kp_runtime.cuda_driver import CudaDriver, Memory, stream_handle
 from kp_runtime.device_frame import DeviceFrame
-from kp_runtime.errors import BackendError, InputError
+from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.frame import CHANNELS
 from kp_runtime.geometry import crop_plan
 
-__all__ = ["FACE", "CudaCropper", "compile_cubin", "faces_from_matrices", "kernel_source", "weights_of_layout"]
+__all__ = [
+    "FACE",
+    "IMAGE",
+    "CropKernels",
+    "CropRecords",
+    "CudaCropper",
+    "check_frame",
+    "compile_cubin",
+    "faces_from_matrices",
+    "kernel_source",
+    "record_from_frame",
+    "weights_of_layout",
+]
+
+IMAGE = np.dtype([("data", "<u8"), ("pitch", "<i8"), ("weights", "<i4", 2), ("limited", "<i4"), ("reserved", "<i4")])
+"""The kernel's `Image`: where the pixels lie, and how they turn grey."""
 
 FACE = np.dtype([("matrix", "<f8", 6), ("window", "<i4", 4), ("block", "<i4"), ("reserved", "<i4")])
 """The kernel's `Face`: the plan's matrix times 1024, x0 y0 x1 y1 of the window, the side of its blocks."""
@@ -36,15 +52,9 @@ TILE, THREADS = 32, 256
 """Of the kernel: side of the square of a crop that a block of threads makes, and their number."""
 
 _MOST_FACES = 65535  # blocks along the third axis of a grid
+_DEVICE_MEMORY = 2  # CU_MEMORYTYPE_DEVICE
 _LARGEST_BLOCK = 4096  # k * k * 255 and the rounding are under 2^32
-_ARGUMENTS = (  # types of the kernel's arguments
-    ctypes.c_void_p,
-    ctypes.c_longlong,
-    *(ctypes.c_int,) * 3,
-    ctypes.c_void_p,
-    ctypes.c_int,
-    ctypes.c_void_p,
-)
+_ARGUMENTS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)  # types of the kernel's arguments
 
 
 def kernel_source() -> str:
@@ -67,6 +77,12 @@ def weights_of_layout(layout: str) -> tuple[int, int]:
     return (blue, red) if layout.startswith("bgr") else (red, blue)
 
 
+def record_from_frame(frame: DeviceFrame) -> NDArray[np.void]:
+    """The kernel's record of a frame: `(1,)` of `IMAGE`."""
+    weights, limited = weights_of_layout(frame.layout), frame.range == "limited"
+    return np.array([(frame.pointer, frame.pitch, weights, limited, 0)], IMAGE)
+
+
 def faces_from_matrices(crop_from_image: NDArray[np.floating], size: int, size_hw: tuple[int, int]) -> NDArray[np.void]:
     """The kernel's records of `(n, 2, 3)` crop matrices: `(n,)` of `FACE`.
 
@@ -78,57 +94,166 @@ def faces_from_matrices(crop_from_image: NDArray[np.floating], size: int, size_h
         raise InputError(f"crop matrices must be (n, 2, 3) and a size at least 1, got {matrices.shape} and {size}")
     if len(matrices) > _MOST_FACES:
         raise InputError(f"one launch crops at most {_MOST_FACES} faces, got {len(matrices)}; cut them in parts")
-    faces = np.zeros(len(matrices), FACE)
-    for face, matrix in zip(faces, matrices, strict=True):
-        plan = crop_plan(matrix, size, size_hw)
-        if plan.block > _LARGEST_BLOCK:
-            raise InputError(f"a face is {plan.block} times larger than its crop; at most {_LARGEST_BLOCK} is taken")
-        face["matrix"] = plan.source_from_crop.ravel() * 1024.0
-        face["window"] = plan.x0, plan.y0, plan.x1, plan.y1
-        face["block"] = plan.block
-    return faces
+    plans = [crop_plan(matrix, size, size_hw) for matrix in matrices]
+    largest = max((plan.block for plan in plans), default=1)
+    if largest > _LARGEST_BLOCK:
+        raise InputError(f"a face is {largest} times larger than its crop; at most {_LARGEST_BLOCK} is taken")
+    records = [(p.source_from_crop.ravel() * 1024.0, (p.x0, p.y0, p.x1, p.y1), p.block, 0) for p in plans]
+    return np.array(records, FACE)
+
+
+def check_frame(frame: DeviceFrame, driver: CudaDriver) -> None:
+    """Checks that the frame's pixels lie where the device can read them, as far as CUDA knows.
+
+    CUDA is asked about the first and the last byte, so memory that was freed, or that is too small, is
+    found unless something else lies there.
+
+    Raises:
+        ImageError: a frame on another device, or no CUDA memory.
+    """
+    if frame.device_id != driver.device_id:
+        raise _on_another(frame.device_id, driver)
+    last = frame.pointer + (frame.size_hw[0] - 1) * frame.pitch + frame.size_hw[1] * CHANNELS[frame.layout] - 1
+    for name, address in (("first", frame.pointer), ("last", last)):
+        kind = driver.pointer_attribute("MEMORY_TYPE", address)
+        if not kind:
+            raise ImageError(
+                f"the frame's {name} byte, at {address:#x}, is not in CUDA memory: it was freed, lies in the host's "
+                "memory, or is smaller than size and pitch say; keep the frame's owner alive, and give an "
+                "array on the host as it is, without DeviceFrame"
+            )
+        # pinned and managed memory is of use to every GPU
+        if kind == _DEVICE_MEMORY and not driver.pointer_attribute("IS_MANAGED", address):
+            device = driver.pointer_attribute("DEVICE_ORDINAL", address)
+            if device != driver.device_id:
+                raise _on_another(device, driver)
+
+
+def _on_another(device: int | None, driver: CudaDriver) -> ImageError:
+    return ImageError(
+        f"the frame is on CUDA device {device}, its crops are cut on {driver.device_id}; "
+        f"copy it there, or crop with device_id={device}"
+    )
+
+
+class CropKernels:
+    """The compiled kernels on one GPU. May be shared between threads.
+
+    Args:
+        driver: the device.
+        cubin: the compiled kernels, their bytes or a file; when None the file that `KP_CUBIN` names, or
+            what NVRTC makes of the source.
+
+    Raises:
+        MissingExtraError: cuda-python is not installed.
+        BackendError: no kernel for this GPU.
+    """
+
+    def __init__(self, driver: CudaDriver, cubin: bytes | str | os.PathLike[str] | None = None) -> None:
+        self._driver = driver
+        given = cubin if cubin is not None else os.environ.get("KP_CUBIN") or None
+        image = np.frombuffer(compile_cubin(driver.arch) if given is None else _cubin_bytes(given), np.uint8)
+        driver.make_current()
+        try:
+            self._module = driver.call("cuModuleLoadData", image.ctypes.data)
+            self._kernels = {
+                n: driver.call("cuModuleGetFunction", self._module, b"kp_crops_v2_%d" % n) for n in (1, 3, 4)
+            }
+        except BackendError as error:
+            raise BackendError(
+                f"the compiled kernel can't be used on this {driver.arch} GPU ({error}); compile it for "
+                f"{driver.arch} with this release, or unset KP_CUBIN"
+            ) from error
+
+    def launch(self, bytes_a_pixel: int, n: int, image: int, faces: int, size: int, out: int, stream: Any) -> None:
+        """Cuts `n` crops, at least one; the addresses of the records and of `out` are the device's."""
+        tiles = -(-size // TILE)
+        grid, block = (tiles, tiles, n), (THREADS, 1, 1)
+        arguments = ((image, faces, size, out), _ARGUMENTS)
+        self._driver.call("cuLaunchKernel", self._kernels[bytes_a_pixel], *grid, *block, 0, stream, arguments, 0)
+
+    def close(self) -> None:
+        """Unloads the kernels, once nothing runs them any more; a second call does nothing."""
+        if self._kernels:
+            self._kernels = {}
+            self._driver.make_current()
+            self._driver.call("cuModuleUnload", self._module)
+
+
+class CropRecords:
+    """What one launch reads beside the pixels: the frame's record and the faces', in pinned memory and on the device.
+
+    The addresses stay as they are until `reserve` has to make more room. For one thread at a time.
+
+    Args:
+        driver: the device.
+        faces: how many there is room for.
+
+    Raises:
+        BackendError: no memory is left.
+    """
+
+    def __init__(self, driver: CudaDriver, faces: int) -> None:
+        self._driver = driver
+        self._host, self._device = Memory(driver, pinned=True), Memory(driver)
+        self.reserve(faces)
+
+    def reserve(self, faces: int) -> None:
+        """Makes room; nothing on the GPU may be using the records.
+
+        Raises:
+            BackendError: no memory is left; the room that there was stays.
+        """
+        self._host.reserve(IMAGE.itemsize + faces * FACE.itemsize)
+        self._device.reserve(IMAGE.itemsize + faces * FACE.itemsize)
+
+    def write(self, frame: DeviceFrame, faces: NDArray[np.void]) -> None:
+        """Writes the records to pinned memory; the launch before must be over."""
+        self._host.array((1,), IMAGE)[:] = record_from_frame(frame)
+        self._host.array(faces.shape, FACE, IMAGE.itemsize)[:] = faces
+
+    def enqueue(self, kernels: CropKernels, bytes_a_pixel: int, n: int, size: int, out: int, stream: Any) -> None:
+        """Copies `n` faces' records to the device and cuts them, asynchronously.
+
+        May be captured into a CUDA graph, which then reads at each launch what was written last.
+        """
+        device = self._device.address
+        self._driver.call("cuMemcpyHtoDAsync", device, self._host.address, IMAGE.itemsize + n * FACE.itemsize, stream)
+        kernels.launch(bytes_a_pixel, n, device, device + IMAGE.itemsize, size, out, stream)
+
+    def free(self) -> None:
+        """Frees the memory, once nothing uses it any more; a second call does nothing."""
+        self._host.free()
+        self._device.free()
 
 
 @dataclass
 class _Slot:
-    """Memory that takes face records to the device.
+    """Records of one launch, the event behind it, and the frame that it reads, kept alive until then."""
 
-    Attributes:
-        host: pinned, where the records are written.
-        device: as large, on the device.
-        faces: how many fit.
-        done: event behind the last launch that reads them.
-        frame: what that launch reads, kept alive until then.
-    """
-
-    host: int
-    device: int
-    faces: int
+    records: CropRecords
     done: Any
     frame: DeviceFrame | None = None
 
 
 class CudaCropper:
-    """Cuts crops on one GPU. Not for two threads at once.
+    """Cuts crops on one GPU, for pipelines of one's own. Not for two threads at once.
 
     Args:
         device_id: number of the GPU.
-        cubin: the compiled kernel, its bytes or a file; when None the file that `KP_CUBIN` names, or
-            what NVRTC makes of the source.
+        cubin: see `CropKernels`.
 
     Raises:
         MissingExtraError: cuda-python is not installed.
-        BackendError: no device, or no kernel for it.
+        BackendError: no device, no kernel for it, or no memory.
     """
 
     def __init__(self, device_id: int = 0, cubin: bytes | str | os.PathLike[str] | None = None) -> None:
-        self._driver = CudaDriver(device_id)
-        given = cubin if cubin is not None else os.environ.get("KP_CUBIN") or None
-        code = compile_cubin(self._driver.arch) if given is None else _cubin_bytes(given)
-        self._kernels = self._load(code)
-        self._slots = [_Slot(0, 0, 0, self._driver.call("cuEventCreate", 2)) for _ in range(4)]  # 2: without times
+        self._driver = driver = CudaDriver(device_id)
+        self.kernels = CropKernels(driver, cubin)
+        self._slots = [_Slot(CropRecords(driver, 64), driver.call("cuEventCreate", 2)) for _ in range(4)]  # 2: no times
         self._turns = itertools.cycle(self._slots)
-        self._ready = self._driver.call("cuEventCreate", 2)
+        self._ready = driver.call("cuEventCreate", 2)
 
     def crops_from_frame(
         self, frame: DeviceFrame, crop_from_image: NDArray[np.floating], size: int, out: int, stream: Any
@@ -146,77 +271,39 @@ class CudaCropper:
             stream: a CUDA stream: its handle or an object with `__cuda_stream__`.
 
         Raises:
-            InputError: matrices that are not taken, or a frame on another device.
+            InputError: matrices that are not taken.
+            ImageError: a frame on another device, or not in CUDA memory.
             BackendError: CUDA failed.
         """
-        if frame.device_id != self._driver.device_id:
-            raise InputError(
-                f"the frame is on CUDA device {frame.device_id}, the cropper on {self._driver.device_id}; "
-                f"open a cropper with device_id={frame.device_id}"
-            )
+        call = self._driver.call
+        self._driver.make_current()
+        check_frame(frame, self._driver)
         faces = faces_from_matrices(crop_from_image, size, frame.size_hw)
         if len(faces) == 0:
             return
-        call = self._driver.call
-        self._driver.make_current()
         handle = self._driver.api.CUstream(stream_handle(stream))
-        if frame.stream is not None:
-            call("cuEventRecord", self._ready, self._driver.api.CUstream(frame.stream))
-            call("cuStreamWaitEvent", handle, self._ready, 0)
-        slot = self._slot(len(faces), frame)
-        ctypes.memmove(slot.host, faces.ctypes.data, faces.nbytes)
-        call("cuMemcpyHtoDAsync", slot.device, slot.host, faces.nbytes, handle)
-        self._launch(frame, slot.device, len(faces), size, out, handle)
+        self._driver.wait_for(frame.stream, handle, self._ready)
+        slot = next(self._turns)  # the one that was used longest ago
+        call("cuEventSynchronize", slot.done)
+        slot.records.reserve(len(faces))
+        slot.frame = frame
+        slot.records.write(frame, faces)
+        slot.records.enqueue(self.kernels, CHANNELS[frame.layout], len(faces), size, int(out), handle)
         call("cuEventRecord", slot.done, handle)
 
-    def _launch(self, frame: DeviceFrame, faces: int, n: int, size: int, out: int, stream: Any) -> None:
-        kernel = self._kernels[CHANNELS[frame.layout]]
-        first, third = weights_of_layout(frame.layout)
-        values = (frame.pointer, frame.pitch, first, third, int(frame.range == "limited"), faces, size, int(out))
-        tiles = -(-size // TILE)
-        grid, block = (tiles, tiles, n), (THREADS, 1, 1)
-        self._driver.call("cuLaunchKernel", kernel, *grid, *block, 0, stream, (values, _ARGUMENTS), 0)
-
-    def _slot(self, n: int, frame: DeviceFrame) -> _Slot:
-        """The slot that was used longest ago, free again and large enough."""
-        call = self._driver.call
-        slot = next(self._turns)
-        call("cuEventSynchronize", slot.done)
-        slot.frame = frame
-        if slot.faces < n:
-            self._free(slot)
-            many = max(64, n)
-            slot.host = int(call("cuMemHostAlloc", many * FACE.itemsize, 0))
-            slot.device = int(call("cuMemAlloc", many * FACE.itemsize))
-            slot.faces = many
-        return slot
-
-    def _free(self, slot: _Slot) -> None:
-        if slot.host:
-            self._driver.call("cuMemFreeHost", slot.host)
-        if slot.device:
-            self._driver.call("cuMemFree", slot.device)
-        slot.host = slot.device = slot.faces = 0
-
-    def _load(self, cubin: bytes) -> dict[int, Any]:
-        """The kernels by bytes a pixel."""
-        try:
-            image = np.frombuffer(cubin, np.uint8)
-            self._module = self._driver.call("cuModuleLoadData", image.ctypes.data)
-            return {n: self._driver.call("cuModuleGetFunction", self._module, b"kp_crops_v1_%d" % n) for n in (1, 3, 4)}
-        except BackendError as error:
-            raise BackendError(
-                f"the compiled kernel can't be used on this {self._driver.arch} GPU ({error}); compile it for "
-                f"{self._driver.arch} with this release, or unset KP_CUBIN"
-            ) from error
-
     def close(self) -> None:
-        """Waits for the launches under way and frees what they used."""
+        """Waits for the launches under way and frees what they used; a second call does nothing."""
+        if not self._slots:
+            return
         self._driver.make_current()
         for slot in self._slots:
             self._driver.call("cuEventSynchronize", slot.done)
-            self._free(slot)
-            slot.frame = None
+        while self._slots:
+            slot = self._slots.pop()
+            slot.records.free()
+            self._driver.call("cuEventDestroy", slot.done)
+        self._driver.call("cuEventDestroy", self._ready)
+        self.kernels.close()
 
     def __enter__(self) -> CudaCropper:
         return self
@@ -226,9 +313,8 @@ class CudaCropper:
 
     def __del__(self) -> None:
         # a program that ends takes the driver away first; what is left goes with it
-        if hasattr(self, "_ready"):
-            with contextlib.suppress(Exception):
-                self.close()
+        with contextlib.suppress(Exception):
+            self.close()
 
 
 def _cubin_bytes(given: bytes | str | os.PathLike[str]) -> bytes:

@@ -1,7 +1,10 @@
 """The CUDA driver without a GPU: device memory is host memory, and the crop kernel runs emulated.
 
-As on a GPU nothing happens when it is asked for: copies and launches wait until somebody waits for
-an event behind them, so memory that is used again too early shows as wrong crops.
+As on a GPU nothing happens when it is asked for: what a stream is told waits until somebody waits for
+it, or for an event behind it, and no stream knows of another but by events. So memory that is used
+again too early, or before another stream has written it, shows as wrong crops. A graph keeps
+addresses and arguments, and nothing of what lies there. Freeing what a stream still needs, a thread
+without a context, and waiting in a capture are errors.
 """
 
 # ruff: noqa: N802, N815  the functions have CUDA's own names
@@ -9,9 +12,14 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import threading
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
+
+import numpy as np
 
 from kp_runtime.preprocess_cuda import THREADS, TILE
 from tests.emulation import EmulatedKernel
@@ -19,17 +27,54 @@ from tests.emulation import EmulatedKernel
 
 class Result(enum.IntEnum):
     CUDA_SUCCESS = 0
+    CUDA_ERROR_INVALID_VALUE = 1
     CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_BINARY_FOR_GPU = 209
+    CUDA_ERROR_ILLEGAL_ADDRESS = 700
+    CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
+
+
+@dataclass(eq=False)
+class Step:
+    """Work of a stream, or a mark that an event left there."""
+
+    work: Callable[[], Any] | None
+    touches: tuple[int, ...] = ()
+    stream: int = 0
+    over: bool = False
+
+
+WITHOUT_CONTEXT = (
+    "cuInit",
+    "cuDeviceGetCount",
+    "cuDeviceGet",
+    "cuDeviceGetAttribute",
+    "cuDriverGetVersion",
+    "cuDevicePrimaryCtxRetain",
+    "cuCtxSetCurrent",
+)
 
 
 class DriverDouble:
-    """What `cuda.bindings.driver` has of use here; `failing` names a function that reports an error."""
+    """What `cuda.bindings.driver` has of use here.
+
+    Attributes:
+        failing: names of functions with the error that each reports.
+        room: bytes of device memory that are left; None: any number.
+        lent: first addresses, sizes and devices of arrays of the tests that count as device memory.
+        gate: what every wait for an event waits for first.
+    """
 
     CUresult = Result
     CUdevice_attribute = SimpleNamespace(
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR=8, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR=7
     )
+    CUpointer_attribute = SimpleNamespace(
+        CU_POINTER_ATTRIBUTE_MEMORY_TYPE="type",
+        CU_POINTER_ATTRIBUTE_IS_MANAGED="managed",
+        CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL="device",
+    )
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     CUstream = int
 
     def __init__(self, kernel: EmulatedKernel | None) -> None:
@@ -37,22 +82,50 @@ class DriverDouble:
         self.failing: dict[str, Result] = {}
         self.asked: list[tuple[Any, ...]] = []
         self.memory: dict[int, Any] = {}
-        self.queue: list[Callable[[], Any] | int] = []
-        self.events = 0
-        self.streams = 0
+        self.pinned: set[int] = set()
+        self.room: int | None = None
+        self.lent: list[tuple[int, int, int]] = []
+        self.queues: dict[int, list[Step]] = defaultdict(list)
+        self.events: dict[int, Step | None] = {}
+        self.captures: dict[int, list[Step]] = {}
+        self.graphs: dict[int, list[Step]] = {}
+        self.handles = 1000
+        self.gate = threading.Event()
+        self.gate.set()
+        self._lock = threading.RLock()
+        self._threads = threading.local()
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
         if not name.startswith("cu"):
             raise AttributeError(name)
 
         def function(*arguments: Any) -> tuple[Any, ...]:
-            self.asked.append((name, *arguments))
-            if name in self.failing:
-                return (self.failing[name],)
-            value = getattr(self, f"_{name}", lambda *_: None)(*arguments)
-            return (Result.CUDA_SUCCESS,) if value is None else (Result.CUDA_SUCCESS, value)
+            if name == "cuEventSynchronize":
+                assert self.gate.wait(60)
+            with self._lock:
+                self.asked.append((name, *arguments))
+                assert name in WITHOUT_CONTEXT or getattr(self._threads, "context", None), name
+                if name in self.failing:
+                    return (self.failing[name],)
+                value = getattr(self, f"_{name}", lambda *_: None)(*arguments)
+                if isinstance(value, Result):
+                    return (value,)
+                return (Result.CUDA_SUCCESS,) if value is None else (Result.CUDA_SUCCESS, value)
 
         return function
+
+    def work(self, stream: int, function: Callable[[], Any], *touches: int) -> None:
+        """What a stream does when it comes so far; `touches` is memory that it needs then."""
+        steps = self.captures[stream] if stream in self.captures else self.queues[stream]
+        steps.append(Step(function, touches, stream))
+
+    def lend(self, array: np.ndarray, device: int = 0) -> None:
+        """Makes a host array count as device memory."""
+        self.lent.append((array.ctypes.data, array.nbytes, device))
+
+    def _handle(self) -> int:
+        self.handles += 1
+        return self.handles
 
     def _cuDeviceGetCount(self) -> int:
         return 1
@@ -66,23 +139,11 @@ class DriverDouble:
     def _cuDevicePrimaryCtxRetain(self, device: int) -> str:
         return "context"
 
+    def _cuCtxSetCurrent(self, context: str) -> None:
+        self._threads.context = context
+
     def _cuDriverGetVersion(self) -> int:
         return 12060
-
-    def _cuStreamCreate(self, flags: int) -> int:
-        self.streams += 1
-        return 1000 + self.streams
-
-    def _cuStreamSynchronize(self, stream: int) -> None:
-        while self.queue:
-            step = self.queue.pop(0)
-            if callable(step):
-                step()
-
-    def _cuMemcpyDtoHAsync(self, to: int, source: int, size: int, stream: int) -> None:
-        self.queue.append(lambda: ctypes.memmove(to, source, size))
-
-    _cuMemcpyDtoDAsync = _cuMemcpyDtoHAsync
 
     def _cuModuleLoadData(self, image: int) -> str:
         assert ctypes.string_at(image, 5) == b"cubin"
@@ -91,41 +152,142 @@ class DriverDouble:
     def _cuModuleGetFunction(self, module: str, name: bytes) -> bytes:
         return name
 
-    def _cuEventCreate(self, flags: int) -> int:
-        self.events += 1
-        return self.events
+    # memory
 
-    def _cuMemAlloc(self, size: int) -> int:
-        block = ctypes.create_string_buffer(b"\xee" * size, size)
-        self.memory[ctypes.addressof(block)] = block
-        return ctypes.addressof(block)
+    def _cuMemAlloc(self, size: int) -> int | Result:
+        if self.room is not None:
+            if size > self.room:
+                return Result.CUDA_ERROR_OUT_OF_MEMORY
+            self.room -= size
+        return self._block(size)
 
-    def _cuMemHostAlloc(self, size: int, flags: int) -> int:
-        return self._cuMemAlloc(size)
+    def _cuMemHostAlloc(self, size: int, flags: int) -> int | Result:
+        address = self._block(size)
+        self.pinned.add(address)
+        return address
+
+    def _block(self, size: int) -> int | Result:
+        assert size > 0
+        if self.captures:
+            return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        block = ctypes.create_string_buffer(b"\xee" * (size + 255), size + 255)
+        address = -(-ctypes.addressof(block) // 256) * 256  # as the driver's memory is
+        self.memory[address] = block
+        return address
 
     def _cuMemFree(self, address: int) -> None:
+        end = address + len(self.memory[address]) - 255
+        waiting = [step for queue in self.queues.values() for step in queue]
+        assert not any(address <= touched < end for step in waiting for touched in step.touches), "freed while in use"
+        if self.room is not None and address not in self.pinned:
+            self.room += end - address
+        self.pinned.discard(address)
         del self.memory[address]
 
     _cuMemFreeHost = _cuMemFree
 
+    def _cuPointerGetAttribute(self, attribute: str, address: int) -> int | Result:
+        for start, block in self.memory.items():
+            if start <= address < start + len(block) - 255:
+                return {"type": 1 if start in self.pinned else 2, "managed": 0, "device": 0}[attribute]
+        for start, size, device in self.lent:
+            if start <= address < start + size:
+                return {"type": 2, "managed": 0, "device": device}[attribute]
+        return Result.CUDA_ERROR_INVALID_VALUE
+
     def _cuMemcpyHtoDAsync(self, to: int, source: int, size: int, stream: int) -> None:
-        self.queue.append(lambda: ctypes.memmove(to, source, size))
+        self.work(stream, lambda: ctypes.memmove(to, source, size), to, source)
 
-    def _cuEventRecord(self, event: int, stream: int) -> None:
-        self.queue.append(event)
+    _cuMemcpyDtoHAsync = _cuMemcpyDtoDAsync = _cuMemcpyHtoDAsync
 
-    def _cuEventSynchronize(self, event: int) -> None:
-        while event in self.queue:
-            step = self.queue.pop(0)
-            if callable(step):
-                step()
+    # streams and events
+
+    def _cuStreamCreate(self, flags: int) -> int:
+        return self._handle()
+
+    def _cuStreamDestroy(self, stream: int) -> None:
+        assert not self.queues.pop(stream, []), "a stream with work was destroyed"
+
+    def _cuEventCreate(self, flags: int) -> int:
+        event = self._handle()
+        self.events[event] = None
+        return event
+
+    def _cuEventDestroy(self, event: int) -> None:
+        del self.events[event]
+
+    def _cuEventRecord(self, event: int, stream: int) -> Result | None:
+        if stream in self.captures:
+            return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        mark = self.events[event] = Step(None, (), stream)
+        self.queues[stream].append(mark)
+        return None
+
+    def _cuStreamWaitEvent(self, stream: int, event: int, flags: int) -> None:
+        mark = self.events[event]
+        if mark is not None:
+            self.work(stream, lambda: self._advance(mark))
+
+    def _cuEventSynchronize(self, event: int) -> Result | None:
+        if self.captures:
+            return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        mark = self.events[event]
+        if mark is not None:
+            self._advance(mark)
+        return None
+
+    def _cuStreamSynchronize(self, stream: int) -> Result | None:
+        if self.captures:
+            return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+        while self.queues[stream]:
+            self._advance(self.queues[stream][-1])
+        return None
+
+    def _advance(self, last: Step) -> None:
+        """Lets a stream work until a step of its is over."""
+        queue = self.queues[last.stream]
+        while not last.over:
+            step = queue[0]
+            if step.work is not None:
+                step.work()
+            step.over = True
+            queue.pop(0)
+
+    # graphs
+
+    def _cuStreamBeginCapture(self, stream: int, mode: int) -> None:
+        assert stream not in self.captures
+        self.captures[stream] = []
+
+    def _cuStreamEndCapture(self, stream: int) -> int:
+        graph = self._handle()
+        self.graphs[graph] = self.captures.pop(stream)
+        return graph
+
+    def _cuGraphInstantiate(self, graph: int, flags: int) -> int:
+        made = self._handle()
+        self.graphs[made] = list(self.graphs[graph])
+        return made
+
+    def _cuGraphLaunch(self, graph: int, stream: int) -> None:
+        for step in self.graphs[graph]:
+            assert step.work is not None
+            self.work(stream, step.work, *step.touches)
+
+    def _cuGraphDestroy(self, graph: int) -> None:
+        del self.graphs[graph]
+
+    _cuGraphExecDestroy = _cuGraphDestroy
+
+    # the kernel
 
     def _cuLaunchKernel(self, name: bytes, *arguments: Any) -> None:
-        grid, block, (shared, _, (values, types), extra) = arguments[:3], arguments[3:6], arguments[6:]
-        tiles = -(-values[6] // TILE)
+        grid, block, (shared, stream, (values, types), extra) = arguments[:3], arguments[3:6], arguments[6:]
+        image, faces, size, crops = values
+        tiles = -(-size // TILE)
         assert (grid[:2], block, shared, extra) == ((tiles, tiles), (THREADS, 1, 1), 0, 0)
-        assert len(values) == len(types) == 8
-        assert name.startswith(b"kp_crops_v1_")
+        assert len(types) == 4
+        assert name.startswith(b"kp_crops_v2_")
         assert self.kernel is not None
         kernel = self.kernel
-        self.queue.append(lambda: kernel.launch(int(name[-1:]), grid[2], values))
+        self.work(stream, lambda: kernel.launch(int(name[-1:]), grid[2], values), image, faces, crops)

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.frame import CHANNELS, Frame
-from kp_runtime.preprocess_cuda import FACE, faces_from_matrices, weights_of_layout
+from kp_runtime.preprocess_cuda import FACE, IMAGE, faces_from_matrices, record_from_frame, weights_of_layout
 
 SOURCE = Path(__file__).with_name("preprocess_emulated.cpp")
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
@@ -44,24 +45,25 @@ class EmulatedKernel:
             pytest.skip(f"what g++ makes can't be loaded into this Python: {error}")
         pointer, number = ctypes.c_void_p, ctypes.c_int
         self._emulate.argtypes = [
-            *(number, number, pointer, ctypes.c_longlong, number, number, number),
-            *(pointer, number, number, pointer),
+            *(number, number, pointer, pointer, number, number, pointer),
         ]
 
     def crops(self, frame: Frame, matrices: np.ndarray, size: int, order: int = 0, poison: int = 0) -> np.ndarray:
         """`(n, 1, size, size)` uint8; `order` of the threads: 0 forwards, 1 backwards, 2 mixed."""
         faces = faces_from_matrices(matrices, size, frame.size_hw)
         crops = np.full((len(faces), 1, size, size), poison, np.uint8)
-        weights, limited = weights_of_layout(frame.layout), frame.range == "limited"
-        data, pitch = frame.data.ctypes.data, frame.data.strides[0]
-        values = (data, pitch, *weights, limited, faces.ctypes.data, size, crops.ctypes.data)
+        device = DeviceFrame(
+            frame.data.ctypes.data, frame.size_hw, frame.data.strides[0], frame.layout, frame.range, owner=frame.data
+        )
+        record = record_from_frame(device)
+        values = (record.ctypes.data, faces.ctypes.data, size, crops.ctypes.data)
         self.launch(CHANNELS[frame.layout], len(faces), values, order)
         return crops
 
     def launch(self, bytes_a_pixel: int, n: int, values: tuple[int, ...], order: int = 0) -> None:
         """Runs a kernel over its grid; `values` are the kernel's arguments, pointers to host memory."""
-        record = self._emulate(order, bytes_a_pixel, *values[:6], n, *values[6:])
-        assert record == FACE.itemsize
+        records = self._emulate(order, bytes_a_pixel, *values[:2], n, *values[2:])
+        assert records == IMAGE.itemsize + FACE.itemsize
 
 
 def case_bytes(frame: Frame, matrices: np.ndarray, size: int, missing: int = 0) -> bytes:

@@ -7,20 +7,20 @@
 #include <cstdlib>
 #include <vector>
 
-extern "C" int emulate(int order, int bytes, const unsigned char* data, long long pitch, int first, int third,
-                       int limited, const void* faces, int n, int size, unsigned char* crops) {
-    const auto kernel = bytes == 1 ? kp_crops_v1_1 : bytes == 3 ? kp_crops_v1_3 : kp_crops_v1_4;
+extern "C" int emulate(int order, int bytes, const void* image, const void* faces, int n, int size,
+                       unsigned char* crops) {
+    const auto kernel = bytes == 1 ? kp_crops_v2_1 : bytes == 3 ? kp_crops_v2_3 : kp_crops_v2_4;
     const unsigned int tiles = (size + TILE - 1) / TILE;
     shim_order = order;
     for (unsigned int z = 0; z < (unsigned int)n; ++z) {
         for (unsigned int y = 0; y < tiles; ++y) {
             for (unsigned int x = 0; x < tiles; ++x) {
                 blockIdx = {x, y, z};
-                kernel(data, pitch, first, third, limited, (const Face*)faces, size, crops);
+                kernel((const Image*)image, (const Face*)faces, size, crops);
             }
         }
     }
-    return (int)sizeof(Face);
+    return (int)(sizeof(Image) + sizeof(Face));
 }
 
 // Reads cases from a file: nine numbers (bytes, pitch, first, third, limited, n, size, length of the data, 0),
@@ -35,7 +35,8 @@ int main(int, char** argv) {
             std::fread(faces.data(), sizeof(Face), faces.size(), file) != faces.size()) {
             return 2;
         }
-        emulate(2, c[0], data.data(), c[1], c[2], c[3], c[4], faces.data(), c[5], c[6], crops.data());
+        const Image image{data.data(), c[1], (int)c[2], (int)c[3], (int)c[4], 0};
+        emulate(2, c[0], &image, faces.data(), c[5], c[6], crops.data());
         std::fwrite(crops.data(), 1, crops.size(), stdout);
     }
     return file ? 0 : 2;

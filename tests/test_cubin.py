@@ -165,7 +165,7 @@ def test_the_kernel_compiles_for(arch: str, tmp_path: Path) -> None:
     cubin = really_compiled(arch, tmp_path)
     assert cubin.startswith(b"\x7fELF")
     for bytes_a_pixel in (b"1", b"3", b"4"):
-        assert b"kp_crops_v1_" + bytes_a_pixel + b"\0" in cubin
+        assert b"kp_crops_v2_" + bytes_a_pixel + b"\0" in cubin
 
 
 def really_compiled(arch: str, folder: Path) -> bytes:

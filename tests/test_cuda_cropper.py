@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kp_runtime.device_frame import DeviceFrame
-from kp_runtime.errors import BackendError, InputError, MissingExtraError
+from kp_runtime.errors import BackendError, ImageError, MissingExtraError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
@@ -33,9 +33,10 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> DriverDouble:
     return double
 
 
-def on_device(frame: Frame, **more: Any) -> DeviceFrame:
+def on_device(driver: DriverDouble, frame: Frame, **more: Any) -> DeviceFrame:
     """A frame of the double's device memory, which is the host's."""
     data = frame.data
+    driver.lend(data)
     return DeviceFrame(data.ctypes.data, frame.size_hw, data.strides[0], frame.layout, frame.range, owner=data, **more)
 
 
@@ -55,7 +56,7 @@ def test_crops_of_many_calls_under_way_at_once(
     outs = [np.full((len(m), 1, SIZE, SIZE), 77, np.uint8) for m in matrices]
     with CudaCropper(cubin=b"cubin") as cropper:
         for some, out in zip(matrices, outs, strict=True):
-            cropper.crops_from_frame(on_device(frame), some, SIZE, out.ctypes.data, 5)
+            cropper.crops_from_frame(on_device(driver, frame), some, SIZE, out.ctypes.data, 5)
     for some, out in zip(matrices, outs, strict=True):
         assert np.array_equal(out, crops_from_frame(frame, some, SIZE))
     assert driver.memory == {}
@@ -67,7 +68,7 @@ def test_crops_wait_for_the_frame_s_own_stream(driver: DriverDouble, rng: np.ran
     frame = Frame(rng.integers(0, 256, (300, 401), dtype=np.uint8), "gray")
     cropper = CudaCropper(cubin=b"cubin")
     driver.failing["cuLaunchKernel"] = Result.CUDA_SUCCESS  # nothing is computed here
-    cropper.crops_from_frame(on_device(frame, stream=9), some_matrices(rng, 1), SIZE, 1, 5)
+    cropper.crops_from_frame(on_device(driver, frame, stream=9), some_matrices(rng, 1), SIZE, 1, 5)
     events = [call for call in driver.asked if call[0] in ("cuEventRecord", "cuStreamWaitEvent")]
     ready, wait, done = events
     assert ready[2] == 9
@@ -82,7 +83,7 @@ class Stream:
 
 
 def test_streams_of_other_libraries(driver: DriverDouble, rng: np.random.Generator) -> None:
-    frame = on_device(Frame(rng.integers(0, 256, (300, 401), dtype=np.uint8), "gray"))
+    frame = on_device(driver, Frame(rng.integers(0, 256, (300, 401), dtype=np.uint8), "gray"))
     cropper = CudaCropper(cubin=b"cubin")
     driver.failing["cuLaunchKernel"] = Result.CUDA_SUCCESS
     cropper.crops_from_frame(frame, some_matrices(rng, 1), SIZE, 1, Stream())
@@ -93,7 +94,7 @@ def test_streams_of_other_libraries(driver: DriverDouble, rng: np.random.Generat
 
 def test_a_frame_on_another_device(driver: DriverDouble) -> None:
     frame = DeviceFrame(1, (10, 10), 10, "gray", device_id=1)
-    with pytest.raises(InputError, match=r"frame is on CUDA device 1, the cropper on 0; open .*device_id=1"):
+    with pytest.raises(ImageError, match=r"frame is on CUDA device 1, its crops are cut on 0; .*device_id=1"):
         CudaCropper(cubin=b"cubin").crops_from_frame(frame, np.zeros((1, 2, 3)), SIZE, 1, 0)
 
 
@@ -115,12 +116,47 @@ def test_a_cubin_for_another_gpu(driver: DriverDouble) -> None:
         CudaCropper(cubin=b"cubin")
 
 
-def test_no_memory(driver: DriverDouble, rng: np.random.Generator) -> None:
-    frame = on_device(Frame(np.zeros((300, 401), np.uint8), "gray"))
-    cropper = CudaCropper(cubin=b"cubin")
-    driver.failing["cuMemAlloc"] = Result.CUDA_ERROR_OUT_OF_MEMORY
-    with pytest.raises(BackendError, match="cuMemAlloc says CUDA_ERROR_OUT_OF_MEMORY; see that nvidia-smi"):
-        cropper.crops_from_frame(frame, some_matrices(rng, 1), SIZE, 1, 0)
+def test_no_memory_leaves_what_there_was(
+    driver: DriverDouble, kernel: EmulatedKernel, rng: np.random.Generator
+) -> None:
+    driver.kernel = kernel
+    frame = Frame(rng.integers(0, 256, (300, 401), dtype=np.uint8), "gray")
+    out = np.zeros((1, 1, SIZE, SIZE), np.uint8)
+    driver.room = 100_000
+    with CudaCropper(cubin=b"cubin") as cropper:
+        for faces in (2000, 2000, 1):
+            matrices = some_matrices(rng, faces)
+            if faces > 1:
+                with pytest.raises(BackendError, match="cuMemAlloc says CUDA_ERROR_OUT_OF_MEMORY; take fewer faces"):
+                    cropper.crops_from_frame(on_device(driver, frame), matrices, SIZE, out.ctypes.data, 5)
+            else:
+                cropper.crops_from_frame(on_device(driver, frame), matrices, SIZE, out.ctypes.data, 5)
+    assert np.array_equal(out, crops_from_frame(frame, matrices, SIZE))
+    assert (driver.memory, driver.room) == ({}, 100_000)
+
+
+def test_frames_that_are_not_where_they_say(driver: DriverDouble, rng: np.random.Generator) -> None:
+    frame = Frame(np.zeros((300, 401), np.uint8), "gray")
+    matrices = some_matrices(rng, 1)
+    address = frame.data.ctypes.data
+    with CudaCropper(cubin=b"cubin") as cropper:
+        with pytest.raises(
+            ImageError, match=r"first byte, at 0x.* is not in CUDA memory: it was freed, lies in the host"
+        ):
+            cropper.crops_from_frame(DeviceFrame(address, (300, 401), 401, "gray"), matrices, SIZE, 1, 0)
+        driver.lend(frame.data)
+        with pytest.raises(ImageError, match=r"last byte, at 0x.* is smaller than size and pitch say"):
+            cropper.crops_from_frame(DeviceFrame(address, (301, 401), 401, "gray"), matrices, SIZE, 1, 0)
+        driver.lent[:] = [(address, frame.data.nbytes, 1)]
+        with pytest.raises(ImageError, match="frame is on CUDA device 1, its crops are cut on 0"):
+            cropper.crops_from_frame(DeviceFrame(address, (300, 401), 401, "gray"), matrices, SIZE, 1, 0)
+
+
+def test_errors_after_which_the_gpu_is_lost(driver: DriverDouble) -> None:
+    with CudaCropper(cubin=b"cubin"):
+        driver.failing["cuEventCreate"] = Result.CUDA_ERROR_ILLEGAL_ADDRESS
+        with pytest.raises(BackendError, match=r"ILLEGAL_ADDRESS; something read or wrote memory .*start it again"):
+            CudaCropper(cubin=b"cubin")
 
 
 def test_no_such_device(driver: DriverDouble) -> None:

@@ -16,7 +16,7 @@ from kp_runtime.frame import CHANNELS, Frame, as_frame, image_from_file
 from kp_runtime.geometry import apply_matrix, crop_plan, invert_matrix, matrices_from_boxes
 from kp_runtime.pipeline import load
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.preprocess_cuda import CudaCropper
+from kp_runtime.preprocess_cuda import IMAGE, CudaCropper
 from tests.test_preprocess_cuda import ALL, LAYOUTS, MARGIN, frame_of
 from tests.tolerances import GPU_CROP_GREY, GPU_PX, assert_close
 
@@ -119,8 +119,9 @@ def test_bytes_a_second(gpu: Gpu, layout: str, rng: np.random.Generator, capsys:
     plans = [crop_plan(matrix, 224, frame.size_hw) for matrix in matrices]
     moved = sum((p.x1 - p.x0) * (p.y1 - p.y0) for p in plans) * CHANNELS[layout] + 64 * 224 * 224
     call = gpu.seconds(lambda: gpu.cropper.crops_from_frame(device, matrices, 224, out, int(gpu.stream)))
-    faces = gpu.cropper._slots[0].device
-    alone = gpu.seconds(lambda: gpu.cropper._launch(device, faces, 64, 224, out, gpu.stream))
+    records = gpu.cropper._slots[0].records._device.address
+    launch = (CHANNELS[layout], 64, records, records + IMAGE.itemsize, 224, out, gpu.stream)
+    alone = gpu.seconds(lambda: gpu.cropper.kernels.launch(*launch))
     source, target, size = gpu.memory(1 << 28), gpu.memory(1 << 28), 1 << 28
     copied = 2 * size / gpu.seconds(lambda: gpu.call("cuMemcpyDtoDAsync", target, source, size, gpu.stream))
     with capsys.disabled():
