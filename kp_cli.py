@@ -21,12 +21,14 @@ from kp_report import (
     print_bench,
     print_bundle,
     print_comparison,
+    print_diagnosis,
     print_groups,
     print_json,
     print_parity,
     print_times,
     progress,
     share_progress,
+    tell_subject,
 )
 from kp_runtime.errors import InputError, KpError
 
@@ -543,6 +545,39 @@ def sign(
         typer.echo(sign_bundle(bundle, key))
     else:
         raise InputError("give a bundle and --key PRIVATE.pem, or --new-key PATH alone")
+
+
+@app.command()
+def doctor(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A bundle, to run its golden crop; the default model's when left out.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that each backend has; a first start of TensorRT takes minutes.")
+    ] = 300.0,
+    as_json: Json = False,
+) -> None:
+    """Say what works on this machine, what does not, and what to do.
+
+    GPU, driver, packages that do not fit each other, and one real inference on each backend that claims to
+    work. Each is tried in a process of its own: one that crashes or hangs is a line of the report.
+
+    Exit status 0 where at least one backend works and there is no problem; warnings do not count. Else 1.
+    """
+    from kp_runtime.doctor import diagnose
+
+    found, reason = None, ""
+    try:
+        found = _bundle(bundle)
+    except KpError as error:  # a line of the report
+        reason = str(error)
+    diagnosis = diagnose(found, reason, backend_seconds=timeout, step=tell_subject)
+    if as_json:
+        print_json(dataclasses.asdict(diagnosis) | {"healthy": diagnosis.healthy})
+    else:
+        print_diagnosis(diagnosis)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "print_bench",
     "print_bundle",
     "print_comparison",
+    "print_diagnosis",
     "print_groups",
     "print_json",
     "print_parity",
@@ -23,6 +24,7 @@ __all__ = [
     "print_times",
     "progress",
     "share_progress",
+    "tell_subject",
 ]
 
 
@@ -73,6 +75,12 @@ def share_progress() -> Iterator[Callable[[str, float], None]]:
             bar.update(tasks[phase], completed=share, refresh=True)
 
         yield step
+
+
+def tell_subject(subject: str) -> None:
+    """Says on stderr what is looked at, where somebody looks; an empty one wipes it away."""
+    if sys.stderr.isatty():
+        print(f"\r{subject}\033[K", end="", file=sys.stderr, flush=True)
 
 
 def print_json(value: Any) -> None:
@@ -206,6 +214,17 @@ def print_comparison(comparison: Any) -> None:
     lines = [*(f"no fair comparison: {text}" for text in comparison.obstacles), *comparison.alone, *comparison.notes]
     for line in lines:
         typer.echo(line)
+
+
+def print_diagnosis(diagnosis: Any) -> None:
+    """A `Diagnosis`, a finding a line with what to do, and the verdict."""
+    width = max(len(finding.subject) for finding in diagnosis.findings)
+    for finding in diagnosis.findings:
+        advice = f" -> {finding.advice}" if finding.advice else ""
+        typer.echo(f"{finding.status:<7}  {finding.subject:<{width}}  {finding.found}{advice}")
+    typer.echo(
+        f"works: {', '.join(diagnosis.working) or 'nothing'}" + ("" if diagnosis.healthy else "; see the problems")
+    )
 
 
 def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:

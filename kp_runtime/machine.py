@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kp_runtime.backend import usable_cores
 
-__all__ = ["INSTRUCTIONS", "Jetson", "Machine", "load_average", "machine_from_system"]
+__all__ = ["INSTRUCTIONS", "Jetson", "Machine", "jetson_from_system", "load_average", "machine_from_system"]
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
 """Instruction sets that decide how fast float32 and int8 run, by their names in /proc/cpuinfo."""
@@ -111,7 +111,7 @@ def machine_from_system(root: Path = Path("/")) -> Machine:
         system=(_field(_text(root / "etc/os-release") or "", "PRETTY_NAME", "=") or platform.system()).strip('"'),
         kernel=platform.release(),
         device=device,
-        jetson=_jetson(root, device or ""),
+        jetson=jetson_from_system(root),
         versions=_versions(),
     )
 
@@ -124,7 +124,9 @@ def load_average(root: Path = Path("/")) -> tuple[float, ...] | None:
         return None
 
 
-def _jetson(root: Path, device: str) -> Jetson | None:
+def jetson_from_system(root: Path = Path("/")) -> Jetson | None:
+    """What only a Jetson has; None on other machines. `root` is where its files lie."""
+    device = _text(root / "proc/device-tree/model") or ""
     l4t = _text(root / "etc/nv_tegra_release")
     if l4t is None and "jetson" not in device.lower():
         return None

@@ -1,0 +1,146 @@
+"""`kp doctor`: what of this machine works, what does not, and what to do about it.
+
+Files and package records are read in this process; whatever loads a library is asked in one of its own
+(`probes`), so that a crash is a line of the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kp_runtime import doctor_checks as checks
+from kp_runtime.backend import BACKENDS
+from kp_runtime.doctor_checks import ABSENT, OK, PROBLEM, WARNING, Finding, Gpu, Surroundings
+from kp_runtime.errors import KpError
+from kp_runtime.probes import Answer
+from kp_runtime.spec import Manifest
+
+__all__ = ["Diagnosis", "diagnose"]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The whole report.
+
+    Attributes:
+        findings: a line each, in reading order.
+        working: the backends that put the golden crop's keypoints where PyTorch does.
+    """
+
+    findings: tuple[Finding, ...]
+    working: tuple[str, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """At least one backend works, and there is no problem."""
+        return bool(self.working) and all(finding.status != PROBLEM for finding in self.findings)
+
+
+def diagnose(
+    bundle: Path | None,
+    no_bundle: str = "none was named",
+    *,
+    here: Surroundings | None = None,
+    seconds: float = 60.0,
+    backend_seconds: float = 300.0,
+    step: Callable[[str], None] = lambda subject: None,
+) -> Diagnosis:
+    """Looks at everything; nothing that is wrong with the machine raises.
+
+    Args:
+        bundle: whose golden crop proves the backends; None where there is none, which is a problem.
+        no_bundle: why there is none.
+        here: what is looked at.
+        seconds: time that each probe has.
+        backend_seconds: time that each backend's inference has; a first start of TensorRT can take minutes.
+        step: told what is looked at next; in the end nothing, `""`.
+    """
+    here = here or Surroundings.here()
+    findings = [checks.computer(here), *checks.jetson(here)]
+    step("GPU")
+    found, gpu = checks.gpu_found(here, here.ask("driver", seconds=seconds))
+    findings += [found, checks.cuda_python(here, gpu)]
+    step("crops on the GPU")
+    findings += [checks.nvrtc(gpu, here.ask("nvrtc", seconds=seconds))]
+    findings += [checks.gpu_crops(here.ask("crops", seconds=seconds))] if gpu else []
+    step("ONNX Runtime")
+    onnxruntime = here.ask("onnxruntime", seconds=seconds)
+    findings += [checks.onnxruntime(here, onnxruntime), *checks.provider(here, gpu, onnxruntime)]
+    step("TensorRT")
+    tensorrt = {name: here.ask("module", name, seconds=seconds) for name in checks.TENSORRT_MODULES}
+    findings += [checks.tensorrt(here, gpu, tensorrt)]
+    step("OpenCV")
+    findings += [checks.opencv(here, here.ask("module", "cv2", seconds=seconds))]
+    manifest, found = _bundle(bundle, no_bundle)
+    findings += [found]
+    working = []
+    for name in BACKENDS:
+        if reason := _not_claimed(here, name, gpu, onnxruntime, tensorrt, manifest):
+            findings += [Finding(name, ABSENT, reason)]
+            continue
+        step(name)
+        answer = here.ask("backend", name, str(bundle), seconds=backend_seconds)
+        findings += [_backend(name, answer)]
+        working += [name] if answer.state == "answered" else []
+    step("")
+    if not working and all(finding.status != PROBLEM for finding in findings):
+        findings += [Finding("backends", PROBLEM, "none works here", "start with: pip install 'kp-edge[ort]'")]
+    return Diagnosis(tuple(findings), tuple(working))
+
+
+def _bundle(bundle: Path | None, reason: str) -> tuple[Manifest | None, Finding]:
+    if bundle is None:
+        return None, Finding("bundle", PROBLEM, reason, "name one: kp doctor BUNDLE")
+    folder = bundle.parent if bundle.is_file() else bundle
+    try:
+        manifest = Manifest.read(folder)
+        for name in manifest.files:
+            manifest.check_file(folder, name)
+    except KpError as error:
+        return None, Finding("bundle", PROBLEM, str(error), "name another one: kp doctor BUNDLE")
+    kinds = sorted({str(entry.precision) for entry in manifest.files.values() if entry.kind in ("onnx", "plan")})
+    return manifest, Finding("bundle", OK, f"{bundle}: {', '.join(kinds) or 'no model file'}; all hashes hold")
+
+
+def _not_claimed(
+    here: Surroundings,
+    name: str,
+    gpu: Gpu | None,
+    onnxruntime: Answer,
+    tensorrt: Mapping[str, Answer],
+    manifest: Manifest | None,
+) -> str | None:
+    """Why a backend does not even claim to work here: GPU, provider, library or file is not there.
+
+    The names of ONNX Runtime's backends say which of its providers they are.
+    """
+    engine, _, provider = name.partition("-")
+    if provider != "cpu" and gpu is None:
+        return "no GPU that works"
+    if engine == "ort":
+        providers: list[Any] = onnxruntime.facts.get("providers", [])
+        if not any(known.lower().startswith(provider) for known in providers):
+            return "ONNX Runtime has no such provider here"
+    if "tensorrt" in name and not here.has_nvinfer() and all(answer.state == "absent" for answer in tensorrt.values()):
+        return "TensorRT is not installed"
+    if manifest is None:
+        return "no bundle to run"
+    if engine == "tensorrt" and all(entry.kind != "plan" for entry in manifest.files.values()):
+        return "the bundle has no plan; kp plan builds one"
+    return None
+
+
+def _backend(name: str, answer: Answer) -> Finding:
+    if answer.state == "answered":
+        facts = answer.facts
+        return Finding(name, OK, f"{facts['file']}: golden keypoints {facts['golden_error_px']:.3f} px from PyTorch's")
+    if answer.state == "hung":
+        return Finding(name, PROBLEM, answer.text, "where a first start only takes longer, raise --timeout")
+    if answer.state == "crashed":
+        return Finding(name, PROBLEM, answer.text, "its libraries do not fit this driver or GPU; see the lines above")
+    # a plan fits one GPU and one TensorRT: that none of a bundle's does is no fault of the machine
+    wrong = name != "tensorrt" or "golden keypoint" in answer.text
+    return Finding(name, PROBLEM if wrong else WARNING, answer.text, "see the lines above, or use another backend")

@@ -1,0 +1,344 @@
+"""What `kp doctor` says of each part of a machine: a finding, from files, package records and a probe's answer.
+
+What is said of GPUs, TensorRT and Jetsons was tested on made-up machines alone.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from kp_runtime.gpu_code import GpuCode
+from kp_runtime.machine import jetson_from_system
+from kp_runtime.probes import Answer, ask
+
+__all__ = [
+    "ABSENT",
+    "OK",
+    "PROBLEM",
+    "WARNING",
+    "Finding",
+    "Gpu",
+    "Surroundings",
+    "computer",
+    "cuda_python",
+    "gpu_crops",
+    "gpu_found",
+    "jetson",
+    "nvrtc",
+    "onnxruntime",
+    "opencv",
+    "provider",
+    "tensorrt",
+]
+
+OK, ABSENT, WARNING, PROBLEM = "ok", "absent", "warning", "problem"
+
+ORT_WHEELS = re.compile(r"onnxruntime(-gpu|-training|-training-cpu|-openvino|-directml|-silicon|-qnn|-rocm|-migraphx)?")
+OPENCV_WHEELS = re.compile(r"opencv(-contrib)?-python(-headless)?")
+TENSORRT_WHEELS = re.compile(r"tensorrt-cu(\d+)")
+TENSORRT_MODULES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        subject: what was looked at.
+        status: `ok`, `absent` (not here and not needed), `warning` (something could be better) or
+            `problem` (something is broken).
+        found: what is there.
+        advice: what to do, for warnings and problems.
+    """
+
+    subject: str
+    status: str
+    found: str
+    advice: str = ""
+
+
+def _installed() -> dict[str, str]:
+    """Installed distributions by normalised name; of two of a name, the one that Python takes."""
+    found: dict[str, str] = {}
+    for wheel in metadata.distributions():
+        if name := wheel.metadata["Name"]:  # a damaged record has none
+            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), wheel.version)
+    return found
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is looked at; the defaults are this machine.
+
+    Attributes:
+        root: where the system's files lie.
+        packages: versions of the installed distributions, by normalised name.
+        search_path: folders in which modules are looked for, in order.
+        environment: the environment's variables.
+        numpy: numpy's version.
+        ask: as `probes.ask`.
+    """
+
+    root: Path
+    packages: Mapping[str, str]
+    search_path: Sequence[str]
+    environment: Mapping[str, str]
+    numpy: str
+    ask: Callable[..., Answer]
+
+    @classmethod
+    def here(cls) -> Surroundings:
+        """This machine."""
+        return cls(Path("/"), _installed(), sys.path, os.environ, np.__version__, ask)
+
+    def wheels(self, pattern: re.Pattern[str]) -> list[str]:
+        """Names of the installed distributions that match."""
+        return sorted(name for name in self.packages if pattern.fullmatch(name))
+
+    def folders_with(self, module: str) -> list[Path]:
+        """Folders of the search path that hold a module, each once."""
+        folders = dict.fromkeys(Path(folder).resolve() for folder in self.search_path)
+        return [folder for folder in folders if (folder / module).is_dir() or any(folder.glob(f"{module}.*.so"))]
+
+    def has_nvinfer(self) -> bool:
+        """Whether the system has TensorRT's library, with or without its Python modules."""
+        return any((self.root / "usr/lib").glob("*/libnvinfer.so*"))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """The device that is used.
+
+    Attributes:
+        capability: its compute capability times ten.
+        cuda: major version of the driver's CUDA.
+    """
+
+    capability: int
+    cuda: int
+
+
+def computer(here: Surroundings) -> Finding:
+    """The system, Python, numpy and kp."""
+    kp = here.packages.get("kp-edge", "from its source")
+    text = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, numpy {here.numpy}, kp {kp}"
+    return Finding("computer", OK, text)
+
+
+def jetson(here: Surroundings) -> list[Finding]:
+    """JetPack and the power mode; nothing on other machines."""
+    board = jetson_from_system(here.root)
+    if board is None:
+        return []
+    release = Finding("JetPack", WARNING, "no /etc/nv_tegra_release", "in a container, mount it from the host")
+    if board.l4t:
+        release = Finding("JetPack", OK, f"{_jetpack(here.root)}, L4T {board.l4t.lstrip('# ')}")
+    mode = board.power_mode or board.power_status
+    clock = f", GPU up to {board.gpu_mhz_most:.0f} MHz" if board.gpu_mhz_most else ""
+    power = (
+        Finding("power mode", OK, mode + clock)
+        if mode
+        else Finding("power mode", WARNING, "can't be read", "run: sudo nvpmodel -q")
+    )
+    return [release, power]
+
+
+def _jetpack(root: Path) -> str:
+    """The version of the package nvidia-jetpack, which a board may lack."""
+    try:
+        text = (root / "var/lib/dpkg/status").read_text(errors="replace")
+    except OSError:
+        text = ""
+    found = re.search(r"^Package: nvidia-jetpack\n(?:.+\n)*?Version: (\S+)", text, re.MULTILINE)
+    return found[1] if found else "nvidia-jetpack is not installed"
+
+
+def gpu_found(here: Surroundings, answer: Answer) -> tuple[Finding, Gpu | None]:
+    """The line of the GPU, and the device where it answers."""
+    seen, kernel = _nvidia_hardware(here.root), _driver_version(here.root)
+    if answer.broken or answer.state == "failed":
+        advice = "see whether nvidia-smi (tegrastats on a Jetson) answers; reboot, or install the driver again"
+        return Finding("GPU", PROBLEM, f"the CUDA driver fails: {answer.text}", advice), None
+    if answer.state == "absent":
+        if not seen:
+            return Finding("GPU", ABSENT, "no NVIDIA GPU and no CUDA driver"), None
+        advice = "install NVIDIA's driver; in a container, start it with --gpus all (Jetson: --runtime nvidia)"
+        return Finding("GPU", WARNING, f"{seen}, but libcuda can't be loaded", advice), None
+    cuda, devices, status = answer.facts["cuda"], answer.facts["devices"], answer.facts["status"]
+    versions = f"driver {kernel or 'unknown'}, CUDA {cuda // 1000}.{cuda % 1000 // 10}"
+    if devices:
+        told = ", ".join(f"{d['name']}, compute capability {d['capability'] / 10:.1f}" for d in devices)
+        return Finding("GPU", OK, f"{told}; {versions}"), Gpu(devices[0]["capability"], cuda // 1000)
+    hidden = here.environment.get("CUDA_VISIBLE_DEVICES")
+    if hidden is not None:
+        advice = "unset CUDA_VISIBLE_DEVICES to use the GPU"
+        return Finding("GPU", WARNING, f"none that CUDA_VISIBLE_DEVICES={hidden!r} shows; {versions}", advice), None
+    if not seen:
+        return Finding("GPU", ABSENT, f"none; {versions}"), None
+    advice = "see what nvidia-smi says; kernel module and library must be of one version: reboot after an update"
+    return Finding("GPU", PROBLEM, f"{seen}, but CUDA finds no device (error {status}); {versions}", advice), None
+
+
+def _nvidia_hardware(root: Path) -> str | None:
+    """What the system's files say of an NVIDIA GPU."""
+    for name in ("proc/driver/nvidia/version", "dev/nvidia0", "dev/nvhost-gpu", "dev/nvgpu"):
+        if (root / name).exists():
+            return f"/{name} is there"
+    for folder in sorted((root / "sys/bus/pci/devices").glob("*")):
+        vendor, kind = (
+            (folder / name).read_text().strip() if (folder / name).is_file() else "" for name in ("vendor", "class")
+        )
+        if vendor == "0x10de" and kind.startswith("0x03"):  # NVIDIA, a display controller
+            return f"an NVIDIA GPU at PCI {folder.name}"
+    return None
+
+
+def _driver_version(root: Path) -> str | None:
+    """The kernel module's version."""
+    try:
+        text = (root / "proc/driver/nvidia/version").read_text(errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module.*?\s(\d+\.\d+[.\d]*)", text)
+    return found[1] if found else None
+
+
+def cuda_python(here: Surroundings, gpu: Gpu | None) -> Finding:
+    """Whether cuda-python is here, and not for a newer CUDA than the driver's."""
+    version = here.packages.get("cuda-bindings") or here.packages.get("cuda-python")
+    extra = f"pip install 'kp-edge[cuda{gpu.cuda}]'" if gpu else ""
+    if version is None:
+        text = "not installed"
+        return Finding("cuda-python", WARNING, text, extra) if gpu else Finding("cuda-python", ABSENT, text)
+    if gpu and int(version.partition(".")[0]) > gpu.cuda:
+        text = f"{version} is for a newer CUDA than the driver's {gpu.cuda}"
+        return Finding("cuda-python", PROBLEM, text, f"{extra}, or update the driver")
+    return Finding("cuda-python", OK, version)
+
+
+def nvrtc(gpu: Gpu | None, answer: Answer) -> Finding:
+    """Whether the crop kernel can be compiled for this chip."""
+    advice = "pip install nvidia-cuda-nvrtc (CUDA 12: nvidia-cuda-nvrtc-cu12), or name a compiled kernel in KP_CUBIN"
+    if answer.broken:
+        return Finding("NVRTC", PROBLEM, answer.text, advice)
+    if answer.state != "answered":
+        return Finding("NVRTC", WARNING, answer.text, advice) if gpu else Finding("NVRTC", ABSENT, "not usable here")
+    version, capabilities = answer.facts["version"], answer.facts["capabilities"]
+    if gpu and gpu.capability not in capabilities:
+        known = ", ".join(f"sm_{capability}" for capability in capabilities)
+        return Finding("NVRTC", WARNING, f"{version} compiles for {known}, not for sm_{gpu.capability}", advice)
+    return Finding("NVRTC", OK, version + (f", compiles for sm_{gpu.capability}" if gpu else ""))
+
+
+def gpu_crops(answer: Answer) -> Finding:
+    """Whether the crop kernel runs, and gives the CPU's grey levels."""
+    if answer.state == "answered":
+        different, levels = answer.facts["different"], answer.facts["levels"]
+        if different:
+            text = f"{different} of {levels} grey levels are not the CPU's"
+            return Finding("GPU crops", PROBLEM, text, "report it with this output; crop on the CPU")
+        return Finding("GPU crops", OK, f"the CPU's, all {levels} grey levels")
+    status = PROBLEM if answer.broken else WARNING
+    return Finding("GPU crops", status, answer.text, "crops are cut on the CPU until cuda-python and NVRTC work")
+
+
+def onnxruntime(here: Surroundings, answer: Answer) -> Finding:
+    """Whether one ONNX Runtime is here, and is the one that pip recorded."""
+    subject, wheels = "ONNX Runtime", here.wheels(ORT_WHEELS)
+    if len(wheels) > 1:
+        text = f"{' and '.join(wheels)} are installed; they write into one folder"
+        return Finding(subject, PROBLEM, text, f"pip uninstall -y {' '.join(wheels)}, then install one of them")
+    if answer.state == "absent":
+        return Finding(subject, WARNING, "not installed", "pip install 'kp-edge[ort]'")
+    if answer.state != "answered":
+        advice = f"pip install --force-reinstall --no-deps {wheels[0] if wheels else 'onnxruntime'}"
+        return Finding(subject, PROBLEM, f"can't be imported: {answer.text}", advice)
+    version, providers = answer.facts["version"], ", ".join(answer.facts["providers"])
+    if wheels and not _same_version(here.packages[wheels[0]], version):
+        text = f"{wheels[0]} {here.packages[wheels[0]]} is recorded, but {version} is imported"
+        return Finding(subject, PROBLEM, text, f"pip install --force-reinstall --no-deps {wheels[0]}")
+    return Finding(subject, OK, f"{version}: {providers}")
+
+
+def _same_version(recorded: str, imported: str) -> bool:
+    """Whether the release numbers are equal; a wheel's own suffix (+cu126, .post1) may differ."""
+    numbers = [re.match(r"\d+(\.\d+)*", version) for version in (recorded, imported)]
+    return all(numbers) and numbers[0][0] == numbers[1][0]  # type: ignore[index]
+
+
+def provider(here: Surroundings, gpu: Gpu | None, answer: Answer) -> list[Finding]:
+    """Whether ONNX Runtime can use the GPU, as far as its files tell; nothing without a GPU."""
+    if gpu is None or answer.state != "answered":
+        return []
+    subject = "ONNX Runtime on the GPU"
+    wheel = "an onnxruntime-gpu built for this JetPack" if jetson_from_system(here.root) else "onnxruntime-gpu"
+    advice = f"pip uninstall -y {' '.join(here.wheels(ORT_WHEELS)) or 'onnxruntime'}, then install {wheel}"
+    if "CUDAExecutionProvider" not in answer.facts["providers"]:
+        return [Finding(subject, WARNING, "it has no CUDA provider", advice)]
+    if not answer.facts["gpu_code"]:
+        return [Finding(subject, WARNING, "its CUDA provider's library was not found", advice)]
+    code = GpuCode(**{kind: frozenset(numbers) for kind, numbers in answer.facts["gpu_code"].items()})
+    carried = [f"sm_{number}" for number in sorted(code.machine_code)] + [
+        f"PTX {number}" for number in sorted(code.ptx)
+    ]
+    text = f"code for {', '.join(carried) or 'no GPU'}"
+    if not code.runs_on(gpu.capability):
+        return [Finding(subject, PROBLEM, f"{text}, none that sm_{gpu.capability} runs", advice)]
+    return [Finding(subject, OK, text)]
+
+
+def tensorrt(here: Surroundings, gpu: Gpu | None, answers: Mapping[str, Answer]) -> Finding:
+    """Whether TensorRT's modules can be imported, and are for the driver's CUDA."""
+    subject = "TensorRT"
+    for name, answer in answers.items():
+        if answer.state in ("failed", "crashed", "hung"):
+            advice = (
+                f"pip install --force-reinstall {name.replace('_', '-')}; on a Jetson: apt install python3-libnvinfer"
+            )
+            return Finding(subject, PROBLEM, f"{name} can't be imported: {answer.text}", advice)
+    versions = {name: answer.facts["version"] for name, answer in answers.items() if answer.state == "answered"}
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    if not versions:
+        advice = "on a Jetson: apt install python3-libnvinfer; elsewhere: pip install tensorrt-cu" + str(
+            gpu and gpu.cuda
+        )
+        return Finding(subject, WARNING, "not installed", advice) if gpu else Finding(subject, ABSENT, "not installed")
+    if len(set(versions.values())) > 1:
+        return Finding(subject, WARNING, f"{told}: a plan runs in the version that built it", "install one version")
+    built_for = {int(found[1]) for name in here.packages if (found := TENSORRT_WHEELS.fullmatch(name))}
+    if len(built_for) > 1 or (gpu and any(cuda > gpu.cuda for cuda in built_for)):
+        wheels = " and ".join(here.wheels(TENSORRT_WHEELS))
+        keep = f"tensorrt-cu{gpu.cuda if gpu else min(built_for)}"
+        advice = f"pip uninstall -y {wheels.replace(' and ', ' ')}, then pip install {keep}"
+        return Finding(subject, PROBLEM, f"{wheels} are not for one CUDA, the driver's", advice)
+    return Finding(subject, OK, told)
+
+
+def opencv(here: Surroundings, answer: Answer) -> Finding:
+    """Whether one OpenCV is here, and fits numpy."""
+    wheels, folders = here.wheels(OPENCV_WHEELS), here.folders_with("cv2")
+    if len(wheels) > 1:
+        text = f"{' and '.join(wheels)} are installed; they write into one folder"
+        return Finding("OpenCV", PROBLEM, text, f"pip uninstall -y {' '.join(wheels)}, then install one of them")
+    if answer.state == "absent":
+        advice = "pip install 'kp-edge[image]'; on a Jetson: apt install python3-opencv"
+        return Finding("OpenCV", WARNING, "not installed; photos can't be read nor cropped", advice)
+    if answer.state != "answered":
+        text = f"can't be imported: {answer.text}"
+        if int(here.numpy.partition(".")[0]) >= 2 and not wheels:
+            return Finding("OpenCV", PROBLEM, f"{text}; numpy is {here.numpy}", "pip install 'numpy<2'")
+        return Finding("OpenCV", PROBLEM, text, f"pip install --force-reinstall {wheels[0] if wheels else 'numpy'}")
+    if len(folders) > 1:
+        others = ", ".join(str(folder) for folder in folders[1:])
+        text = f"{answer.facts['version']} in {folders[0]} hides another one in {others}"
+        return Finding("OpenCV", WARNING, text, "remove the one that you do not mean")
+    return Finding("OpenCV", OK, answer.facts["version"])

@@ -1,0 +1,210 @@
+"""What parts of a machine say of themselves, each asked in a process of its own.
+
+    python -m kp_runtime.probes driver
+
+A library that does not fit ends its process, a broken driver never answers: `ask` tells it instead of
+doing the same. A probe gives what it found as a dict that JSON can hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kp_runtime.errors import BackendError, KpError, MissingExtraError
+
+__all__ = ["PROBES", "Answer", "answer_from_command", "ask"]
+
+Facts = dict[str, Any]
+
+_MARK = "kp-probe "
+"""Before the answer: engines print lines of their own."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a probe ended.
+
+    Attributes:
+        state: `answered`, `absent` (a package or library is not installed), `failed` (an error),
+            `crashed` or `hung`.
+        text: one line about it, unless it answered.
+        facts: what it found, if it answered.
+    """
+
+    state: str
+    text: str = ""
+    facts: Facts = field(default_factory=dict)
+
+    @property
+    def broken(self) -> bool:
+        """Whether the same would have ended, or stopped, a user's program."""
+        return self.state in ("crashed", "hung")
+
+
+def ask(probe: str, *arguments: str, seconds: float) -> Answer:
+    """Runs one of `PROBES` in a fresh process.
+
+    Args:
+        probe: its name.
+        arguments: of its function.
+        seconds: time that it has.
+    """
+    return answer_from_command([sys.executable, "-m", __name__, probe, *arguments], seconds)
+
+
+def answer_from_command(command: Sequence[str], seconds: float) -> Answer:
+    """Runs a probe's command line, whatever becomes of it."""
+    # the very kp_runtime that asks, wherever it was imported from
+    house = str(Path(__file__).resolve().parents[1])
+    search = os.pathsep.join(filter(None, [house, os.environ.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": search},
+    )
+    try:
+        output, said = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process inside a broken driver can't be ended
+            process.communicate(timeout=5)
+        return Answer("hung", f"no answer within {seconds:g} s")
+    lines = output.decode(errors="replace").splitlines()
+    answer = next((line for line in reversed(lines) if line.startswith(_MARK)), None)
+    if answer is not None:
+        return Answer(**json.loads(answer[len(_MARK) :]))
+    last = next((line for line in reversed(said.decode(errors="replace").splitlines()) if line.strip()), "")
+    return Answer("crashed", _end_of(process.returncode) + (f": {last.strip()[:200]}" if last else ""))
+
+
+def _end_of(code: int) -> str:
+    if code >= 0:
+        return f"the process ended with status {code} and no answer"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"the process was ended by {name}"
+
+
+def driver() -> Facts:
+    """The CUDA driver and its devices, asked without cuda-python, which may be what is missing."""
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError as error:
+        raise ModuleNotFoundError(str(error)) from error
+    version, count = ctypes.c_int(), ctypes.c_int()
+    cuda.cuDriverGetVersion(ctypes.byref(version))
+    status = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+    devices = [] if status else [_device(cuda, index) for index in range(count.value)]
+    return {"cuda": version.value, "status": status, "devices": devices}
+
+
+def _device(cuda: ctypes.CDLL, index: int) -> Facts:
+    name, major, minor = ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()
+    cuda.cuDeviceGetName(name, len(name), index)
+    cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, index)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, index)
+    return {"name": name.value.decode(errors="replace"), "capability": major.value * 10 + minor.value}
+
+
+def nvrtc() -> Facts:
+    """NVRTC's version and the compute capabilities (times ten) that it compiles for."""
+    from kp_runtime.cuda_driver import bindings
+
+    module = bindings("nvrtc")
+    _, major, minor = module.nvrtcVersion()
+    _, capabilities = module.nvrtcGetSupportedArchs()
+    return {"version": f"{major}.{minor}", "capabilities": [int(capability) for capability in capabilities]}
+
+
+def crops() -> Facts:
+    """Crops of noise cut on the GPU: how many grey levels differ from the CPU's."""
+    import numpy as np
+
+    from kp_runtime.cuda_driver import CudaDriver
+    from kp_runtime.device_frame import DeviceFrame
+    from kp_runtime.frame import as_frame
+    from kp_runtime.geometry import matrices_from_boxes
+    from kp_runtime.preprocess_cpu import crops_from_frame
+    from kp_runtime.preprocess_cuda import CudaCropper
+
+    image = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    matrices = matrices_from_boxes(np.array([[20.0, 30, 90, 100], [150, 20, 300, 220]]), 64, 1.3)
+    wanted = crops_from_frame(as_frame(image), matrices, 64)
+    found = np.zeros_like(wanted)
+    call = CudaDriver().call
+    with CudaCropper() as cropper:
+        pixels, out = int(call("cuMemAlloc", image.nbytes)), int(call("cuMemAlloc", found.nbytes))
+        stream = call("cuStreamCreate", 1)  # 1: does not wait for the default stream
+        call("cuMemcpyHtoDAsync", pixels, image.ctypes.data, image.nbytes, stream)
+        frame = DeviceFrame(pixels, image.shape[:2], image.strides[0], "bgr")
+        cropper.crops_from_frame(frame, matrices, 64, out, int(stream))
+        call("cuMemcpyDtoHAsync", found.ctypes.data, out, found.nbytes, stream)
+        call("cuStreamSynchronize", stream)
+    return {"levels": found.size, "different": int((found != wanted).sum())}
+
+
+def onnxruntime() -> Facts:
+    """ONNX Runtime's version and providers; `gpu_code` is its CUDA provider's, where there is one."""
+    from kp_runtime.gpu_code import gpu_code_from_library
+
+    module = importlib.import_module("onnxruntime")
+    facts = {"version": module.__version__, "providers": module.get_available_providers(), "gpu_code": None}
+    for library in sorted((Path(str(module.__file__)).parent / "capi").glob("*onnxruntime_providers_cuda.*")):
+        facts["gpu_code"] = {k: sorted(v) for k, v in dataclasses.asdict(gpu_code_from_library(library)).items()}
+    return facts
+
+
+def module(name: str) -> Facts:
+    """A module's version and file."""
+    found = importlib.import_module(name)
+    return {"version": str(getattr(found, "__version__", "")), "file": str(found.__file__)}
+
+
+def backend(name: str, bundle: str) -> Facts:
+    """One real inference: the bundle's golden crop through a backend, as every `open_backend` does it."""
+    from kp_runtime.backend import open_backend
+
+    report = open_backend(bundle, backend=name).report
+    if report.golden_error_px is None:
+        raise BackendError(f"the bundle {bundle} has no golden crop, so nothing shows that {name} is right")
+    return dataclasses.asdict(report)
+
+
+PROBES: dict[str, Callable[..., Facts]] = {
+    probe.__name__: probe for probe in (driver, nvrtc, crops, onnxruntime, module, backend)
+}
+
+
+def _answer(probe: str, *arguments: str) -> Answer:
+    try:
+        return Answer("answered", facts=PROBES[probe](*arguments))
+    except (MissingExtraError, ModuleNotFoundError) as error:
+        return Answer("absent", _line(error))
+    except KpError as error:
+        return Answer("failed", _line(error))
+    except Exception as error:  # whatever a library raises
+        return Answer("failed", f"{type(error).__name__}: {_line(error)}")
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+if __name__ == "__main__":
+    print("\n" + _MARK + json.dumps(dataclasses.asdict(_answer(*sys.argv[1:]))), flush=True)
