@@ -1,0 +1,233 @@
+"""Keypoints of a live camera: GStreamer frames, their luma plane as it is, one JSON line a frame.
+
+What it does    takes the newest NV12 frame, finds faces every `--detect-every` frames and follows them
+                by their own keypoints between, prints a JSON line with boxes and keypoints, and with
+                `--drawn` writes a video. A frame that comes while one is worked on is dropped
+What it needs   pip install 'kp-edge[image]' and an engine (on a Jetson: TensorRT and 'kp-edge[cuda12]');
+                apt install python3-gi gir1.2-gstreamer-1.0 gir1.2-gst-plugins-base-1.0, and a Python
+                that sees them: python3 -m venv --system-site-packages
+How to run      python examples/camera_jetson.py BUNDLE --backend tensorrt
+                A PC with a webcam: --pipeline "v4l2src ! videoconvert ! video/x-raw,format=NV12 !
+                appsink name=frames drop=true max-buffers=1 sync=false"
+What was run    here, on an x86-64 CPU with GStreamer 1.22: a made-up video from files, the CPU engine.
+                Not run: a Jetson, its camera elements (nvarguscamerasrc, nvvidconv), TensorRT
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import kp_runtime
+from kp_runtime.detect import Detector
+
+# nvvidconv copies from the camera's memory to the CPU's; appsink keeps the newest frame alone
+JETSON_CAMERA = (
+    "nvarguscamerasrc ! video/x-raw(memory:NVMM),format=NV12,width=1920,height=1080,framerate=30/1 ! "
+    "nvvidconv ! video/x-raw,format=NV12 ! appsink name=frames drop=true max-buffers=1 sync=false"
+)
+LUMA_FIRST = ("NV12", "NV21", "I420", "YV12", "GRAY8")
+"""GStreamer's formats whose first plane is luma, a byte a pixel."""
+
+
+def luma_plane(data: Any, size_hw: tuple[int, int], stride: int, offset: int = 0) -> NDArray[np.uint8]:
+    """The luma plane in a buffer, `(h, w)` uint8, not copied.
+
+    Args:
+        data: the buffer's bytes.
+        size_hw: the picture's height and width in pixels.
+        stride: bytes from one row to the next; hardware pads rows.
+        offset: where the plane begins.
+
+    Raises:
+        ImageError: the plane does not lie in the buffer.
+    """
+    height, width = size_hw
+    if stride < width or offset < 0 or offset + (height - 1) * stride + width > len(data):
+        raise kp_runtime.ImageError(
+            f"a {width} x {height} plane with rows {stride} bytes apart from byte {offset} on does not lie in a "
+            f"buffer of {len(data)} bytes; check the caps before appsink"
+        )
+    return np.ndarray(size_hw, np.uint8, data, offset, (stride, 1))
+
+
+@contextlib.contextmanager
+def frame_of(sample: Any) -> Iterator[kp_runtime.Frame]:
+    """A sample's luma plane; valid within the block alone, as the camera uses the memory again."""
+    from gi.repository import Gst, GstVideo
+
+    info = GstVideo.VideoInfo.new_from_caps(sample.get_caps())
+    if info.finfo.name not in LUMA_FIRST:
+        raise kp_runtime.ImageError(
+            f"the frames are {info.finfo.name}, wanted is one of {', '.join(LUMA_FIRST)}; put "
+            "videoconvert ! video/x-raw,format=NV12 (on a Jetson nvvidconv) before appsink"
+        )
+    buffer = sample.get_buffer()
+    # what the producer says of this very buffer, else what the caps say of all
+    layout = GstVideo.buffer_get_video_meta(buffer) or info
+    is_full = info.colorimetry.range == getattr(GstVideo.VideoColorRange, "0_255")
+    ok, mapped = buffer.map(Gst.MapFlags.READ)
+    if not ok:
+        raise kp_runtime.ImageError("the frame can't be read by the CPU; put nvvidconv ! video/x-raw before appsink")
+    try:
+        plane = luma_plane(mapped.data, (info.height, info.width), layout.stride[0], layout.offset[0])
+        yield kp_runtime.Frame(plane, "gray", "full" if is_full else "limited")
+    finally:
+        buffer.unmap(mapped)
+
+
+class Camera:
+    """The samples of a GStreamer pipeline with an `appsink name=frames`.
+
+    Raises:
+        KpError: GStreamer is missing, or the pipeline can't be built, started, or stops with an error.
+    """
+
+    def __init__(self, pipeline: str, patience_s: float = 5) -> None:
+        try:
+            import gi
+
+            gi.require_version("Gst", "1.0")
+            gi.require_version("GstApp", "1.0")
+            gi.require_version("GstVideo", "1.0")
+            from gi.repository import GLib, Gst, GstApp  # noqa: F401  GstApp gives appsink its methods
+        except (ImportError, ValueError) as error:
+            raise kp_runtime.BackendError(
+                f"GStreamer can't be used from this Python ({error}); run: apt install python3-gi "
+                "gir1.2-gstreamer-1.0 gir1.2-gst-plugins-base-1.0, in a venv made with --system-site-packages"
+            ) from error
+        Gst.init(None)
+        self._gst, self._patience_s = Gst, patience_s
+        try:
+            self._pipeline = Gst.parse_launch(pipeline)
+        except GLib.Error as error:
+            raise kp_runtime.InputError(f"the pipeline can't be built: {error.message}") from error
+        found = self._pipeline.get_by_name("frames") if isinstance(self._pipeline, Gst.Bin) else None
+        if found is None:
+            raise kp_runtime.InputError("the pipeline has no element named frames; end it with: appsink name=frames")
+        self._sink = found
+
+    def __iter__(self) -> Iterator[Any]:
+        """Samples until the stream ends."""
+        gst = self._gst
+        self._pipeline.set_state(gst.State.PLAYING)
+        try:
+            while True:
+                sample = self._sink.try_pull_sample(int(self._patience_s * gst.SECOND))
+                if sample is not None:
+                    yield sample
+                elif reason := self._error():
+                    raise kp_runtime.InputError(f"the pipeline stopped: {reason}")
+                elif self._sink.props.eos:
+                    return
+                else:
+                    raise kp_runtime.InputError(f"no frame came for {self._patience_s:g} s; is the camera connected?")
+        finally:
+            self._pipeline.set_state(gst.State.NULL)
+
+    def _error(self) -> str | None:
+        message = self._pipeline.get_bus().pop_filtered(self._gst.MessageType.ERROR)
+        return None if message is None else f"{message.src.get_name()}: {message.parse_error()[0].message}"
+
+
+class Follower:
+    """Where the faces are: by the detector every so many frames, between by the last keypoints."""
+
+    def __init__(self, detector: Detector, detect_every: int) -> None:
+        self._detector, self._every = detector, detect_every
+        self._since, self._last = 0, np.empty((0, 4))
+
+    def boxes(self, frame: kp_runtime.Frame) -> NDArray[np.float64]:
+        """`(n, 4)` boxes for this frame."""
+        if self._since % self._every == 0 or len(self._last) == 0:
+            self._last, self._since = self._detector(frame), 0
+        self._since += 1
+        return self._last
+
+    def saw(self, keypoints: kp_runtime.Keypoints) -> None:
+        """Takes this frame's keypoints for the next; a face whose centre has left the picture is dropped."""
+        boxes = kp_runtime.boxes_from_points(keypoints.xy)
+        centres, (height, width) = (boxes[:, :2] + boxes[:, 2:]) / 2, keypoints.size_hw
+        is_inside = ((centres >= 0) & (centres < (width, height))).all(axis=1)
+        self._last = boxes[is_inside & (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)]
+
+
+class VideoFile:
+    """Frames with their keypoints drawn, as a Motion JPEG `.avi`."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._writer: Any = None
+
+    def write(self, frame: kp_runtime.Frame, keypoints: kp_runtime.Keypoints) -> None:
+        """Adds a frame; the first one sets the size."""
+        import cv2
+
+        height, width = frame.size_hw
+        if self._writer is None:
+            self._writer = cv2.VideoWriter(self._path, cv2.VideoWriter.fourcc(*"MJPG"), 30, (width, height))
+            if not self._writer.isOpened():
+                raise kp_runtime.InputError(f"{self._path} can't be written as a video; give a path that ends in .avi")
+        self._writer.write(kp_runtime.draw_keypoints(frame.luma(0, 0, width, height), keypoints.xy))
+
+    def close(self) -> None:
+        """Ends the file."""
+        if self._writer is not None:
+            self._writer.release()
+
+
+def run(options: argparse.Namespace) -> None:
+    """Frame after frame, until the stream ends or the program is stopped."""
+    camera = Camera(options.pipeline)
+    model = kp_runtime.load(options.bundle, options.backend)
+    model.warmup()
+    report = model.backend.report
+    print(f"{report.file} on {report.backend}", file=sys.stderr)
+    detector = kp_runtime.YuNetDetector(options.yunet) if options.yunet else kp_runtime.HaarDetector()
+    follower = Follower(detector, options.detect_every)
+    video = VideoFile(options.drawn) if options.drawn else None
+    try:
+        for sample in camera:
+            with frame_of(sample) as frame:
+                keypoints = model(frame, follower.boxes(frame))
+                if video:
+                    video.write(frame, keypoints)
+            follower.saw(keypoints)
+            # nanoseconds since the pipeline started
+            print(json.dumps({"time_s": sample.get_buffer().pts / 1e9, **keypoints.to_json()}), flush=True)
+    finally:
+        if video:
+            video.close()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle", help="folder of the model's bundle")
+    parser.add_argument("--backend", default="auto", help="auto, tensorrt, ort-cpu, ...")
+    parser.add_argument("--pipeline", default=JETSON_CAMERA, help="GStreamer's, with an appsink name=frames")
+    parser.add_argument("--detect-every", type=int, default=15, metavar="N", help="frames from detection to detection")
+    parser.add_argument("--yunet", metavar="FILE", help="detect with this YuNet model instead of Haar")
+    parser.add_argument("--drawn", metavar="FILE", help="write a video with the points drawn, an .avi")
+    options = parser.parse_args()
+    if options.detect_every < 1:
+        parser.error("--detect-every must be 1 or more")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the camera is let go
+    try:
+        run(options)
+    except kp_runtime.KpError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    main()
