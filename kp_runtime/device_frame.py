@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,9 +87,11 @@ class DeviceFrame:
         """
         try:
             interface = array.__cuda_array_interface__
-            shape, pointer = tuple(interface["shape"]), int(interface["data"][0])
+            shape, pointer = tuple(map(operator.index, interface["shape"])), operator.index(interface["data"][0])
             dtype, strides = str(interface["typestr"]), interface.get("strides")
-        except (AttributeError, KeyError, TypeError, IndexError) as error:
+            if strides is not None:
+                strides = tuple(operator.index(stride) for stride, _ in zip(strides, shape, strict=True))
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ImageError(
                 f"{type(array).__name__} has no usable __cuda_array_interface__ ({error}); give an array in GPU memory"
             ) from error

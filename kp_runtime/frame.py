@@ -108,6 +108,8 @@ class Frame:
 
     def __post_init__(self) -> None:
         check_layout(self.layout, self.range)
+        if not isinstance(self.data, np.ndarray):
+            raise ImageError(f"a frame's data must be a numpy array, got {type(self.data).__name__}")
         if self.data.dtype != np.uint8 or size_hw_from_shape(self.layout, self.data.shape) is None:
             wanted = f"with {CHANNELS[self.layout]} channel(s)"
             if self.layout in _VIDEO:

@@ -124,10 +124,13 @@ class SafetensorsIO(CheckpointIO):
             target = target.with_name(target.name + ".old")
         try:
             tree = json.loads((target / "tree.json").read_text(encoding="utf-8"))
-            tensors = load_file(target / "tensors.safetensors")
+            state = _unpack(tree, load_file(target / "tensors.safetensors"))
         except (OSError, ValueError, SafetensorError) as error:
             raise BundleError(f"there is no training state to resume from at {path}: {error}") from error
-        state: dict[str, Any] = _unpack(tree, tensors)
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BundleError(f"the training state at {path} is damaged ({error!r}); train again") from error
+        if not isinstance(state, dict):
+            raise BundleError(f"the training state at {path} is damaged: it is no tree of values; train again")
         return state
 
     def remove_checkpoint(self, path: Any) -> None:

@@ -112,14 +112,14 @@ def _read_csv(path: Path, weight: float) -> Source:
                 images = images or _image_folder(path, row[0])
                 faces.append(Face(images / row[0], xy))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} can't be read as CSV: {error}") from error
+        raise DataError(f"{path} can't be read as CSV: {str(error)[:200]}") from error
     if not faces:
         raise DataError(f"{path} has no rows below its header line")
     return Source(path, weight, tuple(faces), sha256_of_file(path))
 
 
 def _points_of_row(path: Path, number: int, row: list[str]) -> NDArray[np.float32]:
-    where = f"{path}, line {number} ({row[0]})"
+    where = f"{path}, line {number} ({row[0][:200]})"
     if len(row) != 1 + 2 * POINTS:
         raise DataError(
             f"{where}: expected a file name and {2 * POINTS} numbers for {POINTS} points, got {len(row) - 1} numbers"
@@ -127,7 +127,9 @@ def _points_of_row(path: Path, number: int, row: list[str]) -> NDArray[np.float3
     try:
         xy = np.array([float(cell) for cell in row[1:]], np.float32).reshape(POINTS, 2)
     except ValueError as error:
-        raise DataError(f"{where}: a cell is not a number ({error}); correct it or remove the row") from error
+        raise DataError(
+            f"{where}: a cell is not a number ({str(error)[:200]}); correct it or remove the row"
+        ) from error
     return _checked(xy, where)
 
 
@@ -145,7 +147,7 @@ def _image_folder(path: Path, name: str) -> Path:
     for place in places:
         if (place / name).is_file():
             return place
-    raise DataError(f"{path} names the image {name}, which is in none of: {', '.join(map(str, places))}")
+    raise DataError(f"{path} names the image {name[:200]}, which is in none of: {', '.join(map(str, places))}")
 
 
 def _read_pts_folder(path: Path, weight: float) -> Source:
@@ -183,7 +185,7 @@ def read_pts(path: Path) -> NDArray[np.float32]:
     try:
         numbers = [float(word) for word in rest.partition("}")[0].split()]
     except ValueError as error:
-        raise DataError(f"{path}: a coordinate is not a number ({error})") from error
+        raise DataError(f"{path}: a coordinate is not a number ({str(error)[:200]})") from error
     if len(numbers) != 2 * POINTS:
         raise DataError(f"{path}: expected {POINTS} points, got {len(numbers) / 2:g}; is the file cut off?")
     return _checked(np.array(numbers, np.float32).reshape(POINTS, 2) - 1, str(path))
