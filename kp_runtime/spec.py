@@ -172,6 +172,7 @@ class Manifest:
         try:
             raw = json.loads(data.decode())
             _check_depth(raw)
+            json.dumps(raw, ensure_ascii=False).encode()  # half of a pair of code units is no character
         except (ValueError, RecursionError) as error:
             raise BundleError(f"{origin} can't be read as JSON ({error}); make the bundle again") from error
         return cls.from_json(raw, origin)
@@ -304,18 +305,18 @@ def read_plain(path: Path, largest: int) -> bytes:
 
 def _open_plain(path: Path) -> BufferedReader:
     """Opens a file that is no link, folder, device or pipe, and never waits for one."""
-    # Windows has neither of the two flags; it needs to be told that the file is not text
+    # Windows has neither of the first two; it needs to be told that the file is not text
     flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
     try:
-        file = open(os.open(path, os.O_RDONLY | sum(flags)), "rb")  # noqa: SIM115  the caller closes it
+        descriptor = os.open(path, os.O_RDONLY | sum(flags))
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from error
         raise
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no plain file", str(path))
-    return file
+    return open(descriptor, "rb")
 
 
 def _check_depth(raw: Any) -> None:

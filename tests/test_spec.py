@@ -206,3 +206,108 @@ def test_writing_under_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(KpError, match="can't write"), writing(tmp_path / "file" / "a.txt"):
         pass  # the folder can't be made, the block is not reached
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["C:\\x.onnx", "a\\b.onnx", "\\\\host\\share", "c:x", ".hidden", "a\nb", "model\u202e.onnx", "é.onnx", "x" * 300]
+    + ["manifest.json", "manifest.sig", "-rf", " "],
+)  # fmt: skip
+def test_file_name_that_is_not_one_file_everywhere(name: str, bundle: Path) -> None:
+    raw = raw_manifest(bundle)
+    raw["files"][name] = copy.deepcopy(raw["files"][MODEL])
+    with pytest.raises(BundleError, match="a bundle's files lie in its own folder") as error:
+        Manifest.from_json(raw)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["../model.fp32.onnx", "/etc/passwd", "sub/model.fp32.onnx", "model.fp32.onnx/"])
+def test_only_names_of_the_manifest_are_opened(name: str, bundle: Path) -> None:
+    with pytest.raises(BundleError, match="has no file"):
+        Manifest.read(bundle).read_file(bundle, name)
+
+
+@pytest.mark.parametrize("target", ["outside", "golden.npz", "/dev/zero", "nowhere"])
+def test_a_link_is_not_followed(target: str, copied: Path) -> None:
+    """Neither out of the bundle nor to a file within: what is opened is what lies under the name."""
+    manifest = Manifest.read(copied)
+    shutil.copy(copied / MODEL, copied.parent / "outside")
+    (copied / MODEL).unlink()
+    (copied / MODEL).symlink_to(copied.parent / target if target == "outside" else target)
+    for read in (manifest.check_file, manifest.read_file):
+        with pytest.raises(
+            IntegrityError, match=r"can't be read \(it is a symbolic link\); a bundle's files are plain"
+        ):
+            read(copied, MODEL)
+
+
+def test_a_bundle_may_lie_behind_a_link(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(copied)
+    assert Manifest.read(tmp_path / "link").read_file(tmp_path / "link", MODEL) == (copied / MODEL).read_bytes()
+
+
+def test_a_manifest_that_is_a_link(copied: Path) -> None:
+    (copied / "manifest.json").rename(copied.parent / "elsewhere.json")
+    (copied / "manifest.json").symlink_to("../elsewhere.json")
+    with pytest.raises(BundleError, match=r"manifest\.json can't be read \(it is a symbolic link\)"):
+        Manifest.read(copied)
+
+
+@pytest.mark.parametrize("name", [MODEL, "manifest.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["pipe", "folder"])
+def test_neither_pipes_nor_folders_are_read(make: Any, name: str, copied: Path) -> None:
+    (copied / name).unlink()
+    make(copied / name)
+    with pytest.raises(BundleError, match=r"can't be read \(it is no plain file\)"):
+        Manifest.read(copied).read_file(copied, MODEL)
+
+
+def test_a_manifest_of_gigabytes_is_not_read(copied: Path) -> None:
+    with open(copied / "manifest.json", "wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(BundleError, match=r"can't be read \(it has over 4194304 bytes\)"):
+        Manifest.read(copied)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"schema": ' + "9" * 5000 + "}", '{"schema": 1, "spec": ' + "[" * 40 + "]" * 40 + "}", '{"schema": "\\ud800"}'],
+    ids=["long number", "40 levels", "half a character"],
+)
+def test_json_that_python_takes_and_we_do_not(text: str) -> None:
+    with pytest.raises(BundleError, match="can't be read as JSON"):
+        Manifest.from_bytes(text.encode())
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        ("spec/size", 64.0, "crop size must be"),
+        ("spec/size", True, "crop size must be"),
+        ("spec/size", 10**4000, "crop size must be"),
+        ("spec/size", "64", "crop size must be"),
+        ("spec/margin", "1.3", "margin must be"),
+        ("spec/margin", True, "margin must be"),
+        ("spec/points", 68.0, "only the 68-point mark-up"),
+        ("spec/name", 5, "name must be text"),
+        ("spec/name", "x" * 5000, "name must be text"),
+        ("spec/box", ["x" * 5000], "box must be"),
+        (f"files/{MODEL}/bytes", True, "sha256, bytes and kind must be"),
+        (f"files/{MODEL}/bytes", -1, "bytes must be 0 to"),
+        (f"files/{MODEL}/bytes", 1 << 40, "bytes must be 0 to"),
+        (f"files/{MODEL}/made", [1], "made and parent_sha256 must be"),
+        (f"files/{MODEL}/parent_sha256", 7, "made and parent_sha256 must be"),
+        ("schema", True, "has no schema number"),
+        ("schema", -5, "has no schema number"),
+    ],
+)
+def test_field_of_another_type(where: str, value: object, message: str, bundle: Path) -> None:
+    raw = raw_manifest(bundle)
+    *parents, last = where.split("/")
+    owner = raw
+    for parent in parents:
+        owner = owner[parent]
+    owner[last] = value
+    with pytest.raises(BundleError, match=message) as error:
+        Manifest.from_json(raw)
+    assert len(str(error.value)) < 600
