@@ -15,15 +15,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from kp_runtime.cuda_driver import CudaDriver, has_driver
 from kp_runtime.errors import BackendError
 from kp_runtime.golden import GOLDEN_NAME, golden_from_bytes
 from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec
 
 __all__ = ["BACKENDS", "GOLDEN_NAME", "Backend", "BackendReport", "open_backend", "usable_cores"]
 
-BACKENDS = ("ort-cpu",)
+BACKENDS = ("tensorrt", "ort-tensorrt", "ort-cuda", "ort-cpu")
+AUTO = ("tensorrt", "ort-cuda", "ort-cpu")
+"""What `auto` tries, best first. ONNX Runtime's TensorRT provider takes minutes at its first load: by name alone."""
+
 CPU_ORDER = ("int8", "fp32", "fp16")
 """What ONNX Runtime runs on a CPU, best first: float16 has no fast arithmetic on most of them."""
+
+ORDER = {
+    "tensorrt": ("int8", "fp16", "fp32"),
+    "ort-tensorrt": ("int8-trt", "fp16", "fp32"),
+    "ort-cuda": ("fp16", "fp32"),
+    "ort-cpu": CPU_ORDER,
+}
+"""The precisions of the files that each engine runs, best first."""
 
 GOLDEN_TOLERANCE_PX = {"fp32": 0.02, "fp16": 0.5, "int8": 2.0, "int8-trt": 2.0}
 """Largest distance of a golden keypoint from PyTorch's answer, in pixels of the crop."""
@@ -37,8 +49,8 @@ class BackendReport:
         backend: the engine's name, such as `ort-cpu`.
         file: the bundle's file that runs.
         precision: of that file.
-        rejected: what would have been preferred, each with the reason against it.
-        golden_error_px: largest distance of the golden keypoints; None without a golden crop.
+        rejected: what would have been preferred, engines and then precisions, each with the reason against it.
+        golden_error_px: largest distance of the golden keypoints; None where none were compared.
     """
 
     backend: str
@@ -80,7 +92,13 @@ class Backend(ABC):
             )
         if len(crops) == 0:
             return np.empty((0, self.spec.points, 2), np.float32)
-        return self._run(crops)
+        keypoints = self._run(crops)
+        if keypoints.shape != (wanted := (len(crops), self.spec.points, 2)) or keypoints.dtype != np.float32:
+            raise BackendError(
+                f"{self.name} gave {keypoints.dtype} {keypoints.shape} instead of float32 {wanted}: the file does not "
+                "compute what it declares; export the bundle again"
+            )
+        return keypoints
 
     def warmup(self, faces: int = 1) -> None:
         """Runs 1, 2, 4, … up to `faces` crops, until calls of these sizes find everything ready and chosen.
@@ -125,16 +143,20 @@ def open_backend(
     precision: str = "auto",
     threads: int | None = None,
     public_key: str | os.PathLike[str] | bytes | None = None,
+    *,
+    golden: bool = True,
 ) -> Backend:
     """Opens a bundle's model on an inference engine.
 
     Args:
         bundle: the bundle's folder, or one model file in it, which is then the one that runs.
-        backend: `auto` or one of `BACKENDS`; a named one is never replaced by another.
+        backend: `auto` (a TensorRT plan that fits this machine, else ONNX Runtime's CUDA provider, else its CPU
+            provider; the report says why) or one of `BACKENDS`; a named one is never replaced by another.
         precision: `auto` or one of `spec.PRECISIONS`; a named one is never replaced by another.
-        threads: threads of the engine, 1 to the cores that the process may use; None uses all of them.
+        threads: threads of the engine on the CPU, 1 to the cores that the process may use; None uses all of them.
         public_key: whose signature the bundle must have: a PEM file's path, its bytes, or the key's
             32 bytes. None asks for none. See docs/signing.md.
+        golden: whether the golden crop is compared.
 
     Raises:
         BundleError: the bundle or its files can't be used.
@@ -142,8 +164,6 @@ def open_backend(
         BackendError: the engine can't run the model, or its golden keypoints are wrong.
         MissingExtraError: the engine's package is not installed.
     """
-    from kp_runtime.backend_ort import OrtCpuBackend
-
     if backend not in ("auto", *BACKENDS):
         raise BackendError(f"there is no backend {backend!r}; choose auto or {', '.join(BACKENDS)}")
     if precision not in ("auto", *PRECISIONS):
@@ -154,46 +174,98 @@ def open_backend(
     path = Path(bundle)
     folder = path.parent if path.is_file() else path
     manifest = Manifest.read(folder, public_key)
-    rejected: tuple[str, ...] = ()
-    if path.is_file():
-        name, entry = path.name, _named_entry(path, manifest, precision)
-    else:
-        name, entry, rejected = _choose_file(folder, manifest, precision)
-    read = functools.partial(manifest.read_file, folder, name)
-    opened = OrtCpuBackend(folder / name, manifest.spec, threads, read=read)
-    error = _golden_error(opened, folder, manifest, entry)
-    opened.report = BackendReport(opened.name, name, entry.precision or "fp32", rejected, error)
-    return opened
+    named = path.name if path.is_file() else None
+    if named is not None:
+        _check_named(path, manifest, precision)
+    engines = [backend] if backend != "auto" else list(AUTO)
+    if named is not None and backend == "auto":
+        engines = [engine for engine in AUTO if _kind(engine) == manifest.files[named].kind]
+    rejected: list[str] = []
+    for engine in engines:
+        try:
+            if engine != "ort-cpu" and not has_driver():
+                raise BackendError("this machine has no NVIDIA driver (libcuda.so.1); where there is a GPU, install it")
+            names, passed_over = _files(engine, folder, manifest, precision, named)
+            name, opened = _open(engine, folder, manifest, names, passed_over, threads)
+            entry = manifest.files[name]
+            distance = _golden_error(opened, folder, manifest, entry) if golden else None
+        except BackendError as error:
+            if engine == engines[-1]:
+                raise
+            rejected.append(f"{engine}: {error}")
+            continue
+        opened.report = BackendReport(engine, name, entry.precision or "fp32", (*rejected, *passed_over), distance)
+        return opened
+    raise AssertionError("the last engine either opens or raises")
 
 
-def _named_entry(path: Path, manifest: Manifest, precision: str) -> FileEntry:
-    """The entry of a file that was asked for by its path."""
+def _kind(engine: str) -> str:
+    """What an engine runs: a file's kind in the manifest."""
+    return "plan" if engine == "tensorrt" else "onnx"
+
+
+def _check_named(path: Path, manifest: Manifest, precision: str) -> None:
+    """Checks a file that was asked for by its path."""
     manifest.check_file(path.parent, path.name)
     entry = manifest.files[path.name]
-    if entry.kind != "onnx" or precision not in ("auto", entry.precision):
+    if entry.kind not in ("onnx", "plan") or precision not in ("auto", entry.precision):
         raise BackendError(
-            f"{path} is a {entry.kind} file of precision {entry.precision}; give an ONNX file of the bundle"
+            f"{path} is a {entry.kind} file of precision {entry.precision}; give an ONNX file or a plan of the bundle"
             + (f" with precision {precision}" if precision != "auto" else "")
         )
-    return entry
 
 
-def _choose_file(folder: Path, manifest: Manifest, precision: str) -> tuple[str, FileEntry, tuple[str, ...]]:
-    """The ONNX file to run, and why not a preferred one."""
-    files = {entry.precision: (name, entry) for name, entry in manifest.files.items() if entry.kind == "onnx"}
-    if not files:
-        raise BackendError(f"the bundle {folder} holds no ONNX file; make them with: kp export {folder}")
-    if precision != "auto":
-        if precision not in files:
-            have = ", ".join(sorted(str(p) for p in files))
-            raise BackendError(f"the bundle {folder} has no {precision} file, only {have}; kp export can add it")
-        return *files[precision], ()
-    rejected: list[str] = []
-    for wanted in CPU_ORDER:
-        if wanted in files:
-            return *files[wanted], tuple(rejected)
-        rejected.append(f"{wanted}: not in the bundle")
-    raise BackendError(f"the bundle {folder} has ONNX files of no known precision: {sorted(map(str, files))}")
+def _open(
+    engine: str, folder: Path, manifest: Manifest, names: list[str], passed_over: list[str], threads: int | None
+) -> tuple[str, Backend]:
+    """One of the files, best first, on an engine: which one, and the engine; `passed_over` gets more reasons."""
+    name, spec = names[0], manifest.spec
+    read = functools.partial(manifest.read_file, folder, name)
+    if engine == "ort-cpu":
+        from kp_runtime.backend_ort import OrtCpuBackend
+
+        return name, OrtCpuBackend(folder / name, spec, threads, read=read)
+    if engine == "tensorrt":
+        from kp_runtime.backend_trt import open_plan
+
+        return open_plan(folder, manifest, names, passed_over)
+    from kp_runtime.backend_ort_gpu import OrtCudaBackend, OrtTensorRtBackend
+
+    provider = OrtCudaBackend if engine == "ort-cuda" else OrtTensorRtBackend
+    return name, provider(read(), manifest.files[name], spec, CudaDriver())
+
+
+def _files(
+    engine: str, folder: Path, manifest: Manifest, precision: str, named: str | None
+) -> tuple[list[str], list[str]]:
+    """The files that an engine may run, best first, and why not a preferred one."""
+    kind, runs = _kind(engine), ORDER[engine] if engine != "ort-cpu" else PRECISIONS
+    found = [
+        (name, str(entry.precision))
+        for name, entry in manifest.files.items()
+        if entry.kind == kind and named in (None, name)
+    ]
+    if not found:
+        what, make = _WAYS_TO_MAKE[kind]
+        if named is not None:
+            raise BackendError(f"{named} is no {what}, and {engine} runs nothing else")
+        raise BackendError(f"the bundle {folder} holds no {what}; make one with: {make} {folder}")
+    if named is not None:
+        precision = found[0][1]
+    if precision not in ("auto", *runs):
+        raise BackendError(f"{engine} runs files of precision {', '.join(runs)}, not {precision}")
+    order = ORDER[engine] if precision == "auto" else (precision,)
+    names = [(name, of) for wanted in order for name, of in found if of == wanted]
+    if not names:
+        have = ", ".join(sorted({of for _, of in found}))
+        raise BackendError(
+            f"the bundle {folder} has no {' or '.join(order)} file, only {have}; {_WAYS_TO_MAKE[kind][1]} can add it"
+        )
+    passed_over = order[: order.index(names[0][1])]
+    return [name for name, _ in names], [f"{wanted}: not in the bundle" for wanted in passed_over]
+
+
+_WAYS_TO_MAKE = {"plan": ("TensorRT plan", "kp plan"), "onnx": ("ONNX file", "kp export")}
 
 
 def _golden_error(backend: Backend, folder: Path, manifest: Manifest, entry: FileEntry) -> float | None:

@@ -18,7 +18,7 @@ from kp_runtime.errors import BackendError, KpError, MissingExtraError
 from kp_runtime.feeding import WAYS, Feeder, Way
 from kp_runtime.spec import ModelSpec
 
-__all__ = ["OrtCpuBackend"]
+__all__ = ["OrtCpuBackend", "check_contract", "import_onnxruntime"]
 
 
 class OrtCpuBackend(Backend):
@@ -47,20 +47,10 @@ class OrtCpuBackend(Backend):
         self._model, self._read = model, read or model.read_bytes
         self._threads = threads or usable_cores()
         self._session = _session(model, self._read, self._threads)
-        self._check_contract(model)
+        check_contract(self._session, spec, str(model))
         self._feeder = Feeder([way for way in WAYS if self._threads > 1 or not way.side_by_side])
         self._lock = threading.Lock()
         self._beside: _SideBySide | None = None
-
-    def _check_contract(self, model: Path) -> None:
-        size = self.spec.size
-        found = [(n.name, n.type, n.shape[1:]) for n in (*self._session.get_inputs(), *self._session.get_outputs())]
-        wanted = [
-            ("crops", "tensor(uint8)", [1, size, size]),
-            ("keypoints", "tensor(float)", [self.spec.points, 2]),
-        ]
-        if found != wanted:
-            raise BackendError(f"{model} does not have the contract's input and output: {found} instead of {wanted}")
 
     def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         crops = np.ascontiguousarray(crops)
@@ -115,9 +105,21 @@ def _keypoints(session: Any, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
     return session.run(["keypoints"], {"crops": crops})[0]  # type: ignore[no-any-return]
 
 
+def check_contract(session: Any, spec: ModelSpec, origin: str) -> None:
+    """Compares a session's input and output with the contract's; `origin` stands in the message.
+
+    Raises:
+        BackendError: they are others.
+    """
+    found = [(node.name, node.type, node.shape[1:]) for node in (*session.get_inputs(), *session.get_outputs())]
+    wanted = [("crops", "tensor(uint8)", [1, spec.size, spec.size]), ("keypoints", "tensor(float)", [spec.points, 2])]
+    if found != wanted:
+        raise BackendError(f"{origin} does not have the contract's input and output: {found} instead of {wanted}")
+
+
 def _session(model: Path, read: Callable[[], bytes], threads: int) -> Any:
     """An ONNX Runtime session on the CPU, or the error that says why not."""
-    ort = _import_onnxruntime()
+    ort = import_onnxruntime("ort", "running ONNX files on the CPU")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
@@ -135,9 +137,10 @@ def _session(model: Path, read: Callable[[], bytes], threads: int) -> Any:
         ) from error
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime(extra: str, purpose: str) -> Any:
+    """The module onnxruntime, or the error that names the extra and what it is for."""
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingExtraError("onnxruntime", "ort", "running ONNX files on the CPU") from error
+        raise MissingExtraError("onnxruntime", extra, purpose) from error
     return onnxruntime

@@ -55,7 +55,7 @@ class Lane(ABC):
     ) -> None:
         if max_faces < 1:
             raise BackendError(f"a lane needs room for 1 face or more, got {max_faces}")
-        self.driver, self.max_faces = driver, max_faces
+        self.driver, self.spec, self.max_faces = driver, spec, max_faces
         self._least, self._most = batches[0], batches[1] or max_faces
         self._owned: list[tuple[str, Any]] = []
         self._sizes = spec.size * spec.size, spec.points * 2 * 4  # bytes of a crop and of its keypoints

@@ -1,4 +1,4 @@
-"""A double of the module tensorrt, in this process, for a version: it plays the build and nothing else.
+"""A double of the module tensorrt, in this process, for a version: it plays the build, and the tiny network.
 
 It has exactly the names that the real bindings of that version have (tests/data): any other name,
 member or attribute raises AttributeError, as the real one does. What it is told and asked is
@@ -8,17 +8,25 @@ builder accepts a graph, or what its inspector really prints, can't be learned f
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import json
 import types
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from kp_export.cuda_device import CudaDevice
+from tests.models import SIZE, tiny_keypoints
 from tests.real_tensorrt import committed_listing
 
 ORIN = CudaDevice(0, "Orin", "8.7", "12.6", "540.4.0", "R36 (release), REVISION: 4.0")
 PLAN = b"ftrt the engine's bytes"
+
+
+TENSORS = {"crops": ("INPUT", "UINT8", (-1, 1, SIZE, SIZE)), "keypoints": ("OUTPUT", "FLOAT", (-1, 68, 2))}
+"""Of the plan that it loads: mode, type and shape."""
 
 
 @dataclass
@@ -38,6 +46,12 @@ class Script:
     cache_accepted: bool = True
     inputs: tuple[str, ...] = ("crops",)
     inspector: str | None = None
+    cuda_error: str = ""
+    device: Any = None
+    profile: tuple[int, int, int] = (1, 8, 32)
+    tensors: dict[str, tuple[str, str, tuple[int, ...]]] = field(default_factory=lambda: dict(TENSORS))
+    contexts: int = 1000
+    executes: bool = True
 
 
 @dataclass
@@ -53,6 +67,10 @@ class Tape:
     parsed: list[bytes] = field(default_factory=list)
     config: Any = None
     host_code: bool = False
+    dla_core: int | None = None
+    ended: int = 0
+    asked_runtime: int = 0
+    batches: list[int] = field(default_factory=list)
 
 
 def tensorrt_double(version: str, **answers: Any) -> Any:
@@ -267,22 +285,51 @@ class _ParserError:
 
 
 class _Runtime:
+    """Where CUDA does not work, the real one is made all the same; to use or to free it ends the process."""
+
     _double: Any
 
     def __init__(self, logger: Any) -> None:
         self._allowed = False
+        if self._double.script.cuda_error:
+            logger.log(self._double.ILogger.ERROR, self._double.script.cuda_error)
+        self._double.tape.asked_runtime += 1
+
+    def __del__(self) -> None:
+        self._double.tape.ended += bool(self._double.script.cuda_error)
+
+    def _survive(self) -> None:
+        if self._double.script.cuda_error:
+            raise SegmentationFaultError
 
     @property
     def engine_host_code_allowed(self) -> bool:
+        self._survive()
         return self._allowed
 
     @engine_host_code_allowed.setter
     def engine_host_code_allowed(self, value: bool) -> None:
+        self._survive()
         self._allowed = self._double.tape.host_code = value
 
+    @property
+    def DLA_core(self) -> int:  # noqa: N802
+        self._survive()
+        return self._double.tape.dla_core or 0
+
+    @DLA_core.setter
+    def DLA_core(self, value: int) -> None:  # noqa: N802
+        self._survive()
+        self._double.tape.dla_core = value
+
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
+        self._survive()
         assert serialized_engine == self._double.script.built
         return self._double.ICudaEngine() if self._double.script.loads else None
+
+
+class SegmentationFaultError(BaseException):
+    """The real runtime would have ended the process."""
 
 
 class _Engine:
@@ -292,15 +339,63 @@ class _Engine:
         return self._double.EngineInspector()
 
     def create_execution_context(self) -> Any:
-        return self._double.IExecutionContext()
+        self._double.script.contexts -= 1
+        return self._double.IExecutionContext() if self._double.script.contexts >= 0 else None
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self._double.script.tensors)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self._double.script.tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return self._double.TensorIOMode[self._double.script.tensors[name][0]]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return self._double.DataType[self._double.script.tensors[name][1]]
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self._double.script.tensors[name][2]
+        return shape
+
+    def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
+        assert profile_index == 0
+        return [(batch, *self.get_tensor_shape(name)[1:]) for batch in self._double.script.profile]
 
 
 class _Context:
+    """Computes the tiny network when the double of the driver, `Script.device`, comes so far."""
+
+    _double: Any
     _shape: tuple[int, ...] | None = None
+
+    def __init__(self) -> None:
+        self._addresses: dict[str, int] = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._shape = tuple(shape)
         return name == "crops"
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self._addresses[name] = memory
+        return memory % 256 == 0
+
+    def execute_async_v3(self, stream_handle: int) -> bool:
+        script, shape = self._double.script, self._shape
+        assert shape is not None
+        least, _, most = script.profile
+        if not (script.executes and least <= shape[0] <= most):
+            return False
+        self._double.tape.batches.append(shape[0])
+        crops, keypoints = self._addresses["crops"], self._addresses["keypoints"]
+
+        def compute() -> None:
+            given = np.frombuffer(ctypes.string_at(crops, int(np.prod(shape))), np.uint8).reshape(shape)
+            ctypes.memmove(keypoints, tiny_keypoints(given).tobytes(), shape[0] * 68 * 2 * 4)
+
+        script.device.work(stream_handle, compute, crops, keypoints)
+        return True
 
 
 class _Inspector:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import threading
 import time
@@ -20,6 +21,13 @@ from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints
 from tests.tolerances import FP32_PX, MAP_PX, assert_close
 
 MODEL = "model.fp32.onnx"
+NO_DRIVER = "this machine has no NVIDIA driver (libcuda.so.1); where there is a GPU, install it"
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested here is the CPU, and what is said where there is no GPU."""
+    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: False)
 
 
 @pytest.fixture
@@ -87,7 +95,8 @@ def test_report(bundle: Path, tmp_path: Path) -> None:
     report = open_backend(bundle).report
     assert report.golden_error_px is not None
     assert report.golden_error_px < FP32_PX
-    wanted = BackendReport("ort-cpu", MODEL, "fp32", ("int8: not in the bundle",), report.golden_error_px)
+    rejected = (f"tensorrt: {NO_DRIVER}", f"ort-cuda: {NO_DRIVER}", "int8: not in the bundle")
+    wanted = BackendReport("ort-cpu", MODEL, "fp32", rejected, report.golden_error_px)
     assert report == wanted
     assert open_backend(tiny_bundle(tmp_path, golden=False)).report.golden_error_px is None
 
@@ -104,7 +113,10 @@ def test_precision_that_is_asked_for_runs(asked: str, file: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "tensorrt"}, "no backend 'tensorrt'; choose auto or ort-cpu"),
+        ({"backend": "cuda"}, "no backend 'cuda'; choose auto or tensorrt, ort-tensorrt, ort-cuda, ort-cpu"),
+        ({"backend": "tensorrt"}, re.escape(NO_DRIVER)),
+        ({"backend": "ort-tensorrt"}, re.escape(NO_DRIVER)),
+        ({"backend": "ort-cuda"}, re.escape(NO_DRIVER)),
         ({"precision": "bf16"}, "no precision 'bf16'; choose auto or fp32, fp16, int8, int8-trt"),
         ({"precision": "int8"}, "has no int8 file, only fp32; kp export can add it"),
         ({"threads": 0}, "threads must be 1 to .*, the cores that this process may use; got 0"),
@@ -118,7 +130,7 @@ def test_what_is_not_there_is_refused(arguments: dict[str, Any], message: str, b
 
 def test_bundle_without_onnx(tmp_path: Path) -> None:
     Manifest(spec=ModelSpec("empty")).write(tmp_path)
-    with pytest.raises(BackendError, match="holds no ONNX file; make them with: kp export"):
+    with pytest.raises(BackendError, match="holds no ONNX file; make one with: kp export"):
         open_backend(tmp_path)
 
 

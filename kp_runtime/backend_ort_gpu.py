@@ -1,0 +1,217 @@
+"""ONNX Runtime's CUDA and TensorRT providers as inference engines, on this project's stream and buffers.
+
+Nothing may run elsewhere: ONNX Runtime's own fallback to the CPU is off twice (Python's retry and the
+session's), and after the load its record of which provider took each node is read, where the
+release has one. **Neither has been run on a GPU yet.**
+
+ONNX Runtime takes a stream for a session, not for a call, so all lanes share the session's. They can't
+be captured into a CUDA graph: its arena hands the memory of activations to another call as soon as one
+has been enqueued, and a graph would go on writing there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kp_runtime.backend_ort import check_contract, import_onnxruntime
+from kp_runtime.cuda_driver import CudaDriver
+from kp_runtime.device_backend import DeviceBackend, Lane
+from kp_runtime.errors import BackendError
+from kp_runtime.spec import FileEntry, ModelSpec
+
+__all__ = ["OrtCudaBackend", "OrtGpuBackend", "OrtTensorRtBackend"]
+
+
+class OrtGpuBackend(DeviceBackend):
+    """One of ONNX Runtime's providers for a GPU.
+
+    Args:
+        model: the ONNX file's bytes.
+        entry: its entry in the manifest.
+        spec: the contract that it must have.
+        driver: the device, open.
+
+    Raises:
+        MissingExtraError: onnxruntime is not installed.
+        BackendError: the installed onnxruntime has no such provider or it can't be loaded, the file is refused, or
+            a part of the network would run elsewhere.
+    """
+
+    provider: str
+    device_type = "cuda"
+    batches: tuple[int, int | None] = (1, None)
+
+    def __init__(self, model: bytes, entry: FileEntry, spec: ModelSpec, driver: CudaDriver) -> None:
+        super().__init__(spec, driver)
+        ort = import_onnxruntime("ort-gpu", "running ONNX files on a GPU")
+        if self.provider not in ort.get_available_providers():
+            raise BackendError(_absent(ort, self.provider))
+        driver.make_current()
+        self._opened = _Opened(driver)
+        self._opened.session = self._open(ort, model, entry)
+        self._run_options = ort.RunOptions()
+        self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        check_contract(self._opened.session, spec, "the ONNX file")
+        _check_placement(self._opened.session, self.provider)
+
+    def provider_options(self, entry: FileEntry) -> dict[str, str]:
+        """The provider's options."""
+        return {"device_id": str(self.driver.device_id), "user_compute_stream": str(self._opened.stream)}
+
+    def session_options(self, ort: Any) -> Any:
+        """Of the session: nothing on the CPU, and a record of what runs where."""
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong is in the exception, too
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        return options
+
+    def _open(self, ort: Any, model: bytes, entry: FileEntry) -> Any:
+        said = io.StringIO()  # both print
+        providers = [(self.provider, self.provider_options(entry))]
+        try:
+            with contextlib.redirect_stdout(said):
+                if hasattr(ort, "preload_dlls"):
+                    ort.preload_dlls()  # CUDA and cuDNN as pip installs them
+                return ort.InferenceSession(model, self.session_options(ort), providers=providers, enable_fallback=0)
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            reason = " ".join(str(error).split())
+            raise BackendError(
+                f"ONNX Runtime {ort.__version__} can't run the file by {self.provider} alone: {reason}; see that the "
+                "CUDA and cuDNN that it is made for are installed (pip install 'onnxruntime-gpu[cuda,cudnn]'), or take "
+                "the backend ort-cpu"
+            ) from error
+
+    def open_lane(self, max_faces: int) -> Lane:
+        """See `DeviceBackend.open_lane`."""
+        lane = _OrtLane(self.driver, self.spec, max_faces, self.batches, self._opened.stream)
+        lane.open(self._opened, self._run_options, self.device_type)
+        return lane
+
+
+class OrtCudaBackend(OrtGpuBackend):
+    """The CUDA provider."""
+
+    name = "ort-cuda"
+    provider = "CUDAExecutionProvider"
+
+    def provider_options(self, entry: FileEntry) -> dict[str, str]:
+        """Without TF32, so that float32 is float32; kernels by heuristic, as each batch size asks for its own."""
+        more = {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC", "enable_cuda_graph": "0"}
+        return super().provider_options(entry) | more
+
+
+class OrtTensorRtBackend(OrtGpuBackend):
+    """The TensorRT provider: builds an engine at the first load, minutes, and keeps it on disk."""
+
+    name = "ort-tensorrt"
+    provider = "TensorrtExecutionProvider"
+    batches = (1, 32)
+
+    def provider_options(self, entry: FileEntry) -> dict[str, str]:
+        """One profile for all batches; engines are kept in the user's cache folder, one folder a file."""
+        size, (least, most) = self.spec.size, self.batches
+        shapes = {"min": least, "opt": 8, "max": most}
+        folder = Path(os.environ.get("KP_CACHE") or Path.home() / ".cache" / "kp-edge") / "ort-tensorrt" / entry.sha256
+        return super().provider_options(entry) | {
+            "trt_engine_cache_enable": "1",
+            "trt_engine_cache_path": str(folder),
+            "trt_fp16_enable": str(int(entry.precision == "fp16")),
+            "trt_int8_enable": str(int(entry.precision == "int8-trt")),
+            **{f"trt_profile_{which}_shapes": f"crops:{n}x1x{size}x{size}" for which, n in shapes.items()},
+        }
+
+
+class _Opened:
+    """A session and its stream, which ends after it."""
+
+    def __init__(self, driver: CudaDriver) -> None:
+        self._driver, self._object = driver, driver.call("cuStreamCreate", 1)
+        self.stream = int(self._object)
+        self.session: Any = None
+
+    def __del__(self) -> None:
+        self.session = None
+        with contextlib.suppress(Exception):  # a program that ends takes the driver away first
+            self._driver.make_current()
+            self._driver.call("cuStreamDestroy", self._object)
+
+
+class _OrtLane(Lane):
+    """A lane whose buffers are bound to the session's input and output."""
+
+    def open(self, opened: _Opened, run_options: Any, device_type: str) -> None:
+        """Takes what the calls need."""
+        self._opened, self._run_options, self._device = opened, run_options, (device_type, self.driver.device_id)
+        self._bindings: dict[tuple[int, int], Any] = {}
+
+    def _feed(self, input_ptr: int, output_ptr: int, count: int) -> None:
+        binding = self._bindings.get((input_ptr, count)) or self._bind(input_ptr, output_ptr, count)
+        try:
+            self._opened.session.run_with_iobinding(binding, self._run_options)
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            reason = " ".join(str(error).split())
+            raise BackendError(f"ONNX Runtime failed on {count} crops: {reason}; try fewer at once") from error
+
+    def _bind(self, input_ptr: int, output_ptr: int, count: int) -> Any:
+        spec, binding = self.spec, self._opened.session.io_binding()
+        binding.bind_input("crops", *self._device, np.uint8, (count, 1, spec.size, spec.size), input_ptr)
+        binding.bind_output("keypoints", *self._device, np.float32, (count, spec.points, 2), output_ptr)
+        self._bindings[input_ptr, count] = binding
+        return binding
+
+    def close(self) -> None:
+        """See `Lane.close`."""
+        super().close()
+        self._bindings = {}
+
+
+def _check_placement(session: Any, provider: str) -> None:
+    """Refuses a session that would run a node elsewhere."""
+    if provider not in session.get_providers():
+        raise BackendError(
+            f"ONNX Runtime left {provider} out and opened {', '.join(session.get_providers())}; see that the CUDA and "
+            "cuDNN that it is made for are installed"
+        )
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return  # an older release, which refuses to open a session with nodes on the CPU all the same
+    placed = {
+        f"{node.op_type} by {part.ep_name}"
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    }
+    elsewhere = sorted(name for name in placed if not name.endswith(f" by {provider}"))
+    if elsewhere or not placed:
+        raise BackendError(
+            f"{provider} would not run the whole network: {', '.join(elsewhere) or 'no record of its nodes'}; take "
+            "another precision or backend"
+        )
+
+
+def _absent(ort: Any, provider: str) -> str:
+    """Why a provider is not there, and what to install or to remove."""
+    from importlib import metadata
+
+    have = f"onnxruntime {ort.__version__} has no {provider}, only {', '.join(ort.get_available_providers())}"
+    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(metadata, name)]
+    if len(installed) == 2:
+        return (
+            f"{have}: onnxruntime and onnxruntime-gpu are both installed and write into one folder; remove "
+            "onnxruntime: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'kp-edge[ort-gpu]'"
+        )
+    return f"{have}; run: pip uninstall -y onnxruntime && pip install 'kp-edge[ort-gpu]'"
+
+
+def _is_installed(metadata: Any, name: str) -> bool:
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True

@@ -1,0 +1,236 @@
+"""TensorRT plans as the inference engine: looked at before they are loaded, one engine for all threads.
+
+A plan is machine code for one kind of GPU and one TensorRT version, and TensorRT has no call that
+tells beforehand whether it fits. So the manifest's entry is compared with this machine first
+(`plan_mismatch`), and its bytes are those of the manifest's sha256. TensorRT's runtime ends the process
+where CUDA does not work; a device that answered (`CudaDriver`) and a runtime that reported no
+error come before anything else is asked of it. Every TensorRT name used here exists in 10.3.0 and
+in 11.4.0.
+
+**No plan has been run on a GPU yet**: what was checked, and how, is told in docs/tensorrt.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import shlex
+import threading
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kp_runtime.cuda_driver import CudaDriver
+from kp_runtime.device_backend import DeviceBackend, Lane
+from kp_runtime.errors import BackendError
+from kp_runtime.spec import FileEntry, Manifest, ModelSpec
+
+__all__ = ["TensorRtBackend", "open_plan", "plan_mismatch", "tensorrt_runtime"]
+
+MODULES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch")
+"""Packages with a runtime; the last two load version-compatible plans alone."""
+
+
+def tensorrt_runtime() -> Any:
+    """The first of `MODULES` that is installed. To import one is safe; to use it needs a device that works.
+
+    Raises:
+        BackendError: none is installed, or it can't be loaded.
+    """
+    reasons = []
+    for name in MODULES:
+        try:
+            return importlib.import_module(name)
+        except ImportError as error:
+            reasons.append((str(error).splitlines() or [name])[0])
+    raise BackendError(
+        f"TensorRT is not installed here ({reasons[0]}): JetPack brings it for the system's Python, elsewhere "
+        "pip install tensorrt"
+    )
+
+
+def open_plan(
+    folder: Path, manifest: Manifest, names: Sequence[str], passed_over: list[str]
+) -> tuple[str, TensorRtBackend]:
+    """The first of a bundle's plans that fits this machine: its name, and the engine with it.
+
+    What speaks against the plans before it is added to `passed_over`.
+
+    Raises:
+        IntegrityError: the plan that fits is cut off or not the manifest's.
+        BackendError: no device, no TensorRT, or no plan that fits: with the command that builds one here.
+    """
+    driver, trt = CudaDriver(), tensorrt_runtime()
+    reasons: list[str] = []
+    for name in names:
+        reason = plan_mismatch(manifest.files[name], driver, trt)
+        if reason is None:
+            passed_over += reasons
+            plan, entry = manifest.read_file(folder, name), manifest.files[name]
+            return name, TensorRtBackend(plan, entry, manifest.spec, driver, trt, _rebuild(folder, entry))
+        reasons.append(f"{name} {reason}")
+    raise BackendError(f"{'; '.join(reasons)}; {_rebuild(folder, manifest.files[names[0]])}")
+
+
+def _rebuild(folder: Path, entry: FileEntry) -> str:
+    """What to do where a plan does not fit: the command that builds one with its options on this machine."""
+    command = str(entry.made.get("rebuild") or f"kp plan BUNDLE --precision {entry.precision}")
+    return f"build one here: {command.replace('BUNDLE', shlex.quote(str(folder)), 1)}"
+
+
+def plan_mismatch(entry: FileEntry, driver: CudaDriver, trt: Any) -> str | None:
+    """Why a plan can't run here, by what its manifest's entry says; None where it can."""
+    try:
+        made = entry.made
+        options = made["options"]
+        built_arch = "sm_" + made["compute_capability"].replace(".", "")
+        built_tensorrt, here = _numbers(made["tensorrt"]), _numbers(trt.__version__)
+        built_cuda, cuda = _numbers(made["cuda"]), _numbers(driver.cuda)
+        any_newer, any_ampere = bool(options["version_compatible"]), bool(options["hardware_compatible"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"has an entry that does not say for which GPU and TensorRT it is ({error!r})"
+    shared = min(len(built_tensorrt), len(here))
+    is_same = built_tensorrt[:shared] == here[:shared]
+    is_ampere = _compute_capability(driver.arch) >= 80 <= _compute_capability(built_arch)
+    if driver.arch != built_arch and not (any_ampere and is_ampere):
+        return f"is for {made.get('gpu')} ({built_arch}), this GPU is {driver.arch}"
+    if not is_same and not (any_newer and here > built_tensorrt):
+        return f"is for TensorRT {made['tensorrt']}, here is {trt.__version__}"
+    if not any_newer and trt.__name__ != MODULES[0]:
+        return f"needs the package tensorrt, here is {trt.__name__}, which loads version-compatible plans alone"
+    if cuda[0] < built_cuda[0]:
+        return f"was built with CUDA {made['cuda']}, the driver here is older and runs up to CUDA {driver.cuda}"
+    return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))
+
+
+def _compute_capability(arch: str) -> int:
+    """87 of `sm_87`."""
+    return int(arch.removeprefix("sm_"))
+
+
+class TensorRtBackend(DeviceBackend):
+    """A plan on a GPU: one engine; each lane has an execution context of its own.
+
+    Args:
+        plan: the plan's bytes, which `plan_mismatch` has nothing against.
+        entry: its entry in the manifest.
+        spec: the contract that it must have.
+        driver: the device, open.
+        trt: a module of `MODULES`.
+        rebuild: what to do where the plan is refused, for the message.
+
+    Raises:
+        BackendError: TensorRT can't use CUDA here or refuses the plan, or its tensors are not the contract's.
+    """
+
+    name = "tensorrt"
+    batches: tuple[int, int]
+    """Fewest and most crops of a call, by the plan's profile."""
+
+    def __init__(
+        self, plan: bytes, entry: FileEntry, spec: ModelSpec, driver: CudaDriver, trt: Any, rebuild: str
+    ) -> None:
+        super().__init__(spec, driver)
+        self._errors = _Errors(maxlen=8)
+        logger = _runtime_logger(trt, self._errors)
+        driver.make_current()
+        runtime = trt.Runtime(logger)
+        if self._errors:  # to touch the runtime now, to read an attribute or to free it, would end the process
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))
+            raise BackendError(
+                f"TensorRT {trt.__version__} can't use CUDA here: {self._errors[0]}; the driver runs up to CUDA "
+                f"{driver.cuda}: update it, or install the TensorRT that is made for it"
+            )
+        options = entry.made["options"]
+        if options["version_compatible"]:
+            runtime.engine_host_code_allowed = True  # such a plan brings its own run-time; its sha256 is known
+        if options.get("dla_core") is not None:
+            runtime.DLA_core = options["dla_core"]
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise BackendError(f"TensorRT {trt.__version__} can't load the plan: {self._errors.last()}; {rebuild}")
+        self._check_contract(engine, trt)
+        self._engine, self._alive = engine, (runtime, logger)
+        shapes = engine.get_tensor_profile_shape("crops", 0)
+        self.batches = int(shapes[0][0]), int(shapes[2][0])
+        self._opening = threading.Lock()
+
+    def _check_contract(self, engine: Any, trt: Any) -> None:
+        size, found = self.spec.size, {}
+        for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors)):
+            shape = tuple(int(length) for length in engine.get_tensor_shape(name))[1:]
+            found[name] = (engine.get_tensor_mode(name), engine.get_tensor_dtype(name), shape)
+        wanted = {
+            "crops": (trt.TensorIOMode.INPUT, trt.DataType.UINT8, (1, size, size)),
+            "keypoints": (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, (self.spec.points, 2)),
+        }
+        if found != wanted:
+            raise BackendError(f"the plan does not have the contract's input and output: {found} instead of {wanted}")
+
+    def open_lane(self, max_faces: int) -> Lane:
+        """See `DeviceBackend.open_lane`."""
+        with self._opening:
+            lane = _TensorRtLane(self.driver, self.spec, max_faces, self.batches)
+            lane.open(self._engine, self._alive, self._errors)
+        return lane
+
+
+class _TensorRtLane(Lane):
+    """A lane with an execution context."""
+
+    capturable = True
+    _context: Any = None
+
+    def open(self, engine: Any, alive: Any, errors: _Errors) -> None:
+        """Makes the context; `alive` is what the engine needs to live."""
+        self._alive, self._errors = (engine, alive), errors
+        self._context = engine.create_execution_context()
+        if self._context is None:
+            self.close()
+            raise BackendError(
+                f"TensorRT has no memory for another execution context: {errors.last()}; close other lanes or programs"
+            )
+
+    def _feed(self, input_ptr: int, output_ptr: int, count: int) -> None:
+        context = self._context
+        if not (
+            context.set_tensor_address("crops", input_ptr)
+            and context.set_tensor_address("keypoints", output_ptr)
+            and context.set_input_shape("crops", (count, 1, self.spec.size, self.spec.size))
+            and context.execute_async_v3(self.stream)
+        ):
+            raise BackendError(
+                f"TensorRT failed on {count} crops: {self._errors.last()}; see that nvidia-smi (tegrastats on a "
+                "Jetson) shows a GPU with free memory"
+            )
+
+    def close(self) -> None:
+        """See `Lane.close`."""
+        super().close()
+        self._context = None
+
+
+class _Errors(deque[str]):
+    """TensorRT's last errors."""
+
+    def last(self) -> str:
+        return self[-1] if self else "it gave no reason"
+
+
+def _runtime_logger(trt: Any, errors: _Errors) -> Any:
+    """A logger that keeps errors in `errors`."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                errors.append(" ".join(msg.split()))
+
+    return Logger()
