@@ -18,7 +18,7 @@ import kp_report
 from kp_runtime.spec import Manifest
 from tests.test_export import small_checkpoint
 
-COMMANDS = ("train", "eval", "export", "verify", "plan", "predict", "bench", "inspect", "sign")
+COMMANDS = ("train", "eval", "export", "verify", "plan", "predict", "bench", "inspect", "sign", "doctor")
 
 
 def kp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -191,6 +191,22 @@ def test_inspect_tells_a_changed_file(capsys: pytest.CaptureFixture[str], bundle
     status, out, _ = kp(capsys, "inspect", copied, "--json")
     assert status == 1
     assert json.loads(out)["files"]["golden.npz"] == "ok"
+
+
+def test_doctor_says_what_works(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
+    status, out, _ = kp(capsys, "doctor", bundle)
+    lines = out.splitlines()
+    assert any(line.startswith("ok ") and "golden keypoints 0.000 px from PyTorch's" in line for line in lines)
+    assert "ort-cpu" in lines[-1]
+    healthy = not any(line.startswith("problem ") for line in lines)
+    assert (status, lines[-1].endswith("see the problems")) == ((0, False) if healthy else (1, True))
+    status, out, _ = kp(capsys, "doctor", tmp_path, "--json")
+    told = json.loads(out)
+    assert (status, told["working"], told["healthy"]) == (1, [], False)
+    (bundle_line,) = [finding for finding in told["findings"] if finding["subject"] == "bundle"]
+    assert bundle_line["status"] == "problem"
+    assert "is not a bundle" in bundle_line["found"]
+    assert bundle_line["advice"]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from kp_runtime.frame import Frame
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.preprocess_cuda import CudaCropper
+from kp_runtime.probes import crops as crops_on_the_gpu
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.emulation import EmulatedKernel
 
@@ -177,3 +178,14 @@ def test_no_driver_library(driver: DriverDouble, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(driver, "cuInit", missing, raising=False)
     with pytest.raises(BackendError, match=r"libcuda can't be loaded \(libcuda.so.1 not found\).*run on the CPU$"):
         CudaCropper()
+
+
+def test_the_doctor_s_probe_compares_every_grey_level(
+    driver: DriverDouble, kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    driver.kernel = kernel
+    (tmp_path / "kernel.cubin").write_bytes(b"cubin")
+    monkeypatch.setenv("KP_CUBIN", str(tmp_path / "kernel.cubin"))
+    assert crops_on_the_gpu() == {"levels": 2 * 64 * 64, "different": 0}
+    monkeypatch.setattr(kernel, "launch", lambda *_: None)
+    assert crops_on_the_gpu()["different"] > 8000

@@ -1,0 +1,376 @@
+"""`kp doctor` on made-up machines (files, package records, answers of probes) and on this one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import struct
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kp_runtime import doctor, probes
+from kp_runtime.backend import BACKENDS
+from kp_runtime.doctor import Diagnosis, diagnose
+from kp_runtime.doctor_checks import Finding, Surroundings
+from kp_runtime.gpu_code import GpuCode, gpu_code_from_library
+from kp_runtime.probes import Answer, answer_from_command, ask
+from kp_runtime.spec import FileEntry, Manifest, file_entry
+
+CPU = ["CPUExecutionProvider"]
+GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", *CPU]
+ORIN = {"cuda": 12060, "status": 0, "devices": [{"name": "Orin", "capability": 87}]}
+JETSON_FILES = {
+    "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 1\n",
+    "proc/device-tree/model": "NVIDIA Jetson Orin Nano",
+    "var/lib/nvpmodel/status": "pmode:0002",
+    "sys/class/devfreq/17000000.gpu/max_freq": "1020000000",
+    "var/lib/dpkg/status": "Package: bash\nVersion: 5\n\nPackage: nvidia-jetpack\nStatus: ok\nVersion: 6.2+b77\n\n",
+    "dev/nvhost-gpu": "",
+}
+
+
+def answered(**facts: Any) -> Answer:
+    return Answer("answered", facts=facts)
+
+
+ABSENT = Answer("absent", "not installed")
+PLAIN = {
+    "driver": ABSENT,
+    "nvrtc": ABSENT,
+    "onnxruntime": answered(version="1.23.0", providers=CPU, gpu_code=None),
+    "module tensorrt": ABSENT,
+    "module tensorrt_lean": ABSENT,
+    "module tensorrt_dispatch": ABSENT,
+    "module cv2": answered(version="4.12.0", file="cv2.py"),
+    "backend ort-cpu": answered(file="model.onnx", golden_error_px=0.25),
+}
+WITH_GPU = PLAIN | {
+    "driver": answered(**ORIN),
+    "nvrtc": answered(version="12.6", capabilities=[87, 90]),
+    "crops": answered(levels=8192, different=0),
+    "onnxruntime": answered(version="1.23.0", providers=GPU, gpu_code={"machine_code": [87], "ptx": []}),
+    "module tensorrt": answered(version="10.3.0", file="trt.py"),
+    "backend tensorrt": answered(file="model.plan", golden_error_px=0.5),
+    "backend ort-tensorrt": answered(file="model.onnx", golden_error_px=0.5),
+    "backend ort-cuda": answered(file="model.onnx", golden_error_px=0.5),
+}
+FOUR = ("tensorrt", "ort-tensorrt", "ort-cuda", "ort-cpu")
+
+
+@pytest.fixture
+def planned(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle with a plan."""
+    folder = tmp_path / "planned"
+    shutil.copytree(bundle, folder)
+    (folder / "model.plan").write_bytes(b"plan")
+    manifest = Manifest.read(folder)
+    plan: dict[str, FileEntry] = {"model.plan": file_entry(folder / "model.plan", "plan", precision="fp16")}
+    dataclasses.replace(manifest, files=manifest.files | plan).write(folder)
+    return folder
+
+
+def looked(
+    bundle: Path | None,
+    root: Path,
+    answers: dict[str, Answer],
+    packages: Iterable[str] = (),
+    files: dict[str, str] | None = None,
+    environment: dict[str, str] | None = None,
+    numpy: str = "1.26.4",
+    folders: Iterable[Path] = (),
+) -> Diagnosis:
+    """The report of a made-up machine; a probe that it has no answer for must not be asked."""
+    for name, text in (files or {}).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+    def answer(*words: str, seconds: float) -> Answer:
+        return answers[" ".join(words if words[0] != "backend" else words[:2])]
+
+    versions = dict(package.split("==") for package in packages)
+    here = Surroundings(root, versions, [str(folder) for folder in folders], environment or {}, numpy, answer)
+    return diagnose(bundle, here=here)
+
+
+def about(diagnosis: Diagnosis, subject: str) -> Finding:
+    (finding,) = (finding for finding in diagnosis.findings if finding.subject == subject)
+    assert bool(finding.advice) == (finding.status in ("warning", "problem"))
+    return finding
+
+
+def states(diagnosis: Diagnosis) -> dict[str, str]:
+    return {finding.subject: finding.status for finding in diagnosis.findings}
+
+
+@pytest.fixture
+def all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "BACKENDS", FOUR)
+
+
+def test_this_machine(bundle: Path) -> None:
+    diagnosis = diagnose(bundle)
+    assert "ort-cpu" in diagnosis.working
+    assert about(diagnosis, "ort-cpu").found == "model.fp32.onnx: golden keypoints 0.000 px from PyTorch's"
+    assert np.__version__ in about(diagnosis, "computer").found
+    assert set(BACKENDS) < set(states(diagnosis))
+
+
+@pytest.mark.usefixtures("all_backends")
+def test_a_pc_without_a_gpu(bundle: Path, tmp_path: Path) -> None:
+    diagnosis = looked(bundle, tmp_path, PLAIN, ["onnxruntime==1.23.0"])
+    assert (diagnosis.working, diagnosis.healthy) == (("ort-cpu",), True)
+    absent = {"GPU", "cuda-python", "NVRTC", "TensorRT", "tensorrt", "ort-tensorrt", "ort-cuda"}
+    assert {subject for subject, status in states(diagnosis).items() if status == "absent"} == absent
+    assert set(states(diagnosis).values()) == {"ok", "absent"}
+
+
+@pytest.mark.usefixtures("all_backends")
+def test_a_jetson_on_which_all_works(planned: Path, tmp_path: Path) -> None:
+    packages = ["onnxruntime-gpu==1.23.0", "cuda-bindings==12.9.0"]
+    diagnosis = looked(planned, tmp_path, WITH_GPU, packages, JETSON_FILES)
+    assert set(states(diagnosis).values()) == {"ok"}
+    assert (diagnosis.working, diagnosis.healthy) == (FOUR, True)
+    assert about(diagnosis, "JetPack").found == "6.2+b77, L4T R36 (release), REVISION: 4.3, GCID: 1"
+    assert about(diagnosis, "power mode").found == "pmode:0002, GPU up to 1020 MHz"
+    assert about(diagnosis, "GPU").found == "Orin, compute capability 8.7; driver unknown, CUDA 12.6"
+
+
+def test_a_container_that_hides_the_board(bundle: Path, tmp_path: Path) -> None:
+    diagnosis = looked(bundle, tmp_path, PLAIN, files={"proc/device-tree/model": "NVIDIA Jetson Orin Nano"})
+    assert [about(diagnosis, name).status for name in ("JetPack", "power mode")] == ["warning", "warning"]
+    assert diagnosis.healthy
+
+
+KERNEL = {"proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.95.05  Release Build\n"}
+PCI = {
+    "sys/bus/pci/devices/0000:01:00.0/vendor": "0x10de\n",
+    "sys/bus/pci/devices/0000:01:00.0/class": "0x030200\n",
+    "sys/bus/pci/devices/0000:00:01.0/vendor": "0x8086\n",
+}
+
+
+@pytest.mark.parametrize(("driver", "files", "environment", "status", "found"), [
+    (ABSENT, PCI, {}, "warning", "an NVIDIA GPU at PCI 0000:01:00.0, but libcuda can't be loaded"),
+    (Answer("hung", "no answer within 60 s"), {}, {}, "problem", "the CUDA driver fails: no answer within 60 s"),
+    (Answer("crashed", "ended by SIGSEGV"), {}, {}, "problem", "the CUDA driver fails: ended by SIGSEGV"),
+    (answered(cuda=13000, status=803, devices=[]), KERNEL, {}, "problem",
+     "/proc/driver/nvidia/version is there, but CUDA finds no device (error 803); driver 580.95.05, CUDA 13.0"),
+    (answered(cuda=13000, status=100, devices=[]), KERNEL, {"CUDA_VISIBLE_DEVICES": ""}, "warning",
+     "none that CUDA_VISIBLE_DEVICES='' shows; driver 580.95.05, CUDA 13.0"),
+    (answered(cuda=12040, status=100, devices=[]), {}, {}, "absent", "none; driver unknown, CUDA 12.4"),
+])  # fmt: skip
+def test_gpus_that_do_not_work(
+    driver: Answer, files: dict[str, str], environment: dict[str, str], status: str, found: str,
+    bundle: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    diagnosis = looked(bundle, tmp_path, PLAIN | {"driver": driver}, files=files, environment=environment)
+    finding = about(diagnosis, "GPU")
+    assert (finding.status, finding.found) == (status, found)
+    assert diagnosis.healthy == (status != "problem")
+    assert diagnosis.working == ("ort-cpu",)
+
+
+@pytest.mark.usefixtures("all_backends")
+@pytest.mark.parametrize(("changed", "packages", "subject", "status", "found", "advice"), [
+    ({}, [], "cuda-python", "warning", "not installed", "pip install 'kp-edge[cuda12]'"),
+    ({}, ["cuda-bindings==13.0.1"], "cuda-python", "problem", "13.0.1 is for a newer CUDA than the driver's 12",
+     "pip install 'kp-edge[cuda12]', or update the driver"),
+    ({"nvrtc": answered(version="12.0", capabilities=[80, 90])}, [], "NVRTC", "warning",
+     "12.0 compiles for sm_80, sm_90, not for sm_87", "KP_CUBIN"),
+    ({"nvrtc": Answer("failed", "NVRTC can't be loaded")}, [], "NVRTC", "warning", "NVRTC can't be loaded", "KP_CUBIN"),
+    ({"nvrtc": Answer("crashed", "ended by SIGSEGV")}, [], "NVRTC", "problem", "ended by SIGSEGV", "KP_CUBIN"),
+    ({"crops": answered(levels=8192, different=3)}, [], "GPU crops", "problem", "3 of 8192 grey levels", "report it"),
+    ({"crops": Answer("hung", "no answer")}, [], "GPU crops", "problem", "no answer", "cut on the CPU"),
+    ({}, ["onnxruntime==1.23.0", "onnxruntime-gpu==1.22.0"], "ONNX Runtime", "problem",
+     "onnxruntime and onnxruntime-gpu are installed", "pip uninstall -y onnxruntime onnxruntime-gpu, then"),
+    ({}, ["onnxruntime-gpu==1.22.0"], "ONNX Runtime", "problem", "1.22.0 is recorded, but 1.23.0 is imported",
+     "pip install --force-reinstall --no-deps onnxruntime-gpu"),
+    ({}, ["onnxruntime-gpu==1.23.0.post1"], "ONNX Runtime", "ok", "1.23.0: TensorrtExecutionProvider", ""),
+    ({"onnxruntime": answered(version="1.23.0", providers=CPU, gpu_code=None)}, ["onnxruntime==1.23.0"],
+     "ONNX Runtime on the GPU", "warning", "no CUDA provider", "pip uninstall -y onnxruntime, then"),
+    ({"onnxruntime": answered(version="1.23.0", providers=GPU, gpu_code={"machine_code": [80, 90], "ptx": []})}, [],
+     "ONNX Runtime on the GPU", "problem", "code for sm_80, sm_90, none that sm_87 runs", "onnxruntime-gpu"),
+    ({"module tensorrt": Answer("failed", "ImportError: libnvinfer.so.10")}, [], "TensorRT", "problem",
+     "tensorrt can't be imported: ImportError: libnvinfer.so.10", "python3-libnvinfer"),
+    ({"module tensorrt_lean": answered(version="10.4.0")}, [], "TensorRT", "warning", "tensorrt_lean 10.4.0", "one"),
+    ({}, ["tensorrt-cu12==10.3.0", "tensorrt-cu13==10.3.0"], "TensorRT", "problem", "not for one CUDA",
+     "pip uninstall -y tensorrt-cu12 tensorrt-cu13, then pip install tensorrt-cu12"),
+    ({}, ["tensorrt-cu13==10.3.0"], "TensorRT", "problem", "not for one CUDA", "pip install tensorrt-cu12"),
+    ({"module tensorrt": ABSENT}, [], "TensorRT", "warning", "not installed", "pip install tensorrt-cu12"),
+    ({}, ["opencv-python==4.12", "opencv-contrib-python-headless==4.12"], "OpenCV", "problem",
+     "opencv-contrib-python-headless and opencv-python are installed", "then install one"),
+    ({"module cv2": ABSENT}, [], "OpenCV", "warning", "not installed", "kp-edge[image]"),
+    ({"module cv2": Answer("failed", "ImportError: bad")}, ["opencv-python==4.12"], "OpenCV", "problem",
+     "can't be imported: ImportError: bad", "pip install --force-reinstall opencv-python"),
+    ({"backend ort-cuda": Answer("crashed", "ended by SIGSEGV")}, [], "ort-cuda", "problem", "ended by SIGSEGV", "fit"),
+    ({"backend ort-cuda": Answer("hung", "no answer within 300 s")}, [], "ort-cuda", "problem", "300 s", "--timeout"),
+    ({"backend ort-cuda": Answer("failed", "no cuDNN")}, [], "ort-cuda", "problem", "no cuDNN", "another backend"),
+    ({"backend tensorrt": Answer("failed", "no plan for sm_87")}, [], "tensorrt", "warning", "no plan for sm_87", "an"),
+    ({"backend tensorrt": Answer("failed", "puts a golden keypoint 9 px")}, [], "tensorrt", "problem", "9 px", "an"),
+])  # fmt: skip
+def test_what_does_not_fit(
+    changed: dict[str, Answer], packages: list[str], subject: str, status: str, found: str, advice: str,
+    planned: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    diagnosis = looked(planned, tmp_path, WITH_GPU | changed, packages, JETSON_FILES)
+    finding = about(diagnosis, subject)
+    assert finding.status == status
+    assert found in finding.found
+    assert advice in finding.advice
+    assert diagnosis.healthy == (status != "problem")
+    assert "ort-cpu" in diagnosis.working
+
+
+def test_numpy_2_beside_a_system_s_opencv(bundle: Path, tmp_path: Path) -> None:
+    answers = PLAIN | {"module cv2": Answer("failed", "ImportError: numpy.core.multiarray failed to import")}
+    finding = about(looked(bundle, tmp_path, answers, numpy="2.1.0"), "OpenCV")
+    assert (finding.status, finding.advice) == ("problem", "pip install 'numpy<2'")
+    assert "numpy is 2.1.0" in finding.found
+
+
+def test_an_opencv_that_hides_another(bundle: Path, tmp_path: Path) -> None:
+    folders = [tmp_path / "wheel", tmp_path / "system"]
+    (folders[0] / "cv2").mkdir(parents=True)
+    folders[1].mkdir()
+    (folders[1] / "cv2.cpython-310-aarch64-linux-gnu.so").touch()
+    finding = about(looked(bundle, tmp_path, PLAIN, folders=[*folders, folders[0]]), "OpenCV")
+    assert finding.status == "warning"
+    assert finding.found == f"4.12.0 in {folders[0]} hides another one in {folders[1]}"
+
+
+@pytest.mark.usefixtures("all_backends")
+def test_backends_that_do_not_claim_to_work_are_not_tried(bundle: Path, tmp_path: Path) -> None:
+    answers = WITH_GPU | {"module tensorrt": ABSENT}
+    answers = {name: answer for name, answer in answers.items() if "backend" not in name} | {
+        "backend ort-cuda": WITH_GPU["backend ort-cuda"],
+        "backend ort-cpu": PLAIN["backend ort-cpu"],
+    }
+    diagnosis = looked(bundle, tmp_path, answers)
+    assert diagnosis.working == ("ort-cuda", "ort-cpu")
+    assert about(diagnosis, "ort-tensorrt").found == "TensorRT is not installed"
+    library = {"usr/lib/aarch64-linux-gnu/libnvinfer.so.10": ""}
+    diagnosis = looked(bundle, tmp_path, WITH_GPU | answers | {"module tensorrt": ABSENT}, files=library)
+    assert about(diagnosis, "ort-tensorrt").status == "ok"
+    assert about(diagnosis, "tensorrt").found == "the bundle has no plan; kp plan builds one"
+
+
+def test_nothing_works(bundle: Path, tmp_path: Path) -> None:
+    diagnosis = looked(bundle, tmp_path, PLAIN | {"onnxruntime": ABSENT})
+    assert (diagnosis.working, diagnosis.healthy) == ((), False)
+    assert about(diagnosis, "ONNX Runtime").status == "warning"
+    assert about(diagnosis, "backends").status == "problem"
+
+
+def test_no_bundle_and_a_damaged_one(bundle: Path, tmp_path: Path) -> None:
+    assert about(looked(None, tmp_path, PLAIN), "bundle").found == "none was named"
+    broken = tmp_path / "broken"
+    shutil.copytree(bundle, broken)
+    (broken / "model.fp32.onnx").write_bytes(b"")
+    diagnosis = looked(broken, tmp_path, PLAIN)
+    assert "has 0 bytes" in about(diagnosis, "bundle").found
+    assert about(diagnosis, "ort-cpu").status == "absent"
+    assert not diagnosis.healthy
+
+
+def test_wrong_keypoints_are_a_problem(bundle: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(bundle, wrong)
+    with np.load(bundle / "golden.npz") as golden:
+        np.savez(wrong / "golden.npz", crops=golden["crops"], keypoints=golden["keypoints"] + 5)
+    manifest = Manifest.read(wrong)
+    golden_entry = {"golden.npz": file_entry(wrong / "golden.npz", "golden")}
+    dataclasses.replace(manifest, files=manifest.files | golden_entry).write(wrong)
+    answer = ask("backend", "ort-cpu", str(wrong), seconds=60)
+    assert answer.state == "failed"
+    assert "golden keypoint" in answer.text  # what tells a wrong plan from one that does not fit
+    finding = about(looked(wrong, tmp_path, PLAIN | {"backend ort-cpu": answer}), "ort-cpu")
+    assert finding.status == "problem"
+
+
+def test_a_bundle_without_a_golden_crop_proves_nothing(bundle: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(bundle, bare)
+    manifest = Manifest.read(bare)
+    files = {name: entry for name, entry in manifest.files.items() if name != "golden.npz"}
+    dataclasses.replace(manifest, files=files).write(bare)
+    answer = ask("backend", "ort-cpu", str(bare), seconds=60)
+    assert (answer.state, "no golden crop" in answer.text) == ("failed", True)
+
+
+def python(code: str, seconds: float = 60) -> Answer:
+    return answer_from_command([sys.executable, "-c", code], seconds)
+
+
+def test_a_probe_that_crashes_or_hangs() -> None:
+    crash = python("import os, sys; print('loading', file=sys.stderr, flush=True); os.kill(os.getpid(), 11)")
+    assert crash == Answer("crashed", "the process was ended by SIGSEGV: loading")
+    assert python("raise SystemExit(3)") == Answer("crashed", "the process ended with status 3 and no answer")
+    hang = python("import time; time.sleep(600)", seconds=0.3)
+    assert hang == Answer("hung", "no answer within 0.3 s")
+    assert crash.broken
+    assert hang.broken
+
+
+def test_an_answer_before_a_crash_counts_and_noise_does_not() -> None:
+    line = probes._MARK + json.dumps(dataclasses.asdict(answered(version="1")))
+    code = f"import os; print({line!r}, flush=True); print('noise', flush=True); os.kill(os.getpid(), 6)"
+    assert python(code) == answered(version="1")
+
+
+@pytest.mark.parametrize(("arguments", "state", "text"), [
+    (("module", "no_such_module"), "absent", "No module named 'no_such_module'"),
+    (("module", "tests.runtime"), "absent", "No module named"),
+    (("backend", "ort-cpu", "nowhere"), "failed", "nowhere is not a bundle"),
+    (("backend", "none", "nowhere"), "failed", "there is no backend 'none'"),
+    (("nothing",), "failed", "KeyError"),
+])  # fmt: skip
+def test_probes_in_their_own_process(arguments: tuple[str, ...], state: str, text: str) -> None:
+    answer = ask(*arguments, seconds=60)
+    assert answer.state == state
+    assert text in answer.text
+    assert not answer.broken
+
+
+def test_probes_see_this_house(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_module.py").write_text("raise ImportError('built for\\nnumpy 1')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert ask("module", "broken_module", seconds=60) == Answer("failed", "ImportError: built for numpy 1")
+    answer = ask("onnxruntime", seconds=60)
+    assert "CPUExecutionProvider" in answer.facts["providers"]
+
+
+def fat_binary(*entries: tuple[int, int]) -> bytes:
+    code = b"".join(
+        struct.pack("<HHIQ12xI32x", kind, 0x101, 64, 8 + i, capability) + bytes(8 + i)
+        for i, (kind, capability) in enumerate(entries)
+    )
+    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(code)) + code
+
+
+def test_code_of_a_library(tmp_path: Path) -> None:
+    magic = struct.pack("<I", 0xBA55ED50)
+    library = tmp_path / "library.so"
+    noise = np.random.default_rng(0).bytes(999)
+    parts = [noise, fat_binary((2, 75), (1, 90)), magic + noise, fat_binary((2, 87)), fat_binary((2, 120))[:-9], magic]
+    library.write_bytes(b"".join(parts))
+    assert gpu_code_from_library(library) == GpuCode(frozenset({75, 87}), frozenset({90}))
+    library.write_bytes(b"")
+    assert gpu_code_from_library(library) == GpuCode(frozenset(), frozenset())
+
+
+@pytest.mark.parametrize(("code", "ptx", "runs", "does_not"), [
+    ({80}, set(), {80, 86, 89}, {75, 87, 90, 72}),  # a Jetson runs no desktop's code
+    ({87}, set(), {87}, {86, 89, 80}),
+    ({75}, {80}, {75, 80, 87, 90, 120}, {72, 70}),
+    (set(), set(), set(), {75, 87}),
+])  # fmt: skip
+def test_which_chips_run_it(code: set[int], ptx: set[int], runs: set[int], does_not: set[int]) -> None:
+    found = GpuCode(frozenset(code), frozenset(ptx))
+    assert {chip for chip in runs | does_not if found.runs_on(chip)} == runs
