@@ -22,10 +22,11 @@ from kp_export.pack import pack_bundle
 from kp_runtime.errors import ExportError, KpError
 from kp_runtime.spec import MANIFEST_NAME, sha256_of_file
 
-__all__ = ["build_model_wheel", "build_project_wheel", "main"]
+__all__ = ["BUNDLE", "build_model_wheel", "build_project_wheel", "main"]
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ("pyproject.toml", "README.md", "LICENSE", "kp_cli.py", "kp_report.py", "kp_runtime", "kp_train", "kp_export")
+BUNDLE = ROOT / "engines" / "resnet18-68"
 CARD = "MODEL_CARD.md"
 EARLIEST = "315532800"
 """The first second that a zip file can name, 1980: what a wheel holds decides its bytes, not when it was made."""
@@ -92,9 +93,7 @@ def main(words: list[str] | None = None) -> None:
     """Builds both and prints their paths and sizes."""
     parser = argparse.ArgumentParser(description="Build the wheels of kp-edge and of its default model.")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder to fill; dist when left out")
-    parser.add_argument(
-        "--bundle", type=Path, default=ROOT / "engines" / "resnet18-68", help="a full bundle with an int8 file"
-    )
+    parser.add_argument("--bundle", type=Path, default=BUNDLE, help="a full bundle with an int8 file")
     asked = parser.parse_args(words)
     try:
         wheels = build_project_wheel(asked.out), build_model_wheel(asked.bundle, asked.out)

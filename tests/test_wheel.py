@@ -38,6 +38,8 @@ EXTRAS = {
     "cuda12": {"cuda-python"},
     "cuda13": {"cuda-python"},
     "cli": {"typer", "rich"},
+    "model": {"kp-edge-model"},
+    "serve": {"fastapi", "uvicorn"},
     "sign": {"cryptography"},
 }
 """What each extra of the run-time adds; nothing may slip in."""
@@ -124,7 +126,7 @@ def test_install_brings_numpy_alone(metadata: Message, python: str) -> None:
 @pytest.mark.parametrize(("python", "system"), [("3.10", "1.21.5"), ("3.12", "1.26.4")])
 def test_the_numpy_of_a_board_is_kept(metadata: Message, python: str, system: str) -> None:
     """Ubuntu 22.04's and 24.04's: pip would put another in front of it, which the system's OpenCV can't work with."""
-    for extra in ("", "ort", "ort-gpu", "cuda12", "cuda13", "cli"):
+    for extra in ("", *EXTRAS.keys() - {"image"}):
         for requirement in requirements(metadata, extra, python):
             assert requirement.name != "numpy" or system in requirement.specifier, f"[{extra}] wants {requirement}"
 
