@@ -3,12 +3,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.bench-installed
+WHEEL_VENV := build/wheels
+WHEEL_STAMP := $(WHEEL_VENV)/.installed
+TARGET ?= jetpack6
 # make bench BUNDLE=runs/a CALIBRATION=faces.csv
 BUNDLE ?= engines/resnet18-68
 EXPORTED = out/$(notdir $(patsubst %/,%,$(BUNDLE)))
 ASTRONAUT = $$($(BIN)/python -c "import skimage, pathlib; print(pathlib.Path(skimage.__file__).parent / 'data' / 'astronaut.png')")
 
-.PHONY: demo test test-pythons test-aarch64 bench check clean
+.PHONY: demo test test-pythons test-aarch64 bench wheels wheelhouse check clean
 
 demo: $(STAMP)
 	$(BIN)/kp export engines/resnet18-68 --fp16 --out out/resnet18-68
@@ -35,6 +38,14 @@ test-pythons: $(STAMP)
 test-aarch64: $(STAMP)
 	PYTHON=$(BIN)/python scripts/test-aarch64 $(BUNDLE)
 
+# the wheels of the project and of its default model; torch is not needed
+wheels: $(WHEEL_STAMP)
+	PYTHONPATH=. $(WHEEL_VENV)/bin/python scripts/wheels.py --out dist
+
+# all that a Jetson without internet installs: make wheelhouse TARGET=jetpack7
+wheelhouse: $(WHEEL_STAMP)
+	PYTHONPATH=. $(WHEEL_VENV)/bin/python scripts/wheelhouse.py --target $(TARGET) --out dist/$(TARGET)
+
 check: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 
@@ -45,6 +56,11 @@ $(STAMP): pyproject.toml
 
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	touch $@
+
+$(WHEEL_STAMP):
+	python3 -m venv $(WHEEL_VENV)
+	$(WHEEL_VENV)/bin/python -m pip install --quiet "setuptools>=77" "uv>=0.6"
 	touch $@
 
 clean:
