@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +20,7 @@ except ImportError:
 
 from kp_report import (
     build_progress,
+    frames_progress,
     print_accuracy,
     print_bench,
     print_bundle,
@@ -25,6 +29,7 @@ from kp_report import (
     print_groups,
     print_json,
     print_parity,
+    print_run,
     print_times,
     progress,
     share_progress,
@@ -374,7 +379,8 @@ def predict(
         list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="A face box, instead of detecting. Repeatable.")
     ] = None,
     formats: Annotated[
-        list[str] | None, typer.Option("--format", help="json, csv, pts. Repeatable; json when left out.")
+        list[str] | None,
+        typer.Option("--format", help="json, csv, pts, coco, parquet. Repeatable; json when left out."),
     ] = None,
     yunet: Yunet = None,
     threads: Threads = None,
@@ -388,12 +394,11 @@ def predict(
     """
     import numpy as np
 
-    from kp_runtime.photos import FORMATS, photos_from_paths, predict_photo, results_json, write_results
+    from kp_runtime.photos import check_formats, photos_from_paths, predict_photo, results_json, write_results
     from kp_runtime.pipeline import load
     from kp_runtime.timing import StageTimer
 
-    if odd := set(formats or []) - set(FORMATS):
-        raise InputError(f"there is no format {odd.pop()!r}; choose from {', '.join(FORMATS)}")
+    check_formats(formats or [])
     paths = photos_from_paths(photos)
     if len(paths) > 1 and (box or drawn):
         raise InputError(f"--box and --drawn go with one photo, got {len(paths)}")
@@ -421,6 +426,65 @@ def predict(
             typer.echo(file)
     if failed:
         raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
+
+
+@app.command()
+def run(
+    source: Annotated[
+        str,
+        typer.Argument(help="A video, a folder of frames, a camera's index, rtsp://…, or a GStreamer pipeline."),
+    ],
+    model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the annotated video and the results.")] = Path("out"),
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="mp4, avi, jsonl, parquet. Repeatable; mp4 and jsonl when left out."),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Show the frames in a window; with no --format, only that.")
+    ] = False,
+    smooth: Annotated[
+        bool, typer.Option("--smooth/--no-smooth", help="Steady the points (One-Euro); not for measurements.")
+    ] = True,
+    detect_every: Annotated[int, typer.Option(min=1, help="Frames between two looks for new faces.")] = 30,
+    rate: Annotated[
+        float | None, typer.Option("--fps", help="Frames a second of the source; what it says when left out.")
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that a camera or stream which went away is opened anew.")
+    ] = 60.0,
+    yunet: Yunet = None,
+    threads: Threads = None,
+    public_key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Follow the faces of a video, a camera or a stream.
+
+    Writes an annotated video and a row a face and frame. Ctrl-C ends it; what was written stays whole.
+    Example: kp run talk.mp4 --format mp4 --format parquet
+    """
+    stop = threading.Event()
+    _quiet_video()
+    from kp_runtime.pipeline import load
+    from kp_runtime.track import Tracker, TrackerSettings
+    from kp_runtime.video import Window, run_video
+    from kp_runtime.video_sink import open_sinks
+    from kp_runtime.video_source import open_source
+
+    opened = load(_bundle(model), threads=threads, public_key=public_key)
+    if opened.spec.box == "frame":
+        raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
+    tracker = Tracker(opened, _detector(yunet), TrackerSettings(detect_every=detect_every, smooth=smooth))
+    frames = open_source(source, rate=rate, patience=patience, stop=stop, say=_note)
+    window = Window(source) if show else None
+    wanted = formats or ([] if show else ["mp4", "jsonl"])
+    sinks = open_sinks(wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live)
+    with _stopped_by_signals(stop), frames_progress(frames.name, frames.count) as step:
+        result = run_video(frames, tracker, sinks, window=window, stop=stop, step=step)
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        print_run(frames.name, result)
 
 
 @app.command()
@@ -525,6 +589,40 @@ def inspect(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A .csv, .parquet or COCO .json file, a .pts file, or a folder of these.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The file to write, or a folder for .pts files.")],
+    read_as: Annotated[
+        str | None, typer.Option("--from", help="pts, coco, csv or parquet; by the suffix when left out.")
+    ] = None,
+    write_as: Annotated[str | None, typer.Option("--to", help="As --from.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that the image paths start from: COCO needs the images' sizes.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn labelled faces into another format: .pts, COCO keypoints, CSV, Parquet.
+
+    Example: kp convert faces.csv faces.coco.json --images photos
+    """
+    from kp_runtime.interchange import check_format, faces_from_file, faces_to_file, format_of, with_sizes
+
+    write_as = write_as or format_of(out)
+    check_format(write_as)
+    faces = faces_from_file(source, read_as)
+    if images is not None:
+        faces = with_sizes(faces, images)
+    written = faces_to_file(faces, out, write_as)
+    if as_json:
+        print_json({"faces": len(faces), "written": [str(path) for path in written]})
+        return
+    where = str(written[0]) if len(written) == 1 else f"{len(written)} files in {out}"
+    print(f"{len(faces)} faces of {source} -> {where}")
+
+
+@app.command()
 def sign(
     bundle: Annotated[Path | None, typer.Argument(help="The bundle's folder.")] = None,
     key: Annotated[Path | None, typer.Option(help="Your private key, a PEM file.")] = None,
@@ -610,6 +708,30 @@ def _signature_told(written: Path, source: Path | None = None) -> Iterator[None]
     yield
     if before and not is_signed(written):
         _note(f"{written} has a new manifest and no signature of it; sign it: kp sign {written} --key PRIVATE.pem")
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """Sets `stop` at the first Ctrl-C or SIGTERM; the second one does what it always does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _quiet_video() -> None:
+    """Silences what OpenCV and FFmpeg print by themselves; what matters of it becomes an error of ours."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 def _quiet_training() -> None:

@@ -21,6 +21,7 @@ from kp_runtime.errors import ImageError, MissingExtraError
 
 __all__ = [
     "CHANNELS",
+    "IMAGE_SUFFIXES",
     "Frame",
     "Scratch",
     "as_frame",
@@ -33,6 +34,9 @@ __all__ = [
 
 CHANNELS = {"bgr": 3, "rgb": 3, "bgra": 4, "rgba": 4, "gray": 1, "nv12": 1, "i420": 1}
 """The layouts, with the bytes from a pixel to the next in what is read of them."""
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+"""Of files that are taken for photos where a folder is named."""
 
 _LUMA_PLANES = ("gray", "nv12", "i420")
 _VIDEO = ("nv12", "i420")

@@ -1,9 +1,7 @@
-"""Photos on a disk to keypoints on a disk: drawn pictures, JSON, CSV, `.pts`."""
+"""Photos on a disk to keypoints on a disk: drawn pictures, JSON, and the formats of `interchange`."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,18 +13,18 @@ from numpy.typing import NDArray
 from kp_runtime.detect import Detector
 from kp_runtime.draw import draw_boxes, draw_keypoints
 from kp_runtime.errors import ImageError, InputError
-from kp_runtime.frame import image_from_file, import_cv2
+from kp_runtime.frame import IMAGE_SUFFIXES, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
+from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
 from kp_runtime.pipeline import Model
 from kp_runtime.results import Keypoints
-from kp_runtime.scheme68 import point_names
 from kp_runtime.spec import writing
 from kp_runtime.timing import StageTimer
 
-__all__ = ["FORMATS", "Photo", "photos_from_paths", "predict_photo", "write_results"]
+__all__ = ["FORMATS", "Photo", "check_formats", "photos_from_paths", "predict_photo", "write_results"]
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-FORMATS = ("json", "csv", "pts")
+_PLACES = {"csv": "keypoints.csv", "pts": ".", "coco": "keypoints.coco.json", "parquet": "keypoints.parquet"}
+FORMATS = ("json", *_PLACES)
 
 
 @dataclass(frozen=True)
@@ -47,9 +45,9 @@ def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
     photos: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
             if not inside:
-                raise ImageError(f"{path} holds no photos ({', '.join(SUFFIXES)})")
+                raise ImageError(f"{path} holds no photos ({', '.join(IMAGE_SUFFIXES)})")
             photos += inside
         elif path.is_file():
             photos.append(path)
@@ -105,58 +103,49 @@ def predict_photo(
     return Photo(path, keypoints, drawn)
 
 
+def check_formats(formats: Sequence[str]) -> None:
+    """Whether `write_results` can write them, before a photo is read.
+
+    Raises:
+        InputError: an unknown format.
+        MissingExtraError: Parquet without pyarrow.
+    """
+    for name in formats:
+        if name not in FORMATS:
+            raise InputError(f"there is no format {name!r}; choose from {', '.join(FORMATS)}")
+        if name != "json":
+            check_format(name)
+
+
 def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) -> list[Path]:
-    """Writes `keypoints.json`, `keypoints.csv`, or a `.pts` file a face into a folder.
+    """Writes `keypoints.json`, `.csv`, `.coco.json`, `.parquet`, or a `.pts` file a face into a folder.
+
+    Photos without a face are in `keypoints.json` alone.
 
     Returns:
         The paths written.
 
     Raises:
-        InputError: an unknown format, or two faces whose `.pts` files would have one name.
+        InputError, MissingExtraError: as `check_formats`; or two faces whose `.pts` files would have one name.
     """
+    check_formats(formats)
+    faces = [
+        LabelledFace(str(photo.path), xy.astype(np.float64), box, photo.keypoints.size_hw)
+        for photo in photos
+        for xy, box in zip(photo.keypoints.xy, photo.keypoints.boxes_xyxy, strict=True)
+    ]
     written: list[Path] = []
-    for name in formats:
-        if name not in FORMATS:
-            raise InputError(f"there is no format {name!r}; choose from {', '.join(FORMATS)}")
-    pts = _pts(photos) if "pts" in formats else {}
+    # .pts first: two photos of one name end the command before anything is written
+    for name in sorted(set(formats) - {"json"}, key=lambda name: name != "pts"):
+        written += faces_to_file(faces, out / _PLACES[name], name)
     if "json" in formats:
-        written.append(_write(out / "keypoints.json", json.dumps(results_json(photos), indent=1) + "\n"))
-    if "csv" in formats:
-        written.append(_write(out / "keypoints.csv", _csv(photos)))
-    written += [_write(out / name, text) for name, text in pts.items()]
+        path = out / "keypoints.json"
+        with writing(path) as temporary:
+            temporary.write_text(json.dumps(results_json(photos), indent=1) + "\n", encoding="utf-8")
+        written.append(path)
     return written
-
-
-def _pts(photos: Sequence[Photo]) -> dict[str, str]:
-    """File name to text of every face; no file may take another's place."""
-    texts: dict[str, str] = {}
-    for photo in photos:
-        for face in range(len(photo.keypoints)):
-            name = f"{photo.path.stem}_{face}.pts" if len(photo.keypoints) > 1 else f"{photo.path.stem}.pts"
-            if name in texts:
-                raise InputError(f"{photo.path} and a photo before it would both be {name}; write json or csv instead")
-            texts[name] = photo.keypoints.to_pts(face)
-    return texts
 
 
 def results_json(photos: Sequence[Photo]) -> list[dict[str, object]]:
     """All photos' faces as plain data: path, size, boxes, keypoints."""
     return [{"image": str(photo.path)} | photo.keypoints.to_json() for photo in photos]
-
-
-def _csv(photos: Sequence[Photo]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}_{axis}" for name in point_names() for axis in "xy"]
-    writer.writerow(["image", "face", "x0", "y0", "x1", "y1", *columns])
-    for photo in photos:
-        for i, (box, xy) in enumerate(zip(photo.keypoints.boxes_xyxy, photo.keypoints.xy, strict=True)):
-            numbers = [f"{value:.3f}" for value in (*box.tolist(), *xy.ravel().tolist())]
-            writer.writerow([photo.path, i, *numbers])
-    return text.getvalue()
-
-
-def _write(path: Path, text: str) -> Path:
-    with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kp_runtime.interchange import pts_text
 from kp_runtime.scheme68 import REGIONS
 
 __all__ = ["Keypoints"]
@@ -46,5 +47,4 @@ class Keypoints:
 
     def to_pts(self, face: int) -> str:
         """One face as an iBUG `.pts` text, which counts pixels from 1."""
-        lines = [f"{x + 1:.3f} {y + 1:.3f}" for x, y in self.xy[face].astype(np.float64)]
-        return "\n".join(["version: 1", f"n_points: {len(lines)}", "{", *lines, "}", ""])
+        return pts_text(self.xy[face])

@@ -27,6 +27,7 @@ from torchvision import tv_tensors
 
 from kp_runtime.errors import DataError
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
+from kp_runtime.interchange import pts_from_text
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import ModelSpec, sha256_of_file
 from kp_train.augment import Augment
@@ -179,16 +180,7 @@ def read_pts(path: Path) -> NDArray[np.float32]:
         text = path.read_text(encoding="utf-8", errors="strict")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} can't be read as text: {error}") from error
-    head, brace, rest = text.partition("{")
-    if "n_points" not in head or not brace:
-        raise DataError(f"{path} has no .pts header (version, n_points, then the points between braces)")
-    try:
-        numbers = [float(word) for word in rest.partition("}")[0].split()]
-    except ValueError as error:
-        raise DataError(f"{path}: a coordinate is not a number ({str(error)[:200]})") from error
-    if len(numbers) != 2 * POINTS:
-        raise DataError(f"{path}: expected {POINTS} points, got {len(numbers) / 2:g}; is the file cut off?")
-    return _checked(np.array(numbers, np.float32).reshape(POINTS, 2) - 1, str(path))
+    return _checked(pts_from_text(text, str(path)).astype(np.float32), str(path))
 
 
 def luma_from_file(path: Path) -> NDArray[np.uint8]:

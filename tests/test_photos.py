@@ -152,6 +152,6 @@ def test_pts_files_never_take_each_other_s_place(tmp_path: Path) -> None:
 
 
 def test_unknown_format(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no format 'xml'; choose from json, csv, pts"):
+    with pytest.raises(InputError, match="no format 'xml'; choose from json, csv, pts, coco, parquet"):
         write_results([], tmp_path / "out", ["json", "xml"])
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,411 @@
+"""Labelled faces in the files that other tools read and write: `.pts`, COCO, CSV, Parquet.
+
+| format | file | pixels are counted from |
+|---|---|---|
+| `pts` | a folder of iBUG `.pts` files, one a face, or one such file | 1 |
+| `coco` | JSON of COCO's keypoint task: category `face` with 68 named points | 0 |
+| `csv` | a header line, then image, 136 numbers, or with face and box between, as `kp predict` writes it | 0 |
+| `parquet` | columns image, face, box (4 numbers), keypoints (136 numbers) | 0 |
+
+In memory an integer is a pixel's centre and pixels count from 0; numbers are kept to a thousandth of
+a pixel. What a format has no place for (a box in `.pts`, the image's size in all but COCO) is left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.errors import DataError, InputError, MissingExtraError
+from kp_runtime.frame import IMAGE_SUFFIXES, image_from_file
+from kp_runtime.geometry import boxes_from_points
+from kp_runtime.scheme68 import CONTOURS, POINTS, point_names
+from kp_runtime.spec import writing
+
+__all__ = [
+    "FORMATS",
+    "LabelledFace",
+    "check_format",
+    "faces_from_file",
+    "faces_to_file",
+    "format_of",
+    "pts_from_text",
+    "pts_text",
+    "with_sizes",
+]
+
+
+@dataclass(frozen=True)
+class LabelledFace:
+    """One face of one image.
+
+    Attributes:
+        image: the image's path as the file names it; of a `.pts` file, the photo of that stem beside
+            it, or the stem where there is none.
+        xy: `(68, 2)` float64, pixels of the image from 0, an integer is a pixel's centre.
+        box_xyxy: `(4,)` float64 in the same pixels, or None where the file has none.
+        size_hw: the image's height and width, or None where the file has none.
+    """
+
+    image: str
+    xy: NDArray[np.float64]
+    box_xyxy: NDArray[np.float64] | None = None
+    size_hw: tuple[int, int] | None = None
+
+
+def format_of(path: Path) -> str:
+    """The format of a path, by its suffix: a folder and `.pts`, `.json`, `.csv`, `.parquet`.
+
+    Raises:
+        InputError: another suffix.
+    """
+    named = {".pts": "pts", ".json": "coco", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix.lower())
+    if named is None and (path.is_dir() or not path.suffix):
+        return "pts"
+    if named is None:
+        raise InputError(f"{path} has a suffix of no known format; name it .pts, .json, .csv or .parquet, or a folder")
+    return named
+
+
+def check_format(kind: str) -> None:
+    """Whether files of this format can be written here, before any work is done for one.
+
+    Raises:
+        InputError: no such format.
+        MissingExtraError: Parquet without pyarrow.
+    """
+    _format(kind)
+    if kind == "parquet":
+        _pyarrow()
+
+
+def faces_from_file(path: Path, kind: str | None = None) -> list[LabelledFace]:
+    """Reads labelled faces.
+
+    Args:
+        path: the file, or for `pts` a folder, searched with its subfolders.
+        kind: one of `FORMATS`; by the suffix when None.
+
+    Raises:
+        InputError: no such format.
+        DataError: the file can't be read, or a face in it has not 68 finite points.
+        MissingExtraError: Parquet without pyarrow.
+    """
+    read, _ = _format(kind or format_of(path))
+    try:
+        faces = read(path)
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {error.strerror or error}") from error
+    if not faces:
+        raise DataError(f"{path} holds no labelled face")
+    return faces
+
+
+def faces_to_file(faces: Sequence[LabelledFace], path: Path, kind: str | None = None) -> list[Path]:
+    """Writes labelled faces; what lies there is kept whole until the new file is.
+
+    Args:
+        faces: none make a file without rows, and no `.pts` file.
+        path: the file; for `pts` a folder, or a `.pts` file where there is one face.
+        kind: one of `FORMATS`; by the suffix when None.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        InputError: no such format, two faces that would be one `.pts` file, or an image of unknown size for COCO.
+        KpError: the file can't be written.
+        MissingExtraError: Parquet without pyarrow.
+    """
+    _, write = _format(kind or format_of(path))
+    return write(faces, path)
+
+
+def with_sizes(faces: Sequence[LabelledFace], images: Path) -> list[LabelledFace]:
+    """The same faces with the size of each image, read where it is not known.
+
+    Args:
+        faces: of `faces_from_file`.
+        images: the folder that their paths start from.
+
+    Raises:
+        ImageError: an image can't be read.
+    """
+    names = {face.image for face in faces if face.size_hw is None}
+    shapes = {name: image_from_file(images / name).shape for name in names}
+    return [
+        face if face.size_hw else replace(face, size_hw=(shapes[face.image][0], shapes[face.image][1]))
+        for face in faces
+    ]
+
+
+def _format(kind: str) -> tuple[Reader, Writer]:
+    if kind not in FORMATS:
+        raise InputError(f"there is no format {kind!r}; choose from {', '.join(FORMATS)}")
+    return FORMATS[kind]
+
+
+def _points(numbers: Any, where: str) -> NDArray[np.float64]:
+    """`(68, 2)` of 136 numbers, or the error that names the place."""
+    try:
+        values = np.array(numbers, np.float64).ravel()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{where}: a coordinate is not a number ({str(error)[:80]})") from error
+    if len(values) != 2 * POINTS:
+        raise DataError(f"{where}: expected {POINTS} points, got {len(values) / 2:g}; is the file cut off?")
+    if not np.isfinite(values).all():
+        raise DataError(f"{where}: a coordinate is not finite")
+    return values.reshape(POINTS, 2)
+
+
+def _box(numbers: Any, where: str) -> NDArray[np.float64]:
+    try:
+        box = np.array(numbers, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{where}: a number of the box is none ({str(error)[:80]})") from error
+    if box.shape != (4,) or not np.isfinite(box).all():
+        raise DataError(f"{where}: a box must have 4 finite numbers")
+    return box
+
+
+def _rounded(values: NDArray[np.floating]) -> list[float]:
+    rounded: list[float] = np.round(np.asarray(values, np.float64).ravel(), 3).tolist()
+    return rounded
+
+
+# .pts
+
+
+def pts_from_text(text: str, where: str) -> NDArray[np.float64]:
+    """The points of an iBUG `.pts` text, `(68, 2)`, moved from 1-based to 0-based pixels.
+
+    Raises:
+        DataError: no header, not 68 points, or text where numbers belong; `where` stands in the message.
+    """
+    head, brace, rest = text.partition("{")
+    if "n_points" not in head or not brace:
+        raise DataError(f"{where} has no .pts header (version, n_points, then the points between braces)")
+    return _points(rest.partition("}")[0].split(), where) - 1
+
+
+def pts_text(xy: NDArray[np.floating]) -> str:
+    """An iBUG `.pts` text of `(68, 2)` 0-based points, which counts pixels from 1."""
+    lines = [f"{x + 1:.3f} {y + 1:.3f}" for x, y in np.asarray(xy, np.float64)]
+    return "\n".join(["version: 1", f"n_points: {len(lines)}", "{", *lines, "}", ""])
+
+
+def _read_pts(path: Path) -> list[LabelledFace]:
+    if path.is_file():
+        return [_pts_face(path, path.stem)]
+    return [_pts_face(file, file.relative_to(path).with_suffix("").as_posix()) for file in sorted(path.rglob("*.pts"))]
+
+
+def _pts_face(file: Path, name: str) -> LabelledFace:
+    suffix = next((s for s in IMAGE_SUFFIXES if file.with_suffix(s).is_file()), "")
+    return LabelledFace(name + suffix, pts_from_text(_text(file), str(file)))
+
+
+def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
+    if path.suffix.lower() == ".pts":
+        if len(faces) > 1:
+            raise InputError(f"{path} can hold one face, not {len(faces)}; name a folder")
+        return [_write(path, pts_text(faces[0].xy))]
+    many = Counter(face.image for face in faces)
+    texts: dict[str, str] = {}
+    for face, number in zip(faces, _face_numbers(faces), strict=True):
+        name = Path(face.image).stem + (f"_{number}" if many[face.image] > 1 else "") + ".pts"
+        if name in texts:
+            raise InputError(f"{face.image} and a photo before it would both be {name}; write json or csv instead")
+        texts[name] = pts_text(face.xy)
+    return [_write(path / name, text) for name, text in texts.items()]
+
+
+# COCO keypoints: https://cocodataset.org/#format-data
+
+
+def _read_coco(path: Path) -> list[LabelledFace]:
+    try:
+        document = json.loads(_text(path))
+        images = {image["id"]: image for image in document["images"]}
+        names = {c["id"]: c.get("keypoints") for c in document["categories"] if "keypoints" in c}
+        annotations = document["annotations"]
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON ({str(error)[:80]}); is it cut off?") from error
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} is no COCO keypoint file: it lacks {str(error)[:80]}") from error
+    faces = []
+    for i, annotation in enumerate(annotations):
+        where = f"{path}, annotation {i}"
+        try:
+            image, flat = images[annotation["image_id"]], annotation["keypoints"]
+            if len(names[annotation["category_id"]]) != POINTS:
+                raise DataError(f"{where}: its category has not the {POINTS} points of a face")
+            box = annotation.get("bbox")
+            size = (int(image["height"]), int(image["width"]))
+            xy = _points([value for at, value in enumerate(flat) if at % 3 != 2], where)
+            if len(flat) != 3 * POINTS or not all(flat[2::3]):
+                raise DataError(f"{where}: a point is not labelled (visibility 0); all {POINTS} are needed")
+            corners = None if box is None else _box(box, where)
+            if corners is not None:
+                corners[2:] += corners[:2]
+            faces.append(LabelledFace(str(image["file_name"]), xy, corners, size))
+        except DataError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{where} lacks or has a wrong {str(error)[:80]}") from error
+    return faces
+
+
+def _write_coco(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
+    images: dict[str, dict[str, Any]] = {}
+    annotations = []
+    for i, face in enumerate(faces):
+        if face.size_hw is None:
+            raise InputError(
+                f"COCO needs the height and width of {face.image}, which the source does not say; "
+                "add the folder of the images: --images FOLDER"
+            )
+        image = images.setdefault(
+            face.image,
+            {"id": len(images) + 1, "file_name": face.image, "height": face.size_hw[0], "width": face.size_hw[1]},
+        )
+        x0, y0, x1, y1 = _rounded(boxes_from_points(face.xy) if face.box_xyxy is None else face.box_xyxy)
+        flat = [value for x, y in zip(*[iter(_rounded(face.xy))] * 2, strict=True) for value in (x, y, 2)]
+        annotations.append({
+            "id": i + 1, "image_id": image["id"], "category_id": 1, "iscrowd": 0, "num_keypoints": POINTS,
+            "bbox": [x0, y0, round(x1 - x0, 3), round(y1 - y0, 3)], "area": round((x1 - x0) * (y1 - y0), 3),
+            "keypoints": flat,
+        })  # fmt: skip
+    joined = [[a + 1, b + 1] for part in CONTOURS.values() for a, b in itertools.pairwise(part)]
+    category = {
+        "id": 1, "name": "face", "supercategory": "person", "keypoints": list(point_names()), "skeleton": joined,
+    }  # fmt: skip
+    document = {"images": list(images.values()), "annotations": annotations, "categories": [category]}
+    return [_write(path, json.dumps(document) + "\n")]
+
+
+# CSV
+
+
+def _read_csv(path: Path) -> list[LabelledFace]:
+    faces = []
+    try:
+        for number, row in enumerate(csv.reader(io.StringIO(_text(path), newline="")), start=1):
+            if not row or (number == 1 and not _is_number(row[-1])):
+                continue
+            where = f"{path}, line {number}"
+            box = _box(row[2:6], where) if len(row) == 6 + 2 * POINTS else None
+            faces.append(LabelledFace(row[0], _points(row[1 if box is None else 6 :], where), box))
+    except csv.Error as error:
+        raise DataError(f"{path} can't be read as CSV: {error}") from error
+    return faces
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False
+
+
+def _write_csv(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
+    boxes = [face.box_xyxy for face in faces]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{name}_{axis}" for name in point_names() for axis in "xy"]
+    whole = all(box is not None for box in boxes)
+    writer.writerow(["image", *(["face", "x0", "y0", "x1", "y1"] if whole else []), *columns])
+    for face, index in zip(faces, _face_numbers(faces), strict=True):
+        middle = [index, *_rounded(face.box_xyxy)] if whole and face.box_xyxy is not None else []
+        writer.writerow([face.image, *middle, *_rounded(face.xy)])
+    return [_write(path, text.getvalue())]
+
+
+def _face_numbers(faces: Sequence[LabelledFace]) -> list[int]:
+    """Which face of its image each one is, from 0."""
+    seen: dict[str, int] = {}
+    numbers = []
+    for face in faces:
+        numbers.append(seen.get(face.image, 0))
+        seen[face.image] = numbers[-1] + 1
+    return numbers
+
+
+# Parquet
+
+
+def _read_parquet(path: Path) -> list[LabelledFace]:
+    pa, pq = _pyarrow()
+    try:
+        rows = pq.read_table(path, columns=["image", "box", "keypoints"]).to_pylist()
+    except (pa.ArrowException, KeyError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise DataError(f"{path} is no Parquet file of labelled faces ({reason})") from error
+    return [
+        LabelledFace(
+            str(row["image"]),
+            _points(row["keypoints"], f"{path}, row {i}"),
+            None if row["box"] is None else _box(row["box"], f"{path}, row {i}"),
+        )
+        for i, row in enumerate(rows)
+    ]
+
+
+def _write_parquet(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
+    pa, pq = _pyarrow()
+    numbers = pa.list_(pa.float32())
+    table = pa.table(
+        {
+            "image": pa.array([face.image for face in faces], pa.string()),
+            "face": pa.array(_face_numbers(faces), pa.int32()),
+            "box": pa.array([None if f.box_xyxy is None else _rounded(f.box_xyxy) for f in faces], numbers),
+            "keypoints": pa.array([_rounded(face.xy) for face in faces], numbers),
+        }
+    )
+    with writing(path) as temporary:
+        pq.write_table(table, temporary)
+    return [path]
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise MissingExtraError("pyarrow", "parquet", "Parquet files") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _write(path: Path, text: str) -> Path:
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+Reader = Callable[[Path], list[LabelledFace]]
+Writer = Callable[[Sequence[LabelledFace], Path], list[Path]]
+
+FORMATS: dict[str, tuple[Reader, Writer]] = {
+    "pts": (_read_pts, _write_pts),
+    "coco": (_read_coco, _write_coco),
+    "csv": (_read_csv, _write_csv),
+    "parquet": (_read_parquet, _write_parquet),
+}
+"""What can be read and written."""

@@ -1,0 +1,155 @@
+"""Labelled faces there and back in every format, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kp_runtime.errors import DataError, ImageError, InputError, MissingExtraError
+from kp_runtime.interchange import FORMATS, LabelledFace, faces_from_file, faces_to_file, format_of, with_sizes
+
+PLACES = {"pts": "out", "coco": "faces.json", "csv": "faces.csv", "parquet": "faces.parquet"}
+
+
+def made_up(image: str, seed: int) -> LabelledFace:
+    xy = np.round(np.random.default_rng(seed).uniform(-5, 300, (68, 2)), 3)
+    return LabelledFace(image, xy, np.array([1.5, 2.0, 80.25, 90.0]) + seed, (240, 320))
+
+
+FACES = [made_up("a.jpg", 0), made_up("a.jpg", 1), made_up('folder/b, "c".png', 2)]
+
+
+@pytest.fixture(params=sorted(FORMATS))
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "parquet":
+        pytest.importorskip("pyarrow")
+    return str(request.param)
+
+
+def test_points_and_what_a_format_has_a_place_for_come_back(kind: str, tmp_path: Path) -> None:
+    written = faces_to_file(FACES, tmp_path / PLACES[kind])
+    assert len(written) == (3 if kind == "pts" else 1)
+    back = faces_from_file(tmp_path / PLACES[kind])
+    for face, found in zip(FACES, back, strict=True):
+        np.testing.assert_allclose(found.xy, face.xy, atol=5.1e-4)
+        if kind == "pts":
+            assert (found.box_xyxy, found.size_hw) == (None, None)
+            continue
+        assert found.image == face.image
+        assert found.box_xyxy is not None
+        assert face.box_xyxy is not None
+        np.testing.assert_allclose(found.box_xyxy, face.box_xyxy, atol=1e-3)
+        assert found.size_hw == (face.size_hw if kind == "coco" else None)
+
+
+def test_pts_names_and_pixels_from_one(tmp_path: Path) -> None:
+    written = faces_to_file(FACES, tmp_path)
+    assert [path.name for path in written] == ["a_0.pts", "a_1.pts", 'b, "c".pts']
+    first = np.array(written[0].read_text().splitlines()[3].split(), float)
+    np.testing.assert_allclose(first, FACES[0].xy[0] + 1, atol=5.1e-4)
+    (tmp_path / "a_0.jpeg").touch()
+    assert faces_from_file(tmp_path)[0].image == "a_0.jpeg"
+    assert faces_from_file(written[1])[0].image == "a_1"
+    with pytest.raises(InputError, match="can hold one face, not 3; name a folder"):
+        faces_to_file(FACES, tmp_path / "x.pts")
+    with pytest.raises(InputError, match=r"y/a\.png and a photo before it would both be a\.pts; write json or csv"):
+        faces_to_file([made_up("x/a.jpg", 0), made_up("y/a.png", 1)], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_coco_is_what_its_tools_expect(tmp_path: Path) -> None:
+    (path,) = faces_to_file(FACES, tmp_path / "c.json")
+    document = json.loads(path.read_text())
+    assert [(i["file_name"], i["width"], i["height"]) for i in document["images"]] == [
+        ("a.jpg", 320, 240), ('folder/b, "c".png', 320, 240),
+    ]  # fmt: skip
+    assert [a["image_id"] for a in document["annotations"]] == [1, 1, 2]
+    annotation, (category,) = document["annotations"][1], document["categories"]
+    assert annotation["bbox"] == [2.5, 3.0, 78.75, 88.0]
+    assert annotation["keypoints"][3:6] == [*FACES[1].xy[1].tolist(), 2]
+    assert (len(category["keypoints"]), category["keypoints"][36]) == (68, "left_eye_0")
+    assert {1, 68} <= {point for edge in category["skeleton"] for point in edge} <= set(range(1, 69))
+
+
+def test_coco_takes_sizes_from_the_images(tmp_path: Path) -> None:
+    faces = [LabelledFace("a.png", FACES[0].xy)]
+    with pytest.raises(InputError, match=r"needs the height and width of a\.png.*add the folder.*--images"):
+        faces_to_file(faces, tmp_path / "c.json")
+    with pytest.raises(ImageError, match=r"a\.png can't be read"):
+        with_sizes(faces, tmp_path)
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 50, 3), np.uint8))
+    faces_to_file(with_sizes(faces, tmp_path), tmp_path / "c.json")
+    (back,) = faces_from_file(tmp_path / "c.json")
+    assert back.size_hw == (30, 50)
+    np.testing.assert_allclose(back.box_xyxy, [*FACES[0].xy.min(axis=0), *FACES[0].xy.max(axis=0)], atol=2e-3)  # type: ignore[arg-type]
+
+
+def test_csv_without_boxes_is_the_layout_that_training_reads(tmp_path: Path) -> None:
+    faces = [LabelledFace(face.image, face.xy) for face in FACES]
+    (path,) = faces_to_file(faces, tmp_path / "f.csv")
+    assert len(path.read_text().splitlines()[0].split(",")) == 137
+    for face, found in zip(faces, faces_from_file(path), strict=True):
+        np.testing.assert_allclose(found.xy, face.xy, atol=5.1e-4)
+
+
+def _coco(**changes: object) -> str:
+    annotation = {"image_id": 1, "category_id": 1, "keypoints": [1.0, 2.0, 2] * 68, "bbox": [0, 0, 9, 9]} | changes
+    return json.dumps({
+        "images": [{"id": 1, "file_name": "a.jpg", "height": 9, "width": 9}],
+        "categories": [{"id": 1, "keypoints": ["p"] * 68}],
+        "annotations": [annotation],
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.pts", "version: 1", "has no .pts header"),
+        ("a.pts", "n_points: 68\n{\n1 2\n}", "expected 68 points, got 1"),
+        ("a.pts", "n_points: 68\n{\n" + "1 x\n" * 68 + "}", "a coordinate is not a number"),
+        ("a.csv", "image,x\na.jpg,1,2\n", "line 2: expected 68 points, got 1"),
+        ("a.csv", "a.jpg" + ",nan" * 136, "holds no labelled face"),
+        ("a.csv", "image,x\na.jpg" + ",inf" * 136, "line 2: a coordinate is not finite"),
+        ("a.csv", "image,x\na.jpg,0,1,2,3,b" + ",1" * 136, "line 2: a number of the box is none"),
+        ("a.csv", "image,x\n", "holds no labelled face"),
+        ("a.json", "{", "is no JSON"),
+        ("a.json", "[]", "is no COCO keypoint file"),
+        ("a.json", "{}", "is no COCO keypoint file: it lacks 'images'"),
+        ("a.json", _coco(image_id=2), "annotation 0 lacks or has a wrong 2"),
+        ("a.json", _coco(keypoints=[1, 2, 2] * 17), "expected 68 points, got 17"),
+        ("a.json", _coco(keypoints=[1, 2, 0] * 68), r"a point is not labelled \(visibility 0\)"),
+        ("a.json", _coco(bbox=[1, 2]), "a box must have 4 finite numbers"),
+        ("a.parquet", "PAR1", "is no Parquet file of labelled faces"),
+    ],
+)
+def test_a_bad_file_is_one_clear_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        faces_from_file(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_formats_and_places_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no format 'xml'; choose from pts, coco, csv, parquet"):
+        faces_from_file(tmp_path / "a.csv", "xml")
+    with pytest.raises(InputError, match="suffix of no known format"):
+        format_of(tmp_path / "a.xml")
+    with pytest.raises(DataError, match=r"a\.csv can't be read: No such file"):
+        faces_from_file(tmp_path / "a.csv")
+    (tmp_path / "b.csv").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="is no text in UTF-8"):
+        faces_from_file(tmp_path / "b.csv")
+
+
+def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match=r"kp-edge\[parquet\]"):
+        faces_to_file(FACES, tmp_path / "a.parquet")
