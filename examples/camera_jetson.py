@@ -118,8 +118,9 @@ class Camera:
     def __iter__(self) -> Iterator[Any]:
         """Samples until the stream ends."""
         gst = self._gst
-        self._pipeline.set_state(gst.State.PLAYING)
         try:
+            if self._pipeline.set_state(gst.State.PLAYING) == gst.StateChangeReturn.FAILURE:
+                raise kp_runtime.InputError(f"the pipeline can't be started: {self._error()}")
             while True:
                 sample = self._sink.try_pull_sample(int(self._patience_s * gst.SECOND))
                 if sample is not None:

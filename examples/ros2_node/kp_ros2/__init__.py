@@ -1,0 +1,1 @@
+"""Facial keypoints as a ROS 2 node."""

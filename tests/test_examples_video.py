@@ -1,0 +1,281 @@
+"""The camera loop and the ROS 2 node: frames as hardware lays them out, the loop on a made-up video."""
+
+from __future__ import annotations
+
+import array
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+import kp_runtime
+from kp_runtime.geometry import boxes_from_points
+from tests import rclpy_double
+from tests.rclpy_double import Header, Image
+
+ROOT = Path(__file__).resolve().parents[1]
+CAMERA = ROOT / "examples" / "camera_jetson.py"
+
+
+@pytest.fixture
+def camera(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module `examples.camera_jetson`."""
+    monkeypatch.syspath_prepend(ROOT)
+    return importlib.import_module("examples.camera_jetson")
+
+
+def padded(picture: np.ndarray, step: int, before: int = 0) -> bytes:
+    """The rows of a picture `step` bytes apart, `before` bytes in front; what is between is noise."""
+    rows = picture.reshape(len(picture), -1)
+    block = np.random.default_rng(1).integers(0, 256, (len(rows), step), dtype=np.uint8)
+    block[:, : rows.shape[1]] = rows
+    return bytes(before) + block.tobytes()
+
+
+@pytest.mark.parametrize(("stride", "offset"), [(6, 0), (8, 0), (256, 64)])
+def test_the_luma_plane_lies_where_the_buffer_says(
+    camera: Any, rng: np.random.Generator, stride: int, offset: int
+) -> None:
+    picture = rng.integers(0, 256, (4, 6), dtype=np.uint8)
+    data = padded(picture, stride, offset)
+    plane = camera.luma_plane(data, (4, 6), stride, offset)
+    assert np.array_equal(plane, picture)
+    assert np.shares_memory(plane, np.frombuffer(data, np.uint8))
+    # the last row needs no padding behind it, but every pixel
+    shortest = offset + 3 * stride + 6
+    assert np.array_equal(camera.luma_plane(data[:shortest], (4, 6), stride, offset), picture)
+    for wrong in ((data[: shortest - 1], stride, offset), (data, 5, offset), (data, stride, -1)):
+        with pytest.raises(kp_runtime.ImageError, match=r"a 6 x 4 plane with rows .* does not lie in a buffer of"):
+            camera.luma_plane(wrong[0], (4, 6), *wrong[1:])
+
+
+def test_faces_are_detected_then_followed(camera: Any) -> None:
+    found = np.array([[10, 10, 40, 40], [60, 60, 90, 90]], np.float64)
+    calls = []
+
+    def detector(frame: kp_runtime.Frame) -> np.ndarray:
+        calls.append(frame)
+        return found
+
+    def keypoints(*corners: tuple[int, int]) -> kp_runtime.Keypoints:
+        xy = np.array([[(x, y), (x + 30, y + 20)] for x, y in corners], np.float32).reshape(-1, 2, 2)
+        return kp_runtime.Keypoints(xy, np.empty((0, 4)), np.empty((0, 2, 3)), (100, 100))
+
+    follower, frame = camera.Follower(detector, 3), kp_runtime.Frame(np.zeros((100, 100), np.uint8), "gray")
+    assert follower.boxes(frame) is found
+    follower.saw(keypoints((12, 11), (86, 61)))  # the second one's centre is outside
+    assert follower.boxes(frame).tolist() == [[12, 11, 42, 31]]
+    follower.saw(keypoints((13, 12)))
+    assert follower.boxes(frame).tolist() == [[13, 12, 43, 32]]
+    assert len(calls) == 1
+    assert follower.boxes(frame) is found  # the third frame after the detection
+    follower.saw(keypoints((-30, 0)))
+    assert follower.boxes(frame) is found  # nobody is left to follow
+    assert len(calls) == 3
+
+
+def run_camera(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, CAMERA, *words]
+    return subprocess.run([str(w) for w in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+needs_gi = pytest.mark.skipif(
+    importlib.util.find_spec("gi") is None, reason="PyGObject (python3-gi) is not in this Python"
+)
+
+
+@needs_gi
+def test_the_loop_on_a_made_up_video(astronaut: Path, tmp_path: Path) -> None:
+    """A face that moves 4 px a frame, in rows of 402 pixels, which GStreamer pads to 404 bytes."""
+    photo = cv2.imread(str(astronaut))[:300]
+    for i in range(6):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), photo[:, 40 - 4 * i :][:, :402])
+    pipeline = (
+        f"multifilesrc location={tmp_path}/%d.png caps=image/png,framerate=10/1 ! pngdec ! videoconvert ! "
+        "video/x-raw,format=NV12 ! appsink name=frames sync=false"
+    )
+    bundle, drawn = ROOT / "engines" / "resnet18-68-lite", tmp_path / "drawn.avi"
+    ended = run_camera(bundle, "--pipeline", pipeline, "--detect-every", 4, "--backend", "ort-cpu", "--drawn", drawn)
+    assert ended.returncode == 0, ended.stderr
+    lines = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [round(line["time_s"], 3) for line in lines] == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    assert all((line["height"], line["width"], len(line["faces"])) == (300, 402, 1) for line in lines)
+    xy = np.array([line["faces"][0]["keypoints_xy"] for line in lines])
+    boxes = np.array([line["faces"][0]["box_xyxy"] for line in lines])
+    # what the library says of the first picture, which has not been through NV12
+    image = cv2.imread(str(tmp_path / "0.png"))
+    wanted = kp_runtime.load(bundle, "ort-cpu")(image, boxes[:1]).xy[0]
+    assert np.linalg.norm(xy[0] - wanted, axis=-1).max() < 1
+    # frames 0 and 4 are detected, the others have the box of the keypoints before
+    followed = [i for i in range(1, 6) if np.allclose(boxes[i], boxes_from_points(xy[i - 1]), atol=2e-3)]
+    assert followed == [1, 2, 3, 5]
+    moved = (xy - xy[0]).mean(axis=1)
+    assert np.abs(moved - [[4 * i, 0] for i in range(6)]).max() < 3
+    video = cv2.VideoCapture(str(drawn))
+    assert [video.read()[0] for _ in range(7)] == [True] * 6 + [False]
+
+
+@needs_gi
+@pytest.mark.parametrize(
+    ("pipeline", "message"),
+    [
+        ("videotestsrc ! fakesink", "the pipeline has no element named frames"),
+        ("nonsense ! appsink name=frames", 'the pipeline can\'t be built: no element "nonsense"'),
+        ("videotestsrc ! video/x-raw,format=RGB ! appsink name=frames", "the frames are RGB, wanted is one of NV12"),
+        (
+            "filesrc location=/nowhere ! appsink name=frames",
+            "the pipeline can't be started: filesrc0: Resource not found",
+        ),
+    ],
+)
+def test_pipelines_that_fail_end_with_one_line(bundle: Path, pipeline: str, message: str) -> None:
+    ended = run_camera(bundle, "--pipeline", pipeline)
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].startswith(f"error: {message}")
+    assert "Traceback" not in ended.stderr
+
+
+@needs_gi
+def test_a_buffer_with_video_meta(rng: np.random.Generator) -> None:
+    """Hardware says in GstVideoMeta where the planes of this very buffer lie."""
+    data = rng.integers(0, 256, 64 + 512 * 12, dtype=np.uint8)
+    program = """
+import sys, gi
+for name in ("Gst", "GstApp", "GstVideo"):
+    gi.require_version(name, "1.0")
+from gi.repository import Gst, GstVideo
+from examples.camera_jetson import frame_of
+Gst.init(None)
+buffer = Gst.Buffer.new_wrapped(sys.stdin.buffer.read())
+video = GstVideo.VideoFrameFlags.NONE, GstVideo.VideoFormat.NV12
+GstVideo.buffer_add_video_meta_full(buffer, *video, 100, 8, 2, [64, 64 + 512 * 8, 0, 0], [512, 512, 0, 0])
+for colorimetry in ("bt709", "1:4:0:0"):
+    caps = f"video/x-raw,format=NV12,width=100,height=8,framerate=30/1,colorimetry={colorimetry}"
+    with frame_of(Gst.Sample.new(buffer, Gst.Caps.from_string(caps), None, None)) as frame:
+        print(frame.range, frame.data.tobytes().hex())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], input=data.tobytes(), cwd=ROOT, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    luma = data[64 : 64 + 512 * 8].reshape(8, 512)[:, :100].tobytes().hex()
+    assert ended.stdout.decode().splitlines() == [f"limited {luma}", f"full {luma}"]
+
+
+def test_without_gstreamer_the_error_says_what_to_install(bundle: Path) -> None:
+    if importlib.util.find_spec("gi") is not None:
+        pytest.skip("this Python has PyGObject")
+    ended = run_camera(bundle)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: GStreamer can't be used from this Python (No module named 'gi'); run: apt")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def ros(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The node's module, on the double of rclpy."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "ros2_node")
+    rclpy_double.install(monkeypatch)
+    monkeypatch.delitem(sys.modules, "kp_ros2.node", raising=False)
+    return importlib.import_module("kp_ros2.node")
+
+
+def message_of(encoding: str, picture: np.ndarray, pad: int = 5, **fields: Any) -> Image:
+    step = picture[0].size + pad
+    height = fields.pop("height", len(picture))
+    return Image(
+        Header("then", "camera"), height, picture.shape[1], encoding, 0, step,
+        array.array("B", padded(picture, step)), **fields,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("encoding", "layout", "shape"),
+    [
+        ("bgr8", "bgr", (4, 6, 3)), ("rgb8", "rgb", (4, 6, 3)), ("bgra8", "bgra", (4, 6, 4)),
+        ("rgba8", "rgba", (4, 6, 4)), ("mono8", "gray", (4, 6, 1)),
+    ],
+)  # fmt: skip
+def test_packed_encodings(
+    ros: Any, rng: np.random.Generator, encoding: str, layout: str, shape: tuple[int, ...]
+) -> None:
+    picture = rng.integers(0, 256, shape, dtype=np.uint8)
+    frame = ros.frame_from_image(message_of(encoding, picture))
+    assert (frame.layout, frame.range, frame.size_hw) == (layout, "full", (4, 6))
+    assert np.array_equal(frame.data, picture)
+    assert frame.data.base is not None  # not copied
+
+
+@pytest.mark.parametrize("luma_range", ["limited", "full"])
+def test_yuv_encodings_give_their_luma(ros: Any, rng: np.random.Generator, luma_range: str) -> None:
+    luma = rng.integers(0, 256, (4, 6), dtype=np.uint8)
+    colour = rng.integers(0, 256, (4, 6), dtype=np.uint8)
+    messages = [
+        message_of("nv12", np.concatenate([luma, colour[:2]]), height=4),
+        message_of("nv24", np.concatenate([luma, colour, colour]), height=4),
+        message_of("yuv422_yuy2", np.stack([luma, colour], axis=-1)),
+        message_of("yuyv", np.stack([luma, colour], axis=-1)),
+        message_of("yuv422", np.stack([colour, luma], axis=-1)),
+        message_of("uyvy", np.stack([colour, luma], axis=-1)),
+    ]
+    for message in messages:
+        frame = ros.frame_from_image(message, luma_range)
+        assert (frame.layout, frame.range) == ("gray", luma_range)
+        assert np.array_equal(frame.data, luma), message.encoding
+
+
+def test_images_that_are_not_taken(ros: Any) -> None:
+    picture = np.zeros((4, 6, 3), np.uint8)
+    with pytest.raises(kp_runtime.ImageError, match="the encoding '16UC1' is not taken, only bgr8, rgb8"):
+        ros.frame_from_image(message_of("16UC1", picture))
+    for changed in ({"step": 17}, {"height": 5}, {"height": 0}, {"width": 8}, {"data": array.array("B")}):
+        message = message_of("bgr8", picture)
+        vars(message).update(changed)
+        with pytest.raises(kp_runtime.ImageError, match=r"bgr8 image with rows \d+ bytes apart does not lie in"):
+            ros.frame_from_image(message)
+
+
+def test_the_node_answers_each_image(ros: Any, bundle: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rclpy_double.Node, "given", {"bundle": str(bundle), "backend": "ort-cpu"})
+    node = ros.KeypointsNode()
+    ((kind, topic, callback, qos),) = node.subscriptions_made
+    assert (kind, topic) == (Image, "image")
+    assert (qos.depth, qos.reliability) == (1, rclpy_double.ReliabilityPolicy.BEST_EFFORT)
+    (publisher,) = node.publishers_made
+    assert publisher.topic == "keypoints"
+    image = cv2.imread(str(astronaut))
+    callback(message_of("bgr8", image))
+    callback(message_of("bgr8", np.zeros_like(image)))
+    callback(message_of("bayer_rggb8", image))
+    cloud, nobody = publisher.published
+    assert cloud.header == nobody.header == Header("then", "camera")
+    assert [(field.name, field.offset, field.datatype, field.count) for field in cloud.fields] == [
+        ("u", 0, 7, 1), ("v", 4, 7, 1),
+    ]  # fmt: skip
+    wanted = kp_runtime.load(bundle)(image, kp_runtime.HaarDetector()(image)).xy
+    assert (cloud.height, cloud.width, cloud.point_step, cloud.row_step) == (len(wanted), 68, 8, 544)
+    assert np.array_equal(np.frombuffer(cloud.data, np.float32).reshape(-1, 68, 2), wanted)
+    assert (nobody.height, nobody.width, nobody.data) == (0, 68, b"")
+    assert [kind for kind, _ in node.get_logger().lines] == ["info", "error"]
+    assert "the encoding 'bayer_rggb8' is not taken" in node.get_logger().lines[1][1]
+
+
+def test_the_program_ends_cleanly(ros: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(node: Any) -> None:
+        raise rclpy_double.ExternalShutdownException
+
+    calls = rclpy_double.install(monkeypatch, stopped)
+    monkeypatch.delitem(sys.modules, "kp_ros2.node")
+    node = importlib.import_module("kp_ros2.node")
+    monkeypatch.setattr(rclpy_double.Node, "given", {"bundle": str(bundle)})
+    node.main()
+    assert calls == ["init", "spin", "shutdown"]
+    monkeypatch.setattr(rclpy_double.Node, "given", {"bundle": "nowhere"})
+    with pytest.raises(SystemExit, match=r"^error: nowhere is not a bundle"):
+        node.main()
+    assert calls[3:] == ["init", "shutdown"]
