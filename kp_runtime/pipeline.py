@@ -102,13 +102,15 @@ def load(
     *,
     precision: str = "auto",
     public_key: str | os.PathLike[str] | bytes | None = None,
+    golden: bool = True,
 ) -> Model:
     """Opens a bundle; see `backend.open_backend` for the arguments and errors.
 
     Without one it is the default model's: what `KP_MODEL` names, else the installed model wheel
     (`pip install 'kp-edge[model]'`), else a `BundleError`; see `default_model.default_bundle`.
     """
-    return Model(open_backend(default_bundle() if bundle is None else bundle, backend, precision, threads, public_key))
+    found = default_bundle() if bundle is None else bundle
+    return Model(open_backend(found, backend, precision, threads, public_key, golden=golden))
 
 
 def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np.float64]:
