@@ -12,7 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kp_runtime.cuda_graphs import GraphReport, GraphWarning
     from kp_runtime.detect import HaarDetector, YuNetDetector
+    from kp_runtime.device_frame import DeviceFrame
     from kp_runtime.draw import draw_keypoints
     from kp_runtime.errors import (
         BackendError,
@@ -43,8 +45,11 @@ __all__ = [
     "BoxError",
     "BundleError",
     "DataError",
+    "DeviceFrame",
     "ExportError",
     "Frame",
+    "GraphReport",
+    "GraphWarning",
     "HaarDetector",
     "ImageError",
     "InputError",
@@ -68,7 +73,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "cuda_graphs": ("GraphReport", "GraphWarning"),
     "detect": ("HaarDetector", "YuNetDetector"),
+    "device_frame": ("DeviceFrame",),
     "draw": ("draw_keypoints",),
     "frame": ("Frame", "image_from_bytes", "image_from_file"),
     "geometry": ("boxes_from_points",),

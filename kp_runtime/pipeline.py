@@ -6,48 +6,76 @@ import contextlib
 import math
 import os
 import threading
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.backend import Backend, open_backend
+from kp_runtime.cuda_graphs import GraphReport
 from kp_runtime.default_model import default_bundle
-from kp_runtime.errors import BoxError, InputError
+from kp_runtime.device_backend import DeviceBackend
+from kp_runtime.device_frame import DeviceFrame
+from kp_runtime.errors import BackendError, BoxError, ImageError, InputError
 from kp_runtime.frame import Frame, Scratch, as_frame
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
+from kp_runtime.in_order import InOrder
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.results import Keypoints
 from kp_runtime.spec import ModelSpec
 from kp_runtime.timing import StageTimer
 
-__all__ = ["Model", "checked_boxes", "load"]
+if TYPE_CHECKING:
+    from kp_runtime.pipeline_cuda import CudaPipeline
+
+__all__ = ["IN_FLIGHT", "Model", "checked_boxes", "load"]
+
+
+IN_FLIGHT = 4
+"""Most frames of `Model.submit` that are under way or waiting: two on a GPU, and as many behind them."""
 
 
 class Model:
     """A loaded model: `model(image, boxes_xyxy)` gives `Keypoints`.
 
-    May be called from several threads when its backend may (ONNX Runtime on the CPU may). Each
-    thread keeps the working memory of its largest call (a crop of every face, the grey levels of the
-    largest face) and uses it again; a result is the caller's own.
+    May be shared between threads when its backend may, as all of this package may; a result is the
+    caller's own. On a CPU each thread keeps the working memory of its largest call (a crop of every
+    face, the grey levels of the largest face) and uses it again. On a GPU the threads share two lanes
+    (`pipeline_cuda`), and a call waits for a free one. `close`, or the end of a `with` block, frees
+    what was kept; the engine itself goes with the last reference to `backend`.
     """
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
         self._threads = threading.local()
+        self._lock = threading.Lock()
+        self._line: InOrder | None = None
+        self._closed = False
+        self._gpu: CudaPipeline | None = None
+        if isinstance(backend, DeviceBackend):
+            from kp_runtime.pipeline_cuda import CudaPipeline
+
+            self._gpu = CudaPipeline(backend)
 
     @property
     def spec(self) -> ModelSpec:
         """The model's contract."""
         return self.backend.spec
 
+    @property
+    def graphs(self) -> GraphReport:
+        """The CUDA graphs that there are, or why there are none."""
+        return GraphReport((), f"{self.backend.name} runs on no GPU") if self._gpu is None else self._gpu.graphs
+
     def warmup(self, faces: int = 1) -> None:
-        """Makes calls with up to `faces` faces find everything ready; see `Backend.warmup`."""
-        self.backend.warmup(faces)
+        """Makes calls with up to `faces` faces find everything ready: see `Backend.warmup`, `CudaPipeline.warmup`."""
+        (self._gpu or self.backend).warmup(faces)
 
     def __call__(
         self,
-        image: Frame | NDArray[np.uint8],
+        image: Frame | DeviceFrame | NDArray[np.uint8],
         boxes_xyxy: ArrayLike,
         *,
         layout: str = "bgr",
@@ -57,35 +85,132 @@ class Model:
         """Finds the 68 keypoints of each face.
 
         Args:
-            image: a `Frame`, or uint8 `(h, w, 3)`, `(h, w, 4)` or grey `(h, w)`.
+            image: a `Frame`, or uint8 `(h, w, 3)`, `(h, w, 4)` or grey `(h, w)`; where the engine is on
+                a GPU also a `DeviceFrame`, which is read where it is.
             boxes_xyxy: `(n, 4)` float, x0, y0, x1, y1 in pixels of the image, tight around the
                 68 points (brows to chin), as the detectors of `kp_runtime` give them; `n` may be 0.
             layout: channel order of a colour array, `bgr` as OpenCV reads or `rgb`.
-            timer: collects the times of the stages crop, infer, map back.
+            timer: collects the times of the stages crop, infer, map back. On a GPU such a call waits
+                after each stage and uses no CUDA graph, so it takes longer than others.
             out: `(n, 68, 2)` float32, becomes the result's `xy`: a loop can use it again.
 
         Raises:
             InputError: `out` has another shape or dtype.
             ImageError: an image that is not taken.
             BoxError: a box that is not finite, has no size, or does not touch the image.
-            BackendError: the engine failed.
+            BackendError: the engine failed, or the model is closed.
         """
+        self._check_open()
+        return self._predict(image, boxes_xyxy, layout, timer, out)
+
+    def submit(
+        self,
+        image: Frame | DeviceFrame | NDArray[np.uint8],
+        boxes_xyxy: ArrayLike,
+        *,
+        layout: str = "bgr",
+        out: NDArray[np.float32] | None = None,
+    ) -> Future[Keypoints]:
+        """The same in the background: returns at once, and the future gets the result or the error of a call.
+
+        Results come in the order of the calls. Up to `IN_FLIGHT` frames may be unfinished; a call beyond
+        that waits for one to be done. On a GPU the copies of one frame go on while another is computed; on
+        a CPU one thread calls the model. Threads are started by the first call.
+
+        The image, the boxes and `out` must stay as they are until the future is done. A callback of the
+        future may neither call the model nor wait for another future.
+
+        Args:
+            image: see `__call__`.
+            boxes_xyxy: likewise.
+            layout: likewise.
+            out: likewise; one for each frame that is under way.
+
+        Raises:
+            BackendError: the model is closed, or a callback asks while `IN_FLIGHT` frames are unfinished.
+        """
+        with self._lock:
+            self._check_open()
+            line = self._line = self._line or InOrder(1 if self._gpu is None else 2, IN_FLIGHT)
+        if self._gpu is None:
+            return line.submit(lambda: self._predict(image, boxes_xyxy, layout, None, out))
+        gpu = self._gpu
+        return line.submit(lambda: self._started(gpu, image, boxes_xyxy, layout, out), lambda finish: finish())
+
+    def close(self) -> None:
+        """Waits for what is under way and frees what was kept; calls from now on fail. A second call does nothing."""
+        with self._lock:
+            self._closed = True
+        if self._line is not None:
+            self._line.close()
+        if self._gpu is not None:
+            self._gpu.close()
+        self._threads = threading.local()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BackendError("this model is closed; load it again")
+
+    def _predict(
+        self, image: Any, boxes_xyxy: ArrayLike, layout: str, timer: StageTimer | None, out: NDArray[np.float32] | None
+    ) -> Keypoints:
+        if self._gpu is not None and timer is None:
+            return self._started(self._gpu, image, boxes_xyxy, layout, out)()
         stage: Any = timer or _no_timer
-        frame = as_frame(image, layout)
-        boxes = checked_boxes(boxes_xyxy, frame.size_hw)
-        size, n = self.spec.size, len(boxes)
-        if out is not None and (out.shape != (n, self.spec.points, 2) or out.dtype != np.float32):
-            raise InputError(f"out must be float32 ({n}, {self.spec.points}, 2), got {out.dtype} {out.shape}")
-        scratch = self._scratch()
-        with stage("crop"):
+        frame, boxes = self._checked(image, boxes_xyxy, layout, out)
+        size = self.spec.size
+        if isinstance(frame, DeviceFrame) or self._gpu is not None:
+            assert self._gpu is not None  # _checked lets no device frame pass without
             matrices = matrices_from_boxes(boxes, size, self.spec.margin)
-            crops = crops_from_frame(frame, matrices, size, scratch.array("crops", (n, 1, size, size)), scratch)
-        with stage("infer"):
-            xy_crop = self.backend.infer(crops)
+            xy_crop = self._gpu.timed(frame, matrices, stage)
+        else:
+            scratch, shape = self._scratch(), (len(boxes), 1, size, size)
+            with stage("crop"):
+                matrices = matrices_from_boxes(boxes, size, self.spec.margin)
+                crops = crops_from_frame(frame, matrices, size, scratch.array("crops", shape), scratch)
+            with stage("infer"):
+                xy_crop = self.backend.infer(crops)
         with stage("map back"):
-            xy = np.empty(xy_crop.shape, np.float32) if out is None else out
-            xy[...] = apply_matrix(invert_matrix(matrices), xy_crop)
-        return Keypoints(xy, boxes, matrices, frame.size_hw)
+            return _mapped(xy_crop, frame, boxes, matrices, out)
+
+    def _started(
+        self, gpu: CudaPipeline, image: Any, boxes_xyxy: ArrayLike, layout: str, out: NDArray[np.float32] | None
+    ) -> Callable[[], Keypoints]:
+        """Tells the GPU what to do; the function waits for the result."""
+        frame, boxes = self._checked(image, boxes_xyxy, layout, out)
+        matrices = matrices_from_boxes(boxes, self.spec.size, self.spec.margin)
+        wait = gpu.start(frame, matrices)
+        return lambda: _mapped(wait(), frame, boxes, matrices, out)
+
+    def _checked(
+        self, image: Any, boxes_xyxy: ArrayLike, layout: str, out: NDArray[np.float32] | None
+    ) -> tuple[Frame | DeviceFrame, NDArray[np.float64]]:
+        """The frame and the boxes of a call, or the error of what is wrong with it."""
+        if isinstance(image, DeviceFrame):
+            if self._gpu is None:
+                raise ImageError(
+                    f"the frame lies in GPU memory, but the model runs on {self.backend.name}; load it with an engine "
+                    "on a GPU, or copy the frame to the host"
+                )
+            frame: Frame | DeviceFrame = image
+        elif hasattr(image, "__cuda_array_interface__"):
+            raise ImageError(
+                f"the image, a {type(image).__name__}, lies in GPU memory; with an engine on a GPU give "
+                "DeviceFrame.from_cuda_array_interface(image, 'bgr'), else copy it to the host"
+            )
+        else:
+            frame = as_frame(image, layout)
+        boxes = checked_boxes(boxes_xyxy, frame.size_hw)
+        shape = len(boxes), self.spec.points, 2
+        if out is not None and (out.shape != shape or out.dtype != np.float32):
+            raise InputError(f"out must be float32 {shape}, got {out.dtype} {out.shape}")
+        return frame, boxes
 
     def _scratch(self) -> Scratch:
         """This thread's working memory."""
@@ -93,6 +218,19 @@ class Model:
         if found is None:
             found = self._threads.scratch = Scratch()
         return found
+
+
+def _mapped(
+    xy_crop: NDArray[np.float32],
+    frame: Frame | DeviceFrame,
+    boxes: NDArray[np.float64],
+    matrices: NDArray[np.float64],
+    out: NDArray[np.float32] | None,
+) -> Keypoints:
+    """Keypoints of the crops as those of the image."""
+    xy = np.empty(xy_crop.shape, np.float32) if out is None else out
+    xy[...] = apply_matrix(invert_matrix(matrices), xy_crop)
+    return Keypoints(xy, boxes, matrices, frame.size_hw)
 
 
 def load(
@@ -115,9 +253,11 @@ def load(
 
 def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np.float64]:
     """Boxes as `(n, 4)` float64, or the error that names the first bad one."""
+    if hasattr(boxes_xyxy, "__cuda_array_interface__"):
+        raise BoxError("the boxes lie in GPU memory; copy them to the host: boxes.cpu() in PyTorch, .get() in CuPy")
     try:
         boxes = np.asarray(boxes_xyxy, np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise BoxError(f"boxes must be numbers, (n, 4) as x0, y0, x1, y1: {error}") from error
     if boxes.size == 0:
         return np.empty((0, 4))

@@ -1,0 +1,106 @@
+"""CUDA graphs that have proven themselves: capture, and a canary before the first use.
+
+A graph keeps the addresses and arguments of the calls that were captured. An engine that keeps more
+(a result, a shape, memory that it frees again) or does part of its work elsewhere would give wrong
+keypoints from then on, silently. So a graph's first two launches are for pictures whose keypoints are known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.cuda_driver import CudaDriver
+from kp_runtime.errors import BackendError
+
+__all__ = ["CANARY_PX", "GraphReport", "GraphSwitch", "GraphWarning", "canary_fault", "captured", "destroy"]
+
+CANARY_PX = 1e-3
+"""Pixels of the crop: launches of a graph may differ less from plain ones, different pictures must differ more."""
+
+
+class GraphWarning(UserWarning):
+    """A graph could not be made or gave wrong keypoints: the model goes on without graphs, right and slower."""
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """The CUDA graphs of a model.
+
+    Attributes:
+        captured: bytes a pixel and number of faces of each graph, for every lane that has one, in order.
+        off: why none is used; None where they are.
+    """
+
+    captured: tuple[tuple[int, int], ...]
+    off: str | None
+
+
+class GraphSwitch:
+    """Whether a model uses graphs. Shared between its lanes and threads."""
+
+    def __init__(self) -> None:
+        self.off: str | None = None
+        self._lock = threading.Lock()
+
+    def turn_off(self, reason: str, warn: bool = True) -> None:
+        """Turns graphs off for good; the first reason stays, and is warned of."""
+        with self._lock:
+            if self.off is not None:
+                return
+            self.off = reason
+        if warn:
+            warnings.warn(
+                f"CUDA graphs are off, and calls take longer: {reason}; keypoints stay right. Report it",
+                GraphWarning,
+                stacklevel=2,
+            )
+
+
+def captured(driver: CudaDriver, stream: Any, work: Callable[[], None]) -> Any:
+    """What `work` tells a stream, as a graph that can be launched.
+
+    Other threads may go on with other streams meanwhile.
+
+    Raises:
+        BackendError: something in it can't be captured; the stream is as it was.
+    """
+    mode = driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    driver.call("cuStreamBeginCapture", stream, mode)
+    try:
+        work()
+    except BaseException:
+        with contextlib.suppress(BackendError):  # the capture has failed already; this ends it
+            driver.call("cuGraphDestroy", driver.call("cuStreamEndCapture", stream))
+        raise
+    graph = driver.call("cuStreamEndCapture", stream)
+    try:
+        return driver.call("cuGraphInstantiate", graph, 0)
+    finally:
+        driver.call("cuGraphDestroy", graph)
+
+
+def destroy(driver: CudaDriver, graph: Any) -> None:
+    """Frees a graph of `captured`, which no stream may be running."""
+    driver.call("cuGraphExecDestroy", graph)
+
+
+def canary_fault(plain: list[NDArray[np.float32]], launched: list[NDArray[np.float32]]) -> str | None:
+    """What is wrong with a graph, judged by two pictures: keypoints of plain calls, and of its launches.
+
+    Each list has two arrays `(n, 68, 2)`, pixels of the crop.
+    """
+    if not (np.abs(plain[0] - plain[1]).max(axis=(1, 2)) > CANARY_PX).all():
+        return "two different pictures give the same keypoints, so nothing can be said about a graph"
+    for one, other in zip(plain, launched, strict=True):
+        worst = float(np.abs(one - other).max())
+        if not worst <= CANARY_PX:
+            return f"a graph puts a keypoint {worst:.3g} px from where the same calls put it without one"
+    return None

@@ -1,0 +1,74 @@
+"""Work in the background whose results come in the order in which it was given."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from kp_runtime.errors import BackendError
+
+__all__ = ["InOrder"]
+
+
+class InOrder:
+    """A line of workers, a thread each: every task passes them in order, and no task another. For any thread.
+
+    Threads are started by the first task.
+
+    Args:
+        workers: how many steps a task has; while a worker does one, others do other tasks' steps.
+        most: tasks that may be under way or waiting; `submit` blocks beyond it.
+    """
+
+    def __init__(self, workers: int, most: int) -> None:
+        self._line = [ThreadPoolExecutor(1, f"kp-submit-{i}") for i in range(workers)]
+        self._room = threading.BoundedSemaphore(most)
+        self._inside = threading.local()
+
+    def submit(self, *steps: Callable[..., Any]) -> Future[Any]:
+        """Gives a task: the first step has no argument, each other one what the step before returned.
+
+        Returns:
+            The future of what the last step returns, or of the error that a step raised.
+
+        Raises:
+            BackendError: the line is closed, or is full and a future's callback, which would wait for
+                itself, asks.
+        """
+        if not self._room.acquire(blocking=not getattr(self._inside, "worker", False)):
+            raise BackendError("a future's callback can't submit while the line is full; submit from another thread")
+        future: Future[Any] = Future()
+        try:
+            self._line[0].submit(self._step, future, steps, 0, None, None)
+        except RuntimeError as error:
+            self._room.release()
+            raise BackendError("this model is closed; load it again") from error
+        return future
+
+    def _step(
+        self, future: Future[Any], steps: tuple[Callable[..., Any], ...], at: int, value: Any, error: Any
+    ) -> None:
+        self._inside.worker = True
+        if at == 0 and not future.set_running_or_notify_cancel():
+            self._room.release()
+            return
+        if error is None:
+            try:
+                value = steps[at](value) if at else steps[at]()
+            except BaseException as raised:  # it is the future's
+                error = raised
+        if at + 1 < len(self._line):
+            self._line[at + 1].submit(self._step, future, steps, at + 1, value, error)
+            return
+        self._room.release()
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+    def close(self) -> None:
+        """Waits for every task that was given; later ones are refused. A second call does nothing."""
+        for worker in self._line:
+            worker.shutdown()

@@ -1,0 +1,394 @@
+"""From a frame to keypoints of the crops on a GPU: copies, crop kernel, network and result on one stream.
+
+A **lane** is an engine's stream and buffers (`device_backend.Lane`) with the pinned memory around it. A frame
+of the host goes to pinned memory and to the device, a device frame stays where it is; the kernel writes
+crops where the network reads them; only keypoints come back. From its second call on, a number of faces
+has a CUDA graph: one launch of records' copy, kernel, network and keypoints' copy. What changes between calls
+(the pixels' address and layout, the matrices) lies in memory that the graph reads, so a graph serves every frame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.cuda_driver import Memory
+from kp_runtime.cuda_graphs import GraphReport, GraphSwitch, canary_fault, captured, destroy
+from kp_runtime.device_backend import DeviceBackend
+from kp_runtime.device_frame import DeviceFrame
+from kp_runtime.errors import BackendError
+from kp_runtime.frame import CHANNELS, Frame
+from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.preprocess_cuda import CropKernels, CropRecords, check_frame, faces_from_matrices
+
+__all__ = ["GRAPHS", "LANES", "CudaPipeline"]
+
+LANES = 2
+"""One copies while the other computes."""
+
+GRAPHS = 16
+"""Most graphs of a lane; the sizes that come second first have them, others run without."""
+
+_LEAST_FACES = 8  # of a lane, so that it is not replaced for every face that is found
+
+
+class CudaPipeline:
+    """Frames and crop matrices to keypoints of the crops. May be shared between threads.
+
+    Lanes are opened when they are first needed. A call waits for a free one.
+
+    Args:
+        backend: the engine.
+        lanes: most lanes, at least 1.
+
+    Raises:
+        BackendError: no kernel for this GPU.
+        MissingExtraError: cuda-python is not installed.
+    """
+
+    def __init__(self, backend: DeviceBackend, lanes: int = LANES) -> None:
+        if lanes < 1:
+            raise BackendError(f"a model on a GPU needs 1 lane or more, got {lanes}")
+        self._backend, self._most = backend, lanes
+        self._kernels = CropKernels(backend.driver)
+        self._switch = GraphSwitch()
+        self._free: list[_Lane] = []
+        self._taken: list[_Lane | None] = []  # None: being opened
+        self._changed = threading.Condition()
+        self._warming = threading.Lock()
+        self._closed = False
+
+    @property
+    def graphs(self) -> GraphReport:
+        """The graphs that there are."""
+        with self._changed:
+            lanes = [*self._free, *filter(None, self._taken)]
+        return GraphReport(tuple(sorted(key for lane in lanes for key in lane.graph_keys())), self._switch.off)
+
+    def start(
+        self, frame: Frame | DeviceFrame, crop_from_image: NDArray[np.float64]
+    ) -> Callable[[], NDArray[np.float32]]:
+        """Tells the GPU what to do, and gives the function that waits for the keypoints.
+
+        That function must be called once, by any thread. The frame must stay as it is until then.
+
+        Args:
+            frame: the image.
+            crop_from_image: `(n, 2, 3)` float64; `n` may be 0.
+
+        Returns:
+            A function for the `(n, 68, 2)` float32, pixels of the crops.
+
+        Raises:
+            InputError: matrices or a frame that are not taken.
+            BackendError: CUDA or the engine failed, or no memory is left; what was open before stays usable.
+        """
+        spec = self._backend.spec
+        if len(crop_from_image) == 0:
+            return lambda: np.empty((0, spec.points, 2), np.float32)
+        faces = faces_from_matrices(crop_from_image, spec.size, frame.size_hw)
+        lane = self._take(len(faces))
+        try:
+            lane.start(frame, faces)
+        except BaseException:
+            self._give(lane)
+            raise
+
+        def finish() -> NDArray[np.float32]:
+            try:
+                return lane.keypoints(len(faces))
+            finally:
+                self._give(lane)
+
+        return finish
+
+    def timed(
+        self, frame: Frame | DeviceFrame, crop_from_image: NDArray[np.float64], stage: Any
+    ) -> NDArray[np.float32]:
+        """The same without a graph, and with a wait after each stage; `stage` is a `timing.StageTimer`."""
+        spec = self._backend.spec
+        if len(crop_from_image) == 0:
+            with stage("crop"), stage("infer"):
+                return np.empty((0, spec.points, 2), np.float32)
+        faces = faces_from_matrices(crop_from_image, spec.size, frame.size_hw)
+        with self._lane(len(faces)) as lane:
+            return lane.timed(frame, faces, stage)
+
+    def warmup(self, faces: int) -> None:
+        """Opens all lanes with room for `faces`, and captures the graphs of 1, 2, 4, … and `faces` for BGR frames.
+
+        Raises:
+            BackendError: `faces` is under 1, or CUDA or the engine failed.
+        """
+        if faces < 1:
+            raise BackendError(f"warmup needs the number of faces of a call, 1 or more; got {faces}")
+        sizes = sorted({min(1 << i, faces) for i in range(faces.bit_length() + 1)})
+        with self._warming, contextlib.ExitStack() as lanes:  # two that wait for each other's lanes would wait for ever
+            for lane in [lanes.enter_context(self._lane(faces)) for _ in range(self._most)]:
+                for n in sizes:
+                    lane.warmup(CHANNELS["bgr"], n)
+
+    def close(self) -> None:
+        """Waits for the calls under way and frees everything; later calls fail. A second call does nothing."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._taken)
+            lanes, self._free = self._free, []
+        for lane in lanes:
+            lane.close()
+        self._kernels.close()
+
+    @contextlib.contextmanager
+    def _lane(self, faces: int) -> Iterator[_Lane]:
+        lane = self._take(faces)
+        try:
+            yield lane
+        finally:
+            self._give(lane)
+
+    def _take(self, faces: int) -> _Lane:
+        """A free lane with room for so many faces; opened, or waited for."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._free or len(self._taken) < self._most)
+            if self._closed:
+                raise BackendError("this model is closed; load it again")
+            lane = self._free.pop() if self._free else None
+            self._taken.append(lane)
+        if lane is not None and lane.max_faces >= faces:
+            return lane
+        try:
+            room = max(_LEAST_FACES, 1 << (faces - 1).bit_length())
+            larger = _Lane(self._backend, self._kernels, self._switch, room)
+        except BaseException:
+            self._give(lane)  # with a smaller one nothing is lost
+            raise
+        with self._changed:
+            self._taken[self._taken.index(lane)] = larger
+        if lane is not None:
+            lane.close()
+        return larger
+
+    def _give(self, lane: _Lane | None) -> None:
+        with self._changed:
+            self._taken.remove(lane)
+            if lane is not None:
+                self._free.append(lane)
+            self._changed.notify_all()
+
+
+class _Lane:
+    """A lane of an engine with the memory around it, at fixed addresses but for the frame. For one thread at a time."""
+
+    def __init__(self, backend: DeviceBackend, kernels: CropKernels, switch: GraphSwitch, max_faces: int) -> None:
+        self._driver, self._spec, self._kernels, self._switch = backend.driver, backend.spec, kernels, switch
+        self.max_faces = max_faces
+        self._closed = False
+        self._graphs: dict[tuple[int, int], Any] = {}
+        self._seen: set[tuple[int, int]] = set()
+        self._frame: Frame | DeviceFrame | None = None  # kept alive while the GPU reads it
+        call = self._driver.call
+        self._driver.make_current()
+        with contextlib.ExitStack() as owned:  # what is there already goes again where something is missing
+            self._lane = owned.enter_context(backend.open_lane(max_faces))
+            self._stream = self._driver.api.CUstream(self._lane.stream)
+            self._records = CropRecords(self._driver, max_faces)
+            owned.callback(self._records.free)
+            self._answer, self._staged = Memory(self._driver, pinned=True), Memory(self._driver, pinned=True)
+            self._pixels = Memory(self._driver)
+            for memory in (self._answer, self._staged, self._pixels):
+                owned.callback(memory.free)
+            self._answer.reserve(max_faces * self._spec.points * 2 * 4)
+            self._ready, self._done = (call("cuEventCreate", 2) for _ in range(2))  # 2: without times
+            for event in (self._ready, self._done):
+                owned.callback(call, "cuEventDestroy", event)
+            self._owned = owned.pop_all()
+        if not self._lane.capturable:
+            switch.turn_off(f"{backend.name} can't be captured", warn=False)
+
+    def graph_keys(self) -> list[tuple[int, int]]:
+        """Bytes a pixel and faces of the graphs."""
+        return [] if self._switch.off else list(self._graphs)
+
+    def start(self, frame: Frame | DeviceFrame, faces: NDArray[np.void]) -> None:
+        """Tells the stream the whole way for one frame; the one before must be over."""
+        self._driver.make_current()
+        key = CHANNELS[frame.layout], len(faces)
+        try:
+            graph = self._graph(*key)
+            self._records.write(self._on_device(frame), faces)
+            self._launch(*key, graph)
+        except BaseException:
+            self._settle()
+            raise
+
+    def keypoints(self, n: int) -> NDArray[np.float32]:
+        """Waits for the result: `(n, 68, 2)` float32, pixels of the crops."""
+        self._driver.make_current()
+        try:
+            self._driver.call("cuEventSynchronize", self._done)
+        except BaseException:
+            self._settle()
+            raise
+        self._frame = None
+        return self._answer.array((n, self._spec.points, 2), np.float32).copy()
+
+    def timed(self, frame: Frame | DeviceFrame, faces: NDArray[np.void], stage: Any) -> NDArray[np.float32]:
+        """The whole way with a wait after each stage."""
+        self._driver.make_current()
+        n = len(faces)
+        try:
+            with stage("crop"):
+                self._records.write(self._on_device(frame), faces)
+                self._crop(CHANNELS[frame.layout], n)
+                self._driver.call("cuStreamSynchronize", self._stream)
+            with stage("infer"):
+                self._infer(n)
+                self._driver.call("cuEventRecord", self._done, self._stream)
+                return self.keypoints(n)
+        except BaseException:
+            self._settle()
+            raise
+
+    def warmup(self, bytes_a_pixel: int, n: int) -> None:
+        """Runs so many faces once, and captures their graph."""
+        self._driver.make_current()
+        try:
+            self._answer_to(self._canaries(bytes_a_pixel, n)[0], bytes_a_pixel)
+            for _ in range(2):  # calls
+                self._graph(bytes_a_pixel, n)
+        except BaseException:
+            self._settle()
+            raise
+
+    def close(self) -> None:
+        """Waits for the stream and frees everything; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._driver.make_current()
+        self._driver.call("cuStreamSynchronize", self._stream)
+        while self._graphs:
+            destroy(self._driver, self._graphs.popitem()[1])
+        self._owned.close()
+
+    def __del__(self) -> None:
+        # a program that ends takes the driver away first; what is left goes with it
+        if hasattr(self, "_owned"):
+            with contextlib.suppress(Exception):
+                self.close()
+
+    def _settle(self) -> None:
+        """After an error: waits until the stream uses nothing any more."""
+        with contextlib.suppress(BackendError):
+            self._driver.call("cuStreamSynchronize", self._stream)
+        self._frame = None
+
+    def _on_device(self, frame: Frame | DeviceFrame) -> DeviceFrame:
+        """A frame that the stream's next work can read."""
+        self._frame = frame
+        if isinstance(frame, DeviceFrame):
+            check_frame(frame, self._driver)
+            self._driver.wait_for(frame.stream, self._stream, self._ready)
+            return frame
+        rows = frame.data[: frame.size_hw[0]]  # of video the luma plane alone
+        pitch = frame.size_hw[1] * CHANNELS[frame.layout]
+        on_device = self._uploaded([rows])
+        return DeviceFrame(on_device, frame.size_hw, pitch, frame.layout, frame.range, self._driver.device_id)
+
+    def _uploaded(self, arrays: list[NDArray[np.uint8]]) -> int:
+        """The address on the device of arrays that are copied there one behind the other."""
+        size = sum(array.size for array in arrays)
+        self._staged.reserve(size)
+        self._pixels.reserve(size)
+        start = 0
+        for array in arrays:
+            np.copyto(self._staged.array(array.shape, np.uint8, start), array)
+            start += array.size
+        self._driver.call("cuMemcpyHtoDAsync", self._pixels.address, self._staged.address, size, self._stream)
+        return self._pixels.address
+
+    def _launch(self, bytes_a_pixel: int, n: int, graph: Any = None) -> None:
+        if graph is None:
+            self._crop(bytes_a_pixel, n)
+            self._infer(n)
+        else:
+            self._driver.call("cuGraphLaunch", graph, self._stream)
+        self._driver.call("cuEventRecord", self._done, self._stream)
+
+    def _crop(self, bytes_a_pixel: int, n: int) -> None:
+        self._records.enqueue(self._kernels, bytes_a_pixel, n, self._spec.size, self._lane.input_ptr, self._stream)
+
+    def _infer(self, n: int) -> None:
+        self._lane.enqueue(n)
+        size = n * self._spec.points * 2 * 4
+        self._driver.call("cuMemcpyDtoHAsync", self._answer.address, self._lane.output_ptr, size, self._stream)
+
+    def _graph(self, bytes_a_pixel: int, n: int) -> Any:
+        """The graph of so many faces, captured at their second call; None where there is none."""
+        key = bytes_a_pixel, n
+        if self._switch.off is not None:
+            return None
+        if key not in self._seen:
+            self._seen.add(key)
+        elif key not in self._graphs and len(self._graphs) < GRAPHS:
+            self._prove(key)
+        return self._graphs.get(key)
+
+    def _prove(self, key: tuple[int, int]) -> None:
+        """Captures a graph, and keeps it when it gives the keypoints of plain calls for two pictures."""
+        canaries = self._canaries(*key)
+        plain = [self._answer_to(canary, key[0]) for canary in canaries]
+
+        def work() -> None:
+            self._crop(*key)
+            self._infer(key[1])
+
+        graph = None
+        try:
+            graph = captured(self._driver, self._stream, work)
+            fault = canary_fault(plain, [self._answer_to(canary, key[0], graph) for canary in canaries])
+        except BackendError as error:
+            fault = str(error)
+        if fault is None:
+            self._graphs[key] = graph
+            return
+        self._settle()
+        if graph is not None:
+            destroy(self._driver, graph)
+        self._switch.turn_off(fault)
+
+    def _canaries(self, bytes_a_pixel: int, n: int) -> list[tuple[DeviceFrame, NDArray[np.void]]]:
+        """A dark and a bright picture of patches, of other size and address, and `n` faces at other places in each."""
+        rng = np.random.default_rng(68)
+        layout = {1: "gray", 3: "bgr", 4: "bgra"}[bytes_a_pixel]
+        pictures = []
+        for across, darkest in ((20, 0), (30, 128)):
+            patches = rng.integers(darkest, darkest + 128, (25, across, bytes_a_pixel), dtype=np.uint8)
+            pictures.append(patches.repeat(8, axis=0).repeat(8, axis=1))
+        address = self._uploaded(pictures)
+        canaries = []
+        for picture in pictures:
+            size_hw = picture.shape[0], picture.shape[1]
+            frame = DeviceFrame(address, size_hw, size_hw[1] * bytes_a_pixel, layout, device_id=self._driver.device_id)
+            corner = rng.uniform(0, 80, (n, 2))
+            boxes = np.concatenate([corner, corner + rng.uniform(40, 80, (n, 2))], axis=1)
+            matrices = matrices_from_boxes(boxes, self._spec.size, self._spec.margin)
+            canaries.append((frame, faces_from_matrices(matrices, self._spec.size, size_hw)))
+            address += picture.size
+        return canaries
+
+    def _answer_to(
+        self, canary: tuple[DeviceFrame, NDArray[np.void]], bytes_a_pixel: int, graph: Any = None
+    ) -> NDArray[np.float32]:
+        frame, faces = canary
+        self._records.write(frame, faces)
+        self._launch(bytes_a_pixel, len(faces), graph)
+        return self.keypoints(len(faces))

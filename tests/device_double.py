@@ -1,0 +1,72 @@
+"""An engine on the double of the CUDA driver: its network answers with the tiny network's keypoints of the crops."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from kp_runtime.backend import BackendReport
+from kp_runtime.cuda_driver import CudaDriver
+from kp_runtime.device_backend import DeviceBackend, Lane
+from kp_runtime.errors import BackendError
+from kp_runtime.spec import ModelSpec
+from tests.cuda_driver_double import DriverDouble
+from tests.models import SIZE, tiny_keypoints
+
+
+class LaneDouble(Lane):
+    """A lane that enqueues one piece of work; `DeviceDouble` says what else it does."""
+
+    double: DeviceDouble
+
+    def _feed(self, input_ptr: int, output_ptr: int, count: int) -> None:
+        api: DriverDouble = self.driver.api
+        if self.double.fails:
+            raise BackendError("the engine failed")
+        kept: list[bytes] = []
+
+        def compute() -> None:
+            size = count * SIZE * SIZE
+            crops = ctypes.string_at(input_ptr, size)
+            if self.double.keeps_crops:
+                kept.append(crops)
+                crops = kept[0]
+            given = np.frombuffer(crops, np.uint8).reshape(count, 1, SIZE, SIZE)
+            keypoints = np.zeros((count, 68, 2), np.float32) if self.double.blind else tiny_keypoints(given)
+            ctypes.memmove(output_ptr, keypoints.tobytes(), keypoints.nbytes)
+
+        if self.double.elsewhere and api.captures:
+            return  # work that a capture does not see
+        api.work(self.stream, compute, input_ptr, output_ptr)
+        if self.double.waits and api.captures:
+            self.driver.call("cuStreamSynchronize", self.stream)
+
+
+class DeviceDouble(DeviceBackend):
+    """The engine.
+
+    Attributes:
+        capturable: of its lanes.
+        keeps_crops: the network answers for the first crops that a captured call has seen.
+        elsewhere: the network runs where a capture does not see it.
+        waits: the network waits for the stream, which a capture forbids.
+        blind: all crops have the same keypoints.
+        fails: the network can't be run.
+    """
+
+    name = "double"
+
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(ModelSpec("tiny", size=SIZE, margin=1.3), CudaDriver())
+        self.capturable, self.keeps_crops, self.elsewhere, self.waits, self.blind, self.fails = (
+            traits.get(name, name == "capturable")
+            for name in ("capturable", "keeps_crops", "elsewhere", "waits", "blind", "fails")
+        )
+        self.report = BackendReport("double", "none", "fp32", (), None)
+
+    def open_lane(self, max_faces: int) -> Lane:
+        lane = LaneDouble(self.driver, self.spec, max_faces)
+        lane.double, lane.capturable = self, self.capturable
+        return lane

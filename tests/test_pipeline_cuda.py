@@ -1,0 +1,513 @@
+"""The whole way on a GPU, against doubles of the driver and of an engine; the crop kernel runs emulated."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kp_runtime import (
+    BackendError,
+    BoxError,
+    DeviceFrame,
+    Frame,
+    GraphWarning,
+    ImageError,
+    InputError,
+    Model,
+    StageTimer,
+)
+from kp_runtime.pipeline import IN_FLIGHT
+from kp_runtime.pipeline_cuda import GRAPHS, LANES, CudaPipeline
+from tests.cuda_driver_double import DriverDouble, Result
+from tests.device_double import DeviceDouble
+from tests.emulation import EmulatedKernel
+from tests.models import tiny_bundle
+
+HEIGHT, WIDTH = 240, 320
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
+    return EmulatedKernel(tmp_path_factory)
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernel: EmulatedKernel) -> DriverDouble:
+    double = DriverDouble(kernel)
+    (tmp_path / "kernel").write_bytes(b"cubin")
+    monkeypatch.setenv("KP_CUBIN", str(tmp_path / "kernel"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", double)
+    return double
+
+
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    from kp_runtime import load
+
+    return load(tiny_bundle(tmp_path_factory.mktemp("bundle")), threads=1)
+
+
+@pytest.fixture
+def model(driver: DriverDouble) -> Iterator[Model]:
+    with Model(DeviceDouble()) as opened:
+        yield opened
+    assert not driver.memory, "memory was not freed"
+    assert not driver.events, "events were not freed"
+    assert not driver.graphs, "graphs were not freed"
+
+
+def picture(seed: int, shape: tuple[int, ...] = (HEIGHT, WIDTH, 3)) -> np.ndarray:
+    """Patches of 8 px, so that faces at other places and in other pictures have other mean grey levels."""
+    small = (shape[0] // 8, shape[1] // 8, *shape[2:])
+    patches = np.random.default_rng(seed).integers(0, 256, small, dtype=np.uint8)
+    return np.ascontiguousarray(patches.repeat(8, axis=0).repeat(8, axis=1))
+
+
+def boxes_of(seed: int, n: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    corner = rng.uniform(0, 150, (n, 2))
+    return np.concatenate([corner, corner + rng.uniform(30, 80, (n, 2))], axis=1)
+
+
+def asked(driver: DriverDouble, name: str) -> int:
+    return sum(call[0] == name for call in driver.asked)
+
+
+def check(model: Model, cpu: Model, image: Any, boxes: np.ndarray, host: Any = None) -> None:
+    """The same keypoints as on the CPU, whose crops are the same bits and whose network is ONNX Runtime's."""
+    got, wanted = model(image, boxes), cpu(image if host is None else host, boxes)
+    assert np.abs(got.xy - wanted.xy).max(initial=0) <= 1e-3
+    assert np.array_equal(got.crop_from_image, wanted.crop_from_image)
+    assert np.array_equal(got.boxes_xyxy, wanted.boxes_xyxy)
+    assert (got.size_hw, got.xy.dtype) == (wanted.size_hw, np.float32)
+
+
+def test_every_layout_number_of_faces_and_size_of_frames(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    frames: list[Any] = [
+        picture(0),
+        picture(1, (160, 200, 3)),
+        picture(2, (HEIGHT, WIDTH)),
+        picture(3, (HEIGHT, WIDTH, 4)),
+        picture(4)[::-1, ::-1],
+        picture(5, (480, 640, 3))[::2, ::2],
+        Frame(picture(6, (360, WIDTH)), "nv12", "limited"),
+        Frame(picture(7), "rgb"),
+    ]
+    for i, frame in enumerate(frames):
+        for n in (3, 1, 3, 0):
+            check(model, cpu, frame, boxes_of(i + n, n))
+    # of 3 faces and of 1, with 1, 3 and 4 bytes a pixel: what came twice
+    assert model.graphs.captured == ((1, 1), (1, 3), (3, 1), (3, 3), (4, 3))
+    assert model.graphs.off is None
+    assert asked(driver, "cuStreamCreate") == 1  # a thread alone needs one lane
+
+
+def test_a_graph_serves_other_frames_and_boxes(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    for i in range(2):
+        check(model, cpu, picture(i), boxes_of(i, 4))
+    launches = asked(driver, "cuLaunchKernel")
+    for i in range(10):
+        check(model, cpu, picture(i, (8 * (20 + i), 8 * (40 - i), 3)), boxes_of(i, 4))
+    assert asked(driver, "cuLaunchKernel") == launches  # all by the graph
+    assert asked(driver, "cuGraphInstantiate") == 1
+
+
+def on_device(driver: DriverDouble, frame: Frame, **more: Any) -> DeviceFrame:
+    data = frame.data
+    driver.lend(data)
+    return DeviceFrame(data.ctypes.data, frame.size_hw, data.strides[0], frame.layout, frame.range, owner=data, **more)
+
+
+def test_device_frames_are_not_copied(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    for i in range(4):
+        frame = Frame(picture(i), "bgr")
+        before = len(driver.asked)
+        check(model, cpu, on_device(driver, frame), boxes_of(i, 2), frame)
+        copied = [call[3] for call in driver.asked[before:] if call[0] == "cuMemcpyHtoDAsync"]
+        assert frame.data.nbytes not in copied
+
+
+def test_a_frame_s_own_stream_is_waited_for(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    for i in range(3):
+        frame = Frame(np.zeros((HEIGHT, WIDTH, 3), np.uint8), "bgr")
+        device, pixels = on_device(driver, frame, stream=7), picture(i)
+        driver.work(7, lambda frame=frame, pixels=pixels: np.copyto(frame.data, pixels))  # written when 7 comes so far
+        check(model, cpu, device, boxes_of(i, 2), Frame(pixels, "bgr"))
+
+
+def test_more_faces_need_larger_memory(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    for n in (1, 9, 70, 2, 70):
+        check(model, cpu, picture(n), boxes_of(n, n))
+    assert asked(driver, "cuStreamCreate") == asked(driver, "cuStreamDestroy") + 1 == 3
+
+
+def test_graphs_are_bounded(model: Model, cpu: Model) -> None:
+    most = GRAPHS + 2
+    model(picture(0), boxes_of(0, most))
+    for n in range(1, most + 1):
+        for i in range(3):
+            check(model, cpu, picture(i), boxes_of(i, n))
+    assert model.graphs.captured == tuple((3, n) for n in range(1, GRAPHS + 1))
+
+
+def test_warmup_opens_lanes_and_captures(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    model.warmup(5)
+    assert model.graphs.captured == tuple((3, n) for n in (1, 2, 4, 5) for _ in range(LANES))
+    names = ("cuGraphInstantiate", "cuStreamCreate", "cuLaunchKernel")
+    made = [asked(driver, name) for name in names]
+    for n in (5, 1, 2):
+        check(model, cpu, picture(n), boxes_of(n, n))
+    assert made == [asked(driver, name) for name in names]
+    with pytest.raises(BackendError, match="warmup needs the number of faces of a call, 1 or more; got 0"):
+        model.warmup(0)
+
+
+@pytest.mark.parametrize(
+    ("trait", "message"),
+    [
+        ("keeps_crops", "a graph puts a keypoint .* px from where the same calls put it without one"),
+        ("elsewhere", "a graph puts a keypoint"),
+        ("waits", "cuStreamSynchronize says CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"),
+        ("blind", "two different pictures give the same keypoints"),
+    ],
+)
+def test_graphs_that_the_canary_refuses(trait: str, message: str, driver: DriverDouble, cpu: Model) -> None:
+    """A network that answers for old crops, is not in the capture, can't be captured, or can't be judged."""
+    backend = DeviceDouble(**{trait: True})
+    with Model(backend) as model:
+        model(picture(0), boxes_of(0, 2))
+        with pytest.warns(GraphWarning, match=f"CUDA graphs are off, and calls take longer: .*{message}") as warned:
+            second = model(picture(1), boxes_of(1, 2))
+        assert len(warned) == 1
+        assert model.graphs.captured == ()
+        assert model.graphs.off is not None
+        if trait != "blind":
+            assert np.abs(second.xy - cpu(picture(1), boxes_of(1, 2)).xy).max() <= 1e-3
+            for i in range(3):  # said once, and right
+                check(model, cpu, picture(i), boxes_of(i, 2))
+        assert asked(driver, "cuGraphLaunch") <= 2  # the canary's alone
+    assert not driver.memory
+    assert not driver.graphs
+    assert not driver.captures
+
+
+def test_warnings_that_are_errors_leave_the_model_usable(driver: DriverDouble, cpu: Model) -> None:
+    with Model(DeviceDouble(elsewhere=True)) as model:
+        model(picture(0), boxes_of(0, 2))
+        with pytest.raises(GraphWarning):  # as pytest makes them
+            model(picture(1), boxes_of(1, 2))
+        check(model, cpu, picture(1), boxes_of(1, 2))
+
+
+def test_engines_that_can_not_be_captured(driver: DriverDouble, cpu: Model) -> None:
+    with Model(DeviceDouble(capturable=False)) as model:
+        for i in range(3):
+            check(model, cpu, picture(i), boxes_of(i, 2))
+        assert (model.graphs.captured, model.graphs.off) == ((), "double can't be captured")
+    assert asked(driver, "cuStreamBeginCapture") == 0
+
+
+def test_graphs_of_a_model_on_the_cpu(cpu: Model) -> None:
+    assert (cpu.graphs.captured, cpu.graphs.off) == ((), "ort-cpu runs on no GPU")
+
+
+def test_stages_are_timed_and_results_the_same(model: Model, driver: DriverDouble) -> None:
+    timer = StageTimer()
+    for n in (2, 2, 2, 0):
+        timed = model(picture(n), boxes_of(n, n), timer=timer)
+        assert np.array_equal(timed.xy, model(picture(n), boxes_of(n, n)).xy)
+    assert {name: len(times) for name, times in timer.seconds.items()} == {"crop": 4, "infer": 4, "map back": 4}
+    assert list(timer.seconds) == ["crop", "infer", "map back"]
+
+
+def test_out_is_the_result(model: Model) -> None:
+    out = np.zeros((2, 68, 2), np.float32)
+    first = model(picture(0), boxes_of(0, 2), out=out)
+    assert first.xy is out
+    assert np.array_equal(out, model(picture(0), boxes_of(0, 2)).xy)
+    assert model.submit(picture(1), boxes_of(1, 2), out=out).result(60).xy is out
+    with pytest.raises(InputError, match=r"out must be float32 \(1, 68, 2\)"):
+        model(picture(0), boxes_of(0, 1), out=out)
+
+
+def test_results_are_not_written_over(model: Model) -> None:
+    results = [model(picture(i), boxes_of(i, 2)) for i in range(4)]
+    kept = [result.xy.copy() for result in results]
+    for i in range(4):
+        model(picture(9 + i), boxes_of(9 + i, 2))
+    for result, xy in zip(results, kept, strict=True):
+        assert np.array_equal(result.xy, xy)
+
+
+# submit
+
+
+@pytest.fixture
+def both(cpu: Model, model: Model) -> Iterator[list[Model]]:
+    """A model on the CPU and one on the GPU."""
+    with Model(cpu.backend) as other:
+        yield [other, model]
+
+
+def test_submitted_frames_come_in_order_and_right(both: list[Model], cpu: Model) -> None:
+    for either in both:
+        done: list[int] = []
+        futures = []
+        for i in range(20):
+            futures.append(either.submit(picture(i), boxes_of(i, i % 4)))
+            futures[-1].add_done_callback(lambda _, i=i, done=done: done.append(i))
+        for i, future in enumerate(futures):
+            assert np.abs(future.result(60).xy - cpu(picture(i), boxes_of(i, i % 4)).xy).max(initial=0) <= 1e-3
+        either.submit(picture(0), boxes_of(0, 1)).result(60)
+        assert done == list(range(20))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for another thread; a minute is for machines that are busy."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def test_a_frame_is_copied_while_another_is_computed(model: Model, driver: DriverDouble, cpu: Model) -> None:
+    model.warmup(2)
+    driver.gate.clear()  # nobody is told that the first frame is done
+    launches = asked(driver, "cuGraphLaunch")
+    futures = [model.submit(picture(i), boxes_of(i, 2)) for i in range(IN_FLIGHT)]
+    until(lambda: asked(driver, "cuGraphLaunch") == launches + LANES)
+    streams = [call[2] for call in driver.asked if call[0] == "cuGraphLaunch"][-LANES:]
+    assert len(set(streams)) == LANES
+    assert not any(future.done() for future in futures)
+    more = threading.Thread(target=lambda: futures.append(model.submit(picture(9), boxes_of(9, 2))))
+    more.start()
+    more.join(0.2)
+    assert more.is_alive()  # one too many: it waits
+    assert len(futures) == IN_FLIGHT
+    driver.gate.set()
+    more.join(60)
+    for i, future in zip((*range(IN_FLIGHT), 9), futures, strict=True):
+        assert np.abs(future.result(60).xy - cpu(picture(i), boxes_of(i, 2)).xy).max() <= 1e-3
+
+
+def test_errors_arrive_in_the_future_and_in_order(both: list[Model]) -> None:
+    for either in both:
+        done: list[int] = []
+        calls: list[tuple[Any, Any]] = [
+            (picture(0), boxes_of(0, 1)),
+            (picture(1), [[0, 0, np.nan, 1]]),
+            (picture(2).astype(np.float32), boxes_of(2, 1)),
+            (picture(3), boxes_of(3, 1)),
+        ]
+        futures = []
+        for i, call in enumerate(calls):
+            futures.append(either.submit(*call))
+            futures[-1].add_done_callback(lambda _, i=i, done=done: done.append(i))
+        assert len(futures[0].result(60)) == len(futures[3].result(60)) == 1
+        assert isinstance(futures[1].exception(60), BoxError)
+        assert isinstance(futures[2].exception(60), ImageError)
+        until(lambda done=done: done == [0, 1, 2, 3])
+
+
+def test_threads_are_started_by_the_first_submit(both: list[Model]) -> None:
+    def workers() -> int:
+        return sum(thread.name.startswith("kp-submit") for thread in threading.enumerate())
+
+    before = workers()
+    for either, most in zip(both, (1, 2), strict=True):
+        either(picture(0), boxes_of(0, 1))
+        assert workers() == before
+        either.submit(picture(0), boxes_of(0, 1)).result(60)
+        assert workers() <= before + most
+        either.close()
+        assert workers() == before
+
+
+def test_a_future_can_be_cancelled_while_it_waits(model: Model, driver: DriverDouble) -> None:
+    model.warmup(1)
+    driver.gate.clear()
+    futures = [model.submit(picture(i), boxes_of(i, 1)) for i in range(IN_FLIGHT)]
+    assert futures[-1].cancel()
+    driver.gate.set()
+    assert all(len(future.result(60)) == 1 for future in futures[:-1])
+    for i in range(2 * IN_FLIGHT):  # its room is free again
+        model.submit(picture(i), boxes_of(i, 1))
+
+
+def test_a_callback_that_would_wait_for_itself_is_told(both: list[Model]) -> None:
+    for either in both:
+        told: list[object] = []
+        gate = threading.Event()
+
+        def greedy(_: object, either: Model = either, told: list[object] = told, gate: threading.Event = gate) -> None:
+            gate.wait(60)
+            try:
+                for i in range(IN_FLIGHT + 1):
+                    told.append(either.submit(picture(i), boxes_of(i, 1)))
+            except BackendError as error:
+                told.append(error)
+
+        either.submit(picture(0), boxes_of(0, 1)).add_done_callback(greedy)
+        gate.set()
+        until(lambda told=told: any(isinstance(one, BackendError) for one in told))
+        assert "a future's callback can't submit while" in str(told[-1])
+        either.close()
+
+
+def test_close_finishes_what_was_submitted(driver: DriverDouble, cpu: Model) -> None:
+    for either in (Model(cpu.backend), Model(DeviceDouble())):
+        with either:
+            futures = [either.submit(picture(i), boxes_of(i, 1)) for i in range(IN_FLIGHT)]
+        assert all(len(future.result(0)) == 1 for future in futures)
+        either.close()
+        with pytest.raises(BackendError, match="this model is closed; load it again"):
+            either(picture(0), boxes_of(0, 1))
+        with pytest.raises(BackendError, match="this model is closed; load it again"):
+            either.submit(picture(0), boxes_of(0, 1))
+    assert not driver.memory
+    with pytest.raises(BackendError, match="this model is closed"):
+        either.warmup(1)
+
+
+def test_a_model_that_nobody_closes_is_freed(driver: DriverDouble) -> None:
+    model = Model(DeviceDouble())
+    for i in range(3):
+        model(picture(i), boxes_of(i, 2))
+    model.submit(picture(0), boxes_of(0, 2)).result(60)
+    del model
+    gc.collect()
+    until(lambda: not driver.memory and not driver.graphs and not driver.events)
+
+
+# threads
+
+
+def test_threads_share_a_model(model: Model, cpu: Model) -> None:
+    wanted = [cpu(picture(i), boxes_of(i, i % 5)).xy for i in range(24)]
+
+    def call(i: int) -> float:
+        result = (
+            model(picture(i), boxes_of(i, i % 5)) if i % 3 else model.submit(picture(i), boxes_of(i, i % 5)).result(60)
+        )
+        return float(np.abs(result.xy - wanted[i]).max(initial=0))
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            assert max(pool.map(call, range(24))) <= 1e-3
+    assert model.graphs.off is None
+
+
+def test_warmups_of_two_threads(model: Model) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(model.warmup, 2) for _ in range(2)]:
+            done.result(60)
+    assert model.graphs.captured == ((3, 1),) * LANES + ((3, 2),) * LANES
+
+
+# what can go wrong
+
+
+def test_device_frames_on_the_cpu(cpu: Model) -> None:
+    frame = DeviceFrame(512, (10, 10), 30, "bgr")
+    with pytest.raises(ImageError, match=r"lies in GPU memory, but the model runs on ort-cpu; load it with an engine"):
+        cpu(frame, [[0, 0, 9, 9]])
+
+
+class OnGpu:
+    """An array of another library in GPU memory."""
+
+    __cuda_array_interface__ = {"shape": (1, 4), "typestr": "<f4", "data": (512, False), "version": 3}  # noqa: RUF012
+
+
+def test_arrays_in_gpu_memory_that_should_not_be_there(model: Model, cpu: Model) -> None:
+    for either in (model, cpu):
+        with pytest.raises(BoxError, match=r"the boxes lie in GPU memory; copy them to the host: boxes.cpu\(\)"):
+            either(picture(0), OnGpu())  # type: ignore[arg-type]
+        with pytest.raises(ImageError, match=r"the image, a OnGpu, lies in GPU memory; .*DeviceFrame.from_cuda_array"):
+            either(OnGpu(), [[0, 0, 9, 9]])  # type: ignore[arg-type]
+
+
+def test_frames_that_are_gone_or_elsewhere(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    frame = Frame(picture(0), "bgr")
+    device = on_device(driver, frame)
+    for _ in range(3):
+        model(device, boxes_of(0, 2))
+    kept = driver.lent.pop()
+    with pytest.raises(ImageError, match=r"first byte.* is not in CUDA memory: it was freed"):
+        model(device, boxes_of(0, 2))
+    driver.lent.append((*kept[:2], 1))
+    with pytest.raises(ImageError, match="the frame is on CUDA device 1, its crops are cut on 0; copy it there"):
+        model(device, boxes_of(0, 2))
+    with pytest.raises(ImageError, match="the frame is on CUDA device 3"):
+        model(DeviceFrame(512, (10, 10), 30, "bgr", device_id=3), [[0, 0, 9, 9]])
+    check(model, cpu, picture(1), boxes_of(1, 2))
+
+
+def test_no_memory_for_more_faces(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    for i in range(3):
+        check(model, cpu, picture(i), boxes_of(i, 2))
+    driver.room = 0
+    for _ in range(2):
+        with pytest.raises(BackendError, match=r"no room for 64 faces on the GPU: .*OUT_OF_MEMORY.*use fewer at once"):
+            model(picture(0), boxes_of(0, 33))
+    with pytest.raises(BackendError, match="cuMemAlloc says CUDA_ERROR_OUT_OF_MEMORY; take fewer faces"):
+        model(picture(0, (480, 640, 3)), boxes_of(0, 2))
+    check(model, cpu, picture(3), boxes_of(3, 2))
+    assert model.graphs.captured == ((3, 2),)
+    driver.room = None
+    check(model, cpu, picture(4), boxes_of(4, 33))
+
+
+def test_no_pinned_memory_for_a_lane(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    driver.failing["cuMemHostAlloc"] = Result.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(BackendError, match="cuMemHostAlloc says CUDA_ERROR_OUT_OF_MEMORY"):
+        model(picture(0), boxes_of(0, 2))
+    gc.collect()
+    assert not driver.memory  # nothing of the half lane is left
+    driver.failing.clear()
+    check(model, cpu, picture(0), boxes_of(0, 2))
+
+
+@pytest.mark.parametrize("function", ["cuLaunchKernel", "cuMemcpyDtoHAsync", "cuEventSynchronize", "cuGraphLaunch"])
+def test_calls_after_one_that_failed(function: str, model: Model, cpu: Model, driver: DriverDouble) -> None:
+    for i in range(2 if function == "cuGraphLaunch" else 0):
+        model(picture(i), boxes_of(i, 2))
+    driver.failing[function] = Result.CUDA_ERROR_INVALID_VALUE
+    for _ in range(LANES + 1):
+        with pytest.raises(BackendError, match=f"{function} says CUDA_ERROR_INVALID_VALUE"):
+            model(picture(0), boxes_of(0, 2))
+        future = model.submit(picture(0), boxes_of(0, 2))
+        assert function in str(future.exception(60))
+        with (
+            pytest.raises(BackendError, match=r"says CUDA_ERROR_INVALID_VALUE")
+            if function != "cuGraphLaunch"
+            else (warnings.catch_warnings())
+        ):
+            model(picture(0), boxes_of(0, 2), timer=StageTimer())
+    driver.failing.clear()
+    check(model, cpu, picture(3), boxes_of(3, 2))
+
+
+def test_engines_that_fail(driver: DriverDouble, cpu: Model) -> None:
+    backend = DeviceDouble(fails=True)
+    with Model(backend) as model:
+        for _ in range(LANES + 1):
+            with pytest.raises(BackendError, match="the engine failed"):
+                model(picture(0), boxes_of(0, 2))
+        backend.fails = False
+        check(model, cpu, picture(0), boxes_of(0, 2))
+
+
+def test_numbers_of_lanes(driver: DriverDouble) -> None:
+    with pytest.raises(BackendError, match="needs 1 lane or more, got 0"):
+        CudaPipeline(DeviceDouble(), lanes=0)
