@@ -383,6 +383,9 @@ def predict(
         typer.Option("--format", help="json, csv, pts, coco, parquet. Repeatable; json when left out."),
     ] = None,
     yunet: Yunet = None,
+    backend: Annotated[
+        str, typer.Option(help="tensorrt, ort-tensorrt, ort-cuda or ort-cpu, and nothing else; auto takes the best.")
+    ] = "auto",
     threads: Threads = None,
     public_key: PublicKey = None,
     times: Annotated[bool, typer.Option("--times", help="Print how long each stage took.")] = False,
@@ -406,7 +409,7 @@ def predict(
     if len(set(targets)) < len(targets):
         raise InputError("two of the photos have the same name; predict them in two runs with their own --out")
     boxes = np.array([_parse_box(text) for text in box]) if box else None
-    opened, timer = load(_bundle(model), threads=threads, public_key=public_key), StageTimer()
+    opened, timer = load(_bundle(model), backend, threads, public_key=public_key), StageTimer()
     detector = None if boxes is not None else _detector(yunet)
     results, failed = [], []
     for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):

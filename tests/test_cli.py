@@ -90,6 +90,17 @@ def test_predict_with_boxes_needs_no_detector(
     assert [face["box_xyxy"] for face in photo["faces"]] == [[180, 80, 265, 180], [1, 1, 60, 60]]
 
 
+def test_predict_on_an_engine_that_is_not_there_is_one_line(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: False)
+    for backend in ("tensorrt", "ort-tensorrt", "ort-cuda"):
+        status, out, err = kp(capsys, "predict", astronaut, "--model", bundle, "--backend", backend)
+        assert (status, out) == (1, "")
+        assert "this machine has no NVIDIA driver (libcuda.so.1); where there is a GPU, install it" in err
+        assert err.count("\n") == 1
+
+
 def test_one_bad_photo_does_not_stop_the_others(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
 ) -> None:
