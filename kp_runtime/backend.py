@@ -174,29 +174,31 @@ def open_backend(
     path = Path(bundle)
     folder = path.parent if path.is_file() else path
     manifest = Manifest.read(folder, public_key)
-    named = path.name if path.is_file() else None
-    if named is not None:
-        _check_named(path, manifest, precision)
+    asked = _Asked(folder, manifest, precision, path.name if path.is_file() else None, threads, golden)
     engines = [backend] if backend != "auto" else list(AUTO)
-    if named is not None and backend == "auto":
-        engines = [engine for engine in AUTO if _kind(engine) == manifest.files[named].kind]
+    if asked.file is not None:
+        _check_named(path, manifest, precision)
+        if backend == "auto":
+            engines = [engine for engine in AUTO if _kind(engine) == manifest.files[asked.file].kind]
     rejected: list[str] = []
-    for engine in engines:
+    for engine in engines[:-1]:
         try:
-            if engine != "ort-cpu" and not has_driver():
-                raise BackendError("this machine has no NVIDIA driver (libcuda.so.1); where there is a GPU, install it")
-            names, passed_over = _files(engine, folder, manifest, precision, named)
-            name, opened = _open(engine, folder, manifest, names, passed_over, threads)
-            entry = manifest.files[name]
-            distance = _golden_error(opened, folder, manifest, entry) if golden else None
+            return _opened(engine, asked, rejected)
         except BackendError as error:
-            if engine == engines[-1]:
-                raise
             rejected.append(f"{engine}: {error}")
-            continue
-        opened.report = BackendReport(engine, name, entry.precision or "fp32", (*rejected, *passed_over), distance)
-        return opened
-    raise AssertionError("the last engine either opens or raises")
+    return _opened(engines[-1], asked, rejected)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What `open_backend` was asked for; `file` is one that was named by its path."""
+
+    folder: Path
+    manifest: Manifest
+    precision: str
+    file: str | None
+    threads: int | None
+    golden: bool
 
 
 def _kind(engine: str) -> str:
@@ -215,57 +217,61 @@ def _check_named(path: Path, manifest: Manifest, precision: str) -> None:
         )
 
 
-def _open(
-    engine: str, folder: Path, manifest: Manifest, names: list[str], passed_over: list[str], threads: int | None
-) -> tuple[str, Backend]:
-    """One of the files, best first, on an engine: which one, and the engine; `passed_over` gets more reasons."""
-    name, spec = names[0], manifest.spec
-    read = functools.partial(manifest.read_file, folder, name)
-    if engine == "ort-cpu":
-        from kp_runtime.backend_ort import OrtCpuBackend
+def _opened(engine: str, asked: _Asked, rejected: list[str]) -> Backend:
+    """One engine with its best file, checked, and with its report."""
+    if engine != "ort-cpu" and not has_driver():
+        raise BackendError("this machine has no NVIDIA driver (libcuda.so.1); where there is a GPU, install it")
+    names, passed_over = _files(engine, asked)
+    name, backend = _open(engine, asked, names, passed_over)
+    entry = asked.manifest.files[name]
+    error = _golden_error(backend, asked.folder, asked.manifest, entry) if asked.golden else None
+    backend.report = BackendReport(engine, name, entry.precision or "fp32", (*rejected, *passed_over), error)
+    return backend
 
-        return name, OrtCpuBackend(folder / name, spec, threads, read=read)
+
+def _files(engine: str, asked: _Asked) -> tuple[list[str], list[str]]:
+    """The files that an engine may run, best first, and why not a preferred one."""
+    kind, runs = _kind(engine), ORDER[engine] if engine != "ort-cpu" else PRECISIONS
+    what, make = _WAYS_TO_MAKE[kind]
+    of = {name: str(entry.precision) for name, entry in asked.manifest.files.items() if entry.kind == kind}
+    if asked.file is not None and asked.file not in of:
+        raise BackendError(f"{asked.file} is no {what}, and {engine} runs nothing else")
+    if not of:
+        raise BackendError(f"the bundle {asked.folder} holds no {what}; make one with: {make} {asked.folder}")
+    wanted = asked.precision if asked.file is None else of[asked.file]
+    if wanted not in ("auto", *runs):
+        raise BackendError(f"{engine} runs files of precision {', '.join(runs)}, not {wanted}")
+    if asked.file is not None:
+        return [asked.file], []
+    order = ORDER[engine] if wanted == "auto" else (wanted,)
+    names = [name for precision in order for name in of if of[name] == precision]
+    if not names:
+        have = ", ".join(sorted(set(of.values())))
+        raise BackendError(
+            f"the bundle {asked.folder} has no {' or '.join(order)} file, only {have}; {make} can add it"
+        )
+    return names, [f"{precision}: not in the bundle" for precision in order[: order.index(of[names[0]])]]
+
+
+_WAYS_TO_MAKE = {"plan": ("TensorRT plan", "kp plan"), "onnx": ("ONNX file", "kp export")}
+
+
+def _open(engine: str, asked: _Asked, names: list[str], passed_over: list[str]) -> tuple[str, Backend]:
+    """One of the files, best first, on an engine: which one, and the engine; `passed_over` gets more reasons."""
+    name, folder, manifest = names[0], asked.folder, asked.manifest
     if engine == "tensorrt":
         from kp_runtime.backend_trt import open_plan
 
         return open_plan(folder, manifest, names, passed_over)
+    read = functools.partial(manifest.read_file, folder, name)
+    if engine == "ort-cpu":
+        from kp_runtime.backend_ort import OrtCpuBackend
+
+        return name, OrtCpuBackend(folder / name, manifest.spec, asked.threads, read=read)
     from kp_runtime.backend_ort_gpu import OrtCudaBackend, OrtTensorRtBackend
 
     provider = OrtCudaBackend if engine == "ort-cuda" else OrtTensorRtBackend
-    return name, provider(read(), manifest.files[name], spec, CudaDriver())
-
-
-def _files(
-    engine: str, folder: Path, manifest: Manifest, precision: str, named: str | None
-) -> tuple[list[str], list[str]]:
-    """The files that an engine may run, best first, and why not a preferred one."""
-    kind, runs = _kind(engine), ORDER[engine] if engine != "ort-cpu" else PRECISIONS
-    found = [
-        (name, str(entry.precision))
-        for name, entry in manifest.files.items()
-        if entry.kind == kind and named in (None, name)
-    ]
-    if not found:
-        what, make = _WAYS_TO_MAKE[kind]
-        if named is not None:
-            raise BackendError(f"{named} is no {what}, and {engine} runs nothing else")
-        raise BackendError(f"the bundle {folder} holds no {what}; make one with: {make} {folder}")
-    if named is not None:
-        precision = found[0][1]
-    if precision not in ("auto", *runs):
-        raise BackendError(f"{engine} runs files of precision {', '.join(runs)}, not {precision}")
-    order = ORDER[engine] if precision == "auto" else (precision,)
-    names = [(name, of) for wanted in order for name, of in found if of == wanted]
-    if not names:
-        have = ", ".join(sorted({of for _, of in found}))
-        raise BackendError(
-            f"the bundle {folder} has no {' or '.join(order)} file, only {have}; {_WAYS_TO_MAKE[kind][1]} can add it"
-        )
-    passed_over = order[: order.index(names[0][1])]
-    return [name for name, _ in names], [f"{wanted}: not in the bundle" for wanted in passed_over]
-
-
-_WAYS_TO_MAKE = {"plan": ("TensorRT plan", "kp plan"), "onnx": ("ONNX file", "kp export")}
+    return name, provider(read(), manifest.files[name], manifest.spec, CudaDriver())
 
 
 def _golden_error(backend: Backend, folder: Path, manifest: Manifest, entry: FileEntry) -> float | None:

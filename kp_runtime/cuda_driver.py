@@ -57,16 +57,15 @@ class CudaDriver:
         self.api = bindings("driver")
         self.device_id = device_id
         try:
-            self.call("cuInit", 0)
-            count = self.call("cuDeviceGetCount")
-        except BackendError:
-            raise
+            self.api.cuInit(0)
         except Exception as error:  # a missing libcuda is an error of another kind in each release
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BackendError(
                 f"there is no CUDA device: the NVIDIA driver's libcuda can't be loaded ({reason}); where there is a "
                 "GPU, install its driver; elsewhere run on the CPU"
             ) from error
+        self.call("cuInit", 0)
+        count = self.call("cuDeviceGetCount")
         if not 0 <= device_id < count:
             raise BackendError(f"there is no CUDA device {device_id}: this machine has {count}, numbered from 0")
         device = self.call("cuDeviceGet", device_id)
@@ -87,9 +86,14 @@ class CudaDriver:
         """Calls a function of the driver, whose first result is a status, and gives the next one.
 
         Raises:
-            BackendError: any other status than success.
+            BackendError: any other status than success, or a driver that is too old to have the function.
         """
-        status, *values = getattr(self.api, name)(*arguments)
+        try:
+            status, *values = getattr(self.api, name)(*arguments)
+        except RuntimeError as error:  # cuda-python looks for a function when it is called
+            raise BackendError(
+                f"the NVIDIA driver has no {name} ({error}): it is older than cuda-python needs; update the driver"
+            ) from error
         if status != self.api.CUresult.CUDA_SUCCESS:
             reason = str(getattr(status, "name", status))
             raise BackendError(f"CUDA failed: {name} says {reason}; {_advice(reason)}")

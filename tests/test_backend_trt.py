@@ -266,6 +266,18 @@ def test_cuda_that_tensorrt_can_not_use(install: Any, tmp_path: Path) -> None:
     assert trt.tape.ended == 0
 
 
+def test_driver_that_is_too_old_for_cuda_python(
+    install: Any, driver: DriverDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object) -> None:
+        raise RuntimeError('Function "cuStreamCreate" not found')
+
+    install()
+    monkeypatch.setattr(driver, "cuStreamCreate", missing, raising=False)
+    with pytest.raises(BackendError, match=r"has no cuStreamCreate \(.*not found\): it is older .*; update the driver"):
+        opened(with_plan(tmp_path))
+
+
 def test_engine_that_fails_while_it_runs(install: Any, tmp_path: Path, rng: Any) -> None:
     trt = install()
     backend = opened(with_plan(tmp_path))
