@@ -124,10 +124,12 @@ def _session(model: Path, read: Callable[[], bytes], threads: int) -> Any:
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # its threads wait for each other by spinning, but not for the next call: see docs/resources.md
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     # weights outside the file are in no manifest: they are looked for where there are none
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     try:
-        return ort.InferenceSession(read(), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(read(), options, providers=["CPUExecutionProvider"])
     except KpError:  # it is not the file of the manifest
         raise
     except Exception as error:  # onnxruntime's exceptions share no base of their own
@@ -135,10 +137,17 @@ def _session(model: Path, read: Callable[[], bytes], threads: int) -> Any:
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open {model}: {reason}; update onnxruntime or export again"
         ) from error
+    session._model_bytes = None  # it would keep the file for a change of providers, which there is none of
+    return session
 
 
 def import_onnxruntime(extra: str, purpose: str) -> Any:
-    """The module onnxruntime, or the error that names the extra and what it is for."""
+    """The module onnxruntime, or the error that names the extra and what it is for.
+
+    Its telemetry (a thread, a database in the user's folder, reports to its maker; Linux, from 1.29 on) stays off
+    unless the variable `ORT_DISABLE_TELEMETRY` says 0, or the program imported it before.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
