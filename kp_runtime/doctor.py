@@ -110,7 +110,7 @@ def _not_claimed(
     name: str,
     gpu: Gpu | None,
     onnxruntime: Answer,
-    tensorrt: Mapping[str, Answer],
+    runtimes: Mapping[str, Answer],
     manifest: Manifest | None,
 ) -> str | None:
     """Why a backend does not even claim to work here: GPU, provider, library or file is not there.
@@ -124,7 +124,7 @@ def _not_claimed(
         providers: list[Any] = onnxruntime.facts.get("providers", [])
         if not any(known.lower().startswith(provider) for known in providers):
             return "ONNX Runtime has no such provider here"
-    if "tensorrt" in name and not here.has_nvinfer() and all(answer.state == "absent" for answer in tensorrt.values()):
+    if "tensorrt" in name and not here.has_nvinfer() and all(answer.state == "absent" for answer in runtimes.values()):
         return "TensorRT is not installed"
     if manifest is None:
         return "no bundle to run"
