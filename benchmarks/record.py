@@ -34,9 +34,12 @@ __all__ = [
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
-KINDS = ("engines", "operators", "crop-path", "start")
+KINDS = ("engines", "operators", "crop-path", "start", "gpu-crops", "gpu-network", "gpu-end-to-end")
 PACKAGES = ("openvino", "torch")
 """Beyond those that the machine's description names."""
+
+GPU_PACKAGES = ("cuda-bindings", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "onnxruntime-gpu", "tensorrt", "triton")
+"""The same for results of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,9 @@ class Record:
 
     @property
     def file_name(self) -> str:
-        """`CPU-CORES-BUNDLE-KIND.json`, so that machines and models keep files of their own."""
-        words = [self.machine["cpu"], f"{self.machine['cores']} cores", self.bundle.get("folder", ""), self.kind]
+        """`[GPU-]CPU-CORES-BUNDLE-KIND.json`, so that machines and models keep files of their own."""
+        gpu = self.measured.get("device", {}).get("name", "")
+        words = [gpu, self.machine["cpu"], f"{self.machine['cores']} cores", self.bundle.get("folder", ""), self.kind]
         slug = re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, words)).lower()).strip("-")
         return f"{slug}.json"
 
@@ -76,7 +80,7 @@ def record_from(kind: str, bundle: Path | None, settings: dict[str, Any], measur
     machine, load = dataclasses.asdict(machine_from_system()), load_average()
     described = described_bundle(bundle) if bundle else {}
     return Record(
-        kind, machine, list(load or ()) or None, _versions(), described, settings, dataclasses.asdict(measured)
+        kind, machine, list(load or ()) or None, _versions(kind), described, settings, dataclasses.asdict(measured)
     )
 
 
@@ -93,9 +97,9 @@ def described_bundle(bundle: Path) -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
+def _versions(kind: str) -> dict[str, str]:
     found = {}
-    for name in PACKAGES:
+    for name in PACKAGES + GPU_PACKAGES * kind.startswith("gpu-"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -181,6 +181,31 @@ def _start(record: Record) -> Iterable[str]:
     yield _table(("what", "of it", "unit", "median", "95% interval"), rows)
 
 
+def _gpu(record: Record) -> Iterable[str]:
+    device = record.measured["device"]
+    title = {"gpu-crops": "Crops", "gpu-network": "The network", "gpu-end-to-end": "From a 1080p frame"}[record.kind]
+    yield f"### {title} on {device['name']}: {record.bundle['folder']}"
+    told = [f"Compute capability {device['compute_capability']}, CUDA {device['cuda']}, driver {device['driver']}"]
+    told += [f"nvidia-smi after it: {device['smi']}"] if device["smi"] else []
+    yield f"{_caption(record)} {'; '.join(told)}. Milliseconds a call."
+    rows = [
+        (
+            case["what"],
+            case["batch"] or "",
+            *(f"{case['time'][key]:.3f}" for key in ("p50_ms", "p50_low_ms", "p50_high_ms", "p95_ms")),
+            f"{case['gb_a_second']:.0f}" if case["gb_a_second"] else "",
+            f"{case['of_copy']:.0%}" if case["of_copy"] else "",
+            "" if case["distance_px"] is None else f"{case['distance_px']:.3f}",
+        )
+        for case in sorted(record.measured["cases"], key=lambda case: case["batch"] or 0)
+    ]
+    columns = ("what", "faces", "p50", "low", "high", "p95", "GB/s", "of the copy", "px from PyTorch")
+    yield _table(columns, rows)
+    if left := record.measured["not_run"]:
+        lines = [f"- {c['what']}" + (f", {c['batch']} faces" if c["batch"] else "") + f": {c['reason']}" for c in left]
+        yield "Not run:\n\n" + "\n".join(lines)
+
+
 def _ratio_cells(ratio: dict[str, float]) -> tuple[str, str]:
     return f"{ratio['value']:.2f}", _interval(ratio, 2)
 
@@ -199,6 +224,7 @@ _KINDS: dict[str, Callable[[Record], Iterable[str]]] = {
     "operators": _operators,
     "crop-path": _crop_path,
     "start": _start,
+    **{kind: _gpu for kind in KINDS if kind.startswith("gpu-")},
 }
 
 
