@@ -30,6 +30,13 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.crop_path
 	$(BIN)/python -m benchmarks.table
 
+# on a machine with a CUDA GPU; what can't run there is listed with its reason
+.PHONY: bench-gpu
+bench-gpu: $(BENCH_STAMP)
+	$(BIN)/kp export $(BUNDLE) --fp16 --engine never --out $(EXPORTED)
+	$(BIN)/python -m benchmarks.gpu --bundle $(EXPORTED)
+	$(BIN)/python -m benchmarks.table
+
 # the run-time on every Python from 3.10 to 3.13 that is here, with the oldest and the newest packages
 test-pythons: $(STAMP)
 	$(BIN)/nox
