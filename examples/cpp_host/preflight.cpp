@@ -1,0 +1,135 @@
+#include "preflight.h"
+
+#include <openssl/evp.h>
+
+#include <algorithm>
+#include <array>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <sstream>
+
+namespace kp {
+namespace {
+
+using nlohmann::ordered_json;
+
+constexpr int kSchema = 1;
+constexpr std::uintmax_t kLargestFile = 2ull << 30;
+
+std::string sha256_of(const std::vector<char>& bytes) {
+    std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
+    unsigned int length = 0;
+    if (EVP_Digest(bytes.data(), bytes.size(), digest.data(), &length, EVP_sha256(), nullptr) != 1)
+        throw Refused("libcrypto can't compute a sha256");
+    std::string text;
+    for (unsigned int i = 0; i < length; ++i) {
+        constexpr char kDigits[] = "0123456789abcdef";
+        text += {kDigits[digest[i] >> 4], kDigits[digest[i] & 15]};
+    }
+    return text;
+}
+
+std::string text_of(const std::vector<int>& version) {
+    std::ostringstream text;
+    for (std::size_t i = 0; i < version.size(); ++i) text << (i ? "." : "") << version[i];
+    return text.str();
+}
+
+// Why a plan can't run here, by its manifest's entry; empty where it can. The rules of kp_runtime/backend_trt.py.
+std::string mismatch(const ordered_json& made, const Machine& machine) {
+    const auto& options = made.at("options");
+    const auto capability = numbers_of(made.at("compute_capability").get<std::string>());
+    const auto built = numbers_of(made.at("tensorrt").get<std::string>());
+    const auto cuda = numbers_of(made.at("cuda").get<std::string>());
+    const int built_for = capability.at(0) * 10 + (capability.size() > 1 ? capability[1] : 0);
+    const bool any_newer = options.at("version_compatible").get<bool>();
+    const bool any_ampere = options.at("hardware_compatible").get<bool>();
+
+    if (machine.compute_capability != built_for &&
+        !(any_ampere && built_for >= 80 && machine.compute_capability >= 80))
+        return "is for " + made.at("gpu").get<std::string>() + " (sm_" + std::to_string(built_for) +
+               "), this GPU is sm_" + std::to_string(machine.compute_capability);
+    const auto shared = static_cast<std::ptrdiff_t>(std::min(built.size(), machine.tensorrt.size()));
+    const bool is_same = std::equal(built.begin(), built.begin() + shared, machine.tensorrt.begin());
+    if (!is_same && !(any_newer && machine.tensorrt > built))
+        return "is for TensorRT " + text_of(built) + ", here is " + text_of(machine.tensorrt);
+    if (machine.cuda_major < cuda.at(0))
+        return "was built with CUDA " + text_of(cuda) + ", the driver here runs up to CUDA " +
+               std::to_string(machine.cuda_major);
+    return "";
+}
+
+// The file of an entry, compared with it.
+std::vector<char> checked_bytes(const std::filesystem::path& path, const ordered_json& entry) {
+    auto bytes = bytes_of(path);
+    if (bytes.size() != entry.at("bytes").get<std::size_t>())
+        throw Refused(path.string() + " has " + std::to_string(bytes.size()) + " bytes, the manifest says " +
+                      entry.at("bytes").dump() + ": it is cut off or was replaced; copy the bundle again");
+    const auto wanted = entry.at("sha256").get<std::string>(), found = sha256_of(bytes);
+    if (found != wanted)
+        throw Refused(path.string() + " has sha256 " + found.substr(0, 12) + "..., the manifest says " +
+                      wanted.substr(0, 12) + "...: the file was changed; copy the bundle again");
+    return bytes;
+}
+
+Plan plan_of(const std::filesystem::path& bundle, const ordered_json& manifest, const Machine& machine) {
+    if (const auto schema = manifest.at("schema").get<int>(); schema != kSchema)
+        throw Refused("its schema is " + std::to_string(schema) + ", this program reads " + std::to_string(kSchema));
+    std::string reasons, rebuild = "kp plan BUNDLE --precision fp16";
+    for (const auto& [name, entry] : manifest.at("files").items()) {
+        if (entry.at("kind") != "plan") continue;
+        if (name.find_first_of("/\\") != std::string::npos) throw Refused("it names the file " + name);
+        const auto& made = entry.at("made");
+        const auto reason = mismatch(made, machine);
+        if (reason.empty()) {
+            const auto& options = made.at("options");
+            const auto dla = options.value("dla_core", ordered_json());
+            return {name, entry.at("precision"), checked_bytes(bundle / name, entry), manifest.at("spec").at("size"),
+                    manifest.at("spec").at("points"), options.at("version_compatible"),
+                    dla.is_null() ? -1 : dla.get<int>()};
+        }
+        if (reasons.empty()) rebuild = made.value("rebuild", rebuild);
+        reasons += (reasons.empty() ? "" : "; ") + name + " " + reason;
+    }
+    throw Refused((reasons.empty() ? "it has no plan" : reasons) + "; build one here: " + rebuild);
+}
+
+}  // namespace
+
+std::vector<char> bytes_of(const std::filesystem::path& path) {
+    std::error_code error;
+    const auto size = std::filesystem::file_size(path, error);
+    std::ifstream file(path, std::ios::binary);
+    if (error || !file) throw Refused(path.string() + " can't be read: it is missing or no plain file");
+    if (size > kLargestFile) throw Refused(path.string() + " is larger than 2 GiB; no bundle has such a file");
+    std::vector<char> bytes(size);
+    if (!file.read(bytes.data(), static_cast<std::streamsize>(size)))
+        throw Refused(path.string() + " can't be read to its end");
+    return bytes;
+}
+
+std::vector<int> numbers_of(const std::string& version) {
+    std::vector<int> numbers;
+    std::istringstream parts(version);
+    for (std::string part; std::getline(parts, part, '.');) {
+        if (part.empty() || part.size() > 6 || part.find_first_not_of("0123456789") != std::string::npos)
+            throw Refused("the version '" + version + "' is no numbers with dots between");
+        numbers.push_back(std::stoi(part));
+    }
+    if (numbers.empty()) throw Refused("a version is empty");
+    return numbers;
+}
+
+Plan checked_plan(const std::filesystem::path& bundle, const Machine& machine) {
+    const auto path = bundle / "manifest.json";
+    const auto text = bytes_of(path);
+    try {
+        return plan_of(bundle, ordered_json::parse(text.begin(), text.end()), machine);
+    } catch (const ordered_json::exception& error) {
+        throw Refused(path.string() + " can't be used (" + error.what() + "); make the bundle again");
+    } catch (const std::out_of_range&) {
+        throw Refused(path.string() + " has a version without its parts; make the bundle again");
+    }
+}
+
+}  // namespace kp

@@ -1,0 +1,46 @@
+// What is known of a plan before TensorRT sees it. Needs neither CUDA nor TensorRT.
+//
+// A plan is machine code: one of another GPU or TensorRT version fails in strange ways, and one that
+// somebody changed can do anything. So the manifest is asked first, and the bytes that are loaded are
+// the bytes whose sha256 was compared.
+#pragma once
+
+#include <filesystem>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace kp {
+
+// Why something can't be used, and what to do: one line.
+struct Refused : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+struct Machine {
+    int compute_capability;     // 87 of 8.7
+    std::vector<int> tensorrt;  // 10, 3, 0
+    int cuda_major;             // newest that the driver runs
+};
+
+struct Plan {
+    std::string name;
+    std::string precision;    // fp32, fp16, int8
+    std::vector<char> bytes;  // whose sha256 is the manifest's
+    int size = 0;             // side of a crop in pixels
+    int points = 0;
+    bool runs_host_code = false;  // a version-compatible plan brings its own run-time
+    int dla_core = -1;
+};
+
+// The bundle's first plan that fits this machine.
+// Throws Refused: no bundle, no plan that fits (with each one's reason), a file that is missing or changed.
+Plan checked_plan(const std::filesystem::path& bundle, const Machine& machine);
+
+// A whole file. Throws Refused.
+std::vector<char> bytes_of(const std::filesystem::path& path);
+
+// 10, 3, 0 of "10.3.0". Throws Refused.
+std::vector<int> numbers_of(const std::string& version);
+
+}  // namespace kp

@@ -1,0 +1,221 @@
+"""The C++ host: its preflight as it is, and the whole program on a stub of TensorRT and CUDA."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
+
+ROOT = Path(__file__).resolve().parents[1]
+HOST, STUB = ROOT / "examples" / "cpp_host", ROOT / "tests" / "tensorrt_stub"
+COMPILE = ("g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", f"-I{STUB}")
+SIZE = 32
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The host, built on the stubs."""
+    for header, package in (("nlohmann/json.hpp", "nlohmann-json3-dev"), ("openssl/evp.h", "libssl-dev")):
+        found = subprocess.run(
+            ["g++", "-E", "-x", "c++", "-"], input=f"#include <{header}>", text=True, capture_output=True
+        )
+        if found.returncode:
+            pytest.skip(f"{package} is not installed")
+    built = tmp_path_factory.mktemp("cpp") / "kp_host"
+    sources = (HOST / "main.cpp", HOST / "preflight.cpp", STUB / "stub.cpp")
+    subprocess.run([*COMPILE, f"-I{STUB}/cuda", *sources, "-lcrypto", "-o", built], check=True)
+    return built
+
+
+def entry_of(path: Path, **changed: Any) -> FileEntry:
+    """A plan's entry as `kp plan` writes it, for an Orin with JetPack 6."""
+    made: dict[str, Any] = {
+        "gpu": "Orin", "compute_capability": "8.7", "cuda": "12.6", "tensorrt": "10.3.0",
+        "options": {"version_compatible": False, "hardware_compatible": False, "dla_core": None},
+        "rebuild": "kp plan BUNDLE --precision fp16 --max-batch 4",
+    }  # fmt: skip
+    options = {name: value for name, value in changed.items() if name in made["options"]}
+    made |= {name: value for name, value in changed.items() if name not in options}
+    made["options"] |= options
+    return file_entry(path, "plan", precision="fp16", made=made)
+
+
+@pytest.fixture
+def plan_bundle(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a bundle with one plan that the stub takes, and the golden crops beside it."""
+
+    def write(text: str = f"STUB 1 2 {SIZE}", **changed: Any) -> Path:
+        plan = tmp_path / "model.fp16.sm87.trt10.3.0.plan"
+        plan.write_text(text)
+        Manifest(ModelSpec("stub", size=SIZE), {plan.name: entry_of(plan, **changed)}).write(tmp_path)
+        crops = np.random.default_rng(3).integers(0, 256, (5, 1, SIZE, SIZE), dtype=np.uint8)
+        first_two = crops[:, 0, :1, :2].astype("<f4")  # what the stub's network answers 68 times
+        golden = {"crops": crops, "keypoints": np.broadcast_to(first_two, (5, 68, 2))}
+        np.savez_compressed(tmp_path / "golden.npz", **golden)
+        # the line of the file's head
+        line = (
+            f"import numpy as np; g = np.load('{tmp_path}/golden.npz'); g['crops'].tofile('golden.crops'); "
+            "g['keypoints'].astype('<f4').tofile('golden.keypoints')"
+        )
+        subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
+        return tmp_path
+
+    return write
+
+
+def run(program: Path, bundle: Path, **machine: object) -> tuple[int, str, str]:
+    """Status, output and error of the program on a machine; an Orin with JetPack 6 unless told otherwise."""
+    words = [program, bundle, bundle / "golden.crops", bundle / "golden.keypoints"]
+    settings = {f"STUB_{name}": str(value) for name, value in machine.items()}
+    ended = subprocess.run([str(w) for w in words], env=os.environ | settings, capture_output=True, text=True)
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def refusal(program: Path, bundle: Path, **machine: object) -> str:
+    """The one line of a program that refuses; what TensorRT itself says stands above."""
+    status, _, err = run(program, bundle, **machine)
+    *above, line = err.splitlines()
+    assert status == 1
+    assert all(text.startswith("TensorRT: ") for text in above)
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("text", [f"STUB 1 2 {SIZE}", f"STUB 2 4 {SIZE}", f"STUB 8 8 {SIZE}", f"STUB 1 5 {SIZE}"])
+def test_golden_crops_in_batches_of_the_profile(program: Path, plan_bundle: Callable[..., Path], text: str) -> None:
+    status, out, err = run(program, plan_bundle(text))
+    assert (status, err) == (0, "")
+    assert json.loads(out) == {"plan": "model.fp16.sm87.trt10.3.0.plan", "crops": 5, "worst_px": 0}
+
+
+@pytest.mark.parametrize("wrong", [1.0, float("nan")])
+def test_wrong_keypoints_are_an_error(program: Path, plan_bundle: Callable[..., Path], wrong: float) -> None:
+    bundle = plan_bundle()
+    keypoints = np.fromfile(bundle / "golden.keypoints", "<f4")
+    keypoints[-1] += wrong
+    keypoints.tofile(bundle / "golden.keypoints")
+    assert "a golden keypoint is further than 0.5" in refusal(program, bundle)
+    (bundle / "golden.keypoints").write_bytes(b"")
+    assert "are not n crops of 32 px and their keypoints" in refusal(program, bundle)
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"),
+    [
+        ({"CAPABILITY": 90}, "is for Orin (sm_87), this GPU is sm_90"),
+        ({"TENSORRT": 101600}, "is for TensorRT 10.3.0, here is 10.16.0"),
+        ({"TENSORRT": 100301}, "is for TensorRT 10.3.0, here is 10.3.1"),
+        ({"CUDA": 11040}, "was built with CUDA 12.6, the driver here runs up to CUDA 11"),
+    ],
+)
+def test_another_machine_is_refused(
+    program: Path, plan_bundle: Callable[..., Path], machine: dict[str, int], reason: str
+) -> None:
+    wanted = f"model.fp16.sm87.trt10.3.0.plan {reason}; build one here: kp plan BUNDLE --precision fp16 --max-batch 4"
+    # a plan that would be refused when it is loaded: the machine is looked at first
+    assert refusal(program, plan_bundle("changed"), **machine) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "machine", "loads"),
+    [
+        ({"version_compatible": True}, {"TENSORRT": 110400}, True),
+        ({"version_compatible": True}, {"TENSORRT": 100200}, False),
+        ({"hardware_compatible": True}, {"CAPABILITY": 90}, True),
+        ({"hardware_compatible": True}, {"CAPABILITY": 75}, False),
+        ({"tensorrt": "10.3.0.26"}, {}, True),
+        ({}, {"CUDA": 13020}, True),
+    ],
+)
+def test_compatible_plans(
+    program: Path, plan_bundle: Callable[..., Path], options: dict[str, Any], machine: dict[str, int], loads: bool
+) -> None:
+    status, _, err = run(program, plan_bundle(**options), **machine)
+    assert status == (0 if loads else 1), err
+    assert ("host code is allowed" in err) == (loads and "version_compatible" in options)
+
+
+def test_there_is_no_gpu(program: Path, plan_bundle: Callable[..., Path]) -> None:
+    bundle = plan_bundle()
+    assert refusal(program, bundle, DEVICES=0) == "there is no CUDA GPU here"
+    assert "CUDA failed to find a GPU" in refusal(program, bundle, DEVICES=-1)
+
+
+def test_files_that_are_not_the_manifests(program: Path, plan_bundle: Callable[..., Path]) -> None:
+    bundle = plan_bundle()
+    (plan,) = bundle.glob("*.plan")
+    plan.write_text(f"STUB 1 3 {SIZE}")
+    assert "the file was changed; copy the bundle again" in refusal(program, bundle)
+    plan.write_text("STUB")
+    assert "has 4 bytes, the manifest says 11: it is cut off or was replaced" in refusal(program, bundle)
+    plan.unlink()
+    assert "can't be read: it is missing or no plain file" in refusal(program, bundle)
+
+
+def test_manifests_that_are_not_taken(program: Path, plan_bundle: Callable[..., Path]) -> None:
+    bundle = plan_bundle()
+    path = bundle / "manifest.json"
+    raw = json.loads(path.read_text())
+    (name,) = raw["files"]
+
+    def with_(text: str) -> str:
+        path.write_text(text)
+        return refusal(program, bundle)
+
+    assert with_("{").endswith("make the bundle again")
+    assert with_("[]").endswith("make the bundle again")
+    assert with_(json.dumps(raw | {"schema": 2})) == "its schema is 2, this program reads 1"
+    assert "it has no plan; build one here: kp plan" in with_(json.dumps(raw | {"files": {}}))
+    assert "it names the file ../a.plan" in with_(json.dumps(raw | {"files": {"../a.plan": raw["files"][name]}}))
+    for version in ("", "10.x", "9999999.1", "-1"):
+        raw["files"][name]["made"]["tensorrt"] = version
+        assert "version" in with_(json.dumps(raw))
+    raw["files"][name]["made"].pop("tensorrt")
+    assert with_(json.dumps(raw)).endswith("make the bundle again")
+    path.unlink()
+    assert "manifest.json can't be read" in refusal(program, bundle)
+
+
+def test_what_tensorrt_refuses(program: Path, plan_bundle: Callable[..., Path]) -> None:
+    assert "TensorRT can't load model.fp16" in refusal(program, plan_bundle("nonsense"))
+    assert "the plan's tensor crops is not the contract's" in refusal(program, plan_bundle("STUB 1 2 64"))
+
+
+def test_the_first_plan_that_fits_is_taken(program: Path, plan_bundle: Callable[..., Path]) -> None:
+    bundle = plan_bundle()
+    (plan,) = bundle.glob("*.plan")
+    other = plan.with_name("model.fp16.sm90.trt10.3.0.plan")
+    other.write_text(plan.read_text())
+    manifest = Manifest.read(bundle)
+    files = {other.name: entry_of(other, compute_capability="9.0")} | manifest.files
+    replace(manifest, files=files).write(bundle)
+    assert json.loads(run(program, bundle)[1])["plan"] == plan.name
+    assert json.loads(run(program, bundle, CAPABILITY=90)[1])["plan"] == other.name
+    assert refusal(program, bundle, CAPABILITY=75).count("this GPU is sm_75") == 2
+
+
+def test_usage(program: Path) -> None:
+    ended = subprocess.run([program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (2, "usage: kp_host BUNDLE CROPS KEYPOINTS\n")
+
+
+def test_the_host_compiles_with_cudas_own_headers(tmp_path: Path) -> None:
+    nvidia = pytest.importorskip("nvidia", reason="the wheels that bring CUDA's headers are not here")
+    places = [*(Path(p) / "cu13" / "include" for p in nvidia.__path__), Path("/usr/local/cuda/include")]
+    real = next((place for place in places if (place / "crt" / "host_defines.h").exists()), None)
+    if real is None:
+        pytest.skip("CUDA's headers are not here")
+    subprocess.run([*COMPILE, "-fsyntax-only", "-isystem", str(real), HOST / "main.cpp"], check=True)
