@@ -11,7 +11,7 @@ BUNDLE ?= engines/resnet18-68
 EXPORTED = out/$(notdir $(patsubst %/,%,$(BUNDLE)))
 ASTRONAUT = $$($(BIN)/python -c "import skimage, pathlib; print(pathlib.Path(skimage.__file__).parent / 'data' / 'astronaut.png')")
 
-.PHONY: demo test test-pythons test-aarch64 bench wheels wheelhouse check clean
+.PHONY: fuzz demo test test-pythons test-aarch64 bench wheels wheelhouse check clean
 
 demo: $(STAMP)
 	$(BIN)/kp export engines/resnet18-68 --fp16 --out out/resnet18-68
@@ -52,6 +52,12 @@ wheels: $(WHEEL_STAMP)
 # all that a Jetson without internet installs: make wheelhouse TARGET=jetpack7
 wheelhouse: $(WHEEL_STAMP)
 	PYTHONPATH=. $(WHEEL_VENV)/bin/python scripts/wheelhouse.py --target $(TARGET) --out dist/$(TARGET)
+
+# damaged and hostile files for everything that reads them; make fuzz CASES=1000 SEED=5
+CASES ?= 100000
+SEED ?= 0
+fuzz: $(STAMP)
+	$(BIN)/python scripts/fuzz.py --cases $(CASES) --seed $(SEED)
 
 check: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

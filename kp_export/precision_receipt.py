@@ -111,11 +111,15 @@ def receipt_from_inspector(text: str, batch: int) -> PrecisionReceipt:
         ExportError: it is not JSON, or has no layer with details.
     """
     try:
-        document = json.loads(text)
-    except (TypeError, ValueError) as error:
+        return _receipt(json.loads(text), batch)
+    except (TypeError, ValueError, AttributeError, OverflowError, ZeroDivisionError, RecursionError) as error:
         raise ExportError(
-            f"TensorRT's engine inspector gave no JSON ({error}): without it nothing proves the plan's precision"
+            f"TensorRT's engine inspector gave no JSON that can be read ({str(error)[:200]}): without it nothing "
+            "proves the plan's precision"
         ) from error
+
+
+def _receipt(document: Any, batch: int) -> PrecisionReceipt:
     raw = document.get("Layers") if isinstance(document, Mapping) else None
     layers = [layer for entry in raw or () if isinstance(entry, Mapping) and (layer := _layer(entry, batch))]
     if not layers:

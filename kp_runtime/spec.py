@@ -184,7 +184,7 @@ class Manifest:
             raise BundleError(f"{origin} has no schema number; it is not a bundle's manifest")
         if raw["schema"] > SCHEMA_VERSION:
             raise SchemaError(
-                f"{origin} has schema {raw['schema']}, this release reads up to {SCHEMA_VERSION}; "
+                f"{origin} has schema {_short(raw['schema'])}, this release reads up to {SCHEMA_VERSION}; "
                 "update kp-edge, or export the bundle with this release"
             )
         try:

@@ -210,8 +210,10 @@ def test_writing_under_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["C:\\x.onnx", "a\\b.onnx", "\\\\host\\share", "c:x", ".hidden", "a\nb", "model\u202e.onnx", "é.onnx", "x" * 300]
-    + ["manifest.json", "manifest.sig", "-rf", " "],
+    [
+        "C:\\x.onnx", "a\\b.onnx", "\\\\host\\share", "c:x", ".hidden", "a\nb", "model\u202e.onnx", "é.onnx", "x" * 300,
+        "manifest.json", "manifest.sig", "-rf", " ",
+    ],
 )  # fmt: skip
 def test_file_name_that_is_not_one_file_everywhere(name: str, bundle: Path) -> None:
     raw = raw_manifest(bundle)
