@@ -320,17 +320,14 @@ def test_errors_arrive_in_the_future_and_in_order(both: list[Model]) -> None:
 
 
 def test_threads_are_started_by_the_first_submit(both: list[Model]) -> None:
-    def workers() -> int:
-        return sum(thread.name.startswith("kp-submit") for thread in threading.enumerate())
-
-    before = workers()
+    before = set(threading.enumerate())
     for either, most in zip(both, (1, 2), strict=True):
         either(picture(0), boxes_of(0, 1))
-        assert workers() == before
+        assert set(threading.enumerate()) <= before
         either.submit(picture(0), boxes_of(0, 1)).result(60)
-        assert workers() <= before + most
+        assert 1 <= len(set(threading.enumerate()) - before) <= most
         either.close()
-        assert workers() == before
+        assert set(threading.enumerate()) <= before
 
 
 def test_a_future_can_be_cancelled_while_it_waits(model: Model, driver: DriverDouble) -> None:
@@ -342,26 +339,6 @@ def test_a_future_can_be_cancelled_while_it_waits(model: Model, driver: DriverDo
     assert all(len(future.result(60)) == 1 for future in futures[:-1])
     for i in range(2 * IN_FLIGHT):  # its room is free again
         model.submit(picture(i), boxes_of(i, 1))
-
-
-def test_a_callback_that_would_wait_for_itself_is_told(both: list[Model]) -> None:
-    for either in both:
-        told: list[object] = []
-        gate = threading.Event()
-
-        def greedy(_: object, either: Model = either, told: list[object] = told, gate: threading.Event = gate) -> None:
-            gate.wait(60)
-            try:
-                for i in range(IN_FLIGHT + 1):
-                    told.append(either.submit(picture(i), boxes_of(i, 1)))
-            except BackendError as error:
-                told.append(error)
-
-        either.submit(picture(0), boxes_of(0, 1)).add_done_callback(greedy)
-        gate.set()
-        until(lambda told=told: any(isinstance(one, BackendError) for one in told))
-        assert "a future's callback can't submit while" in str(told[-1])
-        either.close()
 
 
 def test_close_finishes_what_was_submitted(driver: DriverDouble, cpu: Model) -> None:

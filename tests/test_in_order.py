@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+
+import pytest
+
+from kp_runtime.errors import BackendError
+from kp_runtime.in_order import InOrder
+
+WAIT = 60
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_steps_pass_values_and_results_come_in_order(workers: int) -> None:
+    line, done = InOrder(workers, 4), []
+    steps = [lambda: 1, *[lambda value: value * 10] * (workers - 1)]
+    futures = []
+    for i in range(30):
+        futures.append(line.submit(*steps))
+        futures[-1].add_done_callback(lambda _, i=i: done.append(i))
+    assert [future.result(WAIT) for future in futures] == [10 ** (workers - 1)] * 30
+    line.close()
+    assert done == list(range(30))
+
+
+def test_an_error_skips_the_other_steps_and_keeps_its_place() -> None:
+    line, gate, done = InOrder(2, 4), threading.Event(), []
+    first = line.submit(lambda: 1, lambda value: (gate.wait(WAIT), value)[1])
+    second = line.submit(lambda: 1 / 0, lambda value: done.append("never"))
+    for name, future in (("first", first), ("second", second)):
+        future.add_done_callback(lambda _, name=name: done.append(name))
+    assert not second.done()  # it failed before the first was over, and waits for its turn
+    gate.set()
+    assert isinstance(second.exception(WAIT), ZeroDivisionError)
+    line.close()
+    assert done == ["first", "second"]
+
+
+def test_steps_of_two_tasks_run_at_the_same_time() -> None:
+    line, meeting = InOrder(2, 4), threading.Barrier(2)
+    first = line.submit(lambda: None, lambda _: meeting.wait(WAIT))
+    second = line.submit(lambda: meeting.wait(WAIT), lambda _: None)  # its first step meets the other's second
+    assert first.exception(WAIT) is second.exception(WAIT) is None
+    line.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_line_makes_others_wait(workers: int) -> None:
+    line, gate, futures = InOrder(workers, 2), threading.Event(), []
+    steps = [lambda: gate.wait(WAIT), *[lambda _: True] * (workers - 1)]
+    futures = [line.submit(*steps) for _ in range(2)]
+    third = threading.Thread(target=lambda: futures.append(line.submit(*steps)))
+    third.start()
+    third.join(0.1)
+    assert third.is_alive()
+    gate.set()
+    third.join(WAIT)
+    assert [future.result(WAIT) for future in futures] == [True] * 3
+    line.close()
+
+
+def test_a_callback_that_would_wait_for_itself_is_told() -> None:
+    line, gate, told = InOrder(1, 1), threading.Event(), Future()
+
+    def greedy(_: object) -> None:
+        line.submit(lambda: None)  # the room of the task that is over
+        try:
+            line.submit(lambda: None)
+        except BackendError as error:
+            told.set_result(str(error))
+
+    line.submit(lambda: gate.wait(WAIT)).add_done_callback(greedy)
+    gate.set()
+    assert told.result(WAIT) == ("a future's callback can't submit while the line is full; submit from another thread")
+    line.close()
+
+
+def test_cancelled_tasks_leave_their_room() -> None:
+    line, gate = InOrder(1, 2), threading.Event()
+    line.submit(lambda: gate.wait(WAIT))
+    waiting = line.submit(lambda: 1 / 0)
+    assert waiting.cancel()
+    gate.set()
+    assert [line.submit(lambda i=i: i).result(WAIT) for i in range(5)] == list(range(5))
+    line.close()
+
+
+def test_a_closed_line() -> None:
+    line = InOrder(2, 1)
+    line.close()
+    for _ in range(2):  # nothing is used up
+        with pytest.raises(BackendError, match="this model is closed"):
+            line.submit(lambda: None, lambda _: None)
