@@ -199,8 +199,8 @@ def luma_from_file(path: Path) -> NDArray[np.uint8]:
             rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except DataError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "too large for the memory here"
         raise DataError(f"{path} is missing, cut off or no image ({reason}); replace or remove it") from error
     return np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
 
