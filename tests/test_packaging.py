@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,27 @@ def variables_of_the_service() -> set[str]:
     text = (ROOT / "examples" / "service.py").read_text()
     fields = text.partition("class Settings:")[2].partition("@classmethod")[0]
     return {f"KP_{name.upper()}" for name in re.findall(r"^    (\w+): ", fields, re.M)}
+
+
+def test_the_errors_on_the_page_are_the_code_s() -> None:
+    rows = (ROOT / "docs" / "jetson.md").read_text().partition("## When something fails")[2].partition("\n## ")[0]
+    quoted = re.findall(r"^\| `(.*?)` \|", rows, re.M)
+    assert len(quoted) >= 8
+    said = "\n".join(texts_of_the_code())
+    for line in quoted:
+        for part in (part.strip(" ;,()") for part in line.split("…")):
+            assert part in said, f"{line!r}: the code does not say {part!r}"
+
+
+def texts_of_the_code() -> Iterator[str]:
+    """Every string in the packages, values in it left out."""
+    for package in ("kp_runtime", "kp_export"):
+        for path in (ROOT / package).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                elif isinstance(node, ast.Constant):
+                    yield str(node.value)
 
 
 def test_each_target_has_its_container() -> None:
