@@ -12,14 +12,15 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.cuda_driver import Memory
+from kp_runtime.cuda_driver import CudaDriver, Memory
 from kp_runtime.cuda_graphs import GraphReport, GraphSwitch, canary_fault, captured, destroy
-from kp_runtime.device_backend import DeviceBackend
+from kp_runtime.device_backend import DeviceBackend, Lane
 from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError
 from kp_runtime.frame import CHANNELS, Frame
@@ -31,8 +32,9 @@ __all__ = ["GRAPHS", "LANES", "CudaPipeline"]
 LANES = 2
 """One copies while the other computes."""
 
-GRAPHS = 16
-"""Most graphs of a lane; the sizes that come second first have them, others run without."""
+GRAPHS = 4
+"""Most graphs of a lane; the sizes that first come twice have them, others run without. Each has buffers and an
+engine's context of its own: TensorRT's graphs are void once their context has seen another batch size."""
 
 _LEAST_FACES = 8  # of a lane, so that it is not replaced for every face that is found
 
@@ -184,14 +186,27 @@ class CudaPipeline:
             self._changed.notify_all()
 
 
+@dataclass(frozen=True)
+class _Graph:
+    """A graph, and the engine's lane that it runs on; nothing else does."""
+
+    lane: Lane
+    handle: Any
+
+    def close(self, driver: CudaDriver) -> None:
+        destroy(driver, self.handle)
+        self.lane.close()
+
+
 class _Lane:
     """A lane of an engine with the memory around it, at fixed addresses but for the frame. For one thread at a time."""
 
     def __init__(self, backend: DeviceBackend, kernels: CropKernels, switch: GraphSwitch, max_faces: int) -> None:
-        self._driver, self._spec, self._kernels, self._switch = backend.driver, backend.spec, kernels, switch
+        self._backend, self._kernels, self._switch = backend, kernels, switch
+        self._driver, self._spec = backend.driver, backend.spec
         self.max_faces = max_faces
         self._closed = False
-        self._graphs: dict[tuple[int, int], Any] = {}
+        self._graphs: dict[tuple[int, int], _Graph] = {}
         self._seen: set[tuple[int, int]] = set()
         self._frame: Frame | DeviceFrame | None = None  # kept alive while the GPU reads it
         call = self._driver.call
@@ -247,10 +262,10 @@ class _Lane:
         try:
             with stage("crop"):
                 self._records.write(self._on_device(frame), faces)
-                self._crop(CHANNELS[frame.layout], n)
+                self._crop(self._lane, CHANNELS[frame.layout], n)
                 self._driver.call("cuStreamSynchronize", self._stream)
             with stage("infer"):
-                self._infer(n)
+                self._infer(self._lane, n)
                 self._driver.call("cuEventRecord", self._done, self._stream)
                 return self.keypoints(n)
         except BaseException:
@@ -276,7 +291,7 @@ class _Lane:
         self._driver.make_current()
         self._driver.call("cuStreamSynchronize", self._stream)
         while self._graphs:
-            destroy(self._driver, self._graphs.popitem()[1])
+            self._graphs.popitem()[1].close(self._driver)
         self._owned.close()
 
     def __del__(self) -> None:
@@ -315,23 +330,28 @@ class _Lane:
         self._driver.call("cuMemcpyHtoDAsync", self._pixels.address, self._staged.address, size, self._stream)
         return self._pixels.address
 
-    def _launch(self, bytes_a_pixel: int, n: int, graph: Any = None) -> None:
+    def _launch(self, bytes_a_pixel: int, n: int, graph: _Graph | None = None) -> None:
         if graph is None:
-            self._crop(bytes_a_pixel, n)
-            self._infer(n)
+            self._enqueue(self._lane, bytes_a_pixel, n)
         else:
-            self._driver.call("cuGraphLaunch", graph, self._stream)
+            self._driver.call("cuGraphLaunch", graph.handle, self._stream)
         self._driver.call("cuEventRecord", self._done, self._stream)
 
-    def _crop(self, bytes_a_pixel: int, n: int) -> None:
-        self._records.enqueue(self._kernels, bytes_a_pixel, n, self._spec.size, self._lane.input_ptr, self._stream)
+    def _enqueue(self, lane: Lane, bytes_a_pixel: int, n: int) -> None:
+        """The whole way behind the frame, on an engine's lane and its stream."""
+        self._crop(lane, bytes_a_pixel, n)
+        self._infer(lane, n)
 
-    def _infer(self, n: int) -> None:
-        self._lane.enqueue(n)
-        size = n * self._spec.points * 2 * 4
-        self._driver.call("cuMemcpyDtoHAsync", self._answer.address, self._lane.output_ptr, size, self._stream)
+    def _crop(self, lane: Lane, bytes_a_pixel: int, n: int) -> None:
+        stream = self._driver.api.CUstream(lane.stream)
+        self._records.enqueue(self._kernels, bytes_a_pixel, n, self._spec.size, lane.input_ptr, stream)
 
-    def _graph(self, bytes_a_pixel: int, n: int) -> Any:
+    def _infer(self, lane: Lane, n: int) -> None:
+        lane.enqueue(n)
+        size, stream = n * self._spec.points * 2 * 4, self._driver.api.CUstream(lane.stream)
+        self._driver.call("cuMemcpyDtoHAsync", self._answer.address, lane.output_ptr, size, stream)
+
+    def _graph(self, bytes_a_pixel: int, n: int) -> _Graph | None:
         """The graph of so many faces, captured at their second call; None where there is none."""
         key = bytes_a_pixel, n
         if self._switch.off is not None:
@@ -346,24 +366,31 @@ class _Lane:
         """Captures a graph, and keeps it when it gives the keypoints of plain calls for two pictures."""
         canaries = self._canaries(*key)
         plain = [self._answer_to(canary, key[0]) for canary in canaries]
-
-        def work() -> None:
-            self._crop(*key)
-            self._infer(key[1])
-
-        graph = None
+        graph = fault = None
         try:
-            graph = captured(self._driver, self._stream, work)
+            graph = self._captured(*key)
             fault = canary_fault(plain, [self._answer_to(canary, key[0], graph) for canary in canaries])
         except BackendError as error:
             fault = str(error)
-        if fault is None:
+        if graph is not None and fault is None:
             self._graphs[key] = graph
             return
         self._settle()
         if graph is not None:
-            destroy(self._driver, graph)
-        self._switch.turn_off(fault)
+            graph.close(self._driver)
+        self._switch.turn_off(str(fault))
+
+    def _captured(self, bytes_a_pixel: int, n: int) -> _Graph:
+        """A graph on a lane of its own."""
+        lane = self._backend.open_lane(n)
+        try:
+            stream = self._driver.api.CUstream(lane.stream)
+            self._enqueue(lane, bytes_a_pixel, n)  # engines make ready what a capture may not
+            self._driver.call("cuStreamSynchronize", stream)
+            return _Graph(lane, captured(self._driver, stream, lambda: self._enqueue(lane, bytes_a_pixel, n)))
+        except BaseException:
+            lane.close()
+            raise
 
     def _canaries(self, bytes_a_pixel: int, n: int) -> list[tuple[DeviceFrame, NDArray[np.void]]]:
         """A dark and a bright picture of patches, of other size and address, and `n` faces at other places in each."""
@@ -386,7 +413,7 @@ class _Lane:
         return canaries
 
     def _answer_to(
-        self, canary: tuple[DeviceFrame, NDArray[np.void]], bytes_a_pixel: int, graph: Any = None
+        self, canary: tuple[DeviceFrame, NDArray[np.void]], bytes_a_pixel: int, graph: _Graph | None = None
     ) -> NDArray[np.float32]:
         frame, faces = canary
         self._records.write(frame, faces)

@@ -88,6 +88,7 @@ class DriverDouble:
         self.queues: dict[int, list[Step]] = defaultdict(list)
         self.events: dict[int, Step | None] = {}
         self.captures: dict[int, list[Step]] = {}
+        self.capturing: dict[int, int] = {}
         self.graphs: dict[int, list[Step]] = {}
         self.handles = 1000
         self.gate = threading.Event()
@@ -168,7 +169,7 @@ class DriverDouble:
 
     def _block(self, size: int) -> int | Result:
         assert size > 0
-        if self.captures:
+        if threading.get_ident() in self.capturing.values():
             return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         block = ctypes.create_string_buffer(b"\xee" * (size + 255), size + 255)
         address = -(-ctypes.addressof(block) // 256) * 256  # as the driver's memory is
@@ -229,7 +230,7 @@ class DriverDouble:
             self.work(stream, lambda: self._advance(mark))
 
     def _cuEventSynchronize(self, event: int) -> Result | None:
-        if self.captures:
+        if threading.get_ident() in self.capturing.values():
             return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         mark = self.events[event]
         if mark is not None:
@@ -237,7 +238,7 @@ class DriverDouble:
         return None
 
     def _cuStreamSynchronize(self, stream: int) -> Result | None:
-        if self.captures:
+        if stream in self.captures:
             return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         while self.queues[stream]:
             self._advance(self.queues[stream][-1])
@@ -258,9 +259,11 @@ class DriverDouble:
     def _cuStreamBeginCapture(self, stream: int, mode: int) -> None:
         assert stream not in self.captures
         self.captures[stream] = []
+        self.capturing[stream] = threading.get_ident()
 
     def _cuStreamEndCapture(self, stream: int) -> int:
         graph = self._handle()
+        assert self.capturing.pop(stream) == threading.get_ident()
         self.graphs[graph] = self.captures.pop(stream)
         return graph
 
