@@ -50,6 +50,9 @@ ELSE_DEFAULT = "the default model when left out: KP_MODEL, the model wheel, the 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own choice (all cores) when left out.")]
 PublicKey = Annotated[Path | None, typer.Option(help="Refuse a bundle that this PEM file's key did not sign.")]
+Looks = Annotated[
+    int, typer.Option(help="Times that a face is looked at, each time in the box of the points found before.")
+]
 Yunet = Annotated[Path | None, typer.Option(help="A YuNet model file, to detect faces with it instead of Haar.")]
 Data = Annotated[list[str], typer.Option(
     "--data", metavar="PATH[=WEIGHT]",
@@ -154,9 +157,7 @@ def evaluate(
         bool,
         typer.Option("--robustness", help="Also shake the boxes, enlarge and mirror the photos: 13 times the work."),
     ] = False,
-    looks: Annotated[
-        int, typer.Option(help="Times that a face is looked at, each time in the box of the points found before.")
-    ] = 1,
+    looks: Looks = 1,
     record: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also keep the result in the bundle's manifest under this name.")
     ] = None,
@@ -378,6 +379,7 @@ def predict(
     box: Annotated[
         list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="A face box, instead of detecting. Repeatable.")
     ] = None,
+    looks: Looks = 1,
     formats: Annotated[
         list[str] | None,
         typer.Option("--format", help="json, csv, pts, coco, parquet. Repeatable; json when left out."),
@@ -414,7 +416,9 @@ def predict(
     results, failed = [], []
     for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
         try:
-            results.append(predict_photo(opened, path, detector=detector, boxes_xyxy=boxes, drawn=target, timer=timer))
+            results.append(
+                predict_photo(opened, path, detector=detector, boxes_xyxy=boxes, drawn=target, timer=timer, looks=looks)
+            )
         except KpError as error:
             failed.append(str(error))
     written = write_results(results, out, formats or ["json"]) if results else []

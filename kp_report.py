@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import typer
 
 __all__ = [
     "build_progress",
+    "frames_progress",
     "print_accuracy",
     "print_bench",
     "print_bundle",
@@ -20,6 +22,7 @@ __all__ = [
     "print_groups",
     "print_json",
     "print_parity",
+    "print_run",
     "print_table",
     "print_times",
     "progress",
@@ -81,6 +84,22 @@ def tell_subject(subject: str) -> None:
     """Says on stderr what is looked at, where somebody looks; an empty one wipes it away."""
     if sys.stderr.isatty():
         print(f"\r{subject}\033[K", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def frames_progress(text: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr with frames a second and, where the total is known, the time left; none where nobody looks."""
+    if not sys.stderr.isatty():
+        yield lambda frames: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    speed = TextColumn("{task.fields[rate]:.1f} frames/s")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as bar:
+        task, begin = bar.add_task(text, total=total, rate=0.0), time.perf_counter()
+        yield lambda frames: bar.update(task, completed=frames, rate=frames / (time.perf_counter() - begin))
 
 
 def print_json(value: Any) -> None:
@@ -159,6 +178,16 @@ def print_parity(reports: Sequence[Any]) -> None:
     print_table(title, ("file", "faces", "mean px", "p50 px", "p99 px", "max px", "NME %", "rise", *regions), rows)
     if any(p.rise is None for p in reports):
         typer.echo("these faces have no labels: how far the accuracy itself moves was not measured, --data does that")
+
+
+def print_run(name: str, result: Any) -> None:
+    """A `VideoRun`: what was done in a line, then the files."""
+    dropped = f", {result.dropped} dropped to keep up" if result.dropped else ""
+    speed = f"{result.frames / result.seconds:.1f} frames/s{dropped}"
+    tracks = f"{result.faces} track{'s' * (result.faces != 1)}, detector on {result.detector_runs} frames"
+    typer.echo(f"{name}: {result.frames} frames{', stopped' if result.stopped else ''}, {speed}, {tracks}")
+    for path in result.files:
+        typer.echo(path)
 
 
 def _ms(time: Any) -> tuple[str, ...]:

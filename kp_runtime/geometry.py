@@ -37,6 +37,7 @@ __all__ = [
     "frame_box",
     "invert_matrix",
     "matrices_from_boxes",
+    "overlaps",
 ]
 
 FloatArray = NDArray[np.floating]
@@ -128,6 +129,16 @@ def invert_matrix(matrix: FloatArray) -> NDArray[np.float64]:
         det = a * e - b * d
         rows.append((e / det, -b / det, (b * f - c * e) / det, -d / det, a / det, (c * d - a * f) / det))
     return np.array(rows, np.float64).reshape(np.shape(matrix))
+
+
+def overlaps(boxes_xyxy: FloatArray, others_xyxy: FloatArray) -> NDArray[np.float64]:
+    """Intersection over union of each box `(n, 4)` with each other one `(m, 4)`, `(n, m)` float64."""
+    boxes, others = np.asarray(boxes_xyxy, np.float64)[:, None], np.asarray(others_xyxy, np.float64)[None]
+    low, high = np.maximum(boxes[..., :2], others[..., :2]), np.minimum(boxes[..., 2:], others[..., 2:])
+    common = np.clip(high - low, 0, None).prod(axis=-1)
+    areas = [(b[..., 2:] - b[..., :2]).prod(axis=-1) for b in (boxes, others)]
+    shares: NDArray[np.float64] = common / (areas[0] + areas[1] - common)
+    return shares
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,58 @@
+"""The One-Euro filter (Casiez, Roussel and Vogel, CHI 2012): still points hold still, moving ones lag little."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["OneEuro"]
+
+
+class OneEuro:
+    """Smooths an array that changes with time, each number by its own speed.
+
+    A low pass whose cutoff rises with the speed: `min_cutoff + beta * |speed|` (the paper's equation 5).
+    Speeds are in `unit`s a second, so that with a face's size as the unit the same settings suit near and
+    far faces.
+
+    Args:
+        min_cutoff: cutoff in Hz of what does not move; lower is steadier.
+        beta: Hz for each unit a second; higher lags less.
+        speed_cutoff: cutoff in Hz of the speed itself.
+    """
+
+    def __init__(self, min_cutoff: float = 0.6, beta: float = 5.0, speed_cutoff: float = 1.0) -> None:
+        self._min_cutoff, self._beta, self._speed_cutoff = min_cutoff, beta, speed_cutoff
+        self._seconds = -math.inf
+        self._value = self._speed = np.zeros(0)
+
+    def __call__(self, value: NDArray[np.floating], seconds: float, unit: float = 1.0) -> NDArray[np.float64]:
+        """The smoothed value at a time.
+
+        Args:
+            value: any shape, the same in each call, such as `(68, 2)` or `(n, 68, 2)`.
+            seconds: when it was measured; a time that is not after the last one gives the last answer again.
+            unit: what speeds are counted in, in the value's own unit.
+
+        Returns:
+            Float64, the shape of `value`.
+        """
+        new, step = np.asarray(value, np.float64), seconds - self._seconds
+        if math.isinf(step):
+            self._value, self._speed, self._seconds = new.copy(), np.zeros(new.shape), seconds
+        elif step > 0:
+            speed = (new - self._value) / (step * unit)
+            self._speed = self._speed + _share(self._speed_cutoff, step) * (speed - self._speed)
+            cutoff = self._min_cutoff + self._beta * np.abs(self._speed)
+            self._value = self._value + _share(cutoff, step) * (new - self._value)
+            self._seconds = seconds
+        return self._value.copy()
+
+
+def _share(cutoff: float | NDArray[np.float64], step: float) -> NDArray[np.float64]:
+    """How much of a new value is taken over after `step` seconds (the paper's equations 3 and 4)."""
+    angle = 2 * math.pi * step * np.asarray(cutoff)
+    share: NDArray[np.float64] = angle / (1 + angle)
+    return share

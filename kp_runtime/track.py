@@ -1,0 +1,277 @@
+"""Faces followed from frame to frame: pure logic on boxes and points, nothing is read or written here.
+
+The box of the next frame is that of the last points, so the detector runs only now and then. Whether a
+face is still there is told by a second look: the network also sees it in a box that is shifted and larger.
+On a face both looks find the same points, elsewhere they do not (`docs/video.md` has the measurements).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from kp_runtime.geometry import boxes_from_points, overlaps
+from kp_runtime.results import Keypoints
+from kp_runtime.smooth import OneEuro
+
+__all__ = ["LOST", "Track", "Tracker", "TrackerSettings", "disagreement", "second_looks"]
+
+LOST = 0.045
+"""Above this `disagreement` there is no face; measured by `scripts/lost_faces.py`."""
+
+_SHIFT, _ENLARGED = 0.07, 1.12
+"""The second look's box: right and down by this share of the longer side, and this much larger."""
+
+_SMALLEST = 4.0
+"""Least side of a face's box in pixels."""
+
+
+class FindPoints(Protocol):
+    """What a tracker needs of a `Model`."""
+
+    def __call__(self, image: NDArray[np.uint8], boxes_xyxy: ArrayLike, /) -> Keypoints:
+        """The keypoints in each box."""
+        ...
+
+
+class FindFaces(Protocol):
+    """What a tracker needs of a `Detector`."""
+
+    def __call__(self, image: NDArray[np.uint8], /) -> NDArray[np.float64]:
+        """`(n, 4)` float64 boxes, tight around the 68 points."""
+        ...
+
+
+@dataclass(frozen=True)
+class Track:
+    """One face on one frame.
+
+    Attributes:
+        id: the same number as long as the face is followed.
+        box_xyxy: `(4,)` float64, where the points were looked for, pixels of the image.
+        xy: `(68, 2)` float32, pixels of the image, smoothed where the tracker smooths.
+        lost_score: `disagreement` of the two looks; above the tracker's limit the face is lost.
+    """
+
+    id: int
+    box_xyxy: NDArray[np.float64]
+    xy: NDArray[np.float32]
+    lost_score: float
+
+
+@dataclass(frozen=True)
+class TrackerSettings:
+    """How a `Tracker` decides.
+
+    Attributes:
+        lost: the highest `lost_score` of a face.
+        detect_every: frames from one run of the detector to the next, for new faces.
+        search_every: the same while a face is lost, or none was found.
+        keep: frames that a lost face may be away and still come back with its id.
+        match: least overlap (IoU) of a detection with the place where a face is awaited.
+        same: overlap from which two tracks are taken for one face.
+        smooth: smooth the points (One-Euro); off for measurements.
+    """
+
+    lost: float = LOST
+    detect_every: int = 30
+    search_every: int = 5
+    keep: int = 30
+    match: float = 0.3
+    same: float = 0.6
+    smooth: bool = True
+
+
+@dataclass
+class _Face:
+    """What is remembered of a followed face: its last box, its motion a frame, for how long it is away."""
+
+    id: int
+    box: NDArray[np.float64]
+    motion: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
+    away: int = 0
+    smooth: OneEuro = field(default_factory=OneEuro)
+
+    @property
+    def awaited(self) -> NDArray[np.float64]:
+        """Where it should be on this frame, if it goes on as before."""
+        return self.box + np.tile(self.motion, 2)
+
+    def move_to(self, box: NDArray[np.float64]) -> None:
+        if self.away:  # it comes from elsewhere: neither speed nor old points tell anything
+            self.motion, self.smooth = np.zeros(2), OneEuro()
+        else:
+            self.motion = (self.motion + (box - self.box).reshape(2, 2).mean(axis=0)) / 2
+        self.box, self.away = box, 0
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What the network found in a box, and how far its two looks are apart."""
+
+    searched: NDArray[np.float64]
+    xy: NDArray[np.float32]
+    box: NDArray[np.float64]
+    score: float
+
+
+class Tracker:
+    """Follows faces: `tracker(image, seconds)` gives the `Track`s of the next frame.
+
+    Args:
+        model: finds points in boxes, such as `kp_runtime.load(…)`.
+        detector: finds boxes, such as `kp_runtime.HaarDetector()`.
+        settings: how it decides.
+
+    Attributes:
+        detector_runs: on how many frames the detector was asked.
+        faces: how many tracks there were.
+    """
+
+    def __init__(self, model: FindPoints, detector: FindFaces, settings: TrackerSettings | None = None) -> None:
+        self._model, self._detector = model, detector
+        self._settings = settings or TrackerSettings()
+        self._known: list[_Face] = []
+        self._until_detection = 0
+        self.detector_runs = 0
+        self.faces = 0
+
+    def __call__(self, image: NDArray[np.uint8], seconds: float) -> tuple[Track, ...]:
+        """Follows the faces to the next frame.
+
+        Args:
+            image: `(h, w, 3)` uint8 BGR; the same size as the frames before.
+            seconds: the frame's time, for the smoothing.
+
+        Returns:
+            A track a face in view, in order of their ids.
+
+        Raises:
+            KpError: what the model and the detector raise.
+        """
+        in_view = [face for face in self._known if face.away == 0]
+        looks = dict(zip((face.id for face in in_view), self._look(image, [f.box for f in in_view]), strict=True))
+        found = {face.id: look for face in in_view if self._is_face(look := looks[face.id], image)}
+        self._drop_doubles(found)
+        self._until_detection -= 1
+        if self._until_detection <= 0 or len(found) < len(in_view):
+            self._detect(image, found)
+        for face in self._known:
+            if face.id in found:
+                face.move_to(found[face.id].box)
+            else:
+                face.box, face.away = face.awaited, face.away + 1
+        self._known = [face for face in self._known if face.away <= self._settings.keep]
+        if not found or any(face.away for face in self._known):
+            self._until_detection = min(self._until_detection, self._settings.search_every)
+        return tuple(self._track(face, found[face.id], seconds) for face in self._known if face.id in found)
+
+    def _look(self, image: NDArray[np.uint8], boxes: Sequence[NDArray[np.float64]]) -> list[_Look]:
+        """Both looks at all boxes by one call of the model."""
+        if not boxes:
+            return []
+        searched = np.stack(boxes)
+        xy = self._model(image, np.concatenate([searched, second_looks(searched)])).xy
+        first, second = xy[: len(boxes)], xy[len(boxes) :]
+        scores = disagreement(first, second, searched).tolist()
+        return [_Look(*look) for look in zip(searched, first, boxes_from_points(first), scores, strict=True)]
+
+    def _is_face(self, look: _Look, image: NDArray[np.uint8]) -> bool:
+        """Whether the looks agree, on something that can be followed."""
+        return look.score <= self._settings.lost and _on_image(look.box, image)
+
+    def _drop_doubles(self, found: dict[int, _Look]) -> None:
+        """Where two tracks slid onto one face, the one that was awaited there stays."""
+        by_id = {face.id: face for face in self._known}
+        kept: list[int] = []
+        for key in sorted(found, key=lambda key: -_overlap(found[key].box, by_id[key].awaited)):
+            if all(_overlap(found[key].box, found[other].box) < self._settings.same for other in kept):
+                kept.append(key)
+        for key in set(found) - set(kept):
+            del found[key]
+
+    def _detect(self, image: NDArray[np.uint8], found: dict[int, _Look]) -> None:
+        """Runs the detector: faces that were lost are found again, others are new; both join `found`."""
+        self.detector_runs += 1
+        self._until_detection = self._settings.detect_every
+        boxes = self._detector(image)
+        taken = {row for row, _ in _matches(boxes, [look.box for look in found.values()], self._settings.match)}
+        free = [row for row in range(len(boxes)) if row not in taken]
+        if not free:
+            return
+        # a detector's box is rough: what is judged is the box of the points in it
+        points = self._model(image, boxes[free]).xy
+        for look in self._look(image, [box for box in boxes_from_points(points) if _on_image(box, image)]):
+            others = [other.box for other in found.values()]
+            if not self._is_face(look, image) or any(_overlap(look.box, box) >= self._settings.match for box in others):
+                continue
+            lost = [face for face in self._known if face.id not in found]
+            match = _matches(look.box[None], [face.awaited for face in lost], self._settings.match)
+            if match:
+                face = lost[match[0][1]]
+                face.away = max(face.away, 1)
+            else:
+                self.faces += 1
+                face = _Face(self.faces, look.box)
+                self._known.append(face)
+            found[face.id] = look
+
+    def _track(self, face: _Face, look: _Look, seconds: float) -> Track:
+        xy = look.xy
+        if self._settings.smooth:
+            xy = face.smooth(xy, seconds, unit=float((look.box[2:] - look.box[:2]).max())).astype(np.float32)
+        return Track(face.id, look.searched, xy, look.score)
+
+
+def second_looks(boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The boxes of the second look: `(n, 4)` to `(n, 4)` float64."""
+    boxes = np.asarray(boxes_xyxy, np.float64)
+    half = (boxes[:, 2:] - boxes[:, :2]) / 2
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + 2 * _SHIFT * half.max(axis=1, keepdims=True)
+    return np.concatenate([centre - _ENLARGED * half, centre + _ENLARGED * half], axis=1)
+
+
+def disagreement(
+    xy: NDArray[np.floating], second_xy: NDArray[np.floating], boxes_xyxy: NDArray[np.floating]
+) -> NDArray[np.float64]:
+    """Mean distance between the points of two looks, in longer sides of the first look's box.
+
+    Args:
+        xy: `(n, 68, 2)` of the first look, pixels of the image.
+        second_xy: the same of the second.
+        boxes_xyxy: `(n, 4)` of the first.
+
+    Returns:
+        `(n,)` float64.
+    """
+    side = np.asarray(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2], np.float64).max(axis=1)
+    distance = np.linalg.norm(np.asarray(xy, np.float64) - second_xy, axis=-1).mean(axis=1)
+    share: NDArray[np.float64] = distance / side
+    return share
+
+
+def _on_image(box: NDArray[np.float64], image: NDArray[np.uint8]) -> bool:
+    """Whether a box has its centre on the image and some size."""
+    centre, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
+    return bool((centre >= 0).all() and (centre < image.shape[1::-1]).all() and (size >= _SMALLEST).all())
+
+
+def _overlap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    return float(overlaps(a[None], b[None])[0, 0])
+
+
+def _matches(boxes: NDArray[np.float64], awaited: Sequence[NDArray[np.float64]], least: float) -> list[tuple[int, int]]:
+    """Pairs of a box and an awaited one, best overlap first, each used once."""
+    if not len(boxes) or not awaited:
+        return []
+    shares = overlaps(boxes, np.stack(awaited))
+    pairs = []
+    while shares.max() >= least:
+        row, column = np.unravel_index(int(shares.argmax()), shares.shape)
+        pairs.append((int(row), int(column)))
+        shares[row], shares[:, column] = -1, -1
+    return pairs

@@ -1,0 +1,247 @@
+"""A moving picture from source to sinks: reading, tracking, drawing and writing overlap, each in its thread.
+
+Between two steps waits a bounded number of frames. A file's reader waits when the next step is behind; a live
+source's oldest frame is dropped instead.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.draw import draw_boxes, draw_keypoints
+from kp_runtime.errors import BackendError, ImageError, KpError
+from kp_runtime.frame import import_cv2
+from kp_runtime.track import Track, Tracker
+from kp_runtime.video_sink import Sink
+from kp_runtime.video_source import Source, VideoFrame
+
+__all__ = ["Ahead", "VideoRun", "Window", "draw_tracks", "run_video"]
+
+T = TypeVar("T")
+_ROOM = 4  # frames between two steps: enough that an uneven one does not stop the others
+_TURN_S = 0.1  # how long a wait lasts before it looks whether it should end
+
+
+@dataclass(frozen=True)
+class VideoRun:
+    """What a run did.
+
+    Attributes:
+        frames: frames through all steps.
+        dropped: frames of a live source that were left out to keep up.
+        faces: tracks.
+        detector_runs: frames on which the detector was asked.
+        seconds: from the first frame to the last file closed.
+        stopped: whether it was ended from outside.
+        files: what was written.
+    """
+
+    frames: int
+    dropped: int
+    faces: int
+    detector_runs: int
+    seconds: float
+    stopped: bool
+    files: tuple[Path, ...]
+
+
+class Ahead(Generic[T]):
+    """Works through an iterable in a thread of its own, up to `room` items ahead of whoever takes them.
+
+    Its error is raised to the taker, after the items before it.
+
+    Args:
+        items: what is worked through.
+        room: most items that wait.
+        newest: drop the oldest waiting item rather than stop; `dropped` counts them.
+    """
+
+    def __init__(self, items: Iterable[T], room: int = _ROOM, *, newest: bool = False) -> None:
+        self._items, self._room, self._newest = items, room, newest
+        self._waiting: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._ended = self._closed = False
+        self._error: BaseException | None = None
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[T]:
+        """The items, in order."""
+        while True:
+            with self._changed:
+                # in turns, so that the main thread gets to see Ctrl-C on every system
+                while not self._waiting and not self._ended:
+                    self._changed.wait(_TURN_S)
+                if not self._waiting:
+                    break
+                item = self._waiting.popleft()
+                self._changed.notify_all()
+            yield item
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Ends the thread without taking what is left."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(_TURN_S)
+
+    def _work(self) -> None:
+        try:
+            for item in self._items:
+                if not self._put(item):
+                    break
+        except BaseException as error:  # it belongs to the taker
+            self._error = error
+        finally:
+            with self._changed:
+                self._ended = True
+                self._changed.notify_all()
+
+    def _put(self, item: T) -> bool:
+        with self._changed:
+            if self._newest and len(self._waiting) >= self._room:
+                self._waiting.popleft()
+                self.dropped += 1
+            while len(self._waiting) >= self._room and not self._closed:
+                self._changed.wait()
+            self._waiting.append(item)
+            self._changed.notify_all()
+            return not self._closed
+
+
+class Window:
+    """A window that shows frames; any of q, Esc or closing it ends the run.
+
+    Raises:
+        BackendError: this OpenCV has no windows, or there is no screen.
+    """
+
+    def __init__(self, title: str) -> None:
+        self._cv2, self._title = import_cv2(), title
+        try:
+            self._cv2.namedWindow(title, self._cv2.WINDOW_NORMAL)
+        except self._cv2.error as error:
+            raise BackendError(
+                "this OpenCV can't open a window (the headless wheel has none, or there is no screen); "
+                "leave out --show, or install opencv-python in place of opencv-python-headless"
+            ) from error
+
+    def show(self, picture: NDArray[np.uint8]) -> bool:
+        """Shows a frame; false when the person wants no more."""
+        cv2 = self._cv2
+        cv2.imshow(self._title, picture)
+        wanted = cv2.waitKey(1) & 0xFF not in (ord("q"), 27)
+        return bool(wanted and cv2.getWindowProperty(self._title, cv2.WND_PROP_VISIBLE) >= 1)
+
+    def close(self) -> None:
+        """Closes it."""
+        self._cv2.destroyWindow(self._title)
+
+
+def draw_tracks(image: NDArray[np.uint8], tracks: Sequence[Track]) -> NDArray[np.uint8]:
+    """Boxes, ids and points on a copy of a `(h, w, 3)` uint8 BGR image."""
+    if not tracks:
+        return image.copy()
+    cv2 = import_cv2()
+    canvas = draw_boxes(image, [track.box_xyxy for track in tracks])
+    for track in tracks:
+        x, y = np.rint(np.clip(track.box_xyxy[:2], -(2**20), 2**20)).astype(int).tolist()
+        cv2.putText(canvas, str(track.id), (x, y - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (96, 96, 240), 2, cv2.LINE_AA)
+    return draw_keypoints(canvas, np.stack([track.xy for track in tracks]))
+
+
+def run_video(
+    source: Source,
+    tracker: Tracker,
+    sinks: Sequence[Sink],
+    *,
+    window: Any = None,
+    stop: threading.Event | None = None,
+    step: Callable[[int], None] = lambda frames: None,
+) -> VideoRun:
+    """Reads, tracks, draws and writes until the source ends.
+
+    Args:
+        source: of `video_source.open_source`.
+        tracker: a fresh one.
+        sinks: of `video_sink.open_sinks`; they are closed in any case.
+        window: a `Window` that shows the frames.
+        stop: set it to end the run: no more is read, what was read is finished.
+        step: is told how many frames are through.
+
+    Raises:
+        ImageError: the source broke off, or its frames changed their size; what came before is written.
+        KpError: a sink can't write any more; the other files are finished.
+    """
+    stop = stop or threading.Event()
+    room = 1 if source.live else _ROOM
+    pictures = window is not None or any(sink.pictures for sink in sinks)
+
+    def tracked() -> Iterator[tuple[VideoFrame, tuple[Track, ...]]]:
+        for frame in read:
+            if frame.image.shape[:2] != source.size_hw:
+                (height, width), new = source.size_hw, frame.image.shape
+                raise ImageError(
+                    f"{source.name} changes its size from {width} x {height} to {new[1]} x {new[0]} "
+                    f"at frame {frame.index}; run that part by itself"
+                )
+            yield frame, tracker(frame.image, frame.seconds)
+
+    begin, frames = time.perf_counter(), 0
+    read = Ahead(_until(source, stop), room, newest=source.live)
+    found = Ahead(tracked(), room)
+    drawn = Ahead(((f, t, draw_tracks(f.image, t) if pictures else None) for f, t in found), room)
+    failures: list[KpError] = []
+    try:
+        for frame, tracks, picture in drawn:
+            for sink in sinks:
+                sink.write(frame, tracks, picture)
+            frames += 1
+            step(frames)
+            if window is not None and picture is not None and not window.show(picture):
+                stop.set()
+    except KpError as error:
+        failures.append(error)
+    finally:
+        for ahead in (read, found, drawn):
+            ahead.close()
+        failures += _closed(sinks)
+        if window is not None:
+            window.close()
+    files = tuple(sink.path for sink in sinks if sink.path.exists())
+    if failures:
+        kept = f"; {frames} frames are in {', '.join(map(str, files))}" if files else ""
+        failures[0].args = (f"{'; '.join(map(str, failures))}{kept}",)
+        raise failures[0]
+    seconds = time.perf_counter() - begin
+    return VideoRun(frames, read.dropped, tracker.faces, tracker.detector_runs, seconds, stop.is_set(), files)
+
+
+def _until(source: Source, stop: threading.Event) -> Iterator[VideoFrame]:
+    for frame in source:
+        if stop.is_set():
+            return
+        yield frame
+
+
+def _closed(sinks: Sequence[Sink]) -> list[KpError]:
+    """Closes all sinks, and gives what went wrong."""
+    failures = []
+    for sink in sinks:
+        try:
+            sink.close()
+        except KpError as error:
+            failures.append(error)
+    return failures

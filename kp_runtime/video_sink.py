@@ -1,0 +1,231 @@
+"""What is written of a moving picture: the annotated video, and a row a face as JSON Lines or Parquet.
+
+Every sink writes beside its target and takes the target's name when it is closed, whatever ended the run; so
+a file of that name is always whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.errors import InputError, KpError, MissingExtraError
+from kp_runtime.frame import import_cv2
+from kp_runtime.track import Track
+from kp_runtime.video_source import VideoFrame
+
+__all__ = ["FORMATS", "LinesSink", "ParquetSink", "Sink", "VideoSink", "open_sinks"]
+
+FORMATS = {"mp4": ".mp4", "avi": ".avi", "jsonl": ".jsonl", "parquet": ".parquet"}
+"""The formats and their suffixes."""
+
+_CODECS = {"mp4": "mp4v", "avi": "MJPG"}
+"""What every OpenCV with FFmpeg can encode: MPEG-4 part 2, and JPEGs one after the other."""
+
+_ROWS_AT_ONCE = 1000
+
+
+class Sink(Protocol):
+    """Takes frames in order."""
+
+    path: Path
+    pictures: bool
+
+    def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
+        """Takes one frame; `drawn` is `(h, w, 3)` uint8 BGR and given where `pictures` is true."""
+        ...
+
+    def close(self) -> None:
+        """Finishes the file and gives it its name."""
+        ...
+
+
+def open_sinks(
+    formats: Sequence[str], out: Path, stem: str, *, rate: float, size_hw: tuple[int, int], live: bool
+) -> list[Sink]:
+    """Opens `out/<stem>_keypoints.<suffix>` for each format.
+
+    Raises:
+        InputError: an unknown format.
+        KpError: a file can't be written.
+        MissingExtraError: Parquet without pyarrow.
+    """
+    if odd := [name for name in formats if name not in FORMATS]:
+        raise InputError(f"there is no format {odd[0]!r}; choose from {', '.join(FORMATS)}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KpError(f"can't write into {out}: {error.strerror or error}; name another folder with --out") from error
+    sinks: list[Sink] = []
+    for name in dict.fromkeys(formats):
+        path = out / f"{stem}_keypoints{FORMATS[name]}"
+        if name in _CODECS:
+            sinks.append(VideoSink(path, _CODECS[name], rate, size_hw, by_clock=live))
+        else:
+            sinks.append(LinesSink(path) if name == "jsonl" else ParquetSink(path))
+    return sinks
+
+
+def _temporary(path: Path) -> Path:
+    """Beside the target, with its suffix, which tells OpenCV the container."""
+    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+
+
+class VideoSink:
+    """An annotated video.
+
+    Args:
+        path: the target.
+        codec: its four characters.
+        rate: frames a second.
+        size_hw: of all frames.
+        by_clock: frames come when they come, so one is repeated until the next is due: the video then lasts
+            as long as what it shows. Otherwise each is written once.
+
+    Raises:
+        KpError: OpenCV can't write there.
+    """
+
+    pictures = True
+
+    def __init__(self, path: Path, codec: str, rate: float, size_hw: tuple[int, int], *, by_clock: bool) -> None:
+        cv2 = import_cv2()
+        self.path, self._cv2, self._rate, self._by_clock = path, cv2, rate, by_clock
+        self._temporary, self._written = _temporary(path), 0
+        fourcc = cv2.VideoWriter_fourcc(*codec)
+        self._writer: Any = cv2.VideoWriter(str(self._temporary), fourcc, rate, (size_hw[1], size_hw[0]))
+        if not self._writer.isOpened():
+            self._temporary.unlink(missing_ok=True)
+            raise KpError(f"can't write the video {path}; check the folder, or take another --format")
+
+    def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
+        """Adds a frame."""
+        times = max(0, round(frame.seconds * self._rate) + 1 - self._written) if self._by_clock else 1
+        for _ in range(times):
+            self._writer.write(drawn)
+        self._written += times
+
+    def close(self) -> None:
+        """Finishes the video, and looks whether it is there: OpenCV does not tell of a full disk."""
+        self._writer.release()
+        check = self._cv2.VideoCapture(str(self._temporary))
+        there = int(check.get(self._cv2.CAP_PROP_FRAME_COUNT)) if check.isOpened() else 0
+        check.release()
+        _rename(self._temporary, self.path)
+        if there < self._written:
+            raise KpError(f"{self.path} has {there} of the {self._written} frames written to it; is the disk full?")
+
+
+class LinesSink:
+    """JSON Lines: an object a face and frame.
+
+    Raises:
+        KpError: the file can't be written.
+    """
+
+    pictures = False
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._temporary = path, _temporary(path)
+        try:
+            self._file = open(self._temporary, "w", encoding="utf-8")  # noqa: SIM115 - open until close()
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
+        """Adds a line a face."""
+        try:
+            self._file.writelines(json.dumps(_row(frame, track)) + "\n" for track in tracks)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        """Finishes the file."""
+        try:
+            self._file.close()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        finally:
+            _rename(self._temporary, self.path)
+
+
+class ParquetSink:
+    """Parquet: a row a face and frame, the columns as in JSON Lines.
+
+    Raises:
+        MissingExtraError: pyarrow is not installed.
+        KpError: the file can't be written.
+    """
+
+    pictures = False
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ImportError as error:
+            raise MissingExtraError("pyarrow", "parquet", "writing Parquet") from error
+        self.path, self._temporary, self._pa = path, _temporary(path), pa
+        self._rows: list[dict[str, Any]] = []
+        point = pa.list_(pa.float32(), 2)
+        self._schema = pa.schema([
+            ("time", pa.float64()), ("frame", pa.int64()), ("track", pa.int64()),
+            ("box_xyxy", pa.list_(pa.float32(), 4)), ("keypoints_xy", pa.list_(point, 68)),
+            ("lost_score", pa.float32()),
+        ])  # fmt: skip
+        try:
+            self._writer = pq.ParquetWriter(self._temporary, self._schema)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
+        """Adds a row a face; they reach the disk by the thousand."""
+        self._rows += [_row(frame, track) for track in tracks]
+        if len(self._rows) >= _ROWS_AT_ONCE:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes the last rows and the file's end."""
+        try:
+            self._flush()
+            self._writer.close()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        finally:
+            _rename(self._temporary, self.path)
+
+    def _flush(self) -> None:
+        try:
+            self._writer.write_table(self._pa.Table.from_pylist(self._rows, self._schema))
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+        self._rows = []
+
+
+def _row(frame: VideoFrame, track: Track) -> dict[str, Any]:
+    """One face on one frame as plain data; time in seconds, positions in pixels to a thousandth."""
+    return {
+        "time": round(frame.seconds, 6),
+        "frame": frame.index,
+        "track": track.id,
+        "box_xyxy": np.round(track.box_xyxy, 3).tolist(),
+        "keypoints_xy": np.round(track.xy.astype(np.float64), 3).tolist(),
+        "lost_score": round(track.lost_score, 5),
+    }
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    try:
+        os.replace(temporary, path)
+    except OSError as error:
+        raise KpError(f"can't write {path}: {error.strerror or error}; what was written is {temporary}") from error
+
+
+def _unwritable(path: Path, error: OSError) -> KpError:
+    return KpError(f"can't write {path}: {error.strerror or error}")

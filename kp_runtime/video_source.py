@@ -1,0 +1,281 @@
+"""Where moving pictures come from: video files, folders of frames, cameras, network streams, GStreamer.
+
+A source gives `VideoFrame`s in order. Files and folders give every frame and end; live ones (cameras, streams,
+pipelines) go on until they are stopped, and are opened anew when they go away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.errors import BackendError, ImageError, InputError
+from kp_runtime.frame import IMAGE_SUFFIXES, image_from_file, import_cv2
+from kp_runtime.photos import photos_from_paths
+
+__all__ = ["FileSource", "FolderSource", "LiveSource", "Source", "VideoFrame", "open_source"]
+
+USUAL_RATE = 30.0
+"""Frames a second where the source does not tell."""
+
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
+_NETWORK_TIMEOUT_MS = 10_000
+
+
+@dataclass(frozen=True)
+class VideoFrame:
+    """One frame.
+
+    Attributes:
+        index: counted from 0 in the source; a live source's gaps are frames that were dropped.
+        seconds: since the source's start.
+        image: `(h, w, 3)` uint8 BGR.
+    """
+
+    index: int
+    seconds: float
+    image: NDArray[np.uint8]
+
+
+class Source(Protocol):
+    """Gives the frames of one moving picture.
+
+    Attributes:
+        name: for messages.
+        stem: for the names of result files.
+        live: frames come by the clock, so old ones are dropped rather than waited with.
+        rate: frames a second.
+        count: how many frames there are, as far as the source knows.
+        size_hw: of the first frame.
+    """
+
+    name: str
+    stem: str
+    live: bool
+    rate: float
+    count: int | None
+    size_hw: tuple[int, int]
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        """The frames; `ImageError` where they end before their time."""
+        ...
+
+
+def open_source(
+    text: str,
+    *,
+    rate: float | None = None,
+    patience: float = 60.0,
+    stop: threading.Event | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Source:
+    """Opens what a person would name.
+
+    Args:
+        text: a file, a folder of frames, a camera's index, a network address (`rtsp://…`), or a GStreamer
+            pipeline (`v4l2src ! videoconvert ! appsink`).
+        rate: frames a second, instead of what the source says.
+        patience: for how many seconds a live source that went away is opened anew.
+        stop: ends a live source.
+        say: is told, in a line, that a live source went away and came back.
+
+    Raises:
+        InputError: nothing of the kind is there.
+        ImageError: it is there and gives no frame.
+        BackendError: this OpenCV has no GStreamer.
+    """
+    if rate is not None and not (math.isfinite(rate) and 0 < rate <= 1000):
+        raise InputError(f"the frame rate must be over 0 and at most 1000 a second, got {rate:g}")
+    path = Path(text)
+    if path.is_dir():
+        return FolderSource(path, rate)
+    if path.is_file():
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            raise InputError(f"{path} is a photo: kp predict {path}, or give the folder that holds the frames")
+        return FileSource(path, rate)
+
+    def live(name: str, opener: Callable[[], Any]) -> LiveSource:
+        return LiveSource(name, opener, rate=rate, patience=patience, stop=stop or threading.Event(), say=say)
+
+    cv2 = import_cv2()
+    if text.isascii() and text.isdigit():
+        index = int(text)
+        if index > 99:
+            raise InputError(f"there is no camera {text}; cameras are counted from 0 (on Linux: ls /dev/video*)")
+        return live(f"camera {text}", lambda: cv2.VideoCapture(index))
+    if "!" in text:
+        if not cv2.videoio_registry.hasBackend(cv2.CAP_GSTREAMER):
+            raise BackendError(
+                f"OpenCV {cv2.__version__} is built without GStreamer (PyPI's wheels are); "
+                "use the system's OpenCV (JetPack's and Debian's have it), a camera's index, or an rtsp:// address"
+            )
+        return live("the pipeline", lambda: cv2.VideoCapture(text, cv2.CAP_GSTREAMER))
+    if "://" in text:
+        limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _NETWORK_TIMEOUT_MS]
+        limits += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, _NETWORK_TIMEOUT_MS]
+        return live(_without_password(text), lambda: cv2.VideoCapture(text, cv2.CAP_FFMPEG, limits))
+    raise InputError(f"there is no video, folder, camera index, address (rtsp://…) or GStreamer pipeline {text!r}")
+
+
+class FileSource:
+    """A video file; no frame is left out.
+
+    Raises:
+        ImageError: OpenCV finds no frame in it.
+    """
+
+    live = False
+
+    def __init__(self, path: Path, rate: float | None = None) -> None:
+        cv2 = import_cv2()
+        self.name, self.stem = str(path), path.stem
+        self._cv2, self._rate_given = cv2, rate is not None
+        self._capture = cv2.VideoCapture(str(path))
+        read, image = self._capture.read()
+        if not read:
+            raise ImageError(f"{path} has no frame that can be read: it is cut off, empty or no video")
+        self._first: NDArray[np.uint8] = image
+        self.size_hw = (image.shape[0], image.shape[1])
+        self.rate = rate or _rate(self._capture)
+        count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        self.count = int(count) if 0 < count < 1e9 else None
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        """Every frame; `ImageError` after the last one where the file promised more."""
+        read, image, index, seconds = True, self._first, 0, 0.0
+        with _released(self._capture):
+            while read:
+                yield VideoFrame(index, seconds, image)
+                index += 1
+                read, image = self._capture.read()
+                stamp = self._capture.get(self._cv2.CAP_PROP_POS_MSEC) / 1000
+                trusted = stamp > seconds and not self._rate_given
+                seconds = stamp if trusted else max(seconds, (index - 1) / self.rate) + 1 / self.rate
+        # some containers only estimate their number of frames
+        if self.count is not None and index < self.count - max(2, 0.02 * self.count):
+            raise ImageError(f"{self.name} is cut off: {index} of its {self.count} frames could be read")
+
+
+class FolderSource:
+    """A folder of frames, in the order of their names.
+
+    Raises:
+        ImageError: it holds no photo, or the first one can't be read.
+    """
+
+    live = False
+
+    def __init__(self, folder: Path, rate: float | None = None) -> None:
+        self.name, self.stem = str(folder), folder.resolve().name
+        self._paths = photos_from_paths([folder])
+        self.rate = rate or USUAL_RATE
+        self.count: int | None = len(self._paths)
+        first = image_from_file(self._paths[0])
+        self.size_hw = (first.shape[0], first.shape[1])
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        """Every frame; `ImageError` at one that can't be read."""
+        for index, path in enumerate(self._paths):
+            yield VideoFrame(index, index / self.rate, image_from_file(path))
+
+
+class LiveSource:
+    """A camera, a stream or a pipeline; when it goes away it is opened anew, with growing waits.
+
+    Args:
+        name: for messages.
+        opener: gives a new `cv2.VideoCapture`.
+        rate: frames a second, instead of what the source says.
+        patience: for how many seconds it is opened anew; 0 takes the first missing frame as the end.
+        stop: ends it.
+        say: is told that it went away and came back.
+
+    Raises:
+        ImageError: it gives no frame.
+    """
+
+    live = True
+    count: int | None = None
+
+    def __init__(
+        self,
+        name: str,
+        opener: Callable[[], Any],
+        *,
+        rate: float | None = None,
+        patience: float = 60.0,
+        stop: threading.Event,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.name, self.stem = name, re.sub(r"\W+", "_", name).strip("_")
+        self._opener, self._patience, self._stop, self._say = opener, patience, stop, say
+        self._capture = opener()
+        read, image = self._capture.read()
+        if not read:
+            self._capture.release()
+            raise ImageError(f"{name} gives no frame; check that it is connected and that nothing else uses it")
+        self._first: NDArray[np.uint8] = image
+        self.size_hw = (image.shape[0], image.shape[1])
+        self.rate = rate or _rate(self._capture)
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        """Frames until it is stopped; `ImageError` when it stays away."""
+        begin, index, image = time.monotonic(), 0, self._first
+        try:
+            while not self._stop.is_set():
+                yield VideoFrame(index, time.monotonic() - begin, image)
+                index += 1
+                read, image = self._capture.read()
+                if not read:
+                    if self._patience == 0:
+                        return
+                    image = self._opened_anew()
+        finally:
+            self._capture.release()
+
+    def _opened_anew(self) -> NDArray[np.uint8]:
+        """The first frame after a gap; any one, which nobody will see, when it is stopped meanwhile."""
+        self._say(f"{self.name} went away; trying again for {self._patience:g} s")
+        begin, wait = time.monotonic(), _FIRST_WAIT
+        while time.monotonic() - begin < self._patience:
+            self._capture.release()
+            if self._stop.wait(min(wait, self._patience)):
+                return self._first
+            self._capture = self._opener()
+            read, image = self._capture.read()
+            if read:
+                self._say(f"{self.name} is back after {time.monotonic() - begin:.1f} s")
+                return image  # type: ignore[no-any-return]
+            wait = min(2 * wait, _LONGEST_WAIT)
+        raise ImageError(f"{self.name} went away and was not back within {self._patience:g} s (--patience)")
+
+
+@contextlib.contextmanager
+def _released(capture: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        capture.release()
+
+
+def _rate(capture: Any) -> float:
+    """Frames a second as the capture tells, or the usual one where it can't be true."""
+    rate = float(capture.get(import_cv2().CAP_PROP_FPS))
+    return rate if 1 <= rate <= 1000 else USUAL_RATE
+
+
+def _without_password(address: str) -> str:
+    """`rtsp://user:password@host/path` without what only its owner should see."""
+    scheme, _, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"

@@ -1,0 +1,155 @@
+"""Measures what docs/video.md says of `kp run`: its speed beside each step alone, and jitter and lag of the smoothing.
+
+    python scripts/measure_video.py BUNDLE [--frames N] [--threads N]
+
+The picture is scikit-image's astronaut (NASA, public domain) on its cup of coffee, 1280 x 720 at 30 frames a
+second. Speed: the face wanders and grows; each step runs alone on the same frames, then all of them together,
+in turns, five times each. Jitter: the same picture again and again under fresh noise of 5 grey levels. Lag: the
+face moves sideways by a sine; the time shift that brings the smoothed points nearest to the raw ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import skimage.data
+
+from kp_report import print_table
+from kp_runtime.detect import HaarDetector
+from kp_runtime.pipeline import Model, load
+from kp_runtime.track import Tracker, TrackerSettings
+from kp_runtime.video import draw_tracks, run_video
+from kp_runtime.video_sink import open_sinks
+from kp_runtime.video_source import FileSource
+
+RATE, SIZE_WH = 30, (1280, 720)
+FACE = 75
+"""Longer side of the astronaut's 68 points in her photograph, pixels."""
+
+
+def picture(x: float, y: float, zoom: float) -> np.ndarray:
+    """The astronaut at a place on the background."""
+    face = cv2.cvtColor(skimage.data.astronaut(), cv2.COLOR_RGB2BGR)
+    ground = cv2.resize(cv2.cvtColor(skimage.data.coffee(), cv2.COLOR_RGB2BGR), SIZE_WH)
+    matrix = np.array([[zoom, 0, x], [0, zoom, y]], np.float64)
+    return np.asarray(cv2.warpAffine(face, matrix, SIZE_WH, dst=ground, borderMode=cv2.BORDER_TRANSPARENT))
+
+
+def wandering(path: Path, frames: int) -> Path:
+    """Writes a video of a face that wanders and grows."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), RATE, SIZE_WH)
+    for t in np.arange(frames) / RATE:
+        writer.write(picture(380 + 250 * np.sin(0.9 * t), 120 + 80 * np.cos(1.3 * t), 0.9 + 0.2 * np.sin(t)))
+    writer.release()
+    return path
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def speed(model: Model, frames: int) -> None:
+    """Prints frames a second of each step alone, and of the whole."""
+    detector = HaarDetector()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        video = wandering(folder / "in.mp4", frames)
+        shown = list(FileSource(video))
+        tracker = Tracker(model, detector)
+        tracks = [tracker(frame.image, frame.seconds) for frame in shown]
+        drawn = [draw_tracks(frame.image, found) for frame, found in zip(shown, tracks, strict=True)]
+
+        def sinks() -> list:
+            return open_sinks(["mp4", "jsonl"], folder, "out", rate=RATE, size_hw=SIZE_WH[::-1], live=False)
+
+        def write() -> None:
+            opened = sinks()
+            for frame, found, image in zip(shown, tracks, drawn, strict=True):
+                for sink in opened:
+                    sink.write(frame, found, image)
+            for sink in opened:
+                sink.close()
+
+        def track() -> None:
+            again = Tracker(model, detector)
+            for frame in shown:
+                again(frame.image, frame.seconds)
+
+        steps: dict[str, Callable[[], object]] = {
+            "read": lambda: list(FileSource(video)),
+            "track": track,
+            "draw": lambda: [draw_tracks(frame.image, found) for frame, found in zip(shown, tracks, strict=True)],
+            "write": write,
+            "whole": lambda: run_video(FileSource(video), Tracker(model, detector), sinks()),
+        }
+        times: dict[str, list[float]] = {step: [] for step in steps}
+        for _ in range(5):
+            for step, work in steps.items():
+                times[step].append(frames / seconds(work))
+    rows = [(step, *(f"{rate:.1f}" for rate in sorted(found)[::-1])) for step, found in times.items()]
+    print_table(f"frames/s, {frames} frames", ("step", "best", "", "median", "", "worst"), rows)
+    print(f"detector on {tracker.detector_runs} of {frames} frames, {tracker.faces} track(s)")
+
+
+def points(model: Model, frames: Iterator[np.ndarray], smooth: bool) -> np.ndarray:
+    """The first track's points on every frame, `(frames, 68, 2)`."""
+    tracker = Tracker(model, HaarDetector(), TrackerSettings(smooth=smooth))
+    return np.stack([tracker(image, i / RATE)[0].xy for i, image in enumerate(frames)]).astype(np.float64)
+
+
+def noisy(places: np.ndarray) -> Iterator[np.ndarray]:
+    """A frame a place of the face, in pixels from the left, each under its own noise."""
+    rng = np.random.default_rng(68)
+    for x in places:
+        image = picture(x, 120, 1.0)
+        noise = rng.normal(0, 5, image.shape)
+        yield np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+def steadiness(model: Model) -> None:
+    """Prints jitter and lag with and without smoothing."""
+    spread = {}
+    for smooth in (False, True):
+        still = points(model, noisy(np.full(130, 380.0)), smooth)[30:]
+        spread[smooth] = still.std(axis=0).mean() / FACE, np.linalg.norm(np.diff(still, axis=0), axis=-1).mean() / FACE
+    rows = [
+        (name, f"{spread[False][i]:.3%}", f"{spread[True][i]:.3%}", f"{spread[False][i] / spread[True][i]:.1f}")
+        for i, name in enumerate(("standard deviation", "from frame to frame"))
+    ]
+    print_table("jitter of a still face, in its longer side", ("measure", "raw", "smoothed", "cut by"), rows)
+    rows = []
+    for swing, hertz in ((0.5, 0.5), (1.0, 0.5), (0.5, 1.0)):
+        x = 380 + swing * FACE * np.sin(2 * np.pi * hertz * np.arange(90) / RATE)
+        raw, smoothed = (points(model, noisy(x), smooth)[30:, :, 0].mean(axis=1) for smooth in (False, True))
+        t = np.arange(60) / RATE
+        inside = t >= 0.3
+        lags = np.arange(0, 0.25, 0.001)
+        off = [np.abs(np.interp(t[inside] - lag, t, raw) - smoothed[inside]).mean() for lag in lags]
+        rows.append((f"{swing:g} faces to each side, {hertz:g} Hz", f"{1000 * lags[int(np.argmin(off))]:.0f} ms"))
+    print_table("lag of a face that moves", ("movement", "lag"), rows)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--frames", type=int, default=300)
+    parser.add_argument("--threads", type=int, default=1, help="threads of the engine, and of each OpenCV call")
+    args = parser.parse_args()
+    cv2.setNumThreads(args.threads)
+    model = load(args.bundle, threads=args.threads)
+    steadiness(model)
+    speed(model, args.frames)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import numpy as np
+
+from kp_runtime.smooth import OneEuro
+
+RATE = 30
+TIMES = np.arange(300) / RATE
+
+
+def smoothed(values: np.ndarray, unit: float = 1.0) -> np.ndarray:
+    smooth = OneEuro()
+    return np.stack([smooth(value, t, unit) for value, t in zip(values, TIMES, strict=True)])
+
+
+def test_jitter_of_a_still_face_is_cut_by_three(rng: np.random.Generator) -> None:
+    side = 80.0
+    still = rng.normal(0, 0.0025 * side, (300, 68, 2)) + rng.uniform(0, side, (68, 2))
+    steady = smoothed(still, side)
+    assert still[60:].std(axis=0).mean() > 3 * steady[60:].std(axis=0).mean()
+    assert np.abs(np.diff(still, axis=0)).mean() > 3 * np.abs(np.diff(steady[60:], axis=0)).mean()
+
+
+def test_a_moving_face_lags_less_than_50_ms() -> None:
+    for sides_a_second in (0.25, 0.5, 1, 2):
+        moving = (80 * sides_a_second * TIMES)[:, None]
+        behind = (moving - smoothed(moving, 80.0))[150:] / (80 * sides_a_second)
+        assert 0 < behind.max() < 0.05
+    for hertz in (0.5, 1):
+        moving = np.sin(2 * np.pi * hertz * TIMES)[:, None] * 40
+        found = smoothed(moving, 80.0)[150:, 0]
+        lags = np.arange(0, 0.2, 0.001)
+        off = [np.abs(np.interp(TIMES[150:] - lag, TIMES, moving[:, 0]) - found).mean() for lag in lags]
+        assert lags[int(np.argmin(off))] < 0.05
+
+
+def test_near_and_far_faces_are_smoothed_alike(rng: np.random.Generator) -> None:
+    values = rng.normal(size=(300, 4)).cumsum(axis=0)
+    np.testing.assert_allclose(smoothed(values * 10, unit=10), smoothed(values) * 10, rtol=1e-9, atol=1e-9)
+
+
+def test_each_number_is_smoothed_by_itself(rng: np.random.Generator) -> None:
+    values = rng.normal(size=(300, 2, 68, 2))
+    whole = smoothed(values)
+    assert whole.shape == values.shape
+    assert np.array_equal(whole[:, 1, 5, 0], smoothed(values[:, 1, 5, 0]))
+
+
+def test_first_value_and_what_does_not_change_stay() -> None:
+    value = np.array([[3.0, -2.0]])
+    smooth = OneEuro()
+    for t in (0.0, 0.1, 0.5, 20.0):
+        assert np.array_equal(smooth(value, t), value)
+
+
+def test_the_papers_recurrence() -> None:
+    smooth = OneEuro(min_cutoff=2.0, beta=3.0, speed_cutoff=1.5)
+    smooth(np.array([1.0]), 0.0)
+    got = smooth(np.array([2.0]), 0.1)[0]
+    share = lambda cutoff: 1 / (1 + 1 / (2 * np.pi * cutoff) / 0.1)  # noqa: E731 - the paper's alpha
+    speed = share(1.5) * 10.0
+    assert abs(got - (1 + share(2.0 + 3.0 * speed))) < 1e-12
+
+
+def test_a_time_that_is_not_later_changes_nothing() -> None:
+    smooth = OneEuro()
+    smooth(np.zeros(2), 0.0)
+    at = smooth(np.ones(2), 0.1)
+    assert np.array_equal(smooth(np.full(2, 9.0), 0.1), at)
+    assert np.array_equal(smooth(np.full(2, 9.0), 0.05), at)
+
+
+def test_answers_are_the_callers_own() -> None:
+    smooth = OneEuro()
+    first = smooth(np.zeros(2), 0.0)
+    first += 5
+    assert np.array_equal(smooth(np.zeros(2), 0.1), np.zeros(2))

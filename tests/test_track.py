@@ -1,0 +1,199 @@
+"""The tracker on made-up faces, whose network finds the face that is nearest and scatters where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kp_runtime.detect import HaarDetector
+from kp_runtime.geometry import boxes_from_points, overlaps
+from kp_runtime.pipeline import checked_boxes, load
+from kp_runtime.results import Keypoints
+from kp_runtime.track import LOST, Track, Tracker, TrackerSettings, disagreement, second_looks
+from kp_train.synthetic import mean_shape
+
+LITE = Path(__file__).resolve().parents[1] / "engines" / "resnet18-68-lite"
+IMAGE = np.zeros((720, 1280, 3), np.uint8)
+Way = Callable[[int], "tuple[float, float] | None"]
+"""Where a face's centre is on a frame; None where it is away or hidden."""
+
+
+class World:
+    """Faces of 100 px that move as told; model and detector at once, with a count of their calls."""
+
+    def __init__(self, *ways: Way, false_boxes: tuple[tuple[float, ...], ...] = ()) -> None:
+        self.ways, self.false_boxes, self.now = ways, false_boxes, 0
+        self.batches: list[int] = []
+        self._rng = np.random.default_rng(1)
+
+    def faces(self) -> list[np.ndarray]:
+        places = [way(self.now) for way in self.ways]
+        return [mean_shape() * 50 + place for place in places if place is not None]
+
+    def detect(self, image: np.ndarray) -> np.ndarray:
+        boxes = [boxes_from_points(face) + 6 for face in self.faces()] + [np.array(box) for box in self.false_boxes]
+        boxes = [box for box in boxes if box[0] < 1280]
+        return np.stack(boxes) if boxes else np.empty((0, 4))
+
+    def model(self, image: np.ndarray, boxes_xyxy: object) -> Keypoints:
+        boxes = checked_boxes(boxes_xyxy, (720, 1280))  # type: ignore[arg-type]
+        self.batches.append(len(boxes))
+        xy = np.stack([self._points(box) for box in boxes]).astype(np.float32)
+        return Keypoints(xy, boxes, np.zeros((len(boxes), 2, 3)), (720, 1280))
+
+    def _points(self, box: np.ndarray) -> np.ndarray:
+        side, centre = (box[2:] - box[:2]).max(), (box[:2] + box[2:]) / 2
+        faces = sorted(self.faces(), key=lambda face: np.linalg.norm(face.mean(axis=0) - centre))
+        if faces and np.linalg.norm(boxes_from_points(faces[0]).reshape(2, 2).mean(axis=0) - centre) < 0.5 * side:
+            return faces[0]
+        return mean_shape() * side / 2 + centre + self._rng.normal(0, 0.1 * side, (68, 2))
+
+    def tracker(self, **settings: object) -> Tracker:
+        return Tracker(self.model, self.detect, TrackerSettings(**{"smooth": False, **settings}))  # type: ignore[arg-type]
+
+    def run(self, tracker: Tracker, frames: range) -> list[tuple[Track, ...]]:
+        found = []
+        for self.now in frames:
+            found.append(tracker(IMAGE, self.now / 30))
+        return found
+
+
+def ids(tracks: tuple[Track, ...]) -> list[int]:
+    return [track.id for track in tracks]
+
+
+def test_a_face_in_view_costs_the_detector_few_frames() -> None:
+    world = World(lambda t: (300 + 2 * t, 300 + 40 * np.sin(t / 9)))
+    tracker = world.tracker()
+    found = world.run(tracker, range(300))
+    assert [ids(tracks) for tracks in found] == [[1]] * 300
+    assert 1 < tracker.detector_runs <= 0.05 * 300
+    for world.now, (track,) in enumerate(found):
+        np.testing.assert_allclose(track.xy, world.faces()[0], atol=1e-3)
+        assert track.lost_score <= LOST
+    # the next box is that of the last points
+    world.now = 41
+    np.testing.assert_allclose(found[42][0].box_xyxy, boxes_from_points(world.faces()[0]), atol=1e-3)
+
+
+def test_faces_of_a_frame_are_one_batch() -> None:
+    world = World(*[lambda t, x=x: (x, 300) for x in (200, 500, 800)])
+    tracker = world.tracker()
+    world.run(tracker, range(1))
+    world.batches.clear()
+    assert ids(world.run(tracker, range(1, 2))[0]) == [1, 2, 3]
+    assert world.batches == [6]
+
+
+def test_a_lost_face_is_noticed_at_once_and_comes_back_with_its_id() -> None:
+    world = World(lambda t: (300 + t, 300) if not 50 <= t < 62 else None)
+    tracker = world.tracker()
+    found = world.run(tracker, range(100))
+    assert all(ids(tracks) == [1] for tracks in found[:50])
+    assert all(not tracks for tracks in found[50:62])
+    assert [t for t in range(62, 100) if not found[t]] == [t for t in range(62, 67) if not found[t]]
+    assert all(ids(tracks) == [1] for tracks in found[67:])
+    assert tracker.faces == 1
+
+
+def test_a_face_that_stays_away_gets_a_new_id() -> None:
+    world = World(lambda t: (300, 300) if not 50 <= t < 90 else None)
+    assert ids(world.run(world.tracker(keep=30), range(100))[-1]) == [2]
+
+
+def test_another_place_is_another_face() -> None:
+    world = World(lambda t: (300, 300) if t < 50 else (800, 300))
+    found = world.run(world.tracker(), range(60))
+    assert ids(found[49]) == [1]
+    assert all(ids(tracks) == [2] for tracks in found[50:])
+
+
+def test_a_new_face_is_found_within_the_interval() -> None:
+    world = World(lambda t: (300, 300), lambda t: (700, 300) if t >= 35 else None)
+    found = world.run(world.tracker(detect_every=20), range(80))
+    assert next(t for t in range(80) if ids(found[t]) == [1, 2]) == 40
+    assert all(ids(tracks) == [1, 2] for tracks in found[40:])
+
+
+def test_an_empty_place_is_searched_now_and_then() -> None:
+    world = World(lambda t: None)
+    tracker = world.tracker(search_every=5)
+    assert world.run(tracker, range(50)) == [()] * 50
+    assert tracker.detector_runs == 10
+    assert world.batches == []
+
+
+def test_false_detections_are_refused() -> None:
+    world = World(lambda t: (300, 300), false_boxes=((900.0, 500.0, 990.0, 600.0),))
+    tracker = world.tracker()
+    assert all(ids(tracks) == [1] for tracks in world.run(tracker, range(60)))
+    assert tracker.faces == 1
+
+
+def test_a_face_that_leaves_the_image_is_lost() -> None:
+    world = World(lambda t: (1100 + 10 * t, 300) if t < 25 else None)
+    found = world.run(world.tracker(), range(60))
+    assert ids(found[15]) == [1]
+    assert all(not tracks for tracks in found[19:])
+
+
+def crossing(t: int) -> tuple[tuple[float, float], tuple[float, float] | None]:
+    """One face from left to right, before another that comes from the right and is hidden meanwhile."""
+    front, behind = (200.0 + 6 * t, 300.0), (1000.0 - 6 * t, 320.0)
+    return front, behind if abs(front[0] - behind[0]) > 70 else None
+
+
+def test_crossing_faces_keep_their_ids() -> None:
+    world = World(lambda t: crossing(t)[0], lambda t: crossing(t)[1])
+    found = world.run(world.tracker(), range(130))
+    before, after = ({t.id: t.xy[:, 0].mean() for t in found[i]} for i in (0, -1))
+    assert set(before) == set(after) == {1, 2}
+    for key in (1, 2):
+        assert (before[key] < 600) != (after[key] < 600)
+    assert all(len(tracks) <= 1 for tracks in found[63:70])  # one face, one track
+
+
+def test_two_tracks_never_share_a_face() -> None:
+    world = World(lambda t: (400 - min(t, 60), 300), lambda t: (600 - 3 * t, 300) if t < 55 else None)
+    for tracks in world.run(world.tracker(), range(120)):
+        boxes = [boxes_from_points(track.xy) for track in tracks]
+        assert all(overlaps(a[None], b[None])[0, 0] < 0.6 for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_smoothing_is_for_the_caller_alone() -> None:
+    world = World(lambda t: (300 + (t % 2), 300))
+    plain, steady = world.run(world.tracker(), range(40)), world.run(world.tracker(smooth=True), range(40))
+    move = [np.ptp([tracks[0].xy[0, 0] for tracks in found[20:]]) for found in (plain, steady)]
+    assert move[1] < move[0] / 3
+    np.testing.assert_array_equal(plain[30][0].box_xyxy, steady[30][0].box_xyxy)
+
+
+def test_disagreement_is_in_sides_of_the_box() -> None:
+    boxes = np.array([[10.0, 10, 50, 30], [0, 0, 10, 100]])
+    xy = np.zeros((2, 68, 2), np.float32)
+    np.testing.assert_allclose(disagreement(xy, xy + np.float32([3, 4]), boxes), [5 / 40, 5 / 100])
+    np.testing.assert_allclose(second_looks(boxes[:1]), [[10.4, 11.6, 55.2, 34.0]], atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def lite() -> object:
+    return load(LITE, threads=1)
+
+
+def test_the_shipped_network_follows_a_face_and_notices_its_loss(lite: object, astronaut: Path) -> None:
+    photo = cv2.resize(cv2.imread(str(astronaut))[:300, 60:460], None, fx=0.8, fy=0.8)
+
+    def frame(t: int) -> np.ndarray:
+        shift = np.array([[1, 0, 20 + 2 * t], [0, 1, 30 + 10 * np.sin(t / 7)]])
+        return cv2.warpAffine(photo, shift, (480, 300), borderMode=cv2.BORDER_REFLECT)
+
+    tracker = Tracker(lite, HaarDetector())  # type: ignore[arg-type]
+    found = [tracker(frame(t), t / 30) for t in range(60)]
+    assert [ids(tracks) for tracks in found] == [[1]] * 60
+    assert tracker.detector_runs <= 3
+    empty = np.random.default_rng(0).integers(0, 255, (300, 480, 3), np.uint8)
+    assert tracker(cv2.GaussianBlur(empty, None, 3), 2.0) == ()
