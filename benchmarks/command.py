@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS, Record, write_record
 from kp_report import print_table
-from kp_runtime.backend import usable_cores
+from kp_runtime.cores import usable_cores
 from kp_runtime.errors import InputError, KpError
 
 __all__ = ["checked_threads", "finish", "parser", "print_table", "run", "without_samples"]

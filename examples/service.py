@@ -35,7 +35,8 @@ from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
 import kp_runtime
-from kp_runtime.backend import Backend, usable_cores
+from kp_runtime.backend import Backend
+from kp_runtime.cores import usable_cores
 from kp_runtime.default_model import default_bundle
 from kp_runtime.detect import Detector
 

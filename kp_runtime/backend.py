@@ -9,18 +9,20 @@ from __future__ import annotations
 import functools
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kp_runtime.cores import checked_cores, on_cores, usable_cores
 from kp_runtime.cuda_driver import CudaDriver, has_driver
 from kp_runtime.errors import BackendError
 from kp_runtime.golden import GOLDEN_NAME, golden_from_bytes
 from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec
 
-__all__ = ["BACKENDS", "GOLDEN_NAME", "Backend", "BackendReport", "open_backend", "usable_cores"]
+__all__ = ["BACKENDS", "GOLDEN_NAME", "Backend", "BackendReport", "open_backend"]
 
 BACKENDS = ("tensorrt", "ort-tensorrt", "ort-cuda", "ort-cpu")
 AUTO = ("tensorrt", "ort-cuda", "ort-cpu")
@@ -64,10 +66,18 @@ class Backend(ABC):
     """An engine with a model in it: crops in, keypoints out.
 
     Not thread-safe unless the engine's own class says so.
+
+    Attributes:
+        name: the engine's, one of `BACKENDS`.
+        report: what was opened and why.
+        cores: where a thread runs while it is in `infer`; None leaves it where it is.
+        threads: most threads of the host in a call, the calling one among them.
     """
 
     name: str
     report: BackendReport
+    cores: frozenset[int] | None = None
+    threads: int = 1
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
@@ -92,7 +102,8 @@ class Backend(ABC):
             )
         if len(crops) == 0:
             return np.empty((0, self.spec.points, 2), np.float32)
-        keypoints = self._run(crops)
+        with on_cores(self.cores):
+            keypoints = self._run(crops)
         if keypoints.shape != (wanted := (len(crops), self.spec.points, 2)) or keypoints.dtype != np.float32:
             raise BackendError(
                 f"{self.name} gave {keypoints.dtype} {keypoints.shape} instead of float32 {wanted}: the file does not "
@@ -132,11 +143,6 @@ class Backend(ABC):
         """Runs at least one crop of the right shape and dtype."""
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on: its affinity where the system tells, else all."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def open_backend(
     bundle: str | os.PathLike[str],
     backend: str = "auto",
@@ -145,6 +151,7 @@ def open_backend(
     public_key: str | os.PathLike[str] | bytes | None = None,
     *,
     golden: bool = True,
+    cores: Collection[int] | None = None,
 ) -> Backend:
     """Opens a bundle's model on an inference engine.
 
@@ -153,12 +160,16 @@ def open_backend(
         backend: `auto` (a TensorRT plan that fits this machine, else ONNX Runtime's CUDA provider, else its CPU
             provider; the report says why) or one of `BACKENDS`; a named one is never replaced by another.
         precision: `auto` or one of `spec.PRECISIONS`; a named one is never replaced by another.
-        threads: threads of the engine on the CPU, 1 to the cores that the process may use; None uses all of them.
+        threads: threads of the engine on the CPU, 1 to the cores that it may use; None uses all of them. The
+            calling thread is one of them: with 1 none is started. See docs/resources.md.
         public_key: whose signature the bundle must have: a PEM file's path, its bytes, or the key's
             32 bytes. None asks for none. See docs/signing.md.
         golden: whether the golden crop is compared.
+        cores: numbers of the cores that the engine's threads run on, and the calling thread while it is in
+            `infer` (Linux). None: those that the calling thread may use.
 
     Raises:
+        InputError: cores that this thread may not use, or there is no choosing here.
         BundleError: the bundle or its files can't be used.
         SignatureError: the bundle is not signed by `public_key`.
         BackendError: the engine can't run the model, or its golden keypoints are wrong.
@@ -168,13 +179,14 @@ def open_backend(
         raise BackendError(f"there is no backend {backend!r}; choose auto or {', '.join(BACKENDS)}")
     if precision not in ("auto", *PRECISIONS):
         raise BackendError(f"there is no precision {precision!r}; choose auto or {', '.join(PRECISIONS)}")
-    cores = usable_cores()
-    if threads is not None and not 1 <= threads <= cores:
-        raise BackendError(f"threads must be 1 to {cores}, the cores that this process may use; got {threads}")
+    chosen = None if cores is None else checked_cores(cores)
+    most = usable_cores() if chosen is None else len(chosen)
+    if threads is not None and not 1 <= threads <= most:
+        raise BackendError(f"threads must be 1 to {most}, the cores that this process may use; got {threads}")
     path = Path(bundle)
     folder = path.parent if path.is_file() else path
     manifest = Manifest.read(folder, public_key)
-    asked = _Asked(folder, manifest, precision, path.name if path.is_file() else None, threads, golden)
+    asked = _Asked(folder, manifest, precision, path.name if path.is_file() else None, threads, chosen, golden)
     engines = [backend] if backend != "auto" else list(AUTO)
     if asked.file is not None:
         _check_named(path, manifest, precision)
@@ -198,6 +210,7 @@ class _Asked:
     precision: str
     file: str | None
     threads: int | None
+    cores: frozenset[int] | None
     golden: bool
 
 
@@ -222,7 +235,9 @@ def _opened(engine: str, asked: _Asked, rejected: list[str]) -> Backend:
     if engine != "ort-cpu" and not has_driver():
         raise BackendError("this machine has no NVIDIA driver (libcuda.so.1); where there is a GPU, install it")
     names, passed_over = _files(engine, asked)
-    name, backend = _open(engine, asked, names, passed_over)
+    with on_cores(asked.cores):  # what the engine starts stays there
+        name, backend = _open(engine, asked, names, passed_over)
+    backend.cores = asked.cores
     entry = asked.manifest.files[name]
     error = _golden_error(backend, asked.folder, asked.manifest, entry) if asked.golden else None
     backend.report = BackendReport(engine, name, entry.precision or "fp32", (*rejected, *passed_over), error)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import Backend, usable_cores
+from kp_runtime.backend import Backend
+from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, KpError, MissingExtraError
 from kp_runtime.feeding import WAYS, Feeder, Way
 from kp_runtime.spec import ModelSpec

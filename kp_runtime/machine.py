@@ -15,7 +15,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from kp_runtime.backend import usable_cores
+from kp_runtime.cores import usable_cores
 
 __all__ = ["INSTRUCTIONS", "Jetson", "Machine", "jetson_from_system", "load_average", "machine_from_system"]
 

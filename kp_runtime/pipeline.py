@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -241,6 +241,7 @@ def load(
     precision: str = "auto",
     public_key: str | os.PathLike[str] | bytes | None = None,
     golden: bool = True,
+    cores: Collection[int] | None = None,
 ) -> Model:
     """Opens a bundle; see `backend.open_backend` for the arguments and errors.
 
@@ -248,7 +249,7 @@ def load(
     (`pip install 'kp-edge[model]'`), else a `BundleError`; see `default_model.default_bundle`.
     """
     found = default_bundle() if bundle is None else bundle
-    return Model(open_backend(found, backend, precision, threads, public_key, golden=golden))
+    return Model(open_backend(found, backend, precision, threads, public_key, golden=golden, cores=cores))
 
 
 def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np.float64]:

@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
-from kp_runtime.backend import GOLDEN_NAME, BackendReport, open_backend, usable_cores
+from kp_runtime.backend import GOLDEN_NAME, BackendReport, open_backend
+from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError
 from kp_runtime.feeding import TRIES
 from kp_runtime.spec import Manifest, ModelSpec, file_entry

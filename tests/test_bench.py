@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kp_runtime.backend import Backend, usable_cores
+from kp_runtime.backend import Backend
+from kp_runtime.cores import usable_cores
 from kp_runtime.bench import StagedCalls, _open, crops_of_faces, run_bench
 from kp_runtime.bench_compare import check_alike, compared, gate, obstacles
 from kp_runtime.bench_results import (

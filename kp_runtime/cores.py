@@ -1,0 +1,66 @@
+"""On which of the machine's cores threads run: chosen, checked, and taken for the length of a block.
+
+Linux gives a new thread the cores of the one that starts it, so what a library starts inside
+`on_cores` stays there. ONNX Runtime has an option of its own (`session.intra_op_thread_affinities`),
+which is not used: it leaves out the calling thread, which does a share of the work; it takes cores
+that were forbidden to the process (`taskset`); and of one that isn't there it only prints a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Collection, Iterator
+
+from kp_runtime.errors import InputError
+
+__all__ = ["checked_cores", "cores_from_text", "on_cores", "usable_cores"]
+
+
+def usable_cores() -> int:
+    """How many cores this thread may run on: its affinity where the system tells, else all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def checked_cores(cores: Collection[int]) -> frozenset[int]:
+    """The cores, by the numbers of /proc/cpuinfo.
+
+    Raises:
+        InputError: none, one that this thread may not run on, or the system is not Linux.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise InputError("cores can be chosen on Linux alone; leave them out")
+    chosen, allowed = frozenset(cores), os.sched_getaffinity(0)
+    if not chosen or not chosen <= allowed:
+        raise InputError(
+            f"cores must be among {sorted(allowed)}, those that this process may use, at least one; "
+            f"got {sorted(chosen)}"
+        )
+    return chosen
+
+
+def cores_from_text(text: str) -> frozenset[int]:
+    """The cores of a list as `taskset` takes it: `0,2-3`.
+
+    Raises:
+        InputError: it is no such list, or see `checked_cores`.
+    """
+    if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
+        raise InputError(f"cores must be numbers and ranges such as 0,2-3; got {text!r}")
+    ends = [list(map(int, part.split("-"))) for part in text.split(",")]
+    return checked_cores([core for end in ends for core in range(end[0], end[-1] + 1)])
+
+
+@contextlib.contextmanager
+def on_cores(cores: frozenset[int] | None) -> Iterator[None]:
+    """Runs the block in this thread on these cores; after it, the thread may run where it might before."""
+    before = None if cores is None else os.sched_getaffinity(0)
+    if cores is None or before is None or before <= cores:
+        yield
+        return
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)

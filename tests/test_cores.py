@@ -1,0 +1,159 @@
+"""Threads and cores: what is started, where it runs, and that nothing stays."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import kp_runtime
+from kp_runtime.backend import open_backend
+from kp_runtime.backend_ort import OrtCpuBackend
+from kp_runtime.cores import checked_cores, cores_from_text, on_cores, usable_cores
+from kp_runtime.errors import BackendError, InputError
+from kp_runtime.spec import Manifest
+from tests.models import SIZE
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cores are chosen and /proc is read on Linux alone")
+two_cores = pytest.mark.skipif(usable_cores() < 2, reason="needs two cores")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tasks() -> set[int]:
+    """The kernel's numbers of this process' threads, those that no Python code started too."""
+    return {int(task.name) for task in Path("/proc/self/task").iterdir()}
+
+
+def cores_of(task: int) -> frozenset[int]:
+    """Where a thread may run, as the kernel says."""
+    lines = Path(f"/proc/self/task/{task}/status").read_text().splitlines()
+    (text,) = [line.split(":")[1].strip() for line in lines if line.startswith("Cpus_allowed_list:")]
+    ends = [list(map(int, part.split("-"))) for part in text.split(",")]
+    return frozenset(core for end in ends for core in range(end[0], end[-1] + 1))
+
+
+PROGRAM = """
+import os, sys
+import numpy as np, cv2
+import kp_runtime
+cv2.setNumThreads(1)
+before = set(os.listdir("/proc/self/task"))
+model = kp_runtime.load(sys.argv[1], threads=int(sys.argv[2]))
+model.warmup(3)
+image = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
+model(image, [[100, 100, 1100, 1100], [50, 60, 110, 120]])
+print(len(set(os.listdir("/proc/self/task")) - before))
+"""
+
+
+@pytest.mark.parametrize(("threads", "started"), [(1, 0), pytest.param(2, 2, marks=two_cores)])
+def test_a_fresh_process_gets_the_threads_that_were_asked_for(threads: int, started: int, bundle: Path) -> None:
+    """In a process that has not imported ONNX Runtime yet. Two threads: one of the session, and one that
+    takes a part of a batch side by side; the caller's own is the other of each."""
+    pytest.importorskip("cv2", reason="OpenCV, which cuts the crops, is not installed")
+    settings = {key: value for key, value in os.environ.items() if key != "ORT_DISABLE_TELEMETRY"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(bundle), str(threads)], cwd=ROOT, env=settings, capture_output=True
+    )
+    assert int(done.stdout or -1) == started, done.stderr.decode()
+
+
+def test_one_thread_stays_one_thread(bundle: Path) -> None:
+    open_backend(bundle, threads=1)  # ONNX Runtime is imported now
+    before = tasks()
+    backend = open_backend(bundle, threads=1)
+    backend.warmup(3)
+    assert tasks() == before
+
+
+@two_cores
+@pytest.mark.parametrize("core", sorted(os.sched_getaffinity(0))[:2])
+def test_threads_run_on_the_chosen_core(
+    core: int, bundle: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine has one thread here, so where it ran is seen on the thread that calls."""
+    mine, seen = os.sched_getaffinity(0), []
+    model = kp_runtime.load(bundle, cores=[core])
+    run = model.backend._run
+    monkeypatch.setattr(model.backend, "_run", lambda crops: (seen.append(os.sched_getaffinity(0)), run(crops))[1])
+    model.backend.infer(rng.integers(0, 256, (1, 1, SIZE, SIZE), dtype=np.uint8))
+    assert seen == [{core}]
+    assert os.sched_getaffinity(0) == mine
+    with pytest.raises(BackendError, match="threads must be 1 to 1"):
+        open_backend(bundle, cores=[core], threads=2)
+
+
+@two_cores
+@pytest.mark.parametrize("core", sorted(os.sched_getaffinity(0))[:2])
+def test_threads_that_the_engine_starts_on_a_core_stay_there(core: int, bundle: Path) -> None:
+    """More threads than cores, which `open_backend` refuses, so that the machine needs two cores alone."""
+    open_backend(bundle, threads=1)  # ONNX Runtime is imported now
+    before, mine = tasks(), os.sched_getaffinity(0)
+    with on_cores(frozenset([core])):
+        backend = OrtCpuBackend(bundle / "model.fp32.onnx", Manifest.read(bundle).spec, threads=3)
+        backend.warmup(3)
+    started = tasks() - before
+    assert len(started) >= 2
+    assert {cores_of(task) for task in started} == {frozenset([core])}
+    assert os.sched_getaffinity(0) == mine
+
+
+def test_the_cores_come_back_after_an_error() -> None:
+    mine = os.sched_getaffinity(0)
+    with pytest.raises(RuntimeError), on_cores(frozenset([min(mine)])):
+        raise RuntimeError
+    assert os.sched_getaffinity(0) == mine
+
+
+@two_cores
+def test_threads_do_not_spin_between_calls(rng: np.random.Generator) -> None:
+    """Spinning threads take as much processor time as passes; these take next to none. The tiny graph would
+    not do: nothing in it is shared among threads."""
+    backend = open_backend(ROOT / "engines" / "resnet18-68-lite", threads=2)
+    crops = rng.integers(0, 256, (1, 1, backend.spec.size, backend.spec.size), dtype=np.uint8)
+    used = []
+    for _ in range(5):
+        backend.infer(crops)
+        start = time.process_time()
+        time.sleep(0.02)
+        used.append(time.process_time() - start)
+    assert np.median(used) < 0.002
+
+
+@pytest.mark.parametrize(
+    ("cores", "message"),
+    [([], "at least one; got \\[\\]"), ([5000], "cores must be among .*; got \\[5000\\]")],
+)
+def test_cores_that_can_not_be_had(cores: list[int], message: str, bundle: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        open_backend(bundle, cores=cores)
+
+
+def test_no_choice_of_cores_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity")
+    with pytest.raises(InputError, match="on Linux alone"):
+        checked_cores([0])
+
+
+def test_cores_as_text() -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    assert cores_from_text(str(allowed[0])) == {allowed[0]}
+    assert cores_from_text(",".join(map(str, allowed))) == set(allowed)
+    if allowed == list(range(allowed[0], allowed[-1] + 1)):
+        assert cores_from_text(f"{allowed[0]}-{allowed[-1]}") == set(allowed)
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "0,,1", "-1", "0-99999"])
+def test_text_that_is_no_list_of_cores(text: str) -> None:
+    with pytest.raises(InputError, match="numbers and ranges such as 0,2-3; got"):
+        cores_from_text(text)
+
+
+def test_a_range_that_runs_backwards_holds_no_core() -> None:
+    with pytest.raises(InputError, match="at least one; got"):
+        cores_from_text("3-1")
