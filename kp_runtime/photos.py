@@ -64,6 +64,7 @@ def predict_photo(
     boxes_xyxy: NDArray[np.float64] | None = None,
     drawn: Path | None = None,
     timer: StageTimer | None = None,
+    looks: int = 1,
 ) -> Photo:
     """Reads one photo, finds its faces and their keypoints, and draws them.
 
@@ -74,6 +75,7 @@ def predict_photo(
         boxes_xyxy: `(n, 4)` boxes in pixels of the photo, in the keypoint convention.
         drawn: where to write the drawn copy; not drawn when None.
         timer: collects the stages read, detect, crop, infer, map back.
+        looks: see `Model.__call__`.
 
     Raises:
         ImageError: the photo can't be read.
@@ -90,7 +92,7 @@ def predict_photo(
                 boxes_xyxy = detector(image)
         else:
             raise InputError("give boxes or a detector")
-    keypoints = model(image, boxes_xyxy, timer=timer)
+    keypoints = model(image, boxes_xyxy, timer=timer, looks=looks)
     if drawn is not None:
         picture = draw_keypoints(draw_boxes(image, keypoints.boxes_xyxy), keypoints.xy)
         cv2 = import_cv2()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 from numpy.typing import NDArray
 
+from kp_runtime.cores import on_cores
 from kp_runtime.frame import Frame, Scratch
 from kp_runtime.geometry import crop_from_window, crop_plan
 
-__all__ = ["crops_from_frame"]
+__all__ = ["CpuCropper", "crops_from_frame"]
+
+_FACES_A_THREAD = 4
+"""Fewer are not worth a second thread: it costs about a crop's time to wake (docs/benchmarks.md)."""
 
 
 def crops_from_frame(
@@ -39,3 +46,64 @@ def crops_from_frame(
         luma = frame.luma(plan.x0, plan.y0, plan.x1, plan.y1, scratch)
         crop_from_window(luma, plan, size, crop[0], scratch)
     return crops
+
+
+class CpuCropper:
+    """Crops for a model on the CPU, many faces on several threads. May be shared between threads.
+
+    Each calling thread keeps the working memory of its largest call and uses it again. Threads are
+    started by the first call with eight faces or more.
+
+    Args:
+        threads: most threads of a call; the calling one is one of them.
+        cores: where they run; None leaves that to the system.
+    """
+
+    def __init__(self, threads: int = 1, cores: frozenset[int] | None = None) -> None:
+        self._most, self._cores = threads, cores
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def crops_from_frame(self, frame: Frame, crop_from_image: NDArray[np.floating], size: int) -> NDArray[np.uint8]:
+        """As the function of that name; the crops stay until the calling thread's next call."""
+        n = len(crop_from_image)
+        crops = self._scratch().array("crops", (n, 1, size, size))
+        parts = min(self._most, n // _FACES_A_THREAD)
+        if parts < 2:
+            return crops_from_frame(frame, crop_from_image, size, crops, self._scratch())
+
+        def cut(part: slice) -> None:
+            crops_from_frame(frame, crop_from_image[part], size, crops[part], self._scratch())
+
+        first, *others = [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+        with on_cores(self._cores):
+            under_way = [self._workers().submit(cut, part) for part in others]
+            try:
+                cut(first)
+            finally:
+                failures = [future.exception() for future in under_way]  # waits: they write to `crops`
+        for failure in filter(None, failures):
+            raise failure
+        return crops
+
+    def close(self) -> None:
+        """Ends the threads and frees the working memory; a later call makes them anew."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown()
+        self._own = threading.local()
+
+    def _scratch(self) -> Scratch:
+        """This thread's working memory."""
+        found: Scratch | None = getattr(self._own, "scratch", None)
+        if found is None:
+            found = self._own.scratch = Scratch()
+        return found
+
+    def _workers(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._most - 1, "kp-crops")
+            return self._pool

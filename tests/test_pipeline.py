@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from kp_runtime import BoxError, Frame, ImageError, InputError, Model, StageTimer, load
+from kp_runtime.backend import Backend
+from kp_runtime.geometry import boxes_from_points
 from kp_runtime.pipeline import checked_boxes
+from kp_runtime.spec import ModelSpec
 from tests.models import SIZE, tiny_keypoints
 from tests.reference import reference_crop, waves
 from tests.tolerances import MAP_PX, assert_close
@@ -125,6 +128,41 @@ def test_out_is_the_result_and_may_be_used_again(model: Model, image: np.ndarray
     for wrong in (np.zeros((2, 68, 2), np.float32), np.zeros((1, 68, 2))):
         with pytest.raises(InputError, match=r"out must be float32 \(1, 68, 2\), got float"):
             model(image, [BOX], out=wrong)
+
+
+def test_a_second_look_is_a_call_with_the_box_of_the_points(model: Model, image: np.ndarray) -> None:
+    boxes = [[20, 30, 80, 100], [60, 40, 130, 90]]
+    first = model(image, boxes)
+    second = model(image, boxes_from_points(first.xy))
+    for looks, right in ((1, first), (2, second), (3, model(image, boxes_from_points(second.xy)))):
+        found = model(image, boxes, looks=looks)
+        assert np.array_equal(found.xy, right.xy)
+        assert np.array_equal(found.crop_from_image, right.crop_from_image)
+        assert np.array_equal(found.boxes_xyxy, boxes)
+    out = np.empty((2, 68, 2), np.float32)
+    assert model(image, boxes, looks=2, out=out).xy is out
+    assert np.array_equal(out, second.xy)
+    assert len(model(image, [], looks=2)) == 0
+
+
+class OneSpot(Backend):
+    name = "one spot"
+
+    def _run(self, crops: np.ndarray) -> np.ndarray:
+        return np.full((len(crops), 68, 2), 5, np.float32)
+
+
+def test_a_second_look_that_has_no_box_leaves_the_first(image: np.ndarray) -> None:
+    model = Model(OneSpot(ModelSpec("x", SIZE)))
+    assert np.array_equal(model(image, [[20, 30, 80, 100]], looks=2).xy, model(image, [[20, 30, 80, 100]]).xy)
+
+
+def test_looks_that_cannot_be(model: Model, image: np.ndarray) -> None:
+    with pytest.raises(InputError, match="looks must be 1 or more; got 0"):
+        model(image, [[20, 30, 80, 100]], looks=0)
+    whole = Model(OneSpot(ModelSpec("x", SIZE, box="frame")))
+    with pytest.raises(InputError, match="looks must be 1, since this model sees whole frames; got 2"):
+        whole(image, [[20, 30, 80, 100]], looks=2)
 
 
 def test_working_memory_is_used_again_and_results_are_not_shared(model: Model, image: np.ndarray) -> None:

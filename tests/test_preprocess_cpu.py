@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
 from kp_runtime.frame import Frame, as_frame
 from kp_runtime.geometry import crop_from_luma, matrices_from_boxes
-from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.preprocess_cpu import CpuCropper, crops_from_frame
 from tests.reference import reference_luma
 
 SIZE = 64
@@ -105,3 +108,53 @@ def test_zero_faces(bgr: np.ndarray) -> None:
     crops = crops_from_frame(as_frame(bgr), np.empty((0, 2, 3)), SIZE)
     assert crops.shape == (0, 1, SIZE, SIZE)
     assert crops.dtype == np.uint8
+
+
+def grid(n: int) -> np.ndarray:
+    corner = np.random.default_rng(n).uniform(0, 60, (n, 2))
+    return matrices_from_boxes(np.concatenate([corner, corner + 20 + n % 7], axis=1), 64, 1.3)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 15, 33])
+def test_several_threads_cut_the_same_crops(n: int, bgr: np.ndarray) -> None:
+    cropper = CpuCropper(3)
+    for _ in range(2):
+        found = cropper.crops_from_frame(Frame(bgr, "bgr"), grid(n), 64)
+        assert np.array_equal(found, crops_from_frame(Frame(bgr, "bgr"), grid(n), 64))
+    cropper.close()
+
+
+def test_threads_are_started_for_eight_faces_and_end_with_the_cropper(bgr: np.ndarray) -> None:
+    def running() -> int:
+        return sum(thread.name.startswith("kp-crops") for thread in threading.enumerate())
+
+    frame, cropper = Frame(bgr, "bgr"), CpuCropper(2)
+    cropper.crops_from_frame(frame, grid(7), 64)
+    assert running() == 0
+    cropper.crops_from_frame(frame, grid(8), 64)
+    assert running() == 1
+    cropper.close()
+    assert running() == 0
+    CpuCropper(1).crops_from_frame(frame, grid(40), 64)
+    assert running() == 0
+
+
+def test_callers_of_one_cropper_do_not_disturb_each_other(bgr: np.ndarray) -> None:
+    cropper, frame = CpuCropper(2), Frame(bgr, "bgr")
+    right = {n: crops_from_frame(frame, grid(n), 64) for n in (8, 20)}
+
+    def calls(n: int) -> bool:
+        return all(np.array_equal(cropper.crops_from_frame(frame, grid(n), 64), right[n]) for _ in range(30))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(calls, [8, 20, 8, 20]))
+    cropper.close()
+
+
+@pytest.mark.parametrize("bad", [0, 30])
+def test_a_part_that_fails_is_the_callers_error(bad: int, bgr: np.ndarray) -> None:
+    cropper, matrices = CpuCropper(2), grid(32)
+    matrices[bad] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        cropper.crops_from_frame(Frame(bgr, "bgr"), matrices, 64)
+    cropper.close()
