@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import re
 import shlex
 import threading
 from collections import deque
@@ -30,6 +31,9 @@ __all__ = ["TensorRtBackend", "open_plan", "plan_mismatch", "tensorrt_runtime"]
 
 MODULES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch")
 """Packages with a runtime; the last two load version-compatible plans alone."""
+
+_COMMAND = re.compile(r"kp plan BUNDLE( --[a-z-]+( [a-z0-9]+)?)*")
+_VERSION = re.compile(r"\d+(\.\d+)+")
 
 
 def tensorrt_runtime() -> Any:
@@ -75,7 +79,9 @@ def open_plan(
 
 def _rebuild(folder: Path, entry: FileEntry) -> str:
     """What to do where a plan does not fit: the command that builds one with its options on this machine."""
-    command = str(entry.made.get("rebuild") or f"kp plan BUNDLE --precision {entry.precision}")
+    command = str(entry.made.get("rebuild"))
+    if not _COMMAND.fullmatch(command):  # what stands in a manifest is shown as a command only where it is ours
+        command = f"kp plan BUNDLE --precision {entry.precision}"
     return f"build one here: {command.replace('BUNDLE', shlex.quote(str(folder)), 1)}"
 
 
@@ -84,17 +90,19 @@ def plan_mismatch(entry: FileEntry, driver: CudaDriver, trt: Any) -> str | None:
     try:
         made = entry.made
         options = made["options"]
-        built_arch = "sm_" + made["compute_capability"].replace(".", "")
+        built_arch = "sm_" + "".join(map(str, _numbers(made["compute_capability"])))
         built_tensorrt, here = _numbers(made["tensorrt"]), _numbers(trt.__version__)
         built_cuda, cuda = _numbers(made["cuda"]), _numbers(driver.cuda)
         any_newer, any_ampere = bool(options["version_compatible"]), bool(options["hardware_compatible"])
+        if not isinstance(options.get("dla_core", 0), int | None):
+            raise TypeError("dla_core")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f"has an entry that does not say for which GPU and TensorRT it is ({error!r})"
     shared = min(len(built_tensorrt), len(here))
     is_same = built_tensorrt[:shared] == here[:shared]
     is_ampere = _compute_capability(driver.arch) >= 80 <= _compute_capability(built_arch)
     if driver.arch != built_arch and not (any_ampere and is_ampere):
-        return f"is for {made.get('gpu')} ({built_arch}), this GPU is {driver.arch}"
+        return f"is for {' '.join(str(made.get('gpu')).split())[:60]} ({built_arch}), this GPU is {driver.arch}"
     if not is_same and not (any_newer and here > built_tensorrt):
         return f"is for TensorRT {made['tensorrt']}, here is {trt.__version__}"
     if not any_newer and trt.__name__ != MODULES[0]:
@@ -105,6 +113,8 @@ def plan_mismatch(entry: FileEntry, driver: CudaDriver, trt: Any) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
+    if not _VERSION.fullmatch(version):
+        raise ValueError(version[:40])
     return tuple(int(part) for part in version.split("."))
 
 

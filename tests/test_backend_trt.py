@@ -182,6 +182,9 @@ def test_no_memory_for_more_faces_leaves_the_rest_usable(
         ({}, {"version": "11.4.0"}, r"is for TensorRT 10\.3\.0, here is 11\.4\.0"),
         ({}, {"name": "tensorrt_lean"}, r"needs the package tensorrt, here is tensorrt_lean"),
         ({"cuda": "13.2"}, {}, r"was built with CUDA 13\.2, the driver here is older and runs up to CUDA 12\.6"),
+        ({"tensorrt": "10.3.0\nrm -r"}, {}, r"has an entry that does not say for which GPU and TensorRT it is"),
+        ({"dla_core": "x"}, {}, r"has an entry that does not say for which GPU and TensorRT it is"),
+        ({"gpu": "a\nb", "compute_capability": "9.0"}, {}, r"is for a b \(sm_90\)"),
         ({"cuda": None}, {}, r"has an entry that does not say for which GPU and TensorRT it is"),
     ],
 )
@@ -195,6 +198,12 @@ def test_plan_for_another_machine_is_never_loaded(
     assert str(caught.value).endswith(f"build one here: kp plan '{bundle}' --precision fp16 --opt-batch 4")
     assert "\n" not in str(caught.value)
     assert trt.tape.asked_runtime == 0
+
+
+def test_a_foreign_command_is_not_shown(install: Any, tmp_path: Path) -> None:
+    install("11.4.0")
+    with pytest.raises(BackendError, match=rf"; build one here: kp plan {tmp_path} --precision fp16$"):
+        opened(with_plan(tmp_path, rebuild="kp plan BUNDLE; rm -r ~"))
 
 
 @pytest.mark.parametrize(
