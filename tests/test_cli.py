@@ -67,6 +67,22 @@ def test_predict_draws_and_writes(
     assert np.abs(drawn.astype(int) - cv2.imread(str(astronaut))).max() > 100
 
 
+def test_without_a_bundle_it_is_the_default_one(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KP_MODEL", raising=False)
+    monkeypatch.setattr("kp_runtime.default_model.MODEL_DISTRIBUTION", "kp-edge-model-of-these-tests")
+    monkeypatch.chdir(tmp_path)
+    assert "resnet18-68" in kp(capsys, "inspect")[1], "the checkout's, from any folder"
+    monkeypatch.setenv("KP_MODEL", str(bundle))
+    assert str(bundle) in kp(capsys, "inspect")[1]
+    monkeypatch.delenv("KP_MODEL")
+    monkeypatch.setattr(kp_cli, "DEFAULT_BUNDLE", Path("not-there"))
+    status, _, err = kp(capsys, "inspect")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "pip install 'kp-edge[model]', set KP_MODEL to a bundle's folder, or name a bundle" in err
+
+
 def test_predict_with_boxes_needs_no_detector(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
