@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from benchmarks.command import finish, parser, print_table, run
-from benchmarks.crop_path import spread_boxes, wide_frame
+from benchmarks.crop_path import FRAME_HW, wide_frame
 from benchmarks.engines import why
-from benchmarks.faces import varied_crops
+from benchmarks.faces import BOX_XYXY, varied_crops
 from benchmarks.gpu_calls import (
     CropBench,
     Ready,
@@ -44,14 +47,24 @@ from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.timing import TimeSummary, measure_in_turns, summary_from_turns
 from kp_train.checkpoint import load_checkpoint
 
-__all__ = ["PARTS", "Device", "GpuCase", "GpuPart", "NotRun", "Planned", "measure", "plan", "print_part"]
+__all__ = [
+    "PARTS",
+    "Device",
+    "GpuCase",
+    "GpuPart",
+    "NotRun",
+    "Planned",
+    "boxes_of_faces",
+    "measure",
+    "plan",
+    "print_part",
+]
 
 PARTS = ("crops", "network", "end-to-end")
 COPY = "copy on the device"
 EAGER, COMPILED = "PyTorch fp16", "torch.compile max-autotune fp16"
+PORTRAIT_HEIGHT = 512
 SMI = "clocks.sm,clocks.mem,temperature.gpu,power.draw"
-BOX = 200
-"""Side in pixels of the boxes on the 1080p frame, end to end."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +125,10 @@ class GpuCase:
 
 @dataclass(frozen=True)
 class NotRun:
-    """A case that has no number, and why."""
+    """Cases that have no number, and why: the batch sizes of one thing with one reason."""
 
     what: str
-    batch: int | None
+    batches: tuple[int, ...]
     reason: str
 
 
@@ -194,7 +207,7 @@ def _end_to_end_plan(bundle: Path, batches: Sequence[int], device: Device, where
     @functools.cache
     def scene(n: int) -> tuple[Any, Any]:
         """Boxes, and the reference's keypoints in them, pixels of the frame."""
-        boxes = spread_boxes(n, BOX, frame.shape[:2])
+        boxes = boxes_of_faces(n)
         matrices = matrices_from_boxes(boxes, spec.size, spec.margin)
         keypoints = reference(net, crops_from_frame(as_frame(frame), matrices, spec.size))
         return boxes, apply_matrix(invert_matrix(matrices), keypoints)
@@ -211,6 +224,14 @@ def _end_to_end_plan(bundle: Path, batches: Sequence[int], device: Device, where
         COMPILED: functools.partial(torch, True),
     }
     return [Planned(what, n, functools.partial(make, n)) for n in batches for what, make in made.items()]
+
+
+def boxes_of_faces(faces: int) -> NDArray[np.float64]:
+    """Boxes `(faces, 4)` x0 y0 x1 y1 on the two faces of `wide_frame`, no two alike."""
+    rng, (height, _) = np.random.default_rng(68), FRAME_HW
+    boxes = np.tile(BOX_XYXY, (faces, 1)) * (height / PORTRAIT_HEIGHT) + rng.uniform(-8, 8, (faces, 4))
+    boxes[1::2, ::2] += height  # the second one
+    return boxes
 
 
 def measure(
@@ -235,23 +256,23 @@ def measure(
         step: told what is done next.
     """
     ready: dict[str, tuple[Planned, Ready]] = {}
-    not_run = []
+    reasons: dict[tuple[str, str], list[int]] = {}
     for case in planned:
         name = case.what + (f", {case.batch} faces" if case.batch else "")
         step(f"making ready: {name}")
-        if any(word in case.what for word in without):
-            not_run.append(NotRun(case.what, case.batch, "left out by --without"))
-            continue
         try:
+            if any(word in case.what for word in without):
+                raise InputError("left out by --without")
             ready[name] = case, case.make()
         except Exception as error:  # engines and compilers share no base
-            not_run.append(NotRun(case.what, case.batch, why(error)))
+            reasons.setdefault((case.what, why(error)), []).extend([case.batch] if case.batch else [])
     step("measuring")
     calls = {name: one.run for name, (_, one) in ready.items()}
     turns = measure_in_turns(calls, seconds=seconds, samples=samples, warm_up=warm_up) if calls else {}
     cases = [_case(case, one, turns[name]) for name, (case, one) in ready.items()]
     copy = next((case.gb_a_second for case in cases if case.what == COPY), None)
-    return GpuPart(device, tuple(_beside_copy(case, copy) for case in cases), tuple(not_run))
+    not_run = tuple(NotRun(what, tuple(batches), reason) for (what, reason), batches in reasons.items())
+    return GpuPart(device, tuple(_beside_copy(case, copy) for case in cases), not_run)
 
 
 def _case(case: Planned, ready: Ready, turns: list[list[float]]) -> GpuCase:
@@ -287,7 +308,7 @@ def print_part(part: str, result: GpuPart) -> None:
     columns = ("what", "faces", "samples", "p50 ms", "95% interval", "p95", "GB/s", "of the copy", "px from PyTorch")
     print_table(f"{part}, {result.device.name}", columns, rows)
     for left in result.not_run:
-        print(f"not run: {left.what}{f', {left.batch} faces' if left.batch else ''}: {left.reason}")
+        print(f"not run: {left.what}{f' {list(left.batches)}' if left.batches else ''}: {left.reason}")
 
 
 def device_here() -> Device:

@@ -202,7 +202,9 @@ def _gpu(record: Record) -> Iterable[str]:
     columns = ("what", "faces", "p50", "low", "high", "p95", "GB/s", "of the copy", "px from PyTorch")
     yield _table(columns, rows)
     if left := record.measured["not_run"]:
-        lines = [f"- {c['what']}" + (f", {c['batch']} faces" if c["batch"] else "") + f": {c['reason']}" for c in left]
+        lines = [
+            f"- {c['what']}" + (f" {list(c['batches'])}" if c["batches"] else "") + f": {c['reason']}" for c in left
+        ]
         yield "Not run:\n\n" + "\n".join(lines)
 
 

@@ -17,7 +17,20 @@ import torch
 from benchmarks import gpu, table
 from benchmarks.command import run
 from benchmarks.faces import varied_crops
-from benchmarks.gpu import COMPILED, COPY, EAGER, PARTS, Device, GpuPart, NotRun, Planned, measure, plan, print_part
+from benchmarks.gpu import (
+    COMPILED,
+    COPY,
+    EAGER,
+    PARTS,
+    Device,
+    GpuPart,
+    NotRun,
+    Planned,
+    boxes_of_faces,
+    measure,
+    plan,
+    print_part,
+)
 from benchmarks.gpu_calls import (
     CropBench,
     Ready,
@@ -79,6 +92,7 @@ def part() -> GpuPart:
         Planned("crop kernel", 8, lambda: Ready(rest, 2, 10**6)),
         Planned("engine", 8, lambda: Ready(rest, distance_px=0.25)),
         Planned("torch.compile", 8, broken),
+        Planned("torch.compile", 64, broken),
         Planned("too slow", 8, broken),
     ]
     return measure(cases, DEVICE, without=["slow"], seconds=0, samples=3, warm_up=0)
@@ -121,8 +135,8 @@ def test_what_is_missing_has_a_reason_and_no_number(checkpoint: Path, monkeypatc
 def test_what_is_measured(part: GpuPart) -> None:
     copy, kernel, engine = part.cases
     assert part.not_run == (
-        NotRun("torch.compile", 8, "no compiler"),
-        NotRun("too slow", 8, "left out by --without"),
+        NotRun("torch.compile", (8, 64), "no compiler"),
+        NotRun("too slow", (8,), "left out by --without"),
     )
     for case, repeats, moved in ((copy, 4, 4e6), (kernel, 2, 1e6)):
         assert case.repeats == repeats
@@ -152,7 +166,7 @@ def test_records_name_the_gpu_and_become_tables(records: list[Record], tmp_path:
     for title in ("Crops", "The network", "From a 1080p frame"):
         assert f"### {title} on NVIDIA Made-up 9000: small" in text
     assert "Compute capability 9.0, CUDA 13.0, driver 580.1" in text
-    assert "- torch.compile, 8 faces: no compiler" in text
+    assert "- torch.compile [8, 64]: no compiler" in text
     assert f"| crop kernel | 8 | {part.cases[1].time.p50_ms:.3f} |" in text
     with pytest.raises(InputError, match="of kind gpu-crops lacks or mistakes the field 'device'"):
         table.tables_from_records([dataclasses.replace(records[0], measured={})])
@@ -162,7 +176,7 @@ def test_print(part: GpuPart, capsys: pytest.CaptureFixture[str]) -> None:
     print_part("crops", part)
     out = capsys.readouterr().out
     assert "crops, NVIDIA Made-up 9000" in out
-    assert "not run: torch.compile, 8 faces: no compiler" in out
+    assert "not run: torch.compile [8, 64]: no compiler" in out
 
 
 def test_pytorch_s_network(net: KeypointNet, crops: np.ndarray) -> None:
@@ -254,6 +268,14 @@ def test_crops_are_timed_from_graphs_and_checked(bench: CropBench) -> None:
         ready.run()
     assert one.repeats > many.repeats >= 2
     assert bench.call(3).repeats == 1
+
+
+def test_boxes_lie_on_faces() -> None:
+    boxes = boxes_of_faces(5)
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+    eye_level = np.array([[475.0, 280], [1555, 280]])  # between brows and chin of the two, read off the frame
+    assert np.abs(middle - eye_level[[0, 1, 0, 1, 0]]).max() < 10
+    assert len(np.unique(boxes, axis=0)) == 5
 
 
 def test_wrong_crops_are_not_timed(bench: CropBench, monkeypatch: pytest.MonkeyPatch) -> None:
