@@ -27,12 +27,17 @@ def test_the_map_is_the_house() -> None:
         for name in ("kp_runtime", "kp_train", "kp_export", "benchmarks")
         for p in (ROOT / name).glob("*.py")
     }
+    there |= {
+        str(p.relative_to(ROOT))
+        for p in (ROOT / "examples").rglob("*")
+        if p.suffix in (".py", ".cpp") and p.stem != "setup"
+    }
     there = {name for name in there if not name.endswith("__init__.py")} | {"kp_cli.py", "kp_report.py"}
     assert set(files_of_the_map()) == there
     assert len(files_of_the_map()) == len(there)
 
 
 def test_links_lead_somewhere() -> None:
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
