@@ -114,8 +114,8 @@ class DeviceFrame:
             array: shaped as `frame.Frame` wants its data; pixels without gaps, rows at any distance.
             layout: see the class.
             range: see the class.
-            stream: handle of the stream that the crops will be cut on; the exporter makes it wait for
-                the pixels. 1 is the default stream.
+            stream: handle of a stream that the exporter makes wait for the pixels, and the crops for it;
+                1 is the default stream. -1: the pixels are written already.
 
         Raises:
             ImageError: another dtype or shape, gaps between pixels, memory of another kind of
@@ -141,8 +141,9 @@ class DeviceFrame:
         shape = tuple(tensor.shape[: tensor.ndim])
         strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else None
         size_hw, pitch = _rows(layout, range, shape, strides)
+        pointer, waits_for = (tensor.data or 0) + tensor.byte_offset, None if stream == -1 else stream
         # the capsule, never taken over, frees the exporter's memory when it goes
-        return cls((tensor.data or 0) + tensor.byte_offset, size_hw, pitch, layout, range, device_id, None, capsule)
+        return cls(pointer, size_hw, pitch, layout, range, device_id, waits_for, capsule)
 
 
 def _rows(

@@ -60,7 +60,8 @@ def frames(array: np.ndarray, layout: str, luma_range: str = "full") -> list[Dev
 def test_contiguous_arrays(shape: tuple[int, ...], layout: str, size_hw: tuple[int, int], pitch: int) -> None:
     array = np.zeros(shape, np.uint8)
     for frame in frames(array, layout):
-        assert frame == DeviceFrame(array.ctypes.data, size_hw, pitch, layout, device_id=3)
+        stream = None if isinstance(frame.owner, Interface) else 1
+        assert frame == DeviceFrame(array.ctypes.data, size_hw, pitch, layout, device_id=3, stream=stream)
 
 
 def test_rows_apart_and_a_window() -> None:
@@ -97,9 +98,10 @@ def test_stream_of_the_interface() -> None:
 
 @dlpack
 def test_stream_that_dlpack_waits_for() -> None:
-    shared = Shared(np.zeros((4, 6), np.uint8))
-    DeviceFrame.from_dlpack(shared, "gray", stream=9)
-    assert shared.stream == 9
+    for stream, waits_for in ((9, 9), (-1, None)):
+        shared = Shared(np.zeros((4, 6), np.uint8))
+        assert DeviceFrame.from_dlpack(shared, "gray", stream=stream).stream == waits_for
+        assert shared.stream == stream
 
 
 def test_read_only_arrays_are_fine() -> None:
