@@ -77,4 +77,4 @@ $(WHEEL_STAMP):
 	touch $@
 
 clean:
-	rm -rf $(VENV) out runs build *.egg-info
+	rm -rf $(VENV) out runs build dist *.egg-info
