@@ -37,6 +37,18 @@ from kp_report import (
 )
 from kp_runtime.errors import InputError, KpError
 
+
+def _stay_on(context: typer.Context, cores: str | None) -> str | None:
+    """Keeps this thread, and what it starts, on the cores until the command is over; their numbers in order."""
+    if cores is None:
+        return None
+    from kp_runtime.cores import cores_from_text, on_cores
+
+    chosen = cores_from_text(cores)
+    context.with_resource(on_cores(chosen))
+    return ",".join(map(str, sorted(chosen)))
+
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -49,6 +61,9 @@ DEFAULT_BUNDLE = Path("engines/resnet18-68")
 ELSE_DEFAULT = "the default model when left out: KP_MODEL, the model wheel, the checkout's own."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own choice (all cores) when left out.")]
+Cores = Annotated[str | None, typer.Option(
+    metavar="LIST", callback=_stay_on, help="Cores that the command runs on, such as 0,2-3 (Linux); all when left out."
+)]  # fmt: skip
 PublicKey = Annotated[Path | None, typer.Option(help="Refuse a bundle that this PEM file's key did not sign.")]
 Looks = Annotated[
     int, typer.Option(help="Times that a face is looked at, each time in the box of the points found before.")
@@ -389,6 +404,7 @@ def predict(
         str, typer.Option(help="tensorrt, ort-tensorrt, ort-cuda or ort-cpu, and nothing else; auto takes the best.")
     ] = "auto",
     threads: Threads = None,
+    cores: Cores = None,
     public_key: PublicKey = None,
     times: Annotated[bool, typer.Option("--times", help="Print how long each stage took.")] = False,
     as_json: Json = False,
@@ -509,6 +525,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.0, help="Least time that each case is measured.")] = 3.0,
     samples: Annotated[int, typer.Option(min=1, help="Least number of samples of each case.")] = 200,
     threads: Threads = None,
+    cores: Cores = None,
     yunet: Yunet = None,
     out: Annotated[Path | None, typer.Option(help="Write the results, with every sample, to this JSON file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots and all numbers to this file.")] = None,
@@ -539,13 +556,13 @@ def bench(
 
     if compare is None and (new or anyway):
         raise InputError("--with and --compare-anyway go with --compare OLD")
-    if new and any((photo, batch, precision, threads, yunet, out)):
+    if new and any((photo, batch, precision, threads, cores, yunet, out)):
         raise InputError("--with measures nothing: it goes with --compare, --compare-anyway, --html and --json alone")
     old = results_from_file(compare) if compare else None
     if new:
         result = results_from_file(new)
     else:
-        settings = BenchSettings(tuple(batch or (1, 8)), seconds, samples, threads, tuple(precision or ()))
+        settings = BenchSettings(tuple(batch or (1, 8)), seconds, samples, threads, tuple(precision or ()), cores)
         with share_progress() as step:
             admit = gate(old, anyway)
             face = photo or _astronaut()
@@ -687,6 +704,7 @@ def doctor(
 
 def main() -> None:
     """Runs the command; a `KpError` becomes one line on stderr and exit status 1."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see kp_runtime.backend_ort.import_onnxruntime
     try:
         app()
     except KpError as error:

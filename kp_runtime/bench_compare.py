@@ -119,6 +119,7 @@ def _conditions(setup: Setup) -> dict[str, object]:
         "governor": machine.governor,
         "power mode": jetson and (jetson.power_mode or jetson.power_status),
         "threads": setup.settings.threads or "of the engine's choice",
+        "cores that were chosen": setup.settings.cores or "all",
         "photo's sha256": setup.photo_sha256,
         "faces": setup.faces,
     }

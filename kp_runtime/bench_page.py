@@ -217,6 +217,7 @@ def _facts(bench: Bench) -> Iterable[list[str]]:
         ("load average before", _loads(bench.load_before)),
         ("load average after", _loads(bench.load_after)),
         ("threads of the engine", setup.settings.threads or "its own choice"),
+        ("cores that were chosen", setup.settings.cores or "all"),
         ("least for each case", f"{setup.settings.seconds:g} s and {setup.settings.samples} samples"),
         ("detector", setup.detector),
     ]

@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 SCHEMA = 1
+_ADDED = {"setup.settings": {"cores": None}}
+"""What results of schema 1 that were written before a field was added stand for."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class BenchSettings:
         samples: least number of samples for each case.
         threads: threads of the engine; None leaves it the choice.
         precisions: of the files that run; none means all files of the bundle.
+        cores: numbers of the cores that the run was kept on, such as `0,2,3`; None means all of them.
     """
 
     batches: tuple[int, ...] = (1, 8)
@@ -57,6 +60,7 @@ class BenchSettings:
     samples: int = 200
     threads: int | None = None
     precisions: tuple[str, ...] = ()
+    cores: str | None = None
 
 
 @dataclass(frozen=True)
@@ -265,7 +269,7 @@ def _decoded(kind: Any, raw: Any, where: str) -> Any:
         return None if raw is None else _decoded(inner[0], raw, where)
     if dataclasses.is_dataclass(kind):
         make, hints = cast("Callable[..., object]", kind), get_type_hints(kind)
-        raw = _checked(raw, dict, where)
+        raw = _ADDED.get(where, {}) | _checked(raw, dict, where)
         if missing := [name for name in hints if name not in raw]:
             raise InputError(f"{where or 'the document'} lacks {missing[0]}")
         fields = {name: _decoded(hint, raw[name], f"{where}.{name}".lstrip(".")) for name, hint in hints.items()}
