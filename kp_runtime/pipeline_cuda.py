@@ -377,7 +377,8 @@ class _Lane:
             return
         self._settle()
         if graph is not None:
-            graph.close(self._driver)
+            with contextlib.suppress(BackendError):  # the fault is what there is to tell
+                graph.close(self._driver)
         self._switch.turn_off(str(fault))
 
     def _captured(self, bytes_a_pixel: int, n: int) -> _Graph:
