@@ -508,6 +508,8 @@ def run(
         print_json(dataclasses.asdict(result))
     else:
         print_run(frames.name, result)
+    if result.stopped and not frames.live:
+        raise typer.Exit(130)  # as a shell reports Ctrl-C; a camera has no other end
 
 
 @app.command()

@@ -1,0 +1,153 @@
+"""`kp run` as a person types it: files, Ctrl-C in a child process, errors of one line; and the Parquet file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from tests.test_cli import kp
+from tests.test_video import folder_of_frames, levels, one_face, sinks_for, video
+
+ENDLESS = """
+import sys, numpy as np
+import kp_cli, kp_runtime.video_source as sources
+
+class Endless:
+    name, stem, live, rate, count, size_hw = "endless", "endless", False, 30.0, None, (96, 128)
+    def __iter__(self):
+        index = 0
+        while True:
+            if index == 20:
+                print("ready", flush=True)
+            yield sources.VideoFrame(index, index / 30, np.full((96, 128, 3), 90, np.uint8))
+            index += 1
+
+sources.open_source = lambda text, **options: Endless()
+sys.argv = ["kp", "run", "x", *sys.argv[1:]]
+kp_cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_finishes_the_files(bundle: Path, tmp_path: Path, number: signal.Signals) -> None:
+    words = ["--model", bundle, "--out", tmp_path, "--format", "mp4", "--format", "jsonl", "--threads", "1"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(number)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (130, "")
+    first, *files = out.splitlines()
+    assert first.startswith("endless: ")
+    assert "frames, stopped" in first
+    assert [Path(file).name for file in files] == ["endless_keypoints.mp4", "endless_keypoints.jsonl"]
+    written = levels(tmp_path / "endless_keypoints.mp4")
+    assert f"endless: {len(written)} frames" in first
+    assert len(written) >= 15
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_run_writes_and_tells(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
+    path = video(tmp_path / "talk.avi", 12)
+    status, out, err = kp(capsys, "run", path, "--model", bundle, "--out", tmp_path / "out")
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0].startswith(f"{path}: 12 frames, ")
+    assert [Path(line).name for line in out.splitlines()[1:]] == ["talk_keypoints.mp4", "talk_keypoints.jsonl"]
+    status, out, _ = kp(
+        capsys,
+        "run",
+        path,
+        "--model",
+        bundle,
+        "--out",
+        tmp_path / "out",
+        "--format",
+        "parquet",
+        "--no-smooth",
+        "--json",
+    )
+    assert status == 0
+    assert json.loads(out)["frames"] == 12
+    assert json.loads(out)["files"] == [str(tmp_path / "out" / "talk_keypoints.parquet")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("nothing.mp4",), "there is no video"),
+        (("FRAMES", "--format", "gif"), "there is no format 'gif'"),
+        (("FRAMES", "--fps", "0"), "the frame rate must be over 0"),
+        (("EMPTY",), "has no frame that can be read"),
+    ],
+)
+def test_errors_are_one_line(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, words: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    places = {"FRAMES": folder_of_frames(tmp_path / "frames", 2), "EMPTY": tmp_path / "empty.mp4"}
+    status, out, err = kp(
+        capsys, "run", *(places.get(word, word) for word in words), "--model", bundle, "--out", tmp_path
+    )
+    assert (status, out) == (1, "")
+    assert err.startswith("kp: ")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_parquet_holds_what_json_lines_hold(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    from kp_runtime.video import run_video
+    from kp_runtime.video_source import FolderSource
+
+    source = FolderSource(folder_of_frames(tmp_path / "frames"))
+    run = run_video(source, one_face(), sinks_for(source, tmp_path, "jsonl", "parquet"))
+    lines = [json.loads(line) for line in run.files[0].read_text().splitlines()]
+    table = parquet.read_table(run.files[1])
+    rows = table.to_pylist()
+    assert len(rows) == len(lines) == 6
+    assert table.schema.names == list(lines[0])
+    for row, line in zip(rows, lines, strict=True):
+        assert (row["time"], row["frame"], row["track"]) == (line["time"], line["frame"], line["track"])
+        for name in ("box_xyxy", "keypoints_xy", "lost_score"):
+            np.testing.assert_allclose(row[name], line[name], rtol=1e-6)
+
+
+def test_a_parquet_file_without_faces_is_whole(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    from kp_runtime.video_sink import ParquetSink
+
+    sink = ParquetSink(tmp_path / "a.parquet")
+    sink.close()
+    assert parquet.read_table(tmp_path / "a.parquet").num_rows == 0
+
+
+def test_moving_astronaut_on_720p_keeps_the_detector_idle(
+    capsys: pytest.CaptureFixture[str], astronaut: Path, tmp_path: Path
+) -> None:
+    photo = cv2.imread(str(astronaut))
+    path = tmp_path / "face.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 30, (1280, 720))
+    for t in np.arange(60) / 30:
+        zoom = 0.9 + 0.2 * np.sin(t)
+        place = np.array([[zoom, 0, 380 + 250 * np.sin(0.9 * t)], [0, zoom, 120 + 80 * np.cos(1.3 * t)]])
+        ground = np.full((720, 1280, 3), 120, np.uint8)
+        writer.write(cv2.warpAffine(photo, place, (1280, 720), dst=ground, borderMode=cv2.BORDER_TRANSPARENT))
+    writer.release()
+    words = ("--model", "engines/resnet18-68-lite", "--out", tmp_path, "--format", "jsonl", "--json")
+    status, out, _ = kp(capsys, "run", path, *words)
+    run = json.loads(out)
+    assert (status, run["frames"], run["faces"]) == (0, 60, 1)
+    assert run["detector_runs"] <= 0.05 * 60
+    rows = [json.loads(line) for line in (tmp_path / "face_keypoints.jsonl").read_text().splitlines()]
+    assert [(row["frame"], row["track"]) for row in rows] == [(i, 1) for i in range(60)]

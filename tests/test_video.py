@@ -1,0 +1,414 @@
+"""Sources, sinks and the bounded pipeline: every frame of a file, the newest of a camera, files that stay whole."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import cv2
+import numpy as np
+import pytest
+
+from kp_runtime.errors import BackendError, ImageError, InputError, KpError, MissingExtraError
+from kp_runtime.results import Keypoints
+from kp_runtime.track import Track, Tracker
+from kp_runtime.video import Ahead, Window, draw_tracks, run_video
+from kp_runtime.video_sink import LinesSink, Sink, VideoSink, open_sinks
+from kp_runtime.video_source import FileSource, FolderSource, LiveSource, VideoFrame, open_source
+
+SIZE_HW = (96, 128)
+T = TypeVar("T")
+
+
+def picture(level: int, size_hw: tuple[int, int] = SIZE_HW) -> np.ndarray:
+    return np.full((*size_hw, 3), level, np.uint8)
+
+
+def video(path: Path, frames: int = 20, codec: str = "MJPG", rate: float = 25) -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), rate, SIZE_HW[::-1])
+    for i in range(frames):
+        writer.write(picture(10 * (i % 25)))
+    writer.release()
+    return path
+
+
+def levels(path: Path) -> list[int]:
+    """The mean grey level of each frame of a video."""
+    capture, found = cv2.VideoCapture(str(path)), []
+    while True:
+        read, image = capture.read()
+        if not read:
+            return found
+        found.append(round(float(image.mean())))
+
+
+def folder_of_frames(folder: Path, frames: int = 6) -> Path:
+    folder.mkdir()
+    for i in range(frames):
+        cv2.imwrite(str(folder / f"{i:03}.png"), picture(10 * i))
+    return folder
+
+
+def one_face() -> Tracker:
+    """A tracker whose detector and model always find the same face."""
+    xy = np.random.default_rng(0).uniform(20, 80, (68, 2)).astype(np.float32)
+
+    def model(image: np.ndarray, boxes: object) -> Keypoints:
+        found = np.asarray(boxes, np.float64)
+        return Keypoints(np.stack([xy] * len(found)), found, np.zeros((len(found), 2, 3)), SIZE_HW)
+
+    return Tracker(model, lambda image: np.array([[20.0, 20, 80, 80]]))  # type: ignore[arg-type]
+
+
+def sinks_for(source: object, out: Path, *formats: str) -> list[Sink]:
+    return open_sinks(
+        formats, out, source.stem, rate=source.rate, size_hw=source.size_hw, live=source.live  # type: ignore[attr-defined]
+    )  # fmt: skip
+
+
+class Camera:
+    """A `cv2.VideoCapture` that plays a script: a number is a frame of that level, None is a failure."""
+
+    def __init__(self, *script: int | None, rate: float = 0.0) -> None:
+        self.script, self.rate, self.released = list(script), rate, False
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        level = self.script.pop(0) if self.script else None
+        return level is not None, None if level is None else picture(level)
+
+    def get(self, property_: int) -> float:
+        return self.rate
+
+    def release(self) -> None:
+        self.released = True
+
+
+def live(*cameras: Camera, patience: float = 60.0, say: list[str] | None = None) -> LiveSource:
+    waiting = list(cameras)
+    told = [] if say is None else say
+    opener = lambda: waiting.pop(0) if waiting else Camera()  # noqa: E731
+    return LiveSource("camera 3", opener, patience=patience, stop=threading.Event(), say=told.append)
+
+
+def take(items: Iterable[T], into: list[T]) -> None:
+    """Keeps what came before an error."""
+    for item in items:
+        into.append(item)
+
+
+@pytest.fixture
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits between two tries take no time; how long they would have been, on a clock that they move."""
+    waits: list[float] = []
+
+    def wait(self: threading.Event, seconds: float | None = None) -> bool:
+        waits.append(seconds or 0)
+        return self.is_set()
+
+    monkeypatch.setattr(threading.Event, "wait", wait)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(waits))
+    return waits
+
+
+def test_a_file_gives_every_frame_with_its_time(tmp_path: Path) -> None:
+    source = open_source(str(video(tmp_path / "a.avi")))
+    assert (source.live, source.rate, source.count, source.size_hw) == (False, 25.0, 20, SIZE_HW)
+    frames = list(source)
+    assert [frame.index for frame in frames] == list(range(20))
+    np.testing.assert_allclose([frame.seconds for frame in frames], np.arange(20) / 25, atol=1e-6)
+    assert np.abs([frame.image.mean() - 10 * i for i, frame in enumerate(frames)]).max() < 3
+
+
+def test_a_given_rate_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    frames = list(open_source(str(video(tmp_path / "a.avi", 4)), rate=50))
+    np.testing.assert_allclose([frame.seconds for frame in frames], [0, 0.02, 0.04, 0.06])
+    for rate in (0.0, float("nan"), 5000.0):
+        with pytest.raises(InputError, match="the frame rate must be over 0"):
+            open_source(str(tmp_path / "a.avi"), rate=rate)
+
+
+def test_a_folder_gives_its_frames_in_order(tmp_path: Path) -> None:
+    source = open_source(str(folder_of_frames(tmp_path / "frames")), rate=10)
+    assert isinstance(source, FolderSource)
+    assert [(f.index, f.seconds, int(f.image[0, 0, 0])) for f in source] == [(i, i / 10, 10 * i) for i in range(6)]
+    assert (source.count, source.stem) == (6, "frames")
+
+
+@pytest.mark.parametrize("content", [b"", b"no video at all" * 100])
+def test_what_holds_no_frame_says_so(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"bad.mp4 has no frame that can be read: it is cut off, empty or no video"):
+        open_source(str(path))
+
+
+def test_an_mp4_without_its_end_says_so(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", codec="mp4v")
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(ImageError, match="has no frame that can be read"):
+        open_source(str(path))
+
+
+def test_sources_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no video, folder, camera index, address .* 'nothing.mp4'"):
+        open_source("nothing.mp4")
+    with pytest.raises(InputError, match="there is no camera 12345"):
+        open_source("12345")
+    cv2.imwrite(str(tmp_path / "a.png"), picture(3))
+    with pytest.raises(InputError, match=r"a.png is a photo: kp predict"):
+        open_source(str(tmp_path / "a.png"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match="holds no photos"):
+        open_source(str(tmp_path / "empty"))
+    with pytest.raises(ImageError, match="camera 3 gives no frame; check that it is connected"):
+        live(Camera())
+
+
+def test_a_pipeline_needs_an_opencv_with_gstreamer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2.videoio_registry, "hasBackend", lambda backend: False)
+    with pytest.raises(BackendError, match="is built without GStreamer"):
+        open_source("videotestsrc ! appsink")
+
+
+def test_passwords_stay_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *words: Camera(5))
+    source = open_source("rtsp://me:secret@camera.local:554/live?token=x")
+    assert source.name == "rtsp://camera.local:554/live"
+    assert source.stem == "rtsp_camera_local_554_live"
+
+
+def test_a_camera_that_went_away_is_opened_anew(no_waits: list[float]) -> None:
+    say: list[str] = []
+    first, broken, back = Camera(1, 2, rate=15.0), Camera(), Camera(3, 4)
+    source = live(first, broken, back, say=say, patience=8)
+    assert source.rate == 15.0
+    shown: list[VideoFrame] = []
+    with pytest.raises(ImageError, match=r"camera 3 went away and was not back within 8 s \(--patience\)"):
+        take(source, shown)
+    assert [(f.index, int(f.image[0, 0, 0])) for f in shown] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert say == [
+        "camera 3 went away; trying again for 8 s",
+        "camera 3 is back after 1.5 s",
+        "camera 3 went away; trying again for 8 s",
+    ]
+    assert no_waits == [0.5, 1, 0.5, 1, 2, 4, 8]
+    assert first.released
+    assert broken.released
+    assert back.released
+
+
+def test_a_live_source_without_patience_ends(no_waits: list[float]) -> None:
+    assert [frame.index for frame in live(Camera(1, 2), patience=0)] == [0, 1]
+    assert no_waits == []
+
+
+def test_ahead_keeps_order_and_raises_after_the_items() -> None:
+    def items() -> Iterator[int]:
+        yield from range(100)
+        raise ImageError("broken")
+
+    taken: list[int] = []
+    with pytest.raises(ImageError, match="broken"):
+        take(Ahead(items(), 3), taken)
+    assert taken == list(range(100))
+
+
+def settled(value: object, most: float = 5.0) -> object:
+    """What `value()` is when it no longer changes."""
+    before, end = None, time.monotonic() + most
+    while time.monotonic() < end:
+        now = value()  # type: ignore[operator]
+        if now == before:
+            return now
+        before = now
+        time.sleep(0.15)
+    return before
+
+
+def test_ahead_is_bounded() -> None:
+    made: list[int] = []
+    ahead = Ahead((made.append(i) or i for i in range(1000)), 3)
+    assert settled(lambda: len(made)) == 4  # three wait, one is held
+    assert ahead.dropped == 0
+    ahead.close()
+    assert settled(lambda: len(made)) == 4
+    assert not ahead._thread.is_alive()
+
+
+def test_ahead_of_a_live_source_keeps_the_newest() -> None:
+    ahead = Ahead(iter(range(1000)), 1, newest=True)
+    ahead._thread.join(5)
+    assert list(ahead) == [999]
+    assert ahead.dropped == 999
+
+
+def test_a_file_is_run_whole(tmp_path: Path) -> None:
+    source, steps = FileSource(video(tmp_path / "a.avi", 40)), []
+    run = run_video(source, one_face(), sinks_for(source, tmp_path, "avi", "mp4", "jsonl"), step=steps.append)
+    assert (run.frames, run.dropped, run.faces, run.stopped) == (40, 0, 1, False)
+    assert steps == list(range(1, 41))
+    assert [path.name for path in run.files] == ["a_keypoints.avi", "a_keypoints.mp4", "a_keypoints.jsonl"]
+    assert len(levels(run.files[0])) == len(levels(run.files[1])) == 40
+    rows = [json.loads(line) for line in run.files[2].read_text().splitlines()]
+    assert [(row["frame"], row["track"]) for row in rows] == [(i, 1) for i in range(40)]
+    assert set(rows[0]) == {"time", "frame", "track", "box_xyxy", "keypoints_xy", "lost_score"}
+    assert np.array(rows[0]["keypoints_xy"]).shape == (68, 2)
+    assert rows[5]["time"] == 0.2
+    assert not list(tmp_path.glob(".*"))
+
+
+class Waiting(Tracker):
+    """A tracker that starts when it is told to, and remembers the grey levels that it saw."""
+
+    def __init__(self, start: threading.Event) -> None:
+        self.start, self.seen = start, []  # type: ignore[var-annotated]
+        super().__init__(one_face()._model, one_face()._detector)
+
+    def __call__(self, image: np.ndarray, seconds: float) -> tuple[Track, ...]:
+        assert self.start.wait(30)
+        self.seen.append(int(image[0, 0, 0]))
+        return super().__call__(image, seconds)
+
+
+def test_a_late_step_costs_a_file_no_frame_and_a_camera_the_old_ones(tmp_path: Path) -> None:
+    start = threading.Event()
+    threading.Timer(0.3, start.set).start()
+    of_file = Waiting(start)
+    assert run_video(FolderSource(folder_of_frames(tmp_path / "f", 20)), of_file, []).frames == 20
+    assert of_file.seen == [10 * i for i in range(20)]
+    camera, ended = Camera(*range(200)), threading.Event()
+    camera.release = ended.set  # type: ignore[method-assign]
+    of_camera = Waiting(ended)
+    run = run_video(live(camera, patience=0), of_camera, [])
+    assert run.frames + run.dropped == 200
+    assert run.dropped >= 195
+    assert of_camera.seen == sorted(of_camera.seen)
+    assert of_camera.seen[-1] == 199
+
+
+def test_a_video_by_the_clock_lasts_as_long_as_what_it_shows(tmp_path: Path) -> None:
+    sink = VideoSink(tmp_path / "a.avi", "MJPG", 10.0, SIZE_HW, by_clock=True)
+    for index, seconds in enumerate((0.0, 0.2, 0.21, 0.5)):
+        frame = VideoFrame(index, seconds, picture(50 * index))
+        sink.write(frame, (), frame.image)
+    sink.close()
+    assert levels(tmp_path / "a.avi") == pytest.approx([0, 50, 50, 150, 150, 150], abs=3)
+
+
+def test_a_cut_off_file_keeps_what_came_before(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.avi", 40)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    source = FileSource(path)
+    with pytest.raises(ImageError, match=r"a.avi is cut off: \d+ of its 40 frames could be read; \d+ frames are in"):
+        run_video(source, one_face(), sinks_for(source, tmp_path, "avi", "jsonl"))
+    written = levels(tmp_path / "a_keypoints.avi")
+    assert 5 < len(written) < 30
+    assert len((tmp_path / "a_keypoints.jsonl").read_text().splitlines()) == len(written)
+
+
+def test_frames_that_change_their_size_end_the_run(tmp_path: Path) -> None:
+    folder = folder_of_frames(tmp_path / "frames")
+    cv2.imwrite(str(folder / "004.png"), picture(3, (50, 60)))
+    source = FolderSource(folder)
+    with pytest.raises(ImageError, match=r"changes its size from 128 x 96 to 60 x 50 at frame 4; .*4 frames are in"):
+        run_video(source, one_face(), sinks_for(source, tmp_path, "mp4", "jsonl"))
+    assert len(levels(tmp_path / "frames_keypoints.mp4")) == 4
+
+
+def test_a_broken_frame_of_a_folder_ends_the_run(tmp_path: Path) -> None:
+    folder = folder_of_frames(tmp_path / "frames")
+    (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:-20])
+    source = FolderSource(folder)
+    with pytest.raises(ImageError, match=r"003.png is cut off.*; 3 frames are in"):
+        run_video(source, one_face(), sinks_for(source, tmp_path, "jsonl"))
+    assert len((tmp_path / "frames_keypoints.jsonl").read_text().splitlines()) == 3
+
+
+def test_outputs_that_can_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    source = FolderSource(folder_of_frames(tmp_path / "frames", 2))
+    with pytest.raises(KpError, match=r"can't write into .*file: .*; name another folder with --out"):
+        sinks_for(source, tmp_path / "file", "mp4")
+    with pytest.raises(KpError, match=r"can't write the video .*gone/a.mp4"):
+        VideoSink(tmp_path / "gone" / "a.mp4", "mp4v", 30, SIZE_HW, by_clock=False)
+    with pytest.raises(KpError, match=r"can't write .*gone/a.jsonl: No such file"):
+        LinesSink(tmp_path / "gone" / "a.jsonl")
+    with pytest.raises(InputError, match="there is no format 'gif'; choose from mp4, avi, jsonl, parquet"):
+        sinks_for(source, tmp_path, "gif")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+def test_a_full_disk_ends_one_file_and_keeps_the_other(tmp_path: Path) -> None:
+    source = FolderSource(folder_of_frames(tmp_path / "frames"))
+    picture_sink, lines = sinks_for(source, tmp_path, "avi", "jsonl")
+    lines._file.close()  # type: ignore[attr-defined]
+    lines._file = open("/dev/full", "w", buffering=1)  # type: ignore[attr-defined]  # noqa: SIM115
+    with pytest.raises(KpError, match=r"can't write .*frames_keypoints.jsonl: No space left"):
+        run_video(source, one_face(), [picture_sink, lines])
+    assert (tmp_path / "frames_keypoints.avi").is_file()
+    assert len(levels(tmp_path / "frames_keypoints.avi")) >= 1
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return imported(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    source = FolderSource(folder_of_frames(tmp_path / "frames", 2))
+    with pytest.raises(MissingExtraError, match=r"pip install 'kp-edge\[parquet\]'"):
+        sinks_for(source, tmp_path, "parquet")
+
+
+def test_stop_finishes_what_was_read(tmp_path: Path) -> None:
+    source, stop = FileSource(video(tmp_path / "a.avi", 200)), threading.Event()
+    run = run_video(
+        source, one_face(), sinks_for(source, tmp_path, "avi"), stop=stop, step=lambda n: stop.set() if n == 5 else None
+    )
+    assert run.stopped
+    assert 5 <= run.frames < 30
+    assert len(levels(run.files[0])) == run.frames
+
+
+def test_a_window_is_shown_every_frame_and_may_end_the_run(tmp_path: Path) -> None:
+    class Screen:
+        shown, closed = 0, False
+
+        def show(self, image: np.ndarray) -> bool:
+            self.shown += 1
+            return self.shown < 3
+
+        def close(self) -> None:
+            self.closed = True
+
+    screen = Screen()
+    run = run_video(FileSource(video(tmp_path / "a.avi", 200)), one_face(), [], window=screen)
+    assert run.stopped
+    assert screen.closed
+    assert screen.shown == run.frames < 30
+
+
+def test_no_window_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    def headless(*words: object) -> None:
+        raise cv2.error("The function is not implemented. Rebuild the library with Windows, GTK+ 2.x or Cocoa support")
+
+    monkeypatch.setattr(cv2, "namedWindow", headless)
+    with pytest.raises(BackendError, match=r"can't open a window .*leave out --show, or install opencv-python"):
+        Window("kp")
+
+
+def test_drawing_leaves_the_frame_alone_and_shows_the_id() -> None:
+    image = picture(40)
+    track = Track(7, np.array([40.0, 30, 90, 80]), np.full((68, 2), 60, np.float32), 0.01)
+    drawn = draw_tracks(image, [track])
+    assert image.max() == 40
+    assert np.abs(drawn[8:24, 36:60].astype(int) - 40).max() > 50
+    assert draw_tracks(image, []) is not image
