@@ -202,8 +202,9 @@ def run(options: argparse.Namespace) -> None:
                 if video:
                     video.write(frame, keypoints)
             follower.saw(keypoints)
-            # nanoseconds since the pipeline started
-            print(json.dumps({"time_s": sample.get_buffer().pts / 1e9, **keypoints.to_json()}), flush=True)
+            nanoseconds = sample.get_buffer().pts  # since the pipeline started, or all bits set
+            time_s = nanoseconds / 1e9 if nanoseconds < 2**64 - 1 else None
+            print(json.dumps({"time_s": time_s, **keypoints.to_json()}), flush=True)
     finally:
         if video:
             video.close()

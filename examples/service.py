@@ -51,6 +51,7 @@ class Settings:
 
     model: str | None = None  # a bundle; None: the installed default model, else the checkout's
     backend: str = "auto"
+    public_key: str | None = None  # the PEM file of the key that must have signed the bundle
     detector: str = "haar"  # or the path of a YuNet model
     max_upload_mib: int = 8
     max_megapixels: int = 40  # a small file can be a huge image
@@ -142,7 +143,8 @@ class Service:
     """Image bytes to keypoints; `answer` is called from many threads at once."""
 
     def __init__(self, settings: Settings) -> None:
-        model = kp_runtime.load(settings.model or default_bundle(BUNDLE_OF_THE_CHECKOUT), settings.backend)
+        bundle = settings.model or default_bundle(BUNDLE_OF_THE_CHECKOUT)
+        model = kp_runtime.load(bundle, settings.backend, public_key=settings.public_key)
         model.warmup(settings.batch_faces)
         self.batching = BatchingBackend(model.backend, settings.wait_ms / 1000, settings.batch_faces)
         self._model = kp_runtime.Model(self.batching)

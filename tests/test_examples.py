@@ -169,6 +169,11 @@ def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path)
     asyncio.run(talk())
 
 
+def test_a_key_asks_for_a_signature(service: Any, bundle: Path) -> None:
+    with pytest.raises(kp_runtime.SignatureError, match="is not signed, and a public key was given"):
+        service.create_app(service.Settings(model=str(bundle), public_key="key.pem"))
+
+
 def test_a_full_service_says_so_at_once(service: Any, bundle: Path) -> None:
     app = service.create_app(service.Settings(model=str(bundle), max_requests=2))
     plain = cv2.imencode(".png", np.zeros((40, 30), np.uint8))[1].tobytes()
