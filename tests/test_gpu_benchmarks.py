@@ -337,6 +337,7 @@ def test_a_session_goes_on_after_a_failed_step(tmp_path: Path) -> None:
     said = [line.replace(",", " ").split()[:2] for line in done.stdout.splitlines()]
     assert dict(said) == dict.fromkeys(STEPS, "ok") | {"tests": "failed", "crops": "over"}
     assert done.returncode == 1
+    assert "tests.log: ran -m pytest -m gpu -s" in done.stdout
     assert (tmp_path / "out" / "summary.txt").read_text() in done.stdout
     assert "pytest -m gpu" in (tmp_path / "out" / "tests.log").read_text()
     assert "--part network --out" in (tmp_path / "out" / "network.log").read_text()
