@@ -115,14 +115,15 @@ QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENCV_LOG_LEVEL"
 def _lines(child: subprocess.Popen[bytes]) -> Iterator[str]:
     """The child's lines; a child that says nothing for long is killed."""
     assert child.stdout is not None
-    rest = b""
+    rest, patience = b"", 10 * WALL_SECONDS  # imports take long on a busy machine
     while True:
-        if not select.select([child.stdout], [], [], WALL_SECONDS)[0]:
+        if not select.select([child.stdout], [], [], patience)[0]:
             child.kill()
             return
         block = os.read(child.stdout.fileno(), 1 << 16)
         if not block:
             return
+        patience = WALL_SECONDS
         *lines, rest = (rest + block).split(b"\n")
         yield from (line.decode() for line in lines)
 
