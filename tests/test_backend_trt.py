@@ -16,12 +16,14 @@ from kp_runtime.backend import open_backend
 from kp_runtime.backend_trt import MODULES, TensorRtBackend, tensorrt_runtime
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, IntegrityError, MissingExtraError
+from kp_runtime.pipeline import load
 from kp_runtime.spec import Manifest, file_entry
 from tests.cuda_driver_double import DriverDouble, Result
+from tests.emulation import EmulatedKernel
 from tests.models import SIZE, tiny_bundle, tiny_keypoints
 from tests.real_tensorrt import WHEELS
 from tests.tensorrt_double import PLAN, TENSORS, tensorrt_double
-from tests.tolerances import FP32_PX, assert_close
+from tests.tolerances import FP32_PX, MAP_PX, assert_close
 
 NAME = "model.fp16.sm87.trt10.3.0.plan"
 MADE: dict[str, Any] = {
@@ -318,3 +320,31 @@ def test_wrong_keypoints_are_refused(install: Any, tmp_path: Path, monkeypatch: 
     backend = opened(tmp_path, golden=False)
     assert isinstance(backend, TensorRtBackend)
     assert backend.report.golden_error_px is None
+
+
+def test_the_whole_way_from_a_frame(
+    install: Any,
+    driver: DriverDouble,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: Any,
+) -> None:
+    """`load` with a plan: crops by the emulated kernel, parts, graphs on contexts of their own, submit()."""
+    driver.kernel = EmulatedKernel(tmp_path_factory)
+    (tmp_path / "kernel").write_bytes(b"cubin")
+    monkeypatch.setenv("KP_CUBIN", str(tmp_path / "kernel"))
+    install(profile=(2, 4, 10))
+    bundle = with_plan(tmp_path / "bundle")
+    image = rng.integers(0, 256, (240, 320, 3), dtype=np.uint8)
+    corner = rng.uniform(0, 150, (23, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(30, 80, (23, 2))], axis=1)
+    cpu = load(bundle, "ort-cpu", precision="fp32")
+    with load(bundle, "tensorrt") as model:
+        for n in (1, 3, 23, 3, 1, 23, 3, 1, 23, 0):
+            wanted = cpu(image, boxes[:n]).xy
+            assert_close(model(image, boxes[:n]).xy, wanted, MAP_PX, f"{n} faces")
+            assert_close(model.submit(image, boxes[:n]).result(60).xy, wanted, MAP_PX, f"{n} faces, submitted")
+        assert model.graphs.off is None
+        assert {(3, 1), (3, 3), (3, 23)} <= set(model.graphs.captured)
+    assert not driver.graphs
