@@ -25,6 +25,7 @@ import pytest
 
 import kp_runtime
 from kp_runtime.backend import Backend
+from kp_runtime.signing import new_key
 from kp_runtime.spec import ModelSpec
 from tests.tolerances import FP32_PX, assert_close
 
@@ -169,9 +170,11 @@ def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path)
     asyncio.run(talk())
 
 
-def test_a_key_asks_for_a_signature(service: Any, bundle: Path) -> None:
+def test_a_key_asks_for_a_signature(service: Any, bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="cryptography, which checks signatures, is not installed")
+    settings = service.Settings(model=str(bundle), public_key=str(new_key(tmp_path / "release.pem")))
     with pytest.raises(kp_runtime.SignatureError, match="is not signed, and a public key was given"):
-        service.create_app(service.Settings(model=str(bundle), public_key="key.pem"))
+        service.create_app(settings)
 
 
 def test_a_full_service_says_so_at_once(service: Any, bundle: Path) -> None:
