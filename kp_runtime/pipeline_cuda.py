@@ -144,9 +144,10 @@ class CudaPipeline:
             self._changed.notify_all()
             self._changed.wait_for(lambda: not self._taken)
             lanes, self._free = self._free, []
-        for lane in lanes:
-            lane.close()
-        self._kernels.close()
+        with contextlib.ExitStack() as last:  # one that fails does not keep the others
+            last.callback(self._kernels.close)
+            for lane in lanes:
+                last.callback(lane.close)
 
     @contextlib.contextmanager
     def _lane(self, faces: int) -> Iterator[_Lane]:
@@ -175,7 +176,8 @@ class CudaPipeline:
         with self._changed:
             self._taken[self._taken.index(lane)] = larger
         if lane is not None:
-            lane.close()
+            with contextlib.suppress(BackendError):  # no reason against the new one
+                lane.close()
         return larger
 
     def _give(self, lane: _Lane | None) -> None:
