@@ -476,6 +476,9 @@ def run(
     patience: Annotated[
         float, typer.Option(min=0.0, help="Seconds that a camera or stream which went away is opened anew.")
     ] = 60.0,
+    smallest: Annotated[
+        float, typer.Option(min=0.02, max=1.0, help="Haar's smallest face, as a share of the frame's shorter side.")
+    ] = 0.1,
     yunet: Yunet = None,
     threads: Threads = None,
     public_key: PublicKey = None,
@@ -497,7 +500,7 @@ def run(
     opened = load(_bundle(model), threads=threads, public_key=public_key)
     if opened.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
-    tracker = Tracker(opened, _detector(yunet), TrackerSettings(detect_every=detect_every, smooth=smooth))
+    tracker = Tracker(opened, _detector(yunet, smallest), TrackerSettings(detect_every=detect_every, smooth=smooth))
     frames = open_source(source, rate=rate, patience=patience, stop=stop, say=_note)
     window = Window(source) if show else None
     wanted = formats or ([] if show else ["mp4", "jsonl"])
@@ -778,10 +781,10 @@ def _bundle(named: Path | None) -> Path:
     return named or default_bundle(checkout=Path(__file__).parent / DEFAULT_BUNDLE)
 
 
-def _detector(yunet: Path | None) -> Any:
+def _detector(yunet: Path | None, smallest: float = 0.05) -> Any:
     from kp_runtime.detect import HaarDetector, YuNetDetector
 
-    return YuNetDetector(yunet) if yunet else HaarDetector()
+    return YuNetDetector(yunet) if yunet else HaarDetector(smallest=smallest)
 
 
 def _parse_box(text: str) -> list[float]:

@@ -22,6 +22,7 @@ from kp_runtime.geometry import (
     frame_box,
     invert_matrix,
     matrices_from_boxes,
+    overlaps,
 )
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest
@@ -29,7 +30,7 @@ from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Face, Source, is_held_out, luma_from_file
 from kp_train.metrics import Accuracy, accuracy, point_errors
 
-__all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "open_model", "overlap", "predict_in_frames"]
+__all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "open_model", "predict_in_frames"]
 
 BATCH = 32
 
@@ -187,16 +188,7 @@ def _box(face: Face, frame: Frame, detector: Detector | None) -> NDArray[np.floa
     found = detector(frame)
     if not len(found):
         return None
-    scores = overlap(found, truth)
+    scores = overlaps(found, truth[None])[:, 0]
     best = int(scores.argmax())
     # a box of somebody else's face, or of none, is the detector's miss and not the network's
     return found[best] if scores[best] > 0.25 else None
-
-
-def overlap(boxes_xyxy: NDArray[np.floating], box_xyxy: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Intersection over union of boxes `(n, 4)` with one box `(4,)`, `(n,)`."""
-    low, high = np.maximum(boxes_xyxy[:, :2], box_xyxy[:2]), np.minimum(boxes_xyxy[:, 2:], box_xyxy[2:])
-    common = np.clip(high - low, 0, None).prod(axis=1)
-    areas = (boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(axis=1) + (box_xyxy[2:] - box_xyxy[:2]).prod()
-    shares: NDArray[np.float64] = common / (areas - common)
-    return shares

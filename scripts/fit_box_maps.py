@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from kp_export.evaluate import overlap
 from kp_runtime.detect import HaarDetector, YuNetDetector, map_from_pairs
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import boxes_from_points
+from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_train.data import Face, luma_from_file, parse_source
 
 
@@ -26,7 +25,7 @@ def pairs(detector: HaarDetector | YuNetDetector, faces: list[Face]) -> tuple[np
     for face in track(faces, type(detector).__name__):
         box = boxes_from_points(face.xy)
         raw = detector.raw(Frame(luma_from_file(face.image), "gray"))
-        if len(raw) and (scores := overlap(raw, box)).max() > 0.25:
+        if len(raw) and (scores := overlaps(raw, box[None])[:, 0]).max() > 0.25:
             found.append(raw[scores.argmax()])
             wanted.append(box)
     return np.array(found), np.array(wanted)
