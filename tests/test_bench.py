@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from kp_runtime.backend import Backend
-from kp_runtime.cores import usable_cores
 from kp_runtime.bench import StagedCalls, _open, crops_of_faces, run_bench
 from kp_runtime.bench_compare import check_alike, compared, gate, obstacles
 from kp_runtime.bench_results import (
@@ -25,6 +24,7 @@ from kp_runtime.bench_results import (
     write_results,
 )
 from kp_runtime.cold_start import PROCESSES, PROGRAM, cold_starts
+from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes

@@ -18,8 +18,8 @@ BARE = """
 import sys
 
 BLOCKED = {
-    "cryptography", "cv2", "lightning", "matplotlib", "onnx", "onnxruntime", "PIL", "rich", "safetensors", "skimage", "torch",
-    "torchvision", "typer",
+    "cryptography", "cv2", "lightning", "matplotlib", "onnx", "onnxruntime", "PIL", "rich", "safetensors", "skimage",
+    "torch", "torchvision", "typer",
 }
 
 class Blocker:
