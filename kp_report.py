@@ -11,6 +11,8 @@ from typing import Any
 
 import typer
 
+from kp_runtime.errors import BundleError
+
 __all__ = [
     "build_progress",
     "frames_progress",
@@ -118,7 +120,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for row in rows:
         table.add_row(*map(str, row))
     # a table that is cut at 80 columns in a log helps nobody
-    Console(width=None if Console().is_terminal else 170).print(table)
+    Console(width=None if Console().is_terminal else 170, markup=False).print(table)
 
 
 def print_accuracy(name: str, result: Any) -> None:
@@ -257,23 +259,42 @@ def print_diagnosis(diagnosis: Any) -> None:
 
 
 def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:
-    """A bundle's files, each with `ok` or `BAD`, where its weights are from, and its recorded accuracy."""
-    spec, training = manifest.spec, manifest.training
+    """A bundle's files, each with `ok` or `BAD`, where its weights are from, and its recorded accuracy.
+
+    Raises:
+        BundleError: what the manifest says of training, accuracy or making is not as this project writes it.
+    """
+    try:
+        rows, lines = _file_rows(manifest, states), _provenance(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(f"{bundle}: the manifest can't be shown as text ({error!r:.200}); use --json") from error
+    spec = manifest.spec
     typer.echo(f"{spec.name}: {spec.points} points, {spec.size} px crops, margin {spec.margin:g}, boxes {spec.box}")
-    rows = []
+    print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "layers", "hash"), rows)
+    for line in lines:
+        typer.echo("".join(c if c.isprintable() else "?" for c in line))  # a manifest may not steer the terminal
+
+
+def _file_rows(manifest: Any, states: dict[str, str]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
     for name, e in manifest.files.items():
         hashes = e.sha256[:12], (e.parent_sha256 or "")[:12]
         state = "ok" if states[name] == "ok" else "BAD"
         rows.append((name, e.kind, e.precision or "", f"{e.bytes:,}", *hashes, _layers(e.made), state))
-    print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "layers", "hash"), rows)
+    return rows
+
+
+def _provenance(manifest: Any) -> list[str]:
+    lines, training = [], manifest.training
     for source in training.get("sources", []):
-        typer.echo(f"trained on {source.get('trained_on')} faces of {source.get('name')} ({source.get('sha256')})")
+        lines.append(f"trained on {source.get('trained_on')} faces of {source.get('name')} ({source.get('sha256')})")
     if training:
-        typer.echo(f"trained by revision {training.get('git_revision')}, best epoch {training.get('best_epoch')}")
+        lines.append(f"trained by revision {training.get('git_revision')}, best epoch {training.get('best_epoch')}")
     for data, measured in manifest.accuracy.items():
         if {"nme", "failures", "faces"} <= set(measured):
             numbers = f"NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"
-            typer.echo(f"{data}: {numbers}")
+            lines.append(f"{data}: {numbers}")
+    return lines
 
 
 def _layers(made: dict[str, Any]) -> str:

@@ -78,8 +78,8 @@ class ModelSpec:
     scheme: str = "ibug68"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or len(self.name) > 200:
-            raise BundleError(f"the model's name must be text of up to 200 characters, got {_short(self.name)}")
+        if not isinstance(self.name, str) or len(self.name) > 200 or not self.name.isprintable():
+            raise BundleError(f"the model's name must be a line of up to 200 characters, got {_short(self.name)}")
         if type(self.size) is not int or not 32 <= self.size <= 1024:
             raise BundleError(f"the model's crop size must be 32 to 1024 pixels, got {_short(self.size)}")
         if type(self.margin) not in (int, float) or not 0.5 <= self.margin <= 4:
@@ -115,6 +115,8 @@ class FileEntry:
     def __post_init__(self) -> None:
         if not (isinstance(self.sha256, str) and type(self.bytes) is int and isinstance(self.kind, str)):
             raise BundleError(f"a file's sha256, bytes and kind must be text, a number and text; got {_short(self)}")
+        if len(self.kind) > 200 or not self.kind.isprintable():
+            raise BundleError(f"a file's kind must be a word, got {_short(self.kind)}")
         if not 0 <= self.bytes <= _LARGEST_FILE:
             raise BundleError(f"a file's bytes must be 0 to {_LARGEST_FILE}, got {_short(self.bytes)}")
         if self.precision not in (None, *PRECISIONS):

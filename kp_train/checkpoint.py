@@ -66,7 +66,11 @@ def load_checkpoint(path: Path) -> tuple[KeypointNet, Manifest]:
         raise BundleError(f"{path} is no checkpoint: a checkpoint is a bundle's folder or its {CHECKPOINT_NAME}")
     manifest = Manifest.read(bundle)
     file = manifest.check_file(bundle, CHECKPOINT_NAME)
-    net = KeypointNet(manifest.spec.size, manifest.training.get("config", {}).get("reduce", 1))
+    config = manifest.training.get("config", {})
+    reduce = config.get("reduce", 1) if isinstance(config, dict) else None
+    if type(reduce) is not int or reduce < 1 or manifest.spec.size % reduce:
+        raise BundleError(f"{bundle}: the manifest's training config needs a reduce that divides the crop's size")
+    net = KeypointNet(manifest.spec.size, reduce)
     try:
         tensors = {name: value.float() for name, value in load_file(file).items()}
     except (SafetensorError, OSError) as error:

@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from kp_report import print_bundle
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError, BundleError, DataError, ImageError, IntegrityError
 from kp_runtime.frame import Frame
 from kp_runtime.golden import golden_from_bytes
-from kp_runtime.spec import ModelSpec
-from kp_train.checkpoint import SafetensorsIO
+from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
+from kp_train.checkpoint import SafetensorsIO, load_checkpoint
 from kp_train.data import read_pts, read_source
 from tests.models import SIZE, tiny_graph
 
@@ -137,6 +138,38 @@ def test_a_damaged_training_state(tree: Any, tmp_path: Path) -> None:
     (tmp_path / "s" / "tree.json").write_text(json.dumps(tree))
     with pytest.raises(BundleError, match=r"the training state at .* is damaged|there is no training state"):
         SafetensorsIO().load_checkpoint(tmp_path / "s")
+
+
+@pytest.mark.parametrize(
+    "config", [[], 5, {"reduce": 0}, {"reduce": 7}, {"reduce": "1"}, {"reduce": True}, {"reduce": 1e9}]
+)
+def test_a_checkpoint_of_an_odd_configuration(config: Any, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
+    files = {"checkpoint.safetensors": file_entry(tmp_path / "checkpoint.safetensors", "checkpoint")}
+    Manifest(SPEC, files, training={"config": config}).write(tmp_path)
+    with pytest.raises(BundleError, match="training config needs a reduce that divides the crop's size"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"training": {"sources": 5}}, {"training": {"sources": [5]}}, {"accuracy": {"set": 5}},
+        {"accuracy": {"set": {"nme": "low", "failures": 0, "faces": 1}}},
+    ],
+)  # fmt: skip
+def test_a_manifest_that_can_not_be_shown(fields: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match=r"the manifest can't be shown as text .* use --json"):
+        print_bundle("b", Manifest(SPEC, **fields), {})
+
+
+def test_a_manifest_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    training = {"sources": [{"name": "\x1b[2J\u202e"}], "git_revision": "\x07"}
+    files = {"model.onnx": FileEntry("[/red]" * 9, 1, "[/red]")}
+    print_bundle("b", Manifest(SPEC, files, training=training), {"model.onnx": "ok"})
+    out = capsys.readouterr().out
+    assert "[/red]" in out
+    assert all(c.isprintable() or c == "\n" for c in out)
 
 
 def test_messages_stay_short(tmp_path: Path) -> None:
