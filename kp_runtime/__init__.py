@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from kp_runtime.geometry import boxes_from_points
     from kp_runtime.pipeline import Model, load
     from kp_runtime.results import Keypoints
+    from kp_runtime.smooth import OneEuro
     from kp_runtime.spec import Manifest, ModelSpec
     from kp_runtime.timing import StageTimer
+    from kp_runtime.track import Track, Tracker, TrackerSettings
 
 __version__ = "0.1.0"
 
@@ -60,10 +62,14 @@ __all__ = [
     "MissingExtraError",
     "Model",
     "ModelSpec",
+    "OneEuro",
     "ParityError",
     "SchemaError",
     "SignatureError",
     "StageTimer",
+    "Track",
+    "Tracker",
+    "TrackerSettings",
     "YuNetDetector",
     "boxes_from_points",
     "draw_keypoints",
@@ -81,8 +87,10 @@ _HOME = {
     "geometry": ("boxes_from_points",),
     "pipeline": ("Model", "load"),
     "results": ("Keypoints",),
+    "smooth": ("OneEuro",),
     "spec": ("Manifest", "ModelSpec"),
     "timing": ("StageTimer",),
+    "track": ("Track", "Tracker", "TrackerSettings"),
 }
 """The module of each public name; the rest are errors. A module is imported when it is first used."""
 

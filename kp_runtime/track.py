@@ -154,8 +154,8 @@ class Tracker:
             KpError: what the model and the detector raise.
         """
         in_view = [face for face in self._known if face.away == 0]
-        looks = dict(zip((face.id for face in in_view), self._look(image, [f.box for f in in_view]), strict=True))
-        found = {face.id: look for face in in_view if self._is_face(look := looks[face.id], image)}
+        looks = zip(in_view, self._look(image, [face.box for face in in_view]), strict=True)
+        found = {face.id: look for face, look in looks if self._is_face(look, image)}
         self._drop_doubles(found)
         self._until_detection -= 1
         if self._until_detection <= 0 or len(found) < len(in_view):

@@ -18,17 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.draw import draw_boxes, draw_keypoints
+from kp_runtime.effects import Effect
 from kp_runtime.errors import BackendError, ImageError, KpError
 from kp_runtime.frame import import_cv2
 from kp_runtime.track import Track, Tracker
 from kp_runtime.video_sink import Sink
 from kp_runtime.video_source import Source, VideoFrame
 
-__all__ = ["Ahead", "VideoRun", "Window", "draw_tracks", "run_video"]
+__all__ = ["Ahead", "VideoRun", "Window", "draw_effect", "draw_tracks", "run_video"]
 
 T = TypeVar("T")
 _ROOM = 4  # frames between two steps: enough that an uneven one does not stop the others
 _TURN_S = 0.1  # how long a wait lasts before it looks whether it should end
+_LAST_S = 5.0  # how long a step may take to finish its last frame; a camera may block for longer
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Ahead(Generic[T]):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(_TURN_S)
+        self._thread.join(_LAST_S)
 
     def _work(self) -> None:
         try:
@@ -162,11 +164,17 @@ def draw_tracks(image: NDArray[np.uint8], tracks: Sequence[Track]) -> NDArray[np
     return draw_keypoints(canvas, np.stack([track.xy for track in tracks]))
 
 
+def draw_effect(effect: Effect) -> Callable[[NDArray[np.uint8], Sequence[Track]], NDArray[np.uint8]]:
+    """What `run_video` draws to put an effect on all faces."""
+    return lambda image, tracks: effect(image, [track.xy for track in tracks])
+
+
 def run_video(
     source: Source,
     tracker: Tracker,
     sinks: Sequence[Sink],
     *,
+    draw: Callable[[NDArray[np.uint8], Sequence[Track]], NDArray[np.uint8]] = draw_tracks,
     window: Any = None,
     stop: threading.Event | None = None,
     step: Callable[[int], None] = lambda frames: None,
@@ -177,6 +185,7 @@ def run_video(
         source: of `video_source.open_source`.
         tracker: a fresh one.
         sinks: of `video_sink.open_sinks`; they are closed in any case.
+        draw: gives the picture of a frame and its tracks; `draw_effect(…)` for an effect.
         window: a `Window` that shows the frames.
         stop: set it to end the run: no more is read, what was read is finished.
         step: is told how many frames are through.
@@ -202,7 +211,7 @@ def run_video(
     begin, frames = time.perf_counter(), 0
     read = Ahead(_until(source, stop), room, newest=source.live)
     found = Ahead(tracked(), room)
-    drawn = Ahead(((f, t, draw_tracks(f.image, t) if pictures else None) for f, t in found), room)
+    drawn = Ahead(((f, t, draw(f.image, t) if pictures else None) for f, t in found), room)
     failures: list[KpError] = []
     try:
         for frame, tracks, picture in drawn:

@@ -145,6 +145,7 @@ class FileSource:
         if not read:
             raise ImageError(f"{path} has no frame that can be read: it is cut off, empty or no video")
         self._first: NDArray[np.uint8] = image
+        self._begin = self._stamp()
         self.size_hw = (image.shape[0], image.shape[1])
         self.rate = rate or _rate(self._capture)
         count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
@@ -158,12 +159,16 @@ class FileSource:
                 yield VideoFrame(index, seconds, image)
                 index += 1
                 read, image = self._capture.read()
-                stamp = self._capture.get(self._cv2.CAP_PROP_POS_MSEC) / 1000
+                stamp = self._stamp() - self._begin
                 trusted = stamp > seconds and not self._rate_given
                 seconds = stamp if trusted else max(seconds, (index - 1) / self.rate) + 1 / self.rate
         # some containers only estimate their number of frames
         if self.count is not None and index < self.count - max(2, 0.02 * self.count):
             raise ImageError(f"{self.name} is cut off: {index} of its {self.count} frames could be read")
+
+    def _stamp(self) -> float:
+        """The time of the last frame; older OpenCVs give that of the next one."""
+        return float(self._capture.get(self._cv2.CAP_PROP_POS_MSEC)) / 1000
 
 
 class FolderSource:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kp_report import frames_progress
 from tests.test_cli import kp
 from tests.test_video import folder_of_frames, levels, one_face, sinks_for, video
 
@@ -103,6 +106,23 @@ def test_errors_are_one_line(
     assert err.startswith("kp: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_progress_tells_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with frames_progress("talk.mp4", 200) as step:
+        step(50)
+        step(100)
+    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "talk.mp4" in shown
+    assert "100/200" in shown
+    assert re.search(r"\d\.\d frames/s", shown)
 
 
 def test_parquet_holds_what_json_lines_hold(tmp_path: Path) -> None:
