@@ -68,6 +68,7 @@ PublicKey = Annotated[Path | None, typer.Option(help="Refuse a bundle that this 
 Looks = Annotated[
     int, typer.Option(help="Times that a face is looked at, each time in the box of the points found before.")
 ]
+EFFECT_NAMES = "sunglasses, hat, moustache, mesh, blur, or a .toml file of your own (docs/filters.md)."
 Yunet = Annotated[Path | None, typer.Option(help="A YuNet model file, to detect faces with it instead of Haar.")]
 Data = Annotated[list[str], typer.Option(
     "--data", metavar="PATH[=WEIGHT]",
@@ -451,6 +452,49 @@ def predict(
         raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
 
 
+@app.command("filter")
+def put_effect(
+    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them.")],
+    effect: Annotated[str, typer.Option(metavar="NAME", help=EFFECT_NAMES)],
+    out: Annotated[Path, typer.Option(help="Folder for the new pictures.")] = Path("out"),
+    model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
+    looks: Looks = 1,
+    yunet: Yunet = None,
+    threads: Threads = None,
+    public_key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Put sunglasses, a hat, a moustache or a mask on all faces of photos, or hide the faces.
+
+    Writes copies; the photos stay. Example: kp filter photo.jpg --effect sunglasses
+    """
+    from kp_runtime.effects import open_effect
+    from kp_runtime.photos import photos_from_paths, predict_photo
+    from kp_runtime.pipeline import load
+
+    put = open_effect(effect)
+    paths = photos_from_paths(photos)
+    targets = [out / f"{path.stem}_{Path(effect).stem}.jpg" for path in paths]
+    if len(set(targets)) < len(targets):
+        raise InputError("two of the photos have the same name; run kp filter twice with their own --out")
+    opened, detector = load(_bundle(model), threads=threads, public_key=public_key), _detector(yunet)
+    results, failed = [], []
+    for path, target in progress("drawing")(list(zip(paths, targets, strict=True))):
+        try:
+            results.append(predict_photo(opened, path, detector=detector, drawn=target, draw=put, looks=looks))
+        except KpError as error:
+            failed.append(str(error))
+    if as_json:
+        print_json([{"image": p.path, "faces": len(p.keypoints), "drawn": p.drawn} for p in results])
+    for photo in results:
+        if not as_json:
+            typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}: {photo.drawn}")
+        if not len(photo.keypoints):
+            _note(f"{photo.path}: no face was found, so {photo.drawn} shows the photo as it is")
+    if failed:
+        raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
+
+
 @app.command()
 def run(
     source: Annotated[
@@ -466,6 +510,9 @@ def run(
     show: Annotated[
         bool, typer.Option("--show", help="Show the frames in a window; with no --format, only that.")
     ] = False,
+    effect: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead of points and boxes: " + EFFECT_NAMES)
+    ] = None,
     smooth: Annotated[
         bool, typer.Option("--smooth/--no-smooth", help="Steady the points (One-Euro); not for measurements.")
     ] = True,
@@ -491,22 +538,26 @@ def run(
     """
     stop = threading.Event()
     _quiet_video()
+    from kp_runtime.effects import open_effect
     from kp_runtime.pipeline import load
     from kp_runtime.track import Tracker, TrackerSettings
-    from kp_runtime.video import Window, run_video
+    from kp_runtime.video import Window, draw_effect, draw_tracks, run_video
     from kp_runtime.video_sink import open_sinks
     from kp_runtime.video_source import open_source
 
+    wanted = formats or ([] if show else ["mp4", "jsonl"])
+    if effect and not show and not {"mp4", "avi"} & set(wanted):
+        raise InputError("--effect goes with --format mp4, --format avi or --show")
+    draw = draw_effect(open_effect(effect)) if effect else draw_tracks
     opened = load(_bundle(model), threads=threads, public_key=public_key)
     if opened.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
     tracker = Tracker(opened, _detector(yunet, smallest), TrackerSettings(detect_every=detect_every, smooth=smooth))
     frames = open_source(source, rate=rate, patience=patience, stop=stop, say=_note)
     window = Window(source) if show else None
-    wanted = formats or ([] if show else ["mp4", "jsonl"])
     sinks = open_sinks(wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live)
     with _stopped_by_signals(stop), frames_progress(frames.name, frames.count) as step:
-        result = run_video(frames, tracker, sinks, window=window, stop=stop, step=step)
+        result = run_video(frames, tracker, sinks, draw=draw, window=window, stop=stop, step=step)
     if as_json:
         print_json(dataclasses.asdict(result))
     else:
@@ -517,7 +568,7 @@ def run(
 
 @app.command()
 def bench(
-    bundle: Annotated[Path | None, typer.Argument(help="A bundle with ONNX files; " + ELSE_DEFAULT)] = None,
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; " + ELSE_DEFAULT)] = None,
     photo: Annotated[
         Path | None, typer.Option(help="A photo with a face; scikit-image's astronaut when left out.")
     ] = None,
@@ -527,6 +578,10 @@ def bench(
     precision: Annotated[
         list[str] | None, typer.Option(help="Only files of this precision. Repeatable; all files when left out.")
     ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(help="tensorrt, ort-tensorrt, ort-cuda or ort-cpu; auto takes each file's best that works here."),
+    ] = "auto",
     seconds: Annotated[float, typer.Option(min=0.0, help="Least time that each case is measured.")] = 3.0,
     samples: Annotated[int, typer.Option(min=1, help="Least number of samples of each case.")] = 200,
     threads: Threads = None,
@@ -561,13 +616,15 @@ def bench(
 
     if compare is None and (new or anyway):
         raise InputError("--with and --compare-anyway go with --compare OLD")
-    if new and any((photo, batch, precision, threads, cores, yunet, out)):
+    if new and any((photo, batch, precision, threads, cores, yunet, out, backend != "auto")):
         raise InputError("--with measures nothing: it goes with --compare, --compare-anyway, --html and --json alone")
     old = results_from_file(compare) if compare else None
     if new:
         result = results_from_file(new)
     else:
-        settings = BenchSettings(tuple(batch or (1, 8)), seconds, samples, threads, tuple(precision or ()), cores)
+        settings = BenchSettings(
+            tuple(batch or (1, 8)), seconds, samples, threads, tuple(precision or ()), cores, backend
+        )
         with share_progress() as step:
             admit = gate(old, anyway)
             face = photo or _astronaut()

@@ -229,6 +229,8 @@ def print_bench(result: Any) -> None:
         rows.append((file.file, file.backend, f"{file.cold.load_ms:.0f}", f"{file.cold.first_ms:.1f}", *memory))
     columns = ("file", "engine", "load ms", "first call ms", "peak MiB", "before the load")
     print_table("fresh processes", columns, rows)
+    for name, reason in result.left_out.items():
+        typer.echo(f"left out: {name}: {reason}")
 
 
 def print_comparison(comparison: Any) -> None:

@@ -28,7 +28,7 @@ from kp_runtime.bench_results import (
 )
 from kp_runtime.cold_start import cold_starts
 from kp_runtime.detect import Detector
-from kp_runtime.errors import ImageError, InputError
+from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.frame import Frame, as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.machine import load_average, machine_from_system
@@ -59,7 +59,7 @@ def run_bench(
     """Measures a bundle on a photo.
 
     Args:
-        bundle: a bundle with ONNX files.
+        bundle: a bundle with ONNX files or TensorRT plans.
         photo: with at least one face.
         detector: finds its faces.
         settings: what is measured and for how long.
@@ -74,16 +74,21 @@ def run_bench(
     settings = settings or BenchSettings()
     _check(settings, bundle)
     before, started = load_average(), datetime.datetime.now(datetime.timezone.utc)
-    backends = _open(bundle, settings)
+    backends, left_out = _open(bundle, settings)
     model = Model(next(iter(backends.values())))
     setup, crops = _setup(model, bundle, photo, detector, settings)
     admit(setup)
-    cold = cold_starts([bundle / name for name in backends], crops[0], settings.threads, partial(step, "cold starts"))
+    cold = cold_starts(
+        [(bundle / name, backend.name) for name, backend in backends.items()],
+        crops[0],
+        settings.threads,
+        partial(step, "cold starts"),
+    )
     _warm_up(backends, (*settings.batches, setup.faces), partial(step, "warming up"))
     predict = partial(predict_photo, model, photo, detector=detector)
     network, stages = _measure(model, backends, crops, predict, settings, partial(step, "measuring"))
     files = _files(bundle, backends, cold)
-    return Bench(setup, started.isoformat(timespec="seconds"), before, load_average(), files, network, stages)
+    return Bench(setup, started.isoformat(timespec="seconds"), before, load_average(), files, network, stages, left_out)
 
 
 def _check(settings: BenchSettings, bundle: Path) -> None:
@@ -97,20 +102,36 @@ def _check(settings: BenchSettings, bundle: Path) -> None:
         raise InputError(f"bench compares the files of a bundle: give its folder, not {bundle}")
 
 
-def _open(bundle: Path, settings: BenchSettings) -> dict[str, Backend]:
-    """The files that run, by name; the first is the one that the photo's stages use."""
-    wanted = settings.precisions
-    files = {name: entry for name, entry in Manifest.read(bundle).files.items() if entry.kind == "onnx"}
+def _open(bundle: Path, settings: BenchSettings) -> tuple[dict[str, Backend], dict[str, str]]:
+    """The files that run, by name, the first being the one that the photo's stages use; and why others don't.
+
+    A plan that does not fit this machine is left out. Anything else that does not open is an error, as is a file
+    that was asked for.
+    """
+    wanted, engine = settings.precisions, settings.backend
+    kinds = ("onnx", "plan") if engine == "auto" else ("plan",) if engine == "tensorrt" else ("onnx",)
+    files = {name: entry for name, entry in Manifest.read(bundle).files.items() if entry.kind in kinds}
     have = sorted({str(entry.precision) for entry in files.values()})
     if missing := [precision for precision in wanted if precision not in have]:
         raise InputError(
-            f"the bundle {bundle} has no ONNX file of precision {missing[0]}, only {', '.join(have) or 'none'}; "
-            "kp export can add it"
+            f"the bundle {bundle} has no {' or '.join(_NAMES[kind] for kind in kinds)} of precision {missing[0]}, only "
+            f"{', '.join(have) or 'none'}; {'kp plan' if kinds == ('plan',) else 'kp export'} can add it"
         )
-    first = open_backend(bundle, precision=wanted[0] if wanted else "auto", threads=settings.threads)
-    names = [name for name, entry in files.items() if not wanted or entry.precision in wanted]
-    rest = [name for name in names if name != first.report.file]
-    return {first.report.file: first} | {name: open_backend(bundle / name, threads=settings.threads) for name in rest}
+    first = open_backend(bundle, engine, wanted[0] if wanted else "auto", settings.threads)
+    opened, left_out = {first.report.file: first}, {}
+    for name, entry in files.items():
+        if name in opened or (wanted and entry.precision not in wanted):
+            continue
+        try:
+            opened[name] = open_backend(bundle / name, engine, threads=settings.threads)
+        except BackendError as error:
+            if entry.kind != "plan" or engine != "auto":
+                raise
+            left_out[name] = str(error)
+    return opened, left_out
+
+
+_NAMES = {"onnx": "ONNX file", "plan": "TensorRT plan"}
 
 
 def _setup(

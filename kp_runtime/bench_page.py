@@ -218,6 +218,8 @@ def _facts(bench: Bench) -> Iterable[list[str]]:
         ("load average after", _loads(bench.load_after)),
         ("threads of the engine", setup.settings.threads or "its own choice"),
         ("cores that were chosen", setup.settings.cores or "all"),
+        ("engine that was asked for", setup.settings.backend),
+        *((f"left out: {name}", reason) for name, reason in bench.left_out.items()),
         ("least for each case", f"{setup.settings.seconds:g} s and {setup.settings.samples} samples"),
         ("detector", setup.detector),
     ]

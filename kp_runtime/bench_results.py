@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
-_ADDED = {"setup.settings": {"cores": None}}
+_ADDED: dict[str, dict[str, Any]] = {"": {"left_out": {}}, "setup.settings": {"cores": None, "backend": "auto"}}
 """What results of schema 1 that were written before a field was added stand for."""
 
 
@@ -53,6 +53,7 @@ class BenchSettings:
         threads: threads of the engine; None leaves it the choice.
         precisions: of the files that run; none means all files of the bundle.
         cores: numbers of the cores that the run was kept on, such as `0,2,3`; None means all of them.
+        backend: the engine; `auto` takes each file's best that works here.
     """
 
     batches: tuple[int, ...] = (1, 8)
@@ -61,6 +62,7 @@ class BenchSettings:
     threads: int | None = None
     precisions: tuple[str, ...] = ()
     cores: str | None = None
+    backend: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,7 @@ class Bench:
         files: the model files that ran.
         network: the network alone.
         photo: the whole way.
+        left_out: files of the bundle that can't run here, each with the reason.
         schema: version of this layout.
     """
 
@@ -209,6 +212,7 @@ class Bench:
     files: tuple[FileRun, ...]
     network: tuple[NetworkCase, ...]
     photo: PhotoRun
+    left_out: dict[str, str]
     schema: int = SCHEMA
 
     def cases(self) -> dict[str, Times]:

@@ -42,7 +42,7 @@ size = round(len(crop) ** 0.5)
 crop = crop.reshape(1, 1, size, size)
 base = peak_kib()
 start = time.perf_counter()
-backend = open_backend(sys.argv[1], threads=json.loads(sys.argv[2]))
+backend = open_backend(sys.argv[1], sys.argv[2], threads=json.loads(sys.argv[3]))
 loaded = time.perf_counter()
 backend.infer(crop)
 first = time.perf_counter()
@@ -51,7 +51,7 @@ print(json.dumps([(loaded - start) * 1e3, (first - loaded) * 1e3, base, peak_kib
 
 
 def cold_starts(
-    paths: Sequence[Path],
+    files: Sequence[tuple[Path, str]],
     crop: NDArray[np.uint8],
     threads: int | None,
     step: Callable[[float], None] = lambda share: None,
@@ -59,7 +59,7 @@ def cold_starts(
     """Loads each file in fresh processes, in turns.
 
     Args:
-        paths: model files of a bundle.
+        files: model files of a bundle, each with the engine that runs it, one of `backend.BACKENDS`.
         crop: `(1, size, size)` uint8, a face.
         threads: of the engine; None leaves it the choice.
         step: told the share that is done.
@@ -67,11 +67,11 @@ def cold_starts(
     Raises:
         BackendError: a process failed.
     """
-    runs: list[list[list[float | None]]] = [[] for _ in paths]
+    runs: list[list[list[float | None]]] = [[] for _ in files]
     for turn in range(PROCESSES):
-        for i, path in enumerate(paths):
-            runs[i].append(_run(path, crop, threads))
-            step((turn * len(paths) + i + 1) / (PROCESSES * len(paths)))
+        for i, (path, engine) in enumerate(files):
+            runs[i].append(_run(path, engine, crop, threads))
+            step((turn * len(files) + i + 1) / (PROCESSES * len(files)))
     return [_medians(run) for run in runs]
 
 
@@ -81,13 +81,13 @@ def _medians(run: list[list[float | None]]) -> ColdStart:
     return ColdStart(len(run), round(statistics.median(load), 4), round(statistics.median(first), 4), mib[0], mib[1])
 
 
-def _run(path: Path, crop: NDArray[np.uint8], threads: int | None) -> list[float | None]:
+def _run(path: Path, engine: str, crop: NDArray[np.uint8], threads: int | None) -> list[float | None]:
     """Milliseconds of the load and of the first call, KiB of memory before and after them."""
     # the very kp_runtime that asks, wherever it was imported from
     house = str(Path(__file__).resolve().parents[1])
     search = os.pathsep.join(filter(None, [house, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path), json.dumps(threads)],
+        [sys.executable, "-c", PROGRAM, str(path), engine, json.dumps(threads)],
         input=crop.tobytes(),
         capture_output=True,
         env=os.environ | {"PYTHONPATH": search},

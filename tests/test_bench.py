@@ -29,7 +29,7 @@ from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest, ModelSpec, sha256_of_file
+from kp_runtime.spec import Manifest, ModelSpec, file_entry, sha256_of_file
 from kp_runtime.timing import StageTimer, measure_in_turns, summary_from_turns
 
 QUICK = BenchSettings(batches=(1, 3), seconds=0, samples=3, threads=1)
@@ -142,10 +142,12 @@ def test_cold_starts_are_medians_in_turns(monkeypatch: pytest.MonkeyPatch) -> No
     told = iter([[1.0, 10, 1024, 4096], [7.0, 70, None, None], [5.0, 30, 1024, 2048], [8.0, 80, None, None],
                  [3.0, 20, 3072, 8192], [9.0, 90, None, None]])  # fmt: skip
     asked = []
-    monkeypatch.setattr("kp_runtime.cold_start._run", lambda path, *_: (asked.append(path), next(told))[1])
+    monkeypatch.setattr(
+        "kp_runtime.cold_start._run", lambda path, engine, *_: (asked.append((str(path), engine)), next(told))[1]
+    )
     shares: list[float] = []
-    first, second = cold_starts([Path("a"), Path("b")], np.zeros((1, 8, 8), np.uint8), 1, shares.append)
-    assert [str(path) for path in asked] == ["a", "b"] * 3
+    first, second = cold_starts([(Path("a"), "x"), (Path("b"), "y")], np.zeros((1, 8, 8), np.uint8), 1, shares.append)
+    assert asked == [("a", "x"), ("b", "y")] * 3
     assert (first.load_ms, first.first_ms, first.base_mib, first.peak_mib) == (3, 20, 1, 4)
     assert (second.load_ms, second.base_mib, second.peak_mib) == (8, None, None)
     assert shares[-1] == 1
@@ -153,7 +155,7 @@ def test_cold_starts_are_medians_in_turns(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_process_that_fails_is_said(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"did not start in a fresh process \(exit 1\): .*is not a bundle"):
-        cold_starts([tmp_path / "none.onnx"], np.zeros((1, 64, 64), np.uint8), 1)
+        cold_starts([(tmp_path / "none.onnx", "ort-cpu")], np.zeros((1, 64, 64), np.uint8), 1)
 
 
 def test_crops_of_a_batch_are_faces_and_differ(astronaut: Path) -> None:
@@ -196,8 +198,29 @@ def test_precisions_limit_the_files(bundle: Path, tmp_path: Path) -> None:
         (("fp16",), ["model.fp16.onnx"]),
         (("fp16", "fp32"), ["model.fp16.onnx", "model.fp32.onnx"]),
     ):
-        opened = _open(both, dataclasses.replace(QUICK, precisions=precisions))
+        opened, left_out = _open(both, dataclasses.replace(QUICK, precisions=precisions))
+        assert not left_out
         assert list(opened) == [backend.report.file for backend in opened.values()] == files
+
+
+def test_a_plan_that_cannot_run_here_is_left_out_with_its_reason(bundle: Path, tmp_path: Path) -> None:
+    both = two_precisions(bundle, tmp_path / "both")
+    plan = both / "model.fp16.plan"
+    plan.write_bytes(b"another GPU's")
+    manifest = Manifest.read(both)
+    entry = file_entry(plan, "plan", precision="fp16")
+    dataclasses.replace(manifest, files={plan.name: entry} | manifest.files).write(both)
+    opened, left_out = _open(both, QUICK)
+    assert list(opened) == ["model.fp32.onnx", "model.fp16.onnx"]
+    assert list(left_out) == [plan.name]
+    assert "\n" not in left_out[plan.name]
+    with pytest.raises(BackendError):  # one that was asked for is never left out
+        _open(both, dataclasses.replace(QUICK, backend="tensorrt"))
+    assert list(_open(both, dataclasses.replace(QUICK, backend="ort-cpu", precisions=("fp16",)))[0]) == [
+        "model.fp16.onnx"
+    ]
+    with pytest.raises(InputError, match=r"no TensorRT plan of precision int8, only fp16; kp plan can add it"):
+        _open(both, dataclasses.replace(QUICK, backend="tensorrt", precisions=("int8",)))
 
 
 def test_a_setup_that_is_not_admitted_is_not_measured(
@@ -223,7 +246,11 @@ def test_a_setup_that_is_not_admitted_is_not_measured(
         ({"seconds": -1.0}, InputError, "seconds from 0 on and samples from 1 on, got -1.0 and 200"),
         ({"seconds": float("nan")}, InputError, "got nan and 200"),
         ({"samples": 0}, InputError, "got 3.0 and 0"),
-        ({"precisions": ("fp32", "int8")}, InputError, "has no ONNX file of precision int8, only fp32; kp export can"),
+        (
+            {"precisions": ("fp32", "int8")},
+            InputError,
+            "has no ONNX file or TensorRT plan of precision int8, only fp32; kp export can",
+        ),
     ],
 )
 def test_settings_that_make_no_sense(

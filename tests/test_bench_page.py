@@ -56,7 +56,7 @@ def bench(tmp_path: Path) -> Bench:
         for file, letter in zip(files, "cd", strict=True)
     ]
     return Bench(setup, "2026-01-02T03:04:05+00:00", (0.5, 0.4, 0.3), None, tuple(runs), tuple(network),
-                 PhotoRun(files[0], times(56.0), stages))  # fmt: skip
+                 PhotoRun(files[0], times(56.0), stages), {})  # fmt: skip
 
 
 class Checker(HTMLParser):
