@@ -30,7 +30,7 @@ def is_signed(bundle: str | os.PathLike[str]) -> bool:
 
 def signature_state(bundle: str | os.PathLike[str]) -> str:
     """What can be said of a bundle's signature without a key, in words."""
-    return "there is one, not checked: give --public-key" if is_signed(bundle) else "none"
+    return "there is one, not checked: kp inspect --public-key KEY.pub.pem" if is_signed(bundle) else "none"
 
 
 def check_signature(bundle: str | os.PathLike[str], manifest: bytes, public_key: PublicKey) -> None:

@@ -31,7 +31,9 @@ from kp_runtime.errors import (
 )
 from kp_runtime.signing import PREFIX, new_key, sign_bundle
 from kp_runtime.spec import Manifest
+from kp_train.synthetic import write_csv_source
 from tests.models import SIZE, tiny_bundle
+from tests.test_export import small_checkpoint
 
 MODEL = "model.fp32.onnx"
 
@@ -285,7 +287,7 @@ def test_commands_sign_and_show(
     status, out, _ = kp(capsys, monkeypatch, "sign", copied, "--key", key)
     assert (status, out) == (0, f"{copied / 'manifest.sig'}\n")
     status, out, _ = kp(capsys, monkeypatch, "inspect", copied)
-    assert out.splitlines()[-1] == "signature: there is one, not checked: give --public-key"
+    assert out.splitlines()[-1] == "signature: there is one, not checked: kp inspect --public-key KEY.pub.pem"
     status, out, _ = kp(capsys, monkeypatch, "inspect", copied, "--public-key", public, "--json")
     assert (status, json.loads(out)["signature"]) == (0, "of the key that was given")
     edit(copied / "manifest.json", b'"margin": 1.3', b'"margin": 1.4')
@@ -336,3 +338,30 @@ def test_a_failed_change_keeps_the_signature(signed: Path, public: Path) -> None
 def test_every_new_manifest_takes_the_signature_away(signed: Path) -> None:
     Manifest.read(signed).write(signed)
     assert not (signed / "manifest.sig").exists()
+
+
+def test_eval_record_takes_the_signature_away_and_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, signed: Path, tmp_path: Path
+) -> None:
+    data = write_csv_source(tmp_path, people=2)
+    status, _, err = kp(capsys, monkeypatch, "eval", signed / MODEL, "--data", data, "--json")
+    assert (status, err) == (0, "")
+    assert (signed / "manifest.sig").exists()
+    status, _, err = kp(capsys, monkeypatch, "eval", signed / MODEL, "--data", data, "--json", "--record", "drawn")
+    assert (status, "has a new manifest and no signature of it" in err) == (0, True)
+    assert not (signed / "manifest.sig").exists()
+
+
+def test_export_and_verify_say_what_became_of_the_signature(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, keys: Path, tmp_path: Path
+) -> None:
+    run = small_checkpoint(tmp_path / "run")
+    sign_bundle(run, keys / "ours.pem")
+    status, _, err = kp(capsys, monkeypatch, "export", run, "--engine", "never")
+    assert (status, f"{run} has a new manifest and no signature of it" in err) == (0, True)
+    sign_bundle(run, keys / "ours.pem")
+    status, out, _ = kp(capsys, monkeypatch, "verify", run)
+    assert (status, out.splitlines()[-1]) == (
+        0,
+        "signature: there is one, not checked: kp inspect --public-key KEY.pub.pem",
+    )
