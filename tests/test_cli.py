@@ -258,7 +258,8 @@ def test_bench_prints_and_writes(
     assert written["files"][0]["sha256"] == Manifest.read(bundle).files["model.fp32.onnx"].sha256
     assert set(written["photo"]["stages"]) == {"read", "detect", "crop", "infer", "map back"}
     assert written["setup"]["settings"] == {
-        "batches": [1, 3], "seconds": 0, "samples": 3, "threads": 1, "precisions": ["fp32"]
+        "batches": [1, 3], "seconds": 0, "samples": 3, "threads": 1, "precisions": ["fp32"],
+        "cores": None, "backend": "auto",
     }  # fmt: skip
     words = ("bench", bundle, "--seconds", "0", "--samples", "3", "--batch", "1", "--threads", "1")
     page = tmp_path / "page.html"
