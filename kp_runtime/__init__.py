@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kp_runtime.detect import HaarDetector, YuNetDetector
     from kp_runtime.device_frame import DeviceFrame
     from kp_runtime.draw import draw_keypoints
+    from kp_runtime.effects import open_effect
     from kp_runtime.errors import (
         BackendError,
         BoxError,
@@ -76,6 +77,7 @@ __all__ = [
     "image_from_bytes",
     "image_from_file",
     "load",
+    "open_effect",
 ]
 
 _HOME = {
@@ -83,6 +85,7 @@ _HOME = {
     "detect": ("HaarDetector", "YuNetDetector"),
     "device_frame": ("DeviceFrame",),
     "draw": ("draw_keypoints",),
+    "effects": ("open_effect",),
     "frame": ("Frame", "image_from_bytes", "image_from_file"),
     "geometry": ("boxes_from_points",),
     "pipeline": ("Model", "load"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,6 +63,7 @@ def predict_photo(
     detector: Detector | None = None,
     boxes_xyxy: NDArray[np.float64] | None = None,
     drawn: Path | None = None,
+    draw: Callable[[NDArray[np.uint8], NDArray[np.float32]], NDArray[np.uint8]] | None = None,
     timer: StageTimer | None = None,
     looks: int = 1,
 ) -> Photo:
@@ -74,6 +75,7 @@ def predict_photo(
         detector: finds the boxes when `boxes_xyxy` is None.
         boxes_xyxy: `(n, 4)` boxes in pixels of the photo, in the keypoint convention.
         drawn: where to write the drawn copy; not drawn when None.
+        draw: draws on the image the points `(n, 68, 2)`, such as an `effects.Effect`; boxes and points when None.
         timer: collects the stages read, detect, crop, infer, map back.
         looks: see `Model.__call__`.
 
@@ -94,7 +96,10 @@ def predict_photo(
             raise InputError("give boxes or a detector")
     keypoints = model(image, boxes_xyxy, timer=timer, looks=looks)
     if drawn is not None:
-        picture = draw_keypoints(draw_boxes(image, keypoints.boxes_xyxy), keypoints.xy)
+        if draw is None:
+            picture = draw_keypoints(draw_boxes(image, keypoints.boxes_xyxy), keypoints.xy)
+        else:
+            picture = draw(image, keypoints.xy)
         cv2 = import_cv2()
         try:
             encoded = cv2.imencode(drawn.suffix, picture)[1]

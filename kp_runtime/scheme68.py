@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONTOURS", "EYE_CORNERS", "MIRROR", "POINTS", "REGIONS", "point_names"]
+__all__ = ["CONTOURS", "EYE_CORNERS", "MIRROR", "POINTS", "REGIONS", "mean_shape", "point_names"]
 
 POINTS = 68
 
@@ -65,3 +65,19 @@ MIRROR: NDArray[np.intp] = _mirror()
 def point_names() -> tuple[str, ...]:
     """The 68 names, such as `jaw_0` or `left_eye_3`, in order."""
     return tuple(f"{part}_{i}" for part, indices in _PARTS.items() for i in range(len(indices)))
+
+
+def mean_shape() -> NDArray[np.float64]:
+    """A plain frontal face, `(68, 2)`, x and y from -1 to 1, y down."""
+
+    def arc(cx: float, cy: float, rx: float, ry: float, start: float, stop: float, n: int) -> list[tuple[float, float]]:
+        angles = np.radians(np.linspace(start, stop, n))
+        return [(cx + rx * np.cos(a), cy + ry * np.sin(a)) for a in angles]
+
+    points = arc(0, -0.3, 1.0, 1.3, 180, 0, 17)
+    points += arc(-0.47, -0.62, 0.32, 0.16, 180, 340, 5) + arc(0.47, -0.62, 0.32, 0.16, 200, 360, 5)
+    points += [(0, y) for y in np.linspace(-0.45, 0.05, 4)]
+    points += [(x, 0.2 + 0.05 * np.cos(6 * x)) for x in np.linspace(-0.2, 0.2, 5)]
+    points += arc(-0.43, -0.4, 0.19, 0.09, 180, 480, 6) + arc(0.43, -0.4, 0.19, 0.09, 180, 480, 6)
+    points += arc(0, 0.52, 0.38, 0.18, 180, 510, 12) + arc(0, 0.52, 0.27, 0.07, 180, 495, 8)
+    return np.array(points)
