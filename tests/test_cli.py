@@ -158,7 +158,7 @@ def test_two_photos_of_one_name_are_not_mixed_up(
         (("eval", "{bundle}", "--data", "x", "--yunet", "y"), "--yunet goes with --boxes detector"),
         (("bench", "{bundle}", "--batch", "0"), "batch sizes must be 1 or more"),
         (("bench", "{bundle}", "--threads", "9999"), "threads must be 1 to"),
-        (("bench", "{bundle}", "--precision", "int8"), "has no ONNX file of precision int8, only fp32"),
+        (("bench", "{bundle}", "--precision", "int8"), "no ONNX file or TensorRT plan of precision int8, only fp32"),
         (("bench", "{bundle}", "--with", "x"), "go with --compare OLD"),
         (("bench", "{bundle}", "--compare-anyway"), "go with --compare OLD"),
         (("bench", "{bundle}", "--compare", "x", "--with", "y", "--batch", "1"), "--with measures nothing"),
