@@ -6,8 +6,9 @@ The picture is scikit-image's astronaut (NASA, public domain) on its cup of coff
 second. Haar looks for faces of at least a tenth of the height, as kp run does.
 
 Speed: the face wanders and grows; each step runs alone on the same frames, then all of them together, in
-turns, `--rounds` times each. Jitter: the same picture again and again under fresh noise of 5 grey levels. Lag:
-the face moves sideways by a sine; the time shift that brings the smoothed points nearest to the raw ones.
+turns, `--rounds` times each; and once with steps that wait instead of computing. Jitter: the same picture again
+and again under fresh noise of 5 grey levels. Lag: the face moves sideways by a sine; the time shift that brings
+the smoothed points nearest to the raw ones.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from kp_runtime.pipeline import Model, load
 from kp_runtime.track import Tracker, TrackerSettings
 from kp_runtime.video import draw_tracks, run_video
 from kp_runtime.video_sink import open_sinks
-from kp_runtime.video_source import FileSource
+from kp_runtime.video_source import FileSource, VideoFrame
 
 RATE, SIZE_WH = 30, (1280, 720)
 FACE = 75
@@ -102,6 +103,47 @@ def speed(model: Model, frames: int, rounds: int) -> None:
     print(f"detector on {tracker.detector_runs} of {frames} frames, {tracker.faces} track(s)")
 
 
+class Waiting:
+    """Source, tracker and sink at once, which wait instead of computing: what is left is the pipeline's own doing."""
+
+    name, stem, live, rate, size_hw, path, pictures = "waiting", "waiting", False, 30.0, (90, 160), Path("none"), True
+    faces = detector_runs = 0
+
+    def __init__(self, frames: int, read_s: float, track_s: float, write_s: float) -> None:
+        self.count, self._read_s, self._track_s, self._write_s = frames, read_s, track_s, write_s
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        """Frames of one grey level."""
+        for index in range(self.count):
+            time.sleep(self._read_s)
+            yield VideoFrame(index, index / 30, np.zeros((90, 160, 3), np.uint8))
+
+    def __call__(self, image: np.ndarray, at: float) -> tuple:
+        """No faces."""
+        time.sleep(self._track_s)
+        return ()
+
+    def write(self, frame: VideoFrame, tracks: object, drawn: object) -> None:
+        """Nothing."""
+        time.sleep(self._write_s)
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def overlap(frames: int = 200) -> None:
+    """Prints how near the pipeline comes to its slowest step when no step needs a processor core."""
+    rows = []
+    for read_s, track_s, write_s in ((0.01, 0.02, 0.01), (0.02, 0.01, 0.01), (0.01, 0.01, 0.02), (0.02, 0.02, 0.02)):
+        steps = Waiting(frames, read_s, track_s, write_s)
+        alone = frames / seconds(lambda steps=steps: [steps(frame.image, 0) for frame in Waiting(frames, 0, 0, 0)])
+        slowest = alone * track_s / max(read_s, track_s, write_s)
+        whole = frames / seconds(lambda steps=steps: run_video(steps, steps, [steps]))  # type: ignore[misc]
+        waits = [f"{1000 * wait:.0f}" for wait in (read_s, track_s, write_s)]
+        rows.append((", ".join(waits), f"{slowest:.1f}", f"{whole:.1f}", f"{whole / slowest:.2f}"))
+    print_table("steps that wait", ("ms of read, track, write", "slowest alone, frames/s", "whole", "ratio"), rows)
+
+
 def points(model: Model, frames: Iterator[np.ndarray], smooth: bool) -> np.ndarray:
     """The first track's points on every frame, `(frames, 68, 2)`."""
     tracker = Tracker(model, HaarDetector(smallest=0.1), TrackerSettings(smooth=smooth))
@@ -151,6 +193,7 @@ def main() -> None:
     cv2.setNumThreads(args.threads)
     model = load(args.bundle, threads=args.threads)
     steadiness(model)
+    overlap()
     speed(model, args.frames, args.rounds)
 
 

@@ -291,6 +291,39 @@ def test_a_late_step_costs_a_file_no_frame_and_a_camera_the_old_ones(tmp_path: P
     assert of_camera.seen[-1] == 199
 
 
+def test_reading_tracking_and_writing_overlap() -> None:
+    together = threading.Barrier(3)
+
+    class Source:
+        name = stem = "made up"
+        live, rate, count, size_hw = False, 30.0, 8, SIZE_HW
+
+        def __iter__(self) -> Iterator[VideoFrame]:
+            for index in range(8):
+                if index == 6:
+                    together.wait(30)
+                yield VideoFrame(index, index / 30, picture(index))
+
+    class Meeting(Tracker):
+        def __call__(self, image: np.ndarray, seconds: float) -> tuple[Track, ...]:
+            if image[0, 0, 0] == 3:
+                together.wait(30)
+            return ()
+
+    class Late:
+        path, pictures = Path("none"), False
+
+        def write(self, frame: VideoFrame, tracks: object, drawn: object) -> None:
+            if frame.index == 0:
+                together.wait(30)
+
+        def close(self) -> None:
+            pass
+
+    # frame 6 is read while frame 3 is tracked and frame 0 written, or the barrier breaks
+    assert run_video(Source(), Meeting(one_face()._model, one_face()._detector), [Late()]).frames == 8
+
+
 def test_a_video_by_the_clock_lasts_as_long_as_what_it_shows(tmp_path: Path) -> None:
     sink = VideoSink(tmp_path / "a.avi", "MJPG", 10.0, SIZE_HW, by_clock=True)
     for index, seconds in enumerate((0.0, 0.2, 0.21, 0.5)):
