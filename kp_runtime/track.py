@@ -71,6 +71,7 @@ class TrackerSettings:
         lost: the highest `lost_score` of a face.
         detect_every: frames from one run of the detector to the next, for new faces.
         search_every: the same while a face is lost, or none was found.
+        again: frames on which a lost face is still looked for in its place: one bad frame loses nobody.
         keep: frames that a lost face may be away and still come back with its id.
         match: least overlap (IoU) of a detection with the place where a face is awaited.
         same: overlap from which two tracks are taken for one face.
@@ -80,6 +81,7 @@ class TrackerSettings:
     lost: float = LOST
     detect_every: int = 30
     search_every: int = 5
+    again: int = 2
     keep: int = 30
     match: float = 0.3
     same: float = 0.6
@@ -153,12 +155,12 @@ class Tracker:
         Raises:
             KpError: what the model and the detector raise.
         """
-        in_view = [face for face in self._known if face.away == 0]
-        looks = zip(in_view, self._look(image, [face.box for face in in_view]), strict=True)
+        asked = [face for face in self._known if face.away <= self._settings.again and _on_image(face.box, image)]
+        looks = zip(asked, self._look(image, [face.box for face in asked]), strict=True)
         found = {face.id: look for face, look in looks if self._is_face(look, image)}
         self._drop_doubles(found)
         self._until_detection -= 1
-        if self._until_detection <= 0 or len(found) < len(in_view):
+        if self._until_detection <= 0 or any(face.away == 0 and face.id not in found for face in self._known):
             self._detect(image, found)
         for face in self._known:
             if face.id in found:
@@ -188,7 +190,7 @@ class Tracker:
         """Where two tracks slid onto one face, the one that was awaited there stays."""
         by_id = {face.id: face for face in self._known}
         kept: list[int] = []
-        for key in sorted(found, key=lambda key: -_overlap(found[key].box, by_id[key].awaited)):
+        for key in sorted(found, key=lambda key: (by_id[key].away, -_overlap(found[key].box, by_id[key].awaited))):
             if all(_overlap(found[key].box, found[other].box) < self._settings.same for other in kept):
                 kept.append(key)
         for key in set(found) - set(kept):

@@ -100,6 +100,16 @@ def test_a_lost_face_is_noticed_at_once_and_comes_back_with_its_id() -> None:
     assert tracker.faces == 1
 
 
+def test_one_bad_frame_loses_nobody_whom_the_detector_can_not_find() -> None:
+    world = World(lambda t: (300 + t, 300) if t != 50 else None)
+    tracker = world.tracker()
+    world.run(tracker, range(40))
+    world.detect = lambda image: np.empty((0, 4))  # type: ignore[method-assign]
+    tracker._detector = world.detect
+    found = world.run(tracker, range(40, 70))
+    assert [ids(tracks) for tracks in found] == [[1]] * 10 + [[]] + [[1]] * 19
+
+
 def test_a_face_that_stays_away_gets_a_new_id() -> None:
     world = World(lambda t: (300, 300) if not 50 <= t < 90 else None)
     assert ids(world.run(world.tracker(keep=30), range(100))[-1]) == [2]
