@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -50,7 +50,8 @@ EFFECTS = ("sunglasses", "hat", "moustache", "mesh", "blur")
 """The effects that are here under a name."""
 
 _MAPS = ("similarity", "mesh")
-_MOST_PIXELS = 8192  # of a picture's side; OpenCV's remap takes less than 32768
+_MOST_PIXELS = 4096  # of a picture's side
+_TILE = 512  # pixels; a face may be as large as its image, and the memory for it not
 _THIN = 0.01  # anchors whose spread across is less of their spread along lie on one line
 _LEAST_CELL = 8  # pixels
 
@@ -144,21 +145,19 @@ class Picture:
         height, width = self._bgra.shape[:2]
         corners = np.array([(x, y) for x in (-1, width) for y in (-1, height)], np.float64)
         outline = apply_matrix(matrix, corners) if self._triangles is None else self.anchors_of(face)
-        x0, y0, x1, y1 = _window(outline, canvas)
-        if x0 >= x1 or y0 >= y1:
-            return
-        grid = np.stack(np.meshgrid(np.arange(x0, x1), np.arange(y0, y1)), axis=-1).astype(np.float64)
-        if self._triangles is None:
-            picture_xy = apply_matrix(invert_matrix(matrix), grid)
-        else:
-            picture_xy = _mesh_positions(grid, self._triangles, outline, self.picture_xy)
         shrink = max(1, math.floor(1 / scale))
-        positions = ((picture_xy + 0.5) / shrink - 0.5).astype(np.float32)
-        cv2 = import_cv2()
-        # outside of the picture all four channels are 0
-        layer = cv2.remap(self._layer(shrink), positions, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
-        part = canvas[y0:y1, x0:x1]
-        part[:] = np.clip(layer[:, :, :3] + part * (1 - layer[:, :, 3:]) + 0.5, 0, 255)
+        layer, picture_from_image, cv2 = self._layer(shrink), invert_matrix(matrix), import_cv2()
+        for x0, y0, x1, y1 in _tiles(*_window(outline, canvas)):
+            grid = np.stack(np.meshgrid(np.arange(x0, x1), np.arange(y0, y1)), axis=-1).astype(np.float64)
+            if self._triangles is None:
+                positions = apply_matrix(picture_from_image, grid)
+            else:
+                positions = _mesh_positions(grid, self._triangles, outline, self.picture_xy)
+            positions = ((positions + 0.5) / shrink - 0.5).astype(np.float32)
+            # outside of the picture all four channels are 0
+            cut = cv2.remap(layer, positions, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
+            part = canvas[y0:y1, x0:x1]
+            part[:] = np.clip(cut[:, :, :3] + part * (1 - cut[:, :, 3:]) + 0.5, 0, 255)
 
     def _layer(self, shrink: int) -> NDArray[np.float32]:
         """The picture's means of `shrink` x `shrink` pixels, `(h, w, 4)`: colours times opacity, opacity 0 to 1."""
@@ -414,6 +413,12 @@ def _window(xy: NDArray[np.float64], image: NDArray[np.uint8]) -> tuple[int, int
     limit = (image.shape[1], image.shape[0])
     low, high = np.floor(xy.min(axis=0)).clip(0, limit), (np.ceil(xy.max(axis=0)) + 1).clip(0, limit)
     return int(low[0]), int(low[1]), int(high[0]), int(high[1])
+
+
+def _tiles(x0: int, y0: int, x1: int, y1: int) -> Iterator[tuple[int, int, int, int]]:
+    """A window in parts; none of an empty one."""
+    for y, x in product(range(y0, y1, _TILE), range(x0, x1, _TILE)):
+        yield x, y, min(x + _TILE, x1), min(y + _TILE, y1)
 
 
 def _widened(low: int, high: int, limit: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kp_runtime import effects
 from kp_runtime.effects import (
     ANCHORS,
     EFFECTS,
@@ -170,6 +171,12 @@ def test_several_faces_no_face_and_a_huge_one(image: np.ndarray, name: str) -> N
     point = effect(image, np.full((1, 68, 2), 50.0))
     assert (point != image).any(axis=2).sum() <= 4  # a face without size
     assert effect(image[:, :, 0], FACE[None]).shape == image.shape
+
+
+def test_a_large_face_is_drawn_in_tiles(picture: Picture, image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = picture(image, FACE[None])
+    monkeypatch.setattr(effects, "_TILE", 37)
+    assert np.array_equal(picture(image, FACE[None]), whole)
 
 
 @pytest.mark.parametrize("name", EFFECTS)
@@ -349,8 +356,8 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_is_too_large() -> None:
-    with pytest.raises(ImageError, match=r"is 9000 x 1 pixels; at most 8192 a side"):
-        Picture(np.zeros((1, 9000, 4), np.uint8), EYES)
+    with pytest.raises(ImageError, match=r"is 5000 x 1 pixels; at most 4096 a side"):
+        Picture(np.zeros((1, 5000, 4), np.uint8), EYES)
 
 
 def test_python_3_10_without_tomli_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
