@@ -39,6 +39,7 @@ EXTRAS = {
     "cuda13": {"cuda-python"},
     "cli": {"typer", "rich"},
     "model": {"kp-edge-model"},
+    "parquet": {"pyarrow"},
     "serve": {"fastapi", "uvicorn"},
     "sign": {"cryptography"},
 }
