@@ -18,7 +18,7 @@ import kp_report
 from kp_runtime.spec import Manifest
 from tests.test_export import small_checkpoint
 
-COMMANDS = ("train", "eval", "export", "verify", "plan", "predict", "run", "bench", "inspect", "sign", "doctor")
+COMMANDS = ("train", "eval", "export", "verify", "plan", "predict", "filter", "run", "bench", "inspect", "sign", "doctor")
 
 
 def kp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
