@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kp_runtime.effects import ANCHORS, Picture, triangles_from_points
+from kp_runtime.effects import ANCHORS, Picture
 from kp_runtime.frame import import_cv2
+from kp_runtime.point_maps import triangles_from_points
 from kp_runtime.scheme68 import mean_shape, point_names
 
 __all__ = ["PICTURES", "hat", "mesh", "moustache", "sunglasses"]

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from kp_runtime.errors import ImageError, InputError, MissingExtraError
 from kp_runtime.frame import as_frame, import_cv2
 from kp_runtime.geometry import apply_matrix, invert_matrix
+from kp_runtime.point_maps import is_mirrored, mesh_positions, similarity_from_points, triangles_from_points
 from kp_runtime.scheme68 import CONTOURS, POINTS, REGIONS, mean_shape, point_names
 
 __all__ = [
@@ -35,8 +36,6 @@ __all__ = [
     "face_outline",
     "open_effect",
     "picture_from_toml",
-    "similarity_from_points",
-    "triangles_from_points",
 ]
 
 ANCHORS: dict[str, tuple[int, ...]] = {
@@ -111,7 +110,7 @@ class Picture:
         self.picture_xy = np.array(list(self.anchors.values()), np.float64).reshape(-1, 2)
         _check_spread(self.picture_xy, origin)
         _check_spread(self.anchors_of(mean_shape()), origin)
-        self._mirrored = _is_mirrored(self.picture_xy, self.anchors_of(mean_shape()))
+        self._mirrored = is_mirrored(self.picture_xy, self.anchors_of(mean_shape()))
         self._triangles = triangles_from_points(self.picture_xy) if placed == "mesh" else None
         self._bgra, self._shrunk = bgra, dict[int, NDArray[np.float32]]()
 
@@ -134,7 +133,7 @@ class Picture:
     def image_from_picture(self, face_xy: NDArray[np.float64]) -> NDArray[np.float64]:
         """The similarity map that puts the picture on a face, `(2, 3)`."""
         # all points tell whether a face is mirrored: three anchors of a face seen from the side may not
-        mirrored = self._mirrored != _is_mirrored(mean_shape(), face_xy)
+        mirrored = self._mirrored != is_mirrored(mean_shape(), face_xy)
         return similarity_from_points(self.picture_xy, self.anchors_of(face_xy), mirrored=mirrored)
 
     def _draw(self, canvas: NDArray[np.uint8], face: NDArray[np.float64]) -> None:
@@ -152,7 +151,7 @@ class Picture:
             if self._triangles is None:
                 positions = apply_matrix(picture_from_image, grid)
             else:
-                positions = _mesh_positions(grid, self._triangles, outline, self.picture_xy)
+                positions = mesh_positions(grid, self._triangles, outline, self.picture_xy)
             positions = ((positions + 0.5) / shrink - 0.5).astype(np.float32)
             # outside of the picture all four channels are 0
             cut = cv2.remap(layer, positions, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT)
@@ -235,41 +234,6 @@ def face_outline(face_xy: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(middle + 1.1 * (hull - middle))
 
 
-def similarity_from_points(
-    from_xy: NDArray[np.float64], to_xy: NDArray[np.float64], *, mirrored: bool = False
-) -> NDArray[np.float64]:
-    """The similarity map with the least squares between point sets (Umeyama 1991, in closed form for the plane).
-
-    Args:
-        from_xy: `(k, 2)`, not all the same.
-        to_xy: `(k, 2)`.
-        mirrored: among the maps that mirror, instead of those that do not.
-
-    Returns:
-        `(2, 3)` float64.
-    """
-    source, target = _complex(from_xy), _complex(to_xy)
-    source = source.conj() if mirrored else source
-    turn = _correlation(source, target) / _correlation(source, source)
-    shift = target.mean() - turn * source.mean()
-    across = -1 if mirrored else 1
-    return np.array(
-        [[turn.real, -across * turn.imag, shift.real], [turn.imag, across * turn.real, shift.imag]], np.float64
-    )
-
-
-def triangles_from_points(xy: NDArray[np.float64]) -> NDArray[np.intp]:
-    """The Delaunay triangulation of points `(k, 2)`; `(m, 3)` indices."""
-    cv2 = import_cv2()
-    low = xy.min(axis=0)
-    # 1000 long, whatever the unit: OpenCV's rectangle is in integers, and its positions are float32
-    scaled = ((xy - low) / np.ptp(xy, axis=0).max() * 1000 + 1).astype(np.float32)
-    divided = cv2.Subdiv2D((0, 0, 1003, 1003))
-    divided.insert(scaled.tolist())
-    corners = divided.getTriangleList().reshape(-1, 3, 1, 2)
-    return np.asarray(((corners - scaled) ** 2).sum(axis=-1).argmin(axis=-1), np.intp)
-
-
 def picture_from_toml(path: Path) -> Picture:
     """Reads an effect of your own; docs/filters.md shows the file.
 
@@ -350,45 +314,6 @@ def _check_spread(xy: NDArray[np.float64], origin: str) -> None:
     along, across = np.linalg.svd(xy - xy.mean(axis=0), compute_uv=False)
     if across <= _THIN * along:
         raise InputError(f"{origin}: the anchors lie on one line; add one beside it, such as mouth or nose_base_2")
-
-
-def _complex(xy: NDArray[np.float64]) -> NDArray[np.complex128]:
-    """Points of the plane as numbers."""
-    return np.asarray(xy[:, 0] + 1j * xy[:, 1], np.complex128)
-
-
-def _correlation(a: NDArray[np.complex128], b: NDArray[np.complex128]) -> complex:
-    return complex(np.vdot(a - a.mean(), b - b.mean()))
-
-
-def _is_mirrored(from_xy: NDArray[np.float64], to_xy: NDArray[np.float64]) -> bool:
-    """Whether a map that mirrors fits the points better than one that does not."""
-    source, target = _complex(from_xy), _complex(to_xy)
-    return abs(_correlation(source.conj(), target)) > abs(_correlation(source, target))
-
-
-def _mesh_positions(
-    grid: NDArray[np.float64],
-    triangles: NDArray[np.intp],
-    image_xy: NDArray[np.float64],
-    picture_xy: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Where each pixel of a window `(h, w, 2)` lies in the picture, triangle by triangle; far outside where in none."""
-    positions = np.full_like(grid, -1e5)
-    height, width = grid.shape[:2]
-    for triangle in triangles:
-        a, b, c = image_xy[triangle]
-        sides = np.column_stack([b - a, c - a])
-        if abs(np.linalg.det(sides)) < 1e-9:
-            continue  # seen from its edge
-        low = np.floor(np.min([a, b, c], axis=0) - grid[0, 0]).clip(0, (width, height)).astype(int)
-        high = np.ceil(np.max([a, b, c], axis=0) - grid[0, 0] + 1).clip(0, (width, height)).astype(int)
-        window = (slice(low[1], high[1]), slice(low[0], high[0]))
-        weights = (grid[window] - a) @ np.linalg.inv(sides).T
-        inside = (weights.min(axis=-1, initial=1) >= -1e-9) & (weights.sum(axis=-1) <= 1 + 1e-9)
-        corner, *others = picture_xy[triangle]
-        positions[window][inside] = corner + weights[inside] @ (np.array(others) - corner)
-    return positions
 
 
 def _canvas(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

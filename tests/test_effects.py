@@ -19,11 +19,10 @@ from kp_runtime.effects import (
     face_outline,
     open_effect,
     picture_from_toml,
-    similarity_from_points,
-    triangles_from_points,
 )
 from kp_runtime.errors import ImageError, InputError, MissingExtraError
 from kp_runtime.geometry import apply_matrix
+from kp_runtime.point_maps import similarity_from_points, triangles_from_points
 from kp_runtime.scheme68 import mean_shape
 
 PICTURES = [name for name in EFFECTS if name != "blur"]
