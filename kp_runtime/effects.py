@@ -50,6 +50,7 @@ EFFECTS = ("sunglasses", "hat", "moustache", "mesh", "blur")
 
 _MAPS = ("similarity", "mesh")
 _MOST_PIXELS = 4096  # of a picture's side
+_FARTHEST = 1e6  # pixels; an anchor may be beside its picture
 _TILE = 512  # pixels; a face may be as large as its image, and the memory for it not
 _THIN = 0.01  # anchors whose spread across is less of their spread along lie on one line
 _LEAST_CELL = 8  # pixels
@@ -144,7 +145,7 @@ class Picture:
         height, width = self._bgra.shape[:2]
         corners = np.array([(x, y) for x in (-1, width) for y in (-1, height)], np.float64)
         outline = apply_matrix(matrix, corners) if self._triangles is None else self.anchors_of(face)
-        shrink = max(1, math.floor(1 / scale))
+        shrink = max(1, min(math.floor(1 / scale), height, width))
         layer, picture_from_image, cv2 = self._layer(shrink), invert_matrix(matrix), import_cv2()
         for x0, y0, x1, y1 in _tiles(*_window(outline, canvas)):
             grid = np.stack(np.meshgrid(np.arange(x0, x1), np.arange(y0, y1)), axis=-1).astype(np.float64)
@@ -228,7 +229,7 @@ def face_outline(face_xy: NDArray[np.float64]) -> NDArray[np.float64]:
     """
     brows, below_nose = face_xy[list(REGIONS["brows"])], face_xy[list(ANCHORS["nose_base"])]
     forehead = brows + (brows.mean(axis=0) - below_nose.mean(axis=0))
-    points = np.concatenate([face_xy[list(REGIONS["jaw"])], brows, forehead])
+    points = np.concatenate([face_xy, forehead])  # seen from the side, the nose may be outside of jaw and brows
     hull = import_cv2().convexHull(points.astype(np.float32)).reshape(-1, 2).astype(np.float64)
     middle = (hull.min(axis=0) + hull.max(axis=0)) / 2
     return np.asarray(middle + 1.1 * (hull - middle))
@@ -246,7 +247,7 @@ def picture_from_toml(path: Path) -> Picture:
         data = _toml_loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror or error}") from error
-    except ValueError as error:  # TOML's and UTF-8's errors are of this type
+    except (ValueError, RecursionError) as error:  # errors of TOML and UTF-8 are ValueErrors
         raise InputError(f"{path} is no TOML file: {error}") from error
     wanted = "image = \"FILE\", [anchors] with NAME = [x, y], and map = 'similarity' or 'mesh' if you like"
     if odd := sorted(set(data) - {"image", "anchors", "map"}):
@@ -272,8 +273,8 @@ def _toml_loads(text: str) -> dict[str, Any]:
 def _bgra_from_file(path: Path) -> NDArray[np.uint8]:
     try:
         data = np.frombuffer(path.read_bytes(), np.uint8)
-    except OSError as error:
-        raise ImageError(f"{path} can't be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise ImageError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
     cv2 = import_cv2()
     try:
         picture = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
@@ -302,7 +303,7 @@ def _anchor(name: str, place: Any, origin: str) -> tuple[float, float]:
             f"or the mean of {', '.join(n for n, indices in ANCHORS.items() if len(indices) > 1)}"
         )
     numbers = list(place) if isinstance(place, (list, tuple, np.ndarray)) else []
-    if len(numbers) != 2 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers):
+    if len(numbers) != 2 or not all(isinstance(v, (int, float)) and abs(v) <= _FARTHEST for v in numbers):
         raise InputError(f"{origin}: the anchor {name} must be [x, y] in pixels of the picture, got {place!r}")
     return float(numbers[0]), float(numbers[1])
 
