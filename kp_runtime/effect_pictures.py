@@ -98,8 +98,7 @@ def sunglasses() -> Picture:
         sheet.fill(_lens(side, 1.17), frame)
     sheet.fill(np.concatenate([_arc(0, -0.4, 0.17, 0.13, 200, 340), _arc(0, -0.36, 0.15, 0.07, 340, 200)]), frame)
     for side in (-1, 1):
-        # the frame is cut out where the glass is, which lets some of the eye through
-        sheet.fill(_lens(side, 1.0), glass, 0.96)
+        sheet.fill(_lens(side, 1.0), glass)
         for left, width in ((-0.22, 0.14), (-0.02, 0.05)):
             band = np.array([(left + 0.3, -0.8), (left + width + 0.3, -0.8), (left + width, 0.1), (left, 0.1)])
             sheet.fill(band + np.array([side * 0.46 - 0.08, 0]), (255, 250, 240), 0.16, within=_lens(side, 0.95))
