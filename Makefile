@@ -59,6 +59,16 @@ SEED ?= 0
 fuzz: $(STAMP)
 	$(BIN)/python scripts/fuzz.py --cases $(CASES) --seed $(SEED)
 
+# load, infer, unload, over and over; make soak MINUTES=60
+MINUTES ?= 10
+.PHONY: soak nightly
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.soak --bundle engines/resnet18-68-lite --minutes $(MINUTES)
+
+# what takes too long for every change
+nightly: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" MINUTES=$(MINUTES) scripts/nightly
+
 check: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 

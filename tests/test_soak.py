@@ -1,0 +1,120 @@
+"""A short soak of the tiny bundle, and that each kind of leak is found."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import soak
+from benchmarks.soak import Soak, check, model_round, slope_of, watch
+from kp_runtime.cores import usable_cores
+from kp_runtime.errors import KpError
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is read")
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "LEAST_ROUNDS", 40)
+    monkeypatch.setattr(soak, "SECONDS_TO_END", 0.2)
+
+
+@pytest.fixture
+def ended() -> Iterator[threading.Event]:
+    """Ends the threads of a test that leaves some."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def round_of(bundle: Path, **more: object) -> Callable[[], int]:
+    return model_round(bundle, threads=2, engine_threads=min(2, usable_cores()), calls=10, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_nothing_leaks(bundle: Path) -> None:
+    """Twenty-five seconds of load, infer, unload in several threads; `make soak` goes on for longer."""
+    result = watch(round_of(bundle), seconds=25)
+    check(result)
+    assert result.calls == result.rounds * 20
+    assert result.slope.low <= result.slope.value <= result.slope.high
+    assert 0 < result.first_mib <= result.peak_mib
+
+
+def test_a_list_that_keeps_results_is_found(bundle: Path, few: None) -> None:
+    kept = []
+    once = round_of(bundle, use=lambda model: kept.extend(np.ones((68, 2, 100)) for _ in range(4)))
+    result = watch(once, seconds=0)
+    with pytest.raises(KpError, match=r"after 40 loads and 800 calls memory grows by .* bytes a call \("):
+        check(result)
+    grown = 4 * 68 * 2 * 100 * 8 / 20
+    assert result.slope.low < 1.2 * grown
+    assert result.slope.high > 0.8 * grown
+
+
+def test_a_descriptor_that_stays_open_is_found(bundle: Path, few: None, tmp_path: Path) -> None:
+    (tmp_path / "left.txt").touch()
+    opened: list[int] = []
+    once = round_of(bundle, use=lambda model: opened.append(os.open(tmp_path / "left.txt", os.O_RDONLY)))
+    try:
+        result = watch(once, seconds=0)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    assert len(result.descriptors) == 40
+    with pytest.raises(KpError, match=r"40 descriptors are left open: .*left\.txt"):
+        check(result)
+
+
+def test_a_thread_that_stays_is_found(bundle: Path, few: None, ended: threading.Event) -> None:
+    once = round_of(bundle, use=lambda model: threading.Thread(target=ended.wait, args=(60,), daemon=True).start())
+    result = watch(once, seconds=0)
+    assert len(result.threads) == 40
+    with pytest.raises(KpError, match="40 threads are left over"):
+        check(result)
+
+
+def walking(rng: np.random.Generator, n: int = 600) -> np.ndarray:
+    """Memory that takes a step at about every fiftieth sample, up or down, and stays there."""
+    return np.cumsum(rng.choice([-64e3, 0, 64e3], n, p=[0.01, 0.98, 0.01])) + 1e8
+
+
+def wandering(rng: np.random.Generator, n: int = 600) -> np.ndarray:
+    """Memory about a level: each sample keeps 80% of the one before."""
+    noise = rng.normal(0, 20e3, n)
+    for i in range(1, n):
+        noise[i] += 0.8 * noise[i - 1]
+    return noise + 1e8
+
+
+@pytest.mark.parametrize("noise", [walking, wandering])
+@pytest.mark.parametrize("slope", [0.0, 5.0])
+def test_the_interval_holds_the_slope(noise: Callable[..., np.ndarray], slope: float, rng: np.random.Generator) -> None:
+    """A 95% interval may miss one time in twenty: of 400, 20 are expected; over 35 would be a chance of 1 in 1000."""
+    at = np.arange(600) * 100.0
+    found = [slope_of(at, noise(rng) + slope * at) for _ in range(400)]
+    assert sum(not s.low <= slope <= s.high for s in found) <= 35
+    assert sum(s.grows for s in found) <= 4 or slope > 0
+
+
+def test_a_leak_is_told_from_steps_and_noise(rng: np.random.Generator) -> None:
+    at = np.arange(600) * 100.0
+    assert all(slope_of(at, wandering(rng) + 20 * at).grows for _ in range(100))
+    assert slope_of(at, 1e8 + np.floor(20 * at / 4096) * 4096).grows  # memory comes in pages
+
+
+def test_a_single_step_is_no_leak() -> None:
+    """An allocator that takes one more block, once, does not leak."""
+    at = np.arange(600) * 100.0
+    assert not slope_of(at, np.where(at > 12000, 1.01e8, 1e8)).grows
+
+
+def test_a_clean_run_passes() -> None:
+    clean = Soak(1, 80, 800, soak.Slope(1, -1, 3, False), 1, 1, 1, (), ())
+    check(clean)
