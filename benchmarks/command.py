@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, Record, write_record
-from kp_report import print_table
+from kp_cli.report import print_table
 from kp_runtime.cores import usable_cores
 from kp_runtime.errors import InputError, KpError
 

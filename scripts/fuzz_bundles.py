@@ -26,7 +26,7 @@ Case = Callable[[random.Random], object]
 
 def manifest_case(folder: Path) -> Case:
     """manifest.json: parsed, its files compared, shown as kp inspect does, and written again."""
-    from kp_report import print_bundle
+    from kp_cli.report import print_bundle
     from kp_runtime.errors import BundleError
     from kp_runtime.spec import Manifest
     from tests.models import tiny_bundle

@@ -27,8 +27,8 @@ import numpy as np
 import skimage
 from rich.progress import track
 
+from kp_cli.report import print_table
 from kp_export.evaluate import held_out_faces
-from kp_report import print_table
 from kp_runtime.detect import YuNetDetector
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points, overlaps

@@ -23,7 +23,7 @@ import cv2
 import numpy as np
 import skimage.data
 
-from kp_report import print_table
+from kp_cli.report import print_table
 from kp_runtime.detect import HaarDetector
 from kp_runtime.pipeline import Model, load
 from kp_runtime.track import Tracker, TrackerSettings

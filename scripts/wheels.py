@@ -25,7 +25,7 @@ from kp_runtime.spec import MANIFEST_NAME, sha256_of_file
 __all__ = ["BUNDLE", "build_model_wheel", "build_project_wheel", "main"]
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = ("pyproject.toml", "README.md", "LICENSE", "kp_cli.py", "kp_report.py", "kp_runtime", "kp_train", "kp_export")
+PROJECT = ("pyproject.toml", "README.md", "LICENSE", "kp_runtime", "kp_train", "kp_export", "kp_cli")
 BUNDLE = ROOT / "engines" / "resnet18-68"
 CARD = "MODEL_CARD.md"
 EARLIEST = "315532800"

@@ -14,11 +14,24 @@ import numpy as np
 import pytest
 
 import kp_cli
-import kp_report
+from kp_cli import faces, options, report
 from kp_runtime.spec import Manifest
 from tests.test_export import small_checkpoint
 
-COMMANDS = ("train", "eval", "export", "verify", "plan", "predict", "filter", "run", "bench", "inspect", "sign", "doctor")
+COMMANDS = (
+    "train",
+    "eval",
+    "export",
+    "verify",
+    "plan",
+    "predict",
+    "filter",
+    "run",
+    "bench",
+    "inspect",
+    "sign",
+    "doctor",
+)
 
 
 def kp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -77,7 +90,7 @@ def test_without_a_bundle_it_is_the_default_one(
     monkeypatch.setenv("KP_MODEL", str(bundle))
     assert str(bundle) in kp(capsys, "inspect")[1]
     monkeypatch.delenv("KP_MODEL")
-    monkeypatch.setattr(kp_cli, "DEFAULT_BUNDLE", Path("not-there"))
+    monkeypatch.setattr(options, "DEFAULT_BUNDLE", Path("not-there"))
     status, _, err = kp(capsys, "inspect")
     assert (status, err.count("\n")) == (1, 1)
     assert "pip install 'kp-edge[model]', set KP_MODEL to a bundle's folder, or name a bundle" in err
@@ -86,7 +99,7 @@ def test_without_a_bundle_it_is_the_default_one(
 def test_predict_with_boxes_needs_no_detector(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kp_cli, "_detector", None)
+    monkeypatch.setattr(faces, "detector_from_path", None)
     words = (
         "predict",
         astronaut,
@@ -316,7 +329,7 @@ def test_a_terminal_sees_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal)
-    with kp_report.share_progress() as step:
+    with report.share_progress() as step:
         step("cold starts", 0.5)
         step("measuring", 0.25)
     assert "cold starts" in terminal.getvalue()

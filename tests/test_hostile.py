@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from kp_report import print_bundle
+from kp_cli.report import print_bundle
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError, BundleError, DataError, ImageError, IntegrityError

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_report import frames_progress
+from kp_cli.report import frames_progress
 from tests.test_cli import kp
 from tests.test_video import folder_of_frames, levels, one_face, sinks_for, video
 

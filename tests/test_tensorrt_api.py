@@ -173,8 +173,8 @@ def problems_in(source: str, version: str, file: str = "code.py") -> list[str]:
 
 
 def project_files() -> list[Path]:
-    packages = ("kp_runtime", "kp_train", "kp_export")
-    return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))] + [ROOT / "kp_cli.py"]
+    packages = ("kp_runtime", "kp_train", "kp_export", "kp_cli")
+    return [path for package in packages for path in sorted((ROOT / package).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("version", WHEELS)

@@ -1,0 +1,55 @@
+"""The `kp` command: a function a subcommand; everything heavy is imported inside it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+try:
+    import typer
+except ImportError:
+    sys.exit("kp: the command needs typer and rich, which are not installed; run: pip install 'kp-edge[cli]'")
+
+from kp_cli import bundles, faces, machines, training
+from kp_runtime.errors import KpError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,  # rich takes half as long to import as a short command takes to run
+    help="68 facial keypoints, from PyTorch to the edge, provably unchanged.",
+)
+
+app.command()(training.train)
+app.command("eval")(training.evaluate)
+app.command()(bundles.export)
+app.command()(bundles.verify)
+app.command()(bundles.plan)
+app.command()(bundles.pack)
+app.command()(faces.predict)
+app.command("filter")(faces.put_effect)
+app.command()(faces.run)
+app.command()(machines.bench)
+app.command()(bundles.inspect)
+app.command()(faces.convert)
+app.command()(bundles.sign)
+app.command()(machines.doctor)
+
+
+def main() -> None:
+    """Runs the command; a `KpError` becomes one line on stderr and exit status 1."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see kp_runtime.backend_ort.import_onnxruntime
+    try:
+        app()
+    except KpError as error:
+        _fail(str(error))
+    except ImportError as error:
+        _fail(f"this command needs a package that is not here ({error}); run: pip install 'kp-edge[export]'")
+    except OSError as error:
+        _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+
+
+def _fail(text: str) -> None:
+    print("kp: " + " ".join(text.split()), file=sys.stderr)
+    sys.exit(1)

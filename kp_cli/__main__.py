@@ -1,0 +1,5 @@
+"""`python -m kp_cli`."""
+
+from kp_cli import main
+
+main()

@@ -1,0 +1,223 @@
+"""What makes, checks and describes bundles: `kp export`, `verify`, `plan`, `pack`, `inspect`, `sign`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kp_cli.options import DEFAULT_BUNDLE, ELSE_DEFAULT, Json, PublicKey, bundle_or_default, note, signature_told
+from kp_cli.report import build_progress, print_bundle, print_json, print_parity, progress
+from kp_runtime.errors import InputError
+
+
+class Engine(str, enum.Enum):
+    """Whether `kp export` builds TensorRT plans."""
+
+    auto = "auto"
+    required = "required"
+    never = "never"
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A bundle's folder or its checkpoint.safetensors.")],
+    fp16: Annotated[bool, typer.Option("--fp16", help="Also write a typed fp16 graph.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Also write int8 graphs, for the CPU and for TensorRT.")] = False,
+    calibration: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="Labelled faces that set the ranges of int8. Repeatable.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The bundle to fill; the checkpoint's own when left out.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Your labelled faces for the parity check; scikit-image's when left out."),
+    ] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Build TensorRT plans too: if possible, or fail, or not.")
+    ] = Engine.auto,
+    as_json: Json = False,
+) -> None:
+    """Export a checkpoint to ONNX, with proof of parity.
+
+    A file that does not predict what PyTorch does fails the export and changes nothing. Where TensorRT is
+    installed, plans are built too.
+    """
+    from kp_export.plan_from_onnx import plan_blocker
+    from kp_runtime.errors import ExportError
+
+    blocker = None if engine is Engine.never else plan_blocker()
+    if engine is Engine.required and blocker:
+        raise ExportError(f"no plan can be built here: {blocker}")
+    from kp_export.bundle import export_bundle
+    from kp_train.data import parse_source
+
+    own = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    with signature_told(out or own, own):
+        report = export_bundle(
+            checkpoint,
+            out,
+            precisions=("fp32", *(["fp16"] * fp16), *(["int8", "int8-trt"] * int8)),
+            sources=[parse_source(text) for text in data or []],
+            calibration=[parse_source(text) for text in calibration or []],
+            step=note,
+        )
+    if not as_json:
+        print_parity(report.parity)
+        typer.echo(f"bundle: {report.bundle}")
+    plans = []
+    if engine is not Engine.never and not blocker:
+        from kp_export.plan_bundle import add_plan
+
+        wanted = [*(["fp16"] * fp16), *(["int8"] * int8)] or ["fp32"]
+        plans = [add_plan(report.bundle, precision, progress=build_progress()) for precision in wanted]
+    if as_json:
+        rows = [dataclasses.asdict(p) for p in report.parity]
+        print_json({"bundle": report.bundle, "parity": rows, "plans": [dataclasses.asdict(p) for p in plans]})
+    else:
+        for plan in plans:
+            typer.echo(f"plan: {plan.file}")
+    if blocker:
+        note(f"no TensorRT plan was built: {blocker}")
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")] = DEFAULT_BUNDLE,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Your own labelled faces; scikit-image's when left out. Repeatable."),
+    ] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A model file of the bundle; all of them when left out. Repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for a page with the numbers and the worst faces.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a bundle's files with PyTorch on your faces.
+
+    Exit status 1 where a file is over its limits.
+    """
+    from kp_export.parity import bundled_faces, faces_from_sources
+    from kp_export.verify import check_verification, verification_json, verify_bundle
+    from kp_export.verify_page import verification_page
+    from kp_runtime.signing import signature_state
+    from kp_runtime.spec import Manifest
+    from kp_train.data import parse_source
+
+    spec, signature = Manifest.read(bundle).spec, signature_state(bundle)
+    sources = [parse_source(text) for text in data or []]
+    faces = faces_from_sources(sources, spec) if sources else bundled_faces(spec)
+    result = verify_bundle(bundle, faces, files=file or (), track=progress("comparing"))
+    page = None if out is None else verification_page(result, out / "verify.html")
+    if as_json:
+        print_json(verification_json(result) | {"page": page, "signature": signature})
+    else:
+        print_parity([f.parity for f in result.files if f.parity])
+        for verdict in result.files:
+            typer.echo(f"{verdict.file}: {verdict.verdict}" + (f", {verdict.reason}" if verdict.reason else ""))
+        typer.echo(f"signature: {signature}")
+        if page is not None:
+            typer.echo(page)
+    check_verification(result)
+
+
+def plan(
+    bundle: Annotated[Path, typer.Argument(help="A bundle with ONNX files.")] = DEFAULT_BUNDLE,
+    precision: Annotated[str, typer.Option(help="fp32, fp16 or int8: the ONNX file that is built.")] = "fp16",
+    min_batch: Annotated[int, typer.Option(help="Fewest faces a call.")] = 1,
+    opt_batch: Annotated[int, typer.Option(help="The batch size that kernels are chosen for.")] = 8,
+    max_batch: Annotated[int, typer.Option(help="Most faces a call.")] = 32,
+    workspace_mib: Annotated[int, typer.Option(help="Most scratch memory that a kernel may take.")] = 1024,
+    version_compatible: Annotated[bool, typer.Option("--version-compatible", help="For later TensorRTs too.")] = False,
+    hardware_compatible: Annotated[bool, typer.Option("--hardware-compatible", help="For other GPUs too.")] = False,
+    dla_core: Annotated[int | None, typer.Option(help="Build for this DLA core; one batch size alone.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build a TensorRT plan on the device that will run it."""
+    from kp_export.plan_bundle import add_plan
+    from kp_export.plan_from_onnx import PlanOptions
+
+    options = PlanOptions(
+        min_batch, opt_batch, max_batch, workspace_mib, version_compatible, hardware_compatible, dla_core
+    )
+    with signature_told(bundle):
+        report = add_plan(bundle, precision, options, progress=build_progress())
+    if as_json:
+        print_json(dataclasses.asdict(report))
+        return
+    typer.echo(f"{bundle / report.file}: {report.gpu}, TensorRT {report.tensorrt}, {report.seconds:g} s")
+    typer.echo(report.receipt)
+
+
+def pack(
+    bundle: Annotated[Path, typer.Argument(help="A bundle with models.")],
+    out: Annotated[Path, typer.Option(help="The bundle to write; may be the same folder.")],
+    precision: Annotated[list[str], typer.Option(help="fp32, fp16, int8 or int8-trt. Repeatable.")],
+    checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Keep the checkpoint too.")] = False,
+) -> None:
+    """Copy a bundle with only the models that a device runs.
+
+    Example: kp pack out/resnet18-68 --precision int8 --out board/resnet18-68
+    """
+    from kp_export.pack import pack_bundle
+
+    with signature_told(out, bundle):
+        manifest = pack_bundle(bundle, out, precision, checkpoint=checkpoint)
+    size = sum(entry.bytes for entry in manifest.files.values())
+    typer.echo(f"{out}: {', '.join(manifest.files)}, {size / 1e6:.1f} MB")
+
+
+def inspect(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle's folder; " + ELSE_DEFAULT)] = None,
+    public_key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a bundle holds, whether its hashes hold and whether it is signed.
+
+    Exit status 1 where a hash does not hold, or --public-key is not the signer's.
+    """
+    from kp_runtime.errors import BundleError
+    from kp_runtime.signing import signature_state
+    from kp_runtime.spec import Manifest
+
+    folder = bundle_or_default(bundle)
+    manifest = Manifest.read(folder, public_key)
+    signature = "of the key that was given" if public_key else signature_state(folder)
+    states: dict[str, str] = {}
+    for name in manifest.files:
+        try:
+            manifest.check_file(folder, name)
+            states[name] = "ok"
+        except BundleError as error:
+            states[name] = str(error)
+    if as_json:
+        print_json({"manifest": dataclasses.asdict(manifest), "files": states, "signature": signature})
+    else:
+        print_bundle(folder, manifest, states)
+        typer.echo(f"signature: {signature}")
+    if bad := [text for text in states.values() if text != "ok"]:
+        raise BundleError("; ".join(bad))
+
+
+def sign(
+    bundle: Annotated[Path | None, typer.Argument(help="The bundle's folder.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Your private key, a PEM file.")] = None,
+    new: Annotated[
+        Path | None,
+        typer.Option("--new-key", metavar="PATH", help="Make a key pair: PATH and, to give away, .pub.pem."),
+    ] = None,
+) -> None:
+    """Sign a bundle, so that devices can refuse any other; or make the keys for it.
+
+    Example: kp sign --new-key release.pem, then kp sign out/resnet18-68 --key release.pem
+    """
+    from kp_runtime.signing import new_key, sign_bundle
+
+    if new is not None and bundle is None and key is None:
+        typer.echo(f"{new}: keep it to yourself\n{new_key(new)}: give it to the devices")
+    elif bundle is not None and key is not None and new is None:
+        typer.echo(sign_bundle(bundle, key))
+    else:
+        raise InputError("give a bundle and --key PRIVATE.pem, or --new-key PATH alone")

@@ -1,0 +1,276 @@
+"""What finds faces and writes them down: `kp predict`, `filter`, `run`, `convert`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kp_cli.options import (
+    EFFECT_NAMES,
+    ELSE_DEFAULT,
+    Cores,
+    Json,
+    Looks,
+    PublicKey,
+    Threads,
+    Yunet,
+    bundle_or_default,
+    detector_from_path,
+    note,
+)
+from kp_cli.report import frames_progress, print_json, print_run, print_times, progress
+from kp_runtime.errors import InputError, KpError
+
+
+def predict(
+    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them.")],
+    model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the drawn photos and the results.")] = Path("out"),
+    drawn: Annotated[Path | None, typer.Option(help="File for the drawn photo, when there is one photo.")] = None,
+    box: Annotated[
+        list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="A face box, instead of detecting. Repeatable.")
+    ] = None,
+    looks: Looks = 1,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="json, csv, pts, coco, parquet. Repeatable; json when left out."),
+    ] = None,
+    yunet: Yunet = None,
+    backend: Annotated[
+        str, typer.Option(help="tensorrt, ort-tensorrt, ort-cuda or ort-cpu, and nothing else; auto takes the best.")
+    ] = "auto",
+    threads: Threads = None,
+    cores: Cores = None,
+    public_key: PublicKey = None,
+    times: Annotated[bool, typer.Option("--times", help="Print how long each stage took.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find the keypoints of all faces on photos.
+
+    Draws them and writes them down. Example: kp predict photo.jpg --format json --format pts
+    """
+    import numpy as np
+
+    from kp_runtime.photos import check_formats, photos_from_paths, predict_photo, results_json, write_results
+    from kp_runtime.pipeline import load
+    from kp_runtime.timing import StageTimer
+
+    check_formats(formats or [])
+    paths = photos_from_paths(photos)
+    if len(paths) > 1 and (box or drawn):
+        raise InputError(f"--box and --drawn go with one photo, got {len(paths)}")
+    targets = [drawn or out / f"{path.stem}_keypoints.jpg" for path in paths]
+    if len(set(targets)) < len(targets):
+        raise InputError("two of the photos have the same name; predict them in two runs with their own --out")
+    boxes = np.array([_parse_box(text) for text in box]) if box else None
+    opened, timer = load(bundle_or_default(model), backend, threads, public_key=public_key), StageTimer()
+    detector = None if boxes is not None else detector_from_path(yunet)
+    results, failed = [], []
+    for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
+        try:
+            results.append(
+                predict_photo(opened, path, detector=detector, boxes_xyxy=boxes, drawn=target, timer=timer, looks=looks)
+            )
+        except KpError as error:
+            failed.append(str(error))
+    written = write_results(results, out, formats or ["json"]) if results else []
+    if as_json:
+        print_json(results_json(results))
+    else:
+        for photo in results:
+            typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}")
+        if times:
+            print_times("stages of a photo", timer.summaries())
+        for file in [*written, *(p.drawn for p in results if p.drawn)][-8:]:
+            typer.echo(file)
+    if failed:
+        raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
+
+
+def put_effect(
+    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them.")],
+    effect: Annotated[str, typer.Option(metavar="NAME", help=EFFECT_NAMES)],
+    out: Annotated[Path, typer.Option(help="Folder for the new pictures.")] = Path("out"),
+    model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
+    looks: Looks = 1,
+    yunet: Yunet = None,
+    threads: Threads = None,
+    public_key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Put sunglasses, a hat, a moustache or a mask on all faces of photos, or hide the faces.
+
+    Writes copies; the photos stay. Example: kp filter photo.jpg --effect sunglasses
+    """
+    from kp_runtime.effects import open_effect
+    from kp_runtime.photos import photos_from_paths, predict_photo
+    from kp_runtime.pipeline import load
+
+    put = open_effect(effect)
+    paths = photos_from_paths(photos)
+    targets = [out / f"{path.stem}_{Path(effect).stem}.jpg" for path in paths]
+    if len(set(targets)) < len(targets):
+        raise InputError("two of the photos have the same name; run kp filter twice with their own --out")
+    opened, detector = load(bundle_or_default(model), threads=threads, public_key=public_key), detector_from_path(yunet)
+    results, failed = [], []
+    for path, target in progress("drawing")(list(zip(paths, targets, strict=True))):
+        try:
+            results.append(predict_photo(opened, path, detector=detector, drawn=target, draw=put, looks=looks))
+        except KpError as error:
+            failed.append(str(error))
+    if as_json:
+        print_json([{"image": p.path, "faces": len(p.keypoints), "drawn": p.drawn} for p in results])
+    for photo in results:
+        if not as_json:
+            typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}: {photo.drawn}")
+        if not len(photo.keypoints):
+            note(f"{photo.path}: no face was found, so {photo.drawn} shows the photo as it is")
+    if failed:
+        raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
+
+
+def run(
+    source: Annotated[
+        str,
+        typer.Argument(help="A video, a folder of frames, a camera's index, rtsp://…, or a GStreamer pipeline."),
+    ],
+    model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the annotated video and the results.")] = Path("out"),
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="mp4, avi, jsonl, parquet. Repeatable; mp4 and jsonl when left out."),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Show the frames in a window; with no --format, only that.")
+    ] = False,
+    effect: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Instead of points and boxes: " + EFFECT_NAMES)
+    ] = None,
+    smooth: Annotated[
+        bool, typer.Option("--smooth/--no-smooth", help="Steady the points (One-Euro); not for measurements.")
+    ] = True,
+    detect_every: Annotated[int, typer.Option(min=1, help="Frames between two looks for new faces.")] = 30,
+    rate: Annotated[
+        float | None, typer.Option("--fps", help="Frames a second of the source; what it says when left out.")
+    ] = None,
+    patience: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that a camera or stream which went away is opened anew.")
+    ] = 60.0,
+    smallest: Annotated[
+        float, typer.Option(min=0.02, max=1.0, help="Haar's smallest face, as a share of the frame's shorter side.")
+    ] = 0.1,
+    yunet: Yunet = None,
+    threads: Threads = None,
+    public_key: PublicKey = None,
+    as_json: Json = False,
+) -> None:
+    """Follow the faces of a video, a camera or a stream.
+
+    Writes an annotated video and a row a face and frame. Ctrl-C ends it; what was written stays whole.
+    Example: kp run talk.mp4 --format mp4 --format parquet
+    """
+    stop = threading.Event()
+    _quiet_video()
+    from kp_runtime.effects import open_effect
+    from kp_runtime.pipeline import load
+    from kp_runtime.track import Tracker, TrackerSettings
+    from kp_runtime.video import Window, draw_effect, draw_tracks, run_video
+    from kp_runtime.video_sink import open_sinks
+    from kp_runtime.video_source import open_source
+
+    wanted = formats or ([] if show else ["mp4", "jsonl"])
+    if effect and not show and not {"mp4", "avi"} & set(wanted):
+        raise InputError("--effect goes with --format mp4, --format avi or --show")
+    draw = draw_effect(open_effect(effect)) if effect else draw_tracks
+    opened = load(bundle_or_default(model), threads=threads, public_key=public_key)
+    if opened.spec.box == "frame":
+        raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
+    tracker = Tracker(
+        opened, detector_from_path(yunet, smallest), TrackerSettings(detect_every=detect_every, smooth=smooth)
+    )
+    frames = open_source(source, rate=rate, patience=patience, stop=stop, say=note)
+    window = Window(source) if show else None
+    sinks = open_sinks(wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live)
+    with _stopped_by_signals(stop), frames_progress(frames.name, frames.count) as step:
+        result = run_video(frames, tracker, sinks, draw=draw, window=window, stop=stop, step=step)
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    else:
+        print_run(frames.name, result)
+    if result.stopped and not frames.live:
+        raise typer.Exit(130)  # as a shell reports Ctrl-C; a camera has no other end
+
+
+def convert(
+    source: Annotated[
+        Path, typer.Argument(help="A .csv, .parquet or COCO .json file, a .pts file, or a folder of these.")
+    ],
+    out: Annotated[Path, typer.Argument(help="The file to write, or a folder for .pts files.")],
+    read_as: Annotated[
+        str | None, typer.Option("--from", help="pts, coco, csv or parquet; by the suffix when left out.")
+    ] = None,
+    write_as: Annotated[str | None, typer.Option("--to", help="As --from.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that the image paths start from: COCO needs the images' sizes.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn labelled faces into another format: .pts, COCO keypoints, CSV, Parquet.
+
+    Example: kp convert faces.csv faces.coco.json --images photos
+    """
+    from kp_runtime.interchange import check_format, faces_from_file, faces_to_file, format_of, with_sizes
+
+    write_as = write_as or format_of(out)
+    check_format(write_as)
+    faces = faces_from_file(source, read_as)
+    if images is not None:
+        faces = with_sizes(faces, images)
+    written = faces_to_file(faces, out, write_as)
+    if as_json:
+        print_json({"faces": len(faces), "written": [str(path) for path in written]})
+        return
+    where = str(written[0]) if len(written) == 1 else f"{len(written)} files in {out}"
+    print(f"{len(faces)} faces of {source} -> {where}")
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
+    """Sets `stop` at the first Ctrl-C or SIGTERM; the second one does what it always does."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def handle(number: int, _: Any) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _quiet_video() -> None:
+    """Silences what OpenCV and FFmpeg print by themselves; what matters of it becomes an error of ours."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
+
+def _parse_box(text: str) -> list[float]:
+    try:
+        box = [float(word) for word in text.split(",")]
+    except ValueError:
+        box = []
+    if len(box) != 4:
+        raise InputError(f"a box is X0,Y0,X1,Y1 in pixels, such as 120,80,260,240; got {text!r}")
+    return box

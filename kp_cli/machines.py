@@ -1,0 +1,131 @@
+"""What tells about the machine: `kp bench`, `kp doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kp_cli.options import ELSE_DEFAULT, Cores, Json, Threads, Yunet, bundle_or_default, detector_from_path
+from kp_cli.report import print_bench, print_comparison, print_diagnosis, print_json, share_progress, tell_subject
+from kp_runtime.errors import InputError, KpError
+
+
+def bench(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; " + ELSE_DEFAULT)] = None,
+    photo: Annotated[
+        Path | None, typer.Option(help="A photo with a face; scikit-image's astronaut when left out.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size of the network alone. Repeatable; 1 and 8 when left out.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Only files of this precision. Repeatable; all files when left out.")
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(help="tensorrt, ort-tensorrt, ort-cuda or ort-cpu; auto takes each file's best that works here."),
+    ] = "auto",
+    seconds: Annotated[float, typer.Option(min=0.0, help="Least time that each case is measured.")] = 3.0,
+    samples: Annotated[int, typer.Option(min=1, help="Least number of samples of each case.")] = 200,
+    threads: Threads = None,
+    cores: Cores = None,
+    yunet: Yunet = None,
+    out: Annotated[Path | None, typer.Option(help="Write the results, with every sample, to this JSON file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots and all numbers to this file.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="OLD", help="Older results (--out): say what is faster or slower since.")
+    ] = None,
+    new: Annotated[
+        Path | None, typer.Option("--with", metavar="NEW", help="Compare with these results; measure nothing.")
+    ] = None,
+    anyway: Annotated[
+        bool, typer.Option("--compare-anyway", help="Compare different machines or settings too, and say what differs.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure a bundle's files and each stage, to be believed.
+
+    The network alone by file and batch size, and the whole way from a photo's file to its keypoints. All
+    cases run in turns; each has a median with a 95% interval, p95, p99 and the longest, and no sample is
+    dropped. It takes minutes on a small board: --samples 50 and --precision make it shorter. docs/bench.md
+    explains the numbers.
+
+    Example: kp bench out/resnet18-68 --batch 1 --batch 8 --out new.json --compare old.json --html bench.html
+    """
+    from kp_runtime.bench import run_bench
+    from kp_runtime.bench_compare import compared, gate
+    from kp_runtime.bench_page import bench_page
+    from kp_runtime.bench_results import BenchSettings, json_from_bench, results_from_file, write_results
+
+    if compare is None and (new or anyway):
+        raise InputError("--with and --compare-anyway go with --compare OLD")
+    if new and any((photo, batch, precision, threads, cores, yunet, out, backend != "auto")):
+        raise InputError("--with measures nothing: it goes with --compare, --compare-anyway, --html and --json alone")
+    old = results_from_file(compare) if compare else None
+    if new:
+        result = results_from_file(new)
+    else:
+        settings = BenchSettings(
+            tuple(batch or (1, 8)), seconds, samples, threads, tuple(precision or ()), cores, backend
+        )
+        with share_progress() as step:
+            admit = gate(old, anyway)
+            face = photo or _astronaut()
+            result = run_bench(
+                bundle_or_default(bundle), face, detector_from_path(yunet), settings, admit=admit, step=step
+            )
+    comparison = compared(old, result, anyway=anyway) if old else None
+    written = [] if out is None else [write_results(result, out)]
+    written += [] if html is None else [bench_page(result, html, comparison)]
+    if as_json:
+        print_json(json_from_bench(result) | ({"comparison": dataclasses.asdict(comparison)} if comparison else {}))
+        return
+    print_bench(result)
+    print_comparison(comparison)
+    for path in written:
+        typer.echo(path)
+
+
+def doctor(
+    bundle: Annotated[
+        Path | None, typer.Argument(help="A bundle, to run its golden crop; the default model's when left out.")
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=1.0, help="Seconds that each backend has; a first start of TensorRT takes minutes.")
+    ] = 300.0,
+    as_json: Json = False,
+) -> None:
+    """Say what works on this machine, what does not, and what to do.
+
+    GPU, driver, packages that do not fit each other, and one real inference on each backend that claims to
+    work. Each is tried in a process of its own: one that crashes or hangs is a line of the report.
+
+    Exit status 0 where at least one backend works and there is no problem; warnings do not count. Else 1.
+    """
+    from kp_runtime.doctor import diagnose
+
+    found, reason = None, ""
+    try:
+        found = bundle_or_default(bundle)
+    except KpError as error:  # a line of the report
+        reason = str(error)
+    diagnosis = diagnose(found, reason, backend_seconds=timeout, step=tell_subject)
+    if as_json:
+        print_json(dataclasses.asdict(diagnosis) | {"healthy": diagnosis.healthy})
+    else:
+        print_diagnosis(diagnosis)
+    if not diagnosis.healthy:
+        raise typer.Exit(1)
+
+
+def _astronaut() -> Path:
+    from kp_runtime.errors import MissingExtraError
+
+    try:
+        import skimage
+    except ImportError as error:
+        raise MissingExtraError("scikit-image", "export", "a bench without --photo") from error
+    return Path(skimage.__file__).parent / "data" / "astronaut.png"

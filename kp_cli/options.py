@@ -1,0 +1,70 @@
+"""Options and helpers that several commands have in common."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def stay_on(context: typer.Context, cores: str | None) -> str | None:
+    """Keeps this thread, and what it starts, on the cores until the command is over; their numbers in order."""
+    if cores is None:
+        return None
+    from kp_runtime.cores import cores_from_text, on_cores
+
+    chosen = cores_from_text(cores)
+    context.with_resource(on_cores(chosen))
+    return ",".join(map(str, sorted(chosen)))
+
+
+DEFAULT_BUNDLE = Path("engines/resnet18-68")
+ELSE_DEFAULT = "the default model when left out: KP_MODEL, the model wheel, the checkout's own."
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own choice (all cores) when left out.")]
+Cores = Annotated[str | None, typer.Option(
+    metavar="LIST", callback=stay_on, help="Cores that the command runs on, such as 0,2-3 (Linux); all when left out."
+)]  # fmt: skip
+PublicKey = Annotated[Path | None, typer.Option(help="Refuse a bundle that this PEM file's key did not sign.")]
+Looks = Annotated[
+    int, typer.Option(help="Times that a face is looked at, each time in the box of the points found before.")
+]
+EFFECT_NAMES = "sunglasses, hat, moustache, mesh, blur, or a .toml file of your own (docs/filters.md)."
+Yunet = Annotated[Path | None, typer.Option(help="A YuNet model file, to detect faces with it instead of Haar.")]
+Data = Annotated[list[str], typer.Option(
+    "--data", metavar="PATH[=WEIGHT]",
+    help="A CSV of 68 points beside its photos, or a folder of photos with .pts files. Repeatable.",
+)]  # fmt: skip
+
+
+def note(text: str) -> None:
+    """Prints a line beside the result, on stderr."""
+    typer.echo(text, err=True)
+
+
+@contextlib.contextmanager
+def signature_told(written: Path, source: Path | None = None) -> Iterator[None]:
+    """Says so where a command leaves a bundle without the signature that it, or its source, had."""
+    from kp_runtime.signing import is_signed
+
+    before = is_signed(written) or (source is not None and is_signed(source))
+    yield
+    if before and not is_signed(written):
+        note(f"{written} has a new manifest and no signature of it; sign it: kp sign {written} --key PRIVATE.pem")
+
+
+def bundle_or_default(named: Path | None) -> Path:
+    """The bundle that was named, else the default one; last, in a checkout, the checkout's own."""
+    from kp_runtime.default_model import default_bundle
+
+    return named or default_bundle(checkout=Path(__file__).parents[1] / DEFAULT_BUNDLE)
+
+
+def detector_from_path(yunet: Path | None, smallest: float = 0.05) -> Any:
+    """YuNet where its model file is named, else Haar; for `smallest` see `HaarDetector`."""
+    from kp_runtime.detect import HaarDetector, YuNetDetector
+
+    return YuNetDetector(yunet) if yunet else HaarDetector(smallest=smallest)

@@ -1,0 +1,174 @@
+"""`kp train` and `kp eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kp_cli.options import Data, Json, Looks, Threads, Yunet, detector_from_path, signature_told
+from kp_cli.report import print_accuracy, print_groups, print_json, progress
+from kp_runtime.errors import InputError
+
+
+class Recipe(str, enum.Enum):
+    """Recipes of `kp train`."""
+
+    default = "default"
+    seed = "seed"
+
+
+class Boxes(str, enum.Enum):
+    """Where `kp eval` takes face boxes from."""
+
+    keypoints = "keypoints"
+    detector = "detector"
+
+
+class Split(str, enum.Enum):
+    """Which faces `kp eval` measures."""
+
+    rows = "rows"
+    person = "person"
+
+
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the checkpoint's bundle in the end.")],
+    recipe: Annotated[
+        Recipe, typer.Option(help="default: face crops, ours. seed: the original project's.")
+    ] = Recipe.default,
+    name: Annotated[str, typer.Option(help="The model's name.")] = "resnet18-68",
+    size: Annotated[int | None, typer.Option(help="Side of the crops in pixels.")] = None,
+    reduce: Annotated[int | None, typer.Option(help="The backbone sees means of this many pixels square.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Most epochs.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Faces a step, on each device.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate, the schedule's peak.")] = None,
+    ema: Annotated[float | None, typer.Option(help="Decay of the weight averaging; 0 turns it off.")] = None,
+    augment: Annotated[str | None, typer.Option(help="faces, light, crop or none.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of weights, order and augmentation.")] = None,
+    precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = None,
+    weights: Annotated[str, typer.Option(help="auto, imagenet, none, or a torchvision ResNet-18 .pth file.")] = "auto",
+    init: Annotated[Path | None, typer.Option(help="Start from this checkpoint instead.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    devices: Annotated[str, typer.Option(help="Number of devices, or auto.")] = "auto",
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    strategy: Annotated[str, typer.Option(help="Lightning's strategy, such as ddp.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make crops, for each device.")] = 1,
+    picture_every: Annotated[int, typer.Option(min=1, help="Epochs between two pictures of held-out faces.")] = 5,
+) -> None:
+    """Train on photos with 68 points; go on after a kill.
+
+    Example: kp train --data training_frames_keypoints.csv --data photos_68=1.5 --out runs/first
+    """
+    _quiet_training()
+    from kp_train.config import recipe as settings
+    from kp_train.data import parse_source
+    from kp_train.train import train as run
+
+    config = settings(
+        recipe.value,
+        size=size,
+        reduce=reduce,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        ema=ema,
+        augment=augment,
+        seed=seed,
+        precision=precision,
+    )
+    path = run(
+        [parse_source(text) for text in data], config, out, name=name, weights=weights, init=init, resume=resume,
+        devices=devices, accelerator=accelerator, strategy=strategy, workers=workers, picture_every=picture_every,
+        progress=sys.stdout.isatty(),
+    )  # fmt: skip
+    typer.echo(f"checkpoint: {path}\ncurves: tensorboard --logdir {out}\nnext: kp export {out} --fp16")
+
+
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A checkpoint, a bundle's folder, or an ONNX file in a bundle.")],
+    data: Data,
+    boxes: Annotated[
+        Boxes, typer.Option(help="Boxes from the true keypoints, or from a face detector.")
+    ] = Boxes.keypoints,
+    split: Annotated[Split, typer.Option(help="All rows, or only people that were never trained on.")] = Split.rows,
+    out: Annotated[Path | None, typer.Option(help="Folder for the error curve and the worst faces.")] = None,
+    steady: Annotated[
+        bool,
+        typer.Option("--robustness", help="Also shake the boxes, enlarge and mirror the photos: 13 times the work."),
+    ] = False,
+    looks: Looks = 1,
+    record: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also keep the result in the bundle's manifest under this name.")
+    ] = None,
+    yunet: Yunet = None,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a model on labelled faces: NME, AUC, failure rate.
+
+    Also by region, face size and turn of the head, and the original project's loss; --out adds the error
+    curve and the worst faces.
+    """
+    from kp_export.evaluate import evaluate as measure
+    from kp_export.evaluate import held_out_faces, open_model
+    from kp_export.robustness import groups, robustness
+    from kp_runtime.spec import Manifest
+    from kp_train.data import parse_source
+
+    if yunet and boxes is not Boxes.detector:
+        raise InputError("--yunet goes with --boxes detector")
+    if steady and boxes is Boxes.detector:
+        raise InputError("--robustness shakes the boxes of the keypoints: leave out --boxes detector")
+    opened = open_model(model, threads)
+    if (steady or boxes is Boxes.detector) and opened.manifest.spec.box == "frame":
+        raise InputError("this model sees whole frames, not face boxes: leave out --boxes detector and --robustness")
+    sources = [parse_source(text) for text in data]
+    if split is Split.person:
+        sources = [held_out_faces(source, opened.manifest) for source in sources]
+    faces = [face for source in sources for face in source.faces]
+    detector = detector_from_path(yunet) if boxes is Boxes.detector else None
+    result = measure(opened, faces, detector, track=progress("measuring"), looks=looks)
+    more: dict[str, Any] = {"groups": [dataclasses.asdict(group) for group in groups(result)]}
+    if steady:
+        more["robustness"] = dataclasses.asdict(robustness(opened, result.faces, progress("showing otherwise"), looks))
+    if record is not None:
+        kept = {record: dataclasses.asdict(result.accuracy) | {"missed": result.missed, "looks": looks} | more}
+        bundle = model if model.is_dir() else model.parent
+        manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
+        with signature_told(bundle):
+            dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
+    pictures = []
+    if out is not None:
+        from kp_export.pictures import error_curve, worst_faces
+
+        pictures = [error_curve(result, opened.name, out / "error_curve.png"), worst_faces(result, out / "worst.png")]
+    if as_json:
+        rest = {
+            "model": opened.name,
+            "boxes": boxes.value,
+            "split": split.value,
+            "missed": result.missed,
+            "looks": looks,
+        }
+        print_json(rest | dataclasses.asdict(result.accuracy) | more | {"pictures": [str(p) for p in pictures]})
+        return
+    print_accuracy(opened.name, result)
+    print_groups(more)
+    for picture in pictures:
+        typer.echo(picture)
+
+
+def _quiet_training() -> None:
+    """Silences what libraries say about themselves; warnings about the user's run stay."""
+    import logging
+    import warnings
+
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers).*")
