@@ -46,10 +46,10 @@ class OrtCpuBackend(Backend):
     ) -> None:
         super().__init__(spec)
         self._model, self._read = model, read or model.read_bytes
-        self._threads = threads or usable_cores()
-        self._session = _session(model, self._read, self._threads)
+        self.threads = threads or usable_cores()
+        self._session = _session(model, self._read, self.threads)
         check_contract(self._session, spec, str(model))
-        self._feeder = Feeder([way for way in WAYS if self._threads > 1 or not way.side_by_side])
+        self._feeder = Feeder([way for way in WAYS if self.threads > 1 or not way.side_by_side])
         self._lock = threading.Lock()
         self._beside: _SideBySide | None = None
 
@@ -72,7 +72,7 @@ class OrtCpuBackend(Backend):
     def _fed(self, crops: NDArray[np.uint8], way: Way) -> NDArray[np.float32]:
         if way.side_by_side:
             with self._lock:
-                self._beside = self._beside or _SideBySide(_session(self._model, self._read, 1), self._threads)
+                self._beside = self._beside or _SideBySide(_session(self._model, self._read, 1), self.threads)
             return self._beside.run(crops)
         if way.part is None:
             return _keypoints(self._session, crops)

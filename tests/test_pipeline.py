@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from kp_runtime import BoxError, Frame, ImageError, InputError, Model, StageTimer, load
 from kp_runtime.backend import Backend
+from kp_runtime.cores import usable_cores
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.pipeline import checked_boxes
 from kp_runtime.spec import ModelSpec
@@ -192,3 +194,16 @@ def test_threads_do_not_share_working_memory(model: Model, image: np.ndarray) ->
         for _ in range(5):
             for got, want in zip(pool.map(lambda box: model(image, box).xy, boxes), wanted, strict=True):
                 assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_faces_are_cut_on_the_engines_number_of_threads(threads: int, bundle: Path, image: np.ndarray) -> None:
+    if threads > usable_cores():
+        pytest.skip("one core")
+    boxes = np.tile([[20.0, 30, 80, 100]], (8, 1)) + np.arange(8)[:, None]
+    with load(bundle, threads=threads) as model:
+        found = model(image, boxes)
+        cutting = [thread for thread in threading.enumerate() if thread.name.startswith("kp-crops")]
+        assert len(cutting) == threads - 1
+        assert np.array_equal(found.xy, np.concatenate([model(image, box[None]).xy for box in boxes]))
+    assert not any(thread.is_alive() for thread in cutting)
