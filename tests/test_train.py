@@ -164,10 +164,10 @@ def test_sources_are_drawn_by_their_weights() -> None:
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def _four_epochs(faces: Path, out: Path) -> list[str]:
+def _six_epochs(faces: Path, out: Path) -> list[str]:
     return [
         sys.executable, "-m", "kp_cli", "train", "--data", str(faces), "--out", str(out), "--size", "64",
-        "--epochs", "4", "--batch-size", "8", "--ema", "0.9", "--weights", "none", "--workers", "0",
+        "--epochs", "6", "--batch-size", "8", "--ema", "0.9", "--weights", "none", "--workers", "0",
         "--accelerator", "cpu",
     ]  # fmt: skip
 
@@ -180,9 +180,9 @@ def _last_weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def undisturbed(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights of four epochs without a kill."""
+    """The weights of six epochs without a kill."""
     out = tmp_path_factory.mktemp("undisturbed") / "r"
-    subprocess.run(_four_epochs(faces, out), env=ONE_THREAD, capture_output=True, timeout=300, check=True)
+    subprocess.run(_six_epochs(faces, out), env=ONE_THREAD, capture_output=True, timeout=300, check=True)
     return _last_weights(out)
 
 
@@ -191,11 +191,11 @@ def undisturbed(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 def test_a_killed_run_ends_where_an_undisturbed_one_does(
     faces: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path, how: signal.Signals
 ) -> None:
-    command = _four_epochs(faces, tmp_path / "r")
+    command = _six_epochs(faces, tmp_path / "r")
     first = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert first.stdout is not None
     for line in first.stdout:
-        if line.startswith("epoch 3/4"):
+        if line.startswith("epoch 2/6"):  # early: on a busy machine the line is read epochs later
             break
     first.send_signal(how)
     _, complaint = first.communicate(timeout=120)
@@ -209,8 +209,8 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(
     )
     assert second.returncode == 0, second.stderr
     epochs = [line.split()[1] for line in second.stdout.splitlines() if line.startswith("epoch")]
-    assert epochs[0] in ("3/4", "4/4")
-    assert epochs[-1] == "4/4"
+    assert epochs[0] != "1/6"
+    assert epochs[-1] == "6/6"
     resumed = tmp_path / "r" / CHECKPOINT_NAME
     assert resumed.stat().st_mtime >= began - 1
     weights = _last_weights(tmp_path / "r")
