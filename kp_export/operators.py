@@ -158,4 +158,6 @@ def _tensor_types(graph: onnx.GraphProto) -> Types:
     for value in (*graph.input, *graph.output, *graph.value_info):
         if value.type.HasField("tensor_type") and value.type.tensor_type.elem_type:
             types[value.name] = value.type.tensor_type.elem_type
-    return {name: _NAMES.get(kind, TensorProto.DataType.Name(kind)) for name, kind in types.items()}
+    known = TensorProto.DataType.items()
+    names = {kind: name for name, kind in known} | _NAMES
+    return {name: names.get(kind, f"type {kind}") for name, kind in types.items()}

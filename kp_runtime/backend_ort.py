@@ -112,7 +112,12 @@ def check_contract(session: Any, spec: ModelSpec, origin: str) -> None:
     Raises:
         BackendError: they are others.
     """
-    found = [(node.name, node.type, node.shape[1:]) for node in (*session.get_inputs(), *session.get_outputs())]
+    try:
+        found = [(node.name, node.type, node.shape[1:]) for node in (*session.get_inputs(), *session.get_outputs())]
+    except UnicodeDecodeError as error:
+        raise BackendError(
+            f"{origin} names its inputs or outputs in bytes that are no text; export it again"
+        ) from error
     wanted = [("crops", "tensor(uint8)", [1, spec.size, spec.size]), ("keypoints", "tensor(float)", [spec.points, 2])]
     if found != wanted:
         raise BackendError(f"{origin} does not have the contract's input and output: {found} instead of {wanted}")

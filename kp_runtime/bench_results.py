@@ -89,6 +89,10 @@ class Setup:
     settings: BenchSettings
     machine: Machine
 
+    def __post_init__(self) -> None:
+        if len(self.photo_size_hw) != 2:
+            raise InputError("a photo's size must be its height and width")
+
 
 @dataclass(frozen=True)
 class Times:
@@ -188,6 +192,10 @@ class PhotoRun:
     whole: Times
     stages: dict[str, Times]
 
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise InputError("a photo's run must have stages")
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -214,6 +222,10 @@ class Bench:
     photo: PhotoRun
     left_out: dict[str, str]
     schema: int = SCHEMA
+
+    def __post_init__(self) -> None:
+        if () in (self.load_before, self.load_after):
+            raise InputError("a load average must have numbers, or be null")
 
     def cases(self) -> dict[str, Times]:
         """Everything that was timed, by a name for people."""
@@ -258,7 +270,9 @@ def results_from_file(path: Path) -> Bench:
     if not isinstance(raw, dict) or "schema" not in raw or "setup" not in raw:
         raise InputError(f"{path} is no results file of kp bench; give one that kp bench --out wrote")
     if raw["schema"] != SCHEMA:
-        raise InputError(f"{path} has schema {raw['schema']!r}, this release reads {SCHEMA}: run kp bench --out again")
+        raise InputError(
+            f"{path} has schema {raw['schema']!r:.40}, this release reads {SCHEMA}: run kp bench --out again"
+        )
     try:
         bench: Bench = _decoded(Bench, raw, "")
     except InputError as error:
@@ -290,6 +304,6 @@ def _decoded(kind: Any, raw: Any, where: str) -> Any:
 
 def _checked(raw: Any, kind: Any, where: str) -> Any:
     names = {dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number"}
-    if type(raw) is not kind or (kind is float and not math.isfinite(raw)):
+    if type(raw) is not kind or (kind is float and not math.isfinite(raw)) or (kind is int and abs(raw) >= 2**63):
         raise InputError(f"{where or 'the document'} must be {names[kind]}, got {str(raw)[:40]}")
     return raw

@@ -87,16 +87,16 @@ class DeviceFrame:
         """
         try:
             interface = array.__cuda_array_interface__
-            shape, pointer = tuple(map(operator.index, interface["shape"])), operator.index(interface["data"][0])
+            shape, pointer = tuple(map(_index, interface["shape"])), _index(interface["data"][0])
             dtype, strides = str(interface["typestr"]), interface.get("strides")
             if strides is not None:
-                strides = tuple(operator.index(stride) for stride, _ in zip(strides, shape, strict=True))
+                strides = tuple(_index(stride) for stride, _ in zip(strides, shape, strict=True))
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ImageError(
-                f"{type(array).__name__} has no usable __cuda_array_interface__ ({error}); give an array in GPU memory"
+                f"{type(array).__name__} has no usable __cuda_array_interface__ ({str(error)[:200]}); give an array in GPU memory"
             ) from error
         if dtype[1:] != "u1":
-            raise ImageError(f"a device frame must be uint8 ('|u1'), got {dtype!r}; convert it on the GPU first")
+            raise ImageError(f"a device frame must be uint8 ('|u1'), got {dtype[:40]!r}; convert it on the GPU first")
         size_hw, pitch = _rows(layout, range, shape, strides)
         return cls(pointer, size_hw, pitch, layout, range, device_id, interface.get("stream"), array)
 
@@ -144,6 +144,14 @@ class DeviceFrame:
         pointer, waits_for = (tensor.data or 0) + tensor.byte_offset, None if stream == -1 else stream
         # the capsule, never taken over, frees the exporter's memory when it goes
         return cls(pointer, size_hw, pitch, layout, range, device_id, waits_for, capsule)
+
+
+def _index(value: Any) -> int:
+    """A whole number that fits 64 bits."""
+    number = operator.index(value)
+    if not -(1 << 63) <= number < 1 << 64:
+        raise ValueError("a number is longer than 64 bits")
+    return number
 
 
 def _rows(

@@ -130,9 +130,9 @@ class SafetensorsIO(CheckpointIO):
             tree = json.loads((target / "tree.json").read_text(encoding="utf-8"))
             state = _unpack(tree, load_file(target / "tensors.safetensors"))
         except (OSError, ValueError, SafetensorError) as error:
-            raise BundleError(f"there is no training state to resume from at {path}: {error}") from error
-        except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise BundleError(f"the training state at {path} is damaged ({error!r}); train again") from error
+            raise BundleError(f"there is no training state to resume from at {path}: {str(error)[:200]}") from error
+        except (KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:
+            raise BundleError(f"the training state at {path} is damaged ({error!r:.200}); train again") from error
         if not isinstance(state, dict):
             raise BundleError(f"the training state at {path} is damaged: it is no tree of values; train again")
         return state

@@ -193,7 +193,7 @@ def bench_case(folder: Path) -> Case:
         "m.onnx", "0" * 64, 9, "fp32", "ort-cpu", 0.1, {"8": {"whole": 1.0}}, ColdStart(3, 9.0, 1.0, 3.0, None)
     )
     bench = Bench(setup, "2026-01-02T03:04:05+00:00", (0.5,), None, (file,), (NetworkCase("m.onnx", 1, 1.0, times),),
-                  PhotoRun("m.onnx", times, {"read": times}))  # fmt: skip
+                  PhotoRun("m.onnx", times, {"read": times}), {"model.plan": "no GPU"})  # fmt: skip
     document, path = json.loads(json.dumps(json_from_bench(bench))), folder / "bench.json"
 
     def case(rng: random.Random) -> None:

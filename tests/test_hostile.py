@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from kp_cli.report import print_bundle
+from kp_export.operators import check_operators
 from kp_runtime.backend_ort import OrtCpuBackend
+from kp_runtime.bench_results import Bench, PhotoRun, Setup, times_from_turns
 from kp_runtime.device_frame import DeviceFrame
-from kp_runtime.errors import BackendError, BundleError, DataError, ImageError, IntegrityError
+from kp_runtime.errors import BackendError, BundleError, DataError, ExportError, ImageError, InputError, IntegrityError
 from kp_runtime.frame import Frame
 from kp_runtime.golden import golden_from_bytes
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
@@ -124,13 +126,15 @@ def test_a_frame_of_no_array(data: Any) -> None:
 )
 def test_a_device_array_that_describes_itself_wrongly(change: dict[str, Any]) -> None:
     interface = {"shape": (90, 200, 3), "data": (4096, False), "typestr": "|u1", "strides": (600, 3, 1), "version": 3}
-    with pytest.raises(ImageError, match="has no usable __cuda_array_interface__"):
+    with pytest.raises(ImageError, match=r"has no usable __cuda_array_interface__|must be uint8") as error:
         DeviceFrame.from_cuda_array_interface(SimpleNamespace(__cuda_array_interface__=interface | change), "bgr")
+    assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize(
     "tree",
     [{}, 5, None, {"dict": True}, {"dict": [[1]]}, {"tensor": "9"}, {"tensor": "0"}, {"list": 3},
+     {"tensor": "0", "channels_last": True}, {"tensor": "a" * 100_000},
      {"dict": [[{"list": []}, 1]]}],
 )  # fmt: skip
 def test_a_damaged_training_state(tree: Any, tmp_path: Path) -> None:
@@ -170,6 +174,31 @@ def test_a_manifest_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[st
     out = capsys.readouterr().out
     assert "[/red]" in out
     assert all(c.isprintable() or c == "\n" for c in out)
+
+
+def test_names_in_a_graph_that_are_no_text() -> None:
+    data = tiny_graph().SerializeToString().replace(b"keypoints", b"keypo\xff\xffts")
+    with pytest.raises(BackendError, match="names its inputs or outputs in bytes that are no text"):
+        opened(data)
+
+
+def test_a_tensor_of_a_type_that_onnx_does_not_have(tmp_path: Path) -> None:
+    graph = tiny_graph()
+    graph.graph.value_info.add(name="x").type.tensor_type.elem_type = 33
+    (tmp_path / "m.onnx").write_bytes(graph.SerializeToString())
+    with pytest.raises(ExportError, match=r"m\.onnx"):
+        check_operators(tmp_path / "m.onnx")
+
+
+def test_results_of_a_bench_that_lack_what_is_drawn() -> None:
+    anything: Any = None
+    times = times_from_turns([[0.001]])
+    with pytest.raises(InputError, match="a photo's run must have stages"):
+        PhotoRun("m.onnx", times, {})
+    with pytest.raises(InputError, match="a photo's size must be its height and width"):
+        Setup("b", "a.png", "0", (480,), 1, "Haar", anything, anything)
+    with pytest.raises(InputError, match="a load average must have numbers, or be null"):
+        Bench(anything, "", (), None, (), (), anything, {})
 
 
 def test_messages_stay_short(tmp_path: Path) -> None:
