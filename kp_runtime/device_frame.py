@@ -93,7 +93,8 @@ class DeviceFrame:
                 strides = tuple(_index(stride) for stride, _ in zip(strides, shape, strict=True))
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
             raise ImageError(
-                f"{type(array).__name__} has no usable __cuda_array_interface__ ({str(error)[:200]}); give an array in GPU memory"
+                f"{type(array).__name__} has no usable __cuda_array_interface__ ({str(error)[:200]}); "
+                "give an array in GPU memory"
             ) from error
         if dtype[1:] != "u1":
             raise ImageError(f"a device frame must be uint8 ('|u1'), got {dtype[:40]!r}; convert it on the GPU first")
