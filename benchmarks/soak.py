@@ -3,13 +3,14 @@
     python -m benchmarks.soak --bundle engines/resnet18-68-lite --minutes 10 --threads 2
 
 Each round opens the bundle anew, finds points in a frame from several threads at once, and closes it.
-After each round the resident memory is read; the first half of the rounds is left out, where
-allocators and caches are still filling. Memory moves in steps and stays where it went, so neighbouring samples
-say nothing new and a line through all of them would look far surer than it is. Instead the samples
-are cut into eleven blocks in a row. The ten differences between the medians of neighbouring blocks are
-the observations: their mean is the slope, Student's t with 9 degrees of freedom gives its interval. A
-steady leak makes all ten alike; one step, or two, makes them scatter. Where samples only wander about
-a level, differences go against each other and the interval is wider than it had to be, never narrower.
+After each round what is free is handed back to the system and the resident memory is read; the first
+half of the rounds is left out, where caches are still filling. Memory moves in steps and stays where
+it went, so neighbouring samples say nothing new and a line through all of them would look far surer
+than it is. Instead the samples are cut into eleven blocks in a row. The ten differences between the
+medians of neighbouring blocks are the observations: their mean is the slope, Student's t with 9 degrees
+of freedom gives its interval. A steady leak makes all ten alike; one step, or two, makes them scatter.
+Where samples only wander about a level, differences go against each other and the interval is wider
+than it had to be, never narrower.
 Memory leaks where the 99.9% interval lies over zero (the 95% one is printed beside it); so do
 descriptors and threads that are there at the end and were not after the first round. Linux alone.
 The last line of stdout is one JSON document; the exit status is 1 where something leaks.
@@ -18,6 +19,7 @@ The last line of stdout is one JSON document; the exit status is 1 where somethi
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import gc
 import json
@@ -152,7 +154,7 @@ def watch(
     done, start = 0, time.monotonic()
     while len(memory) < LEAST_ROUNDS or done < calls or time.monotonic() < start + seconds:
         done += once()
-        _clear_caches()
+        _give_back()
         at.append(done)
         memory.append(_status("VmRSS"))
         step(len(memory), done)
@@ -197,12 +199,18 @@ def check(soak: Soak) -> None:
         raise KpError(f"after {soak.rounds} loads and {soak.calls} calls " + "; ".join(faults))
 
 
-def _clear_caches() -> None:
-    """Empties CPython's cache of attributes: it holds 4096 names and takes thousands of rounds to fill."""
+def _give_back() -> None:
+    """Hands back what is free but kept, so that the resident memory is what is in use.
+
+    CPython's cache of attributes holds 4096 names and takes thousands of rounds to fill; glibc keeps
+    freed pages, and ever new ones get touched where pieces of a model come to lie otherwise.
+    """
     for name in ("_clear_internal_caches", "_clear_type_cache"):  # Python 3.13 and before
         if clear := getattr(sys, name, None):
             clear()
-            return
+            break
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc's
+        trim(0)
 
 
 def _left(before: tuple[dict[str, str], dict[str, str]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
