@@ -145,7 +145,8 @@ class Picture:
         height, width = self._bgra.shape[:2]
         corners = np.array([(x, y) for x in (-1, width) for y in (-1, height)], np.float64)
         outline = apply_matrix(matrix, corners) if self._triangles is None else self.anchors_of(face)
-        shrink = max(1, min(math.floor(1 / scale), height, width))
+        # 1e-6: at exactly a whole number the rounding of the place must not decide
+        shrink = max(1, min(math.floor(1 / scale + 1e-6), height, width))
         layer, picture_from_image, cv2 = self._layer(shrink), invert_matrix(matrix), import_cv2()
         for x0, y0, x1, y1 in _tiles(*_window(outline, canvas)):
             grid = np.stack(np.meshgrid(np.arange(x0, x1), np.arange(y0, y1)), axis=-1).astype(np.float64)
