@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +187,17 @@ def undisturbed(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return _last_weights(out)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored, and that is handed on to every process
+    below it; what is started here takes it as from a terminal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_ends_where_an_undisturbed_one_does(
     faces: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path, how: signal.Signals
