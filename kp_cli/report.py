@@ -27,6 +27,7 @@ __all__ = [
     "print_run",
     "print_table",
     "print_times",
+    "print_tuning",
     "progress",
     "share_progress",
     "tell_subject",
@@ -247,6 +248,30 @@ def print_comparison(comparison: Any) -> None:
     lines = [*(f"no fair comparison: {text}" for text in comparison.obstacles), *comparison.alone, *comparison.notes]
     for line in lines:
         typer.echo(line)
+
+
+def print_tuning(result: Any) -> None:
+    """A `Tuning`, a trial a line, what did not open, and what was chosen."""
+    machine, settings = result.machine, result.settings
+    typer.echo(f"{machine.cpu}, {machine.cores_usable} cores, {settings.faces} face(s) on {result.photo}")
+    rows = []
+    for trial in result.trials:
+        times = trial.best_known.summary
+        p50, p95 = f"{times.p50_ms:.2f}", f"{times.p95_ms:.2f}"
+        rise = "?" if trial.rise.points is None else f"{trial.rise.points:+.3f}"
+        how = trial.backend, trial.threads or "", trial.feeding or ""
+        rows.append((trial.name, *how, rise, times.samples, p50, _interval(times), p95, trial.verdict))
+    columns = ("file", "engine", "threads", "fed", "NME rise", "samples", "p50 ms", "95% interval", "p95", "verdict")
+    print_table("what was tried", columns, rows)
+    for name, reason in result.left_out.items():
+        typer.echo(f"left out: {name}: {reason}")
+    for name, how in {trial.name: trial.rise.how for trial in result.trials}.items():
+        typer.echo(f"NME rise of {name}: {how}")
+    if result.chosen is not None:
+        typer.echo(f"chosen: {result.trials[result.chosen]}")
+    if (ratio := result.over_default) is not None:
+        interval = f"{ratio.low:.2f} to {ratio.high:.2f}"
+        typer.echo(f"its time over that of what load() takes by itself: {ratio.value:.2f} ({interval})")
 
 
 def print_diagnosis(diagnosis: Any) -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kp_export.bundle import predict_from_net
 from kp_export.parity import Predict
-from kp_runtime.backend import open_backend
+from kp_runtime.backend import Backend, open_backend
 from kp_runtime.detect import Detector
 from kp_runtime.errors import DataError, InputError
 from kp_runtime.frame import Frame
@@ -25,14 +25,17 @@ from kp_runtime.geometry import (
     overlaps,
 )
 from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.recorded_rise import Rise
 from kp_runtime.spec import Manifest
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Face, Source, is_held_out, luma_from_file
 from kp_train.metrics import Accuracy, accuracy, point_errors
 
-__all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "open_model", "predict_in_frames"]
+__all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "measured_rise", "open_model", "predict_in_frames"]
 
 BATCH = 32
+MOST = 512
+"""Most faces that `measured_rise` looks at."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +150,34 @@ def evaluate(
         missed=len(faces) - len(kept),
         accuracy=accuracy(points, truth, np.array(sizes)),
     )
+
+
+def measured_rise(first: Path, sources: Sequence[Source]) -> Callable[[Path, Backend], Rise]:
+    """What files cost in accuracy, measured: the rise of their NME over that of a first bundle's fp32.
+
+    Args:
+        first: the bundle whose fp32 is compared with: its ONNX file, else its checkpoint.
+        sources: labelled faces, of which up to `MOST` are taken, evenly spread; boxes from their keypoints.
+
+    Returns:
+        A function of a bundle's folder and a backend with one of its files.
+
+    Raises:
+        BundleError, BackendError: there is no fp32 to compare with.
+        DataError: an image can't be read.
+    """
+    faces = [face for source in sources for face in source.faces]
+    faces = [faces[int(i)] for i in np.linspace(0, len(faces) - 1, min(MOST, len(faces)))]
+    manifest = Manifest.read(first)
+    fp32 = [name for name, entry in manifest.files.items() if (entry.kind, entry.precision) == ("onnx", "fp32")]
+    reference = evaluate(open_model(first / fp32[0] if fp32 else first), faces).accuracy.nme
+
+    def rise(bundle: Path, backend: Backend) -> Rise:
+        opened = OpenModel(backend.report.file, Manifest.read(bundle), backend.infer)
+        nme = evaluate(opened, faces).accuracy.nme
+        return Rise((nme - reference) * 100, f"measured on {len(faces)} labelled faces")
+
+    return rise
 
 
 def predict_in_frames(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.cores import checked_cores, on_cores, usable_cores
 from kp_runtime.cuda_driver import CudaDriver, has_driver
-from kp_runtime.errors import BackendError
+from kp_runtime.errors import BackendError, InputError
 from kp_runtime.golden import GOLDEN_NAME, golden_from_bytes
 from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec
 
@@ -137,6 +137,14 @@ class Backend(ABC):
     def batch_times(self) -> dict[int, dict[str, float]]:
         """What was measured to choose how batches are fed: see `feeding.Feeder.times`; nothing where one way exists."""
         return {}
+
+    def settle(self, faces: int, way: str) -> None:
+        """Feeds batches of so many faces in this way, one of `batch_times`, instead of measuring which is fastest.
+
+        Raises:
+            InputError: there is no such way.
+        """
+        raise InputError(f"{self.name} knows one way to feed a batch; {way!r:.40} can't be chosen")
 
     @abstractmethod
     def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -19,7 +19,7 @@ from kp_runtime.errors import BackendError, KpError, MissingExtraError
 from kp_runtime.feeding import WAYS, Feeder, Way
 from kp_runtime.spec import ModelSpec
 
-__all__ = ["OrtCpuBackend", "check_contract", "import_onnxruntime"]
+__all__ = ["OrtCpuBackend", "check_contract", "import_onnxruntime", "open_session"]
 
 
 class OrtCpuBackend(Backend):
@@ -47,7 +47,7 @@ class OrtCpuBackend(Backend):
         super().__init__(spec)
         self._model, self._read = model, read or model.read_bytes
         self.threads = threads or usable_cores()
-        self._session = _session(model, self._read, self.threads)
+        self._session = open_session(model, self._read, self.threads)
         check_contract(self._session, spec, str(model))
         self._feeder = Feeder([way for way in WAYS if self.threads > 1 or not way.side_by_side])
         self._lock = threading.Lock()
@@ -72,7 +72,7 @@ class OrtCpuBackend(Backend):
     def _fed(self, crops: NDArray[np.uint8], way: Way) -> NDArray[np.float32]:
         if way.side_by_side:
             with self._lock:
-                self._beside = self._beside or _SideBySide(_session(self._model, self._read, 1), self.threads)
+                self._beside = self._beside or _SideBySide(open_session(self._model, self._read, 1), self.threads)
             return self._beside.run(crops)
         if way.part is None:
             return _keypoints(self._session, crops)
@@ -85,6 +85,10 @@ class OrtCpuBackend(Backend):
     def batch_times(self) -> dict[int, dict[str, float]]:
         """See `Backend.batch_times`."""
         return self._feeder.times()
+
+    def settle(self, faces: int, way: str) -> None:
+        """See `Backend.settle`."""
+        self._feeder.settle(faces, way)
 
 
 class _SideBySide:
@@ -123,7 +127,7 @@ def check_contract(session: Any, spec: ModelSpec, origin: str) -> None:
         raise BackendError(f"{origin} does not have the contract's input and output: {found} instead of {wanted}")
 
 
-def _session(model: Path, read: Callable[[], bytes], threads: int) -> Any:
+def open_session(model: Path, read: Callable[[], bytes], threads: int) -> Any:
     """An ONNX Runtime session on the CPU, or the error that says why not."""
     ort = import_onnxruntime("ort", "running ONNX files on the CPU")
     options = ort.SessionOptions()

@@ -12,9 +12,19 @@ from dataclasses import dataclass
 
 from kp_runtime.bench_results import Bench, Setup
 from kp_runtime.errors import InputError
+from kp_runtime.machine import Machine
 from kp_runtime.timing import Ratio, ratio_of_medians
 
-__all__ = ["CaseComparison", "Comparison", "check_alike", "compared", "gate", "obstacles"]
+__all__ = [
+    "CaseComparison",
+    "Comparison",
+    "changes",
+    "check_alike",
+    "compared",
+    "gate",
+    "machine_conditions",
+    "obstacles",
+]
 
 NOT_INTERLEAVED = (
     "the two runs were not interleaved: between them the machine itself may have changed its speed, "
@@ -103,11 +113,21 @@ def gate(old: Bench | None, anyway: bool) -> Callable[[Setup], None]:
 
 def obstacles(old: Setup, new: Setup) -> list[str]:
     """What makes two runs no comparison, one text each: `cores 2, then 4`."""
-    return _changes(_conditions(old), _conditions(new))
+    return changes(_conditions(old), _conditions(new))
 
 
 def _conditions(setup: Setup) -> dict[str, object]:
-    machine, jetson = setup.machine, setup.machine.jetson
+    return machine_conditions(setup.machine) | {
+        "threads": setup.settings.threads or "of the engine's choice",
+        "cores that were chosen": setup.settings.cores or "all",
+        "photo's sha256": setup.photo_sha256,
+        "faces": setup.faces,
+    }
+
+
+def machine_conditions(machine: Machine) -> dict[str, object]:
+    """What of a machine decides how fast it is, by a name for people."""
+    jetson = machine.jetson
     return {
         "CPU": machine.cpu,
         "device": machine.device,
@@ -118,18 +138,14 @@ def _conditions(setup: Setup) -> dict[str, object]:
         "instructions": " ".join(sorted(machine.instructions)) or "none",
         "governor": machine.governor,
         "power mode": jetson and (jetson.power_mode or jetson.power_status),
-        "threads": setup.settings.threads or "of the engine's choice",
-        "cores that were chosen": setup.settings.cores or "all",
-        "photo's sha256": setup.photo_sha256,
-        "faces": setup.faces,
     }
 
 
 def _notes(old: Bench, new: Bench) -> Iterator[str]:
-    yield from _changes(_software(old), _software(new))
+    yield from changes(_software(old), _software(new))
     before, after = ({file.file: file for file in bench.files} for bench in (old, new))
     for name in (name for name in before if name in after):
-        yield from _changes(
+        yield from changes(
             {f"sha256 of {name}": before[name].sha256[:12], f"engine of {name}": before[name].backend},
             {f"sha256 of {name}": after[name].sha256[:12], f"engine of {name}": after[name].backend},
         )
@@ -152,7 +168,7 @@ def _load(bench: Bench) -> str:
     return "not known" if bench.load_before is None else f"{bench.load_before[0]:.2f}"
 
 
-def _changes(old: dict[str, object], new: dict[str, object]) -> list[str]:
+def changes(old: dict[str, object], new: dict[str, object]) -> list[str]:
     """`name old, then new` for each value that differs."""
     names = dict.fromkeys([*old, *new])
     return [

@@ -34,6 +34,7 @@ __all__ = [
     "json_from_bench",
     "results_from_file",
     "times_from_turns",
+    "write_document",
     "write_results",
 ]
 
@@ -247,7 +248,12 @@ def json_from_bench(bench: Bench) -> dict[str, Any]:
 
 def write_results(bench: Bench, path: Path) -> Path:
     """Writes the document; each turn is a line."""
-    text = json.dumps(json_from_bench(bench), indent=1)
+    return write_document(json_from_bench(bench), path)
+
+
+def write_document(document: dict[str, Any], path: Path) -> Path:
+    """Writes JSON whose lists of numbers are a line each."""
+    text = json.dumps(document, indent=1)
     # a line break in a document is never inside a text, so this joins lists of numbers alone
     text = re.sub(r"\[\n\s+([-+.\deE,\n ]+?)\n\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
     with writing(path) as temporary:

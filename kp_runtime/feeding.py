@@ -11,6 +11,8 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kp_runtime.errors import InputError
+
 __all__ = ["WAYS", "Feeder", "Way"]
 
 TRIES = 4
@@ -44,16 +46,32 @@ class Feeder:
     def __init__(self, ways: Sequence[Way]) -> None:
         self._ways = tuple(ways)
         self._seconds: dict[tuple[int, Way], list[float]] = {}
+        self._settled: dict[int, Way] = {}
         self._lock = threading.Lock()
 
     def ways(self, faces: int) -> list[Way]:
         """What can be tried for so many faces; parts that would hold them all are the whole."""
         return [way for way in self._ways if way.part is None or way.part < faces]
 
+    def settle(self, faces: int, name: str) -> None:
+        """Feeds batches of this size in the way of this name from now on; nothing is tried.
+
+        Raises:
+            InputError: there is no such way.
+        """
+        way = next((way for way in self._ways if way.name == name), None)
+        if way is None:
+            names = ", ".join(way.name for way in self._ways)
+            raise InputError(f"there is no way {name!r:.40} to feed a batch; choose from {names}")
+        with self._lock:
+            self._settled[_size(faces)] = way
+
     def next(self, faces: int) -> Way:
         """The way to feed this call: one that was tried too little, or the chosen one."""
         size = _size(faces)
         with self._lock:
+            if size in self._settled:
+                return self._settled[size]
             tried = {way: self._seconds.setdefault((size, way), []) for way in self.ways(faces)}
             least = min(tried, key=lambda way: len(tried[way]))
             return least if len(tried[least]) <= TRIES else min(tried, key=lambda way: min(tried[way][1:]))
@@ -67,8 +85,11 @@ class Feeder:
 
     def decided(self, faces: int) -> bool:
         """Whether batches of this size have their way."""
+        size = _size(faces)
         with self._lock:
-            return all(len(self._seconds.get((_size(faces), way), ())) > TRIES for way in self.ways(faces))
+            return size in self._settled or all(
+                len(self._seconds.get((size, way), ())) > TRIES for way in self.ways(faces)
+            )
 
     def times(self) -> dict[int, dict[str, float]]:
         """Largest size of a group of batches to each way's shortest time in ms a face, fastest first."""

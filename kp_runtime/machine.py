@@ -89,8 +89,11 @@ class Machine:
     versions: dict[str, str | None]
 
 
-def machine_from_system(root: Path = Path("/")) -> Machine:
-    """Describes the machine that this runs on; `root` is where its files lie."""
+def machine_from_system(root: Path = Path("/"), *, versions: bool = True) -> Machine:
+    """Describes the machine that this runs on; `root` is where its files lie.
+
+    Without `versions` the packages, whose import takes its time, are left out.
+    """
     cpufreq = root / "sys/devices/system/cpu/cpu0/cpufreq"
     info = _text(root / "proc/cpuinfo") or ""
     flags = set((_field(info, "flags") or _field(info, "Features") or "").split())
@@ -112,7 +115,7 @@ def machine_from_system(root: Path = Path("/")) -> Machine:
         kernel=platform.release(),
         device=device,
         jetson=jetson_from_system(root),
-        versions=_versions(),
+        versions=_versions() if versions else {},
     )
 
 

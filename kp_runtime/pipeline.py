@@ -248,12 +248,24 @@ def load(
     public_key: str | os.PathLike[str] | bytes | None = None,
     golden: bool = True,
     cores: Collection[int] | None = None,
+    tuned: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Opens a bundle; see `backend.open_backend` for the arguments and errors.
 
     Without one it is the default model's: what `KP_MODEL` names, else the installed model wheel
     (`pip install 'kp-edge[model]'`), else a `BundleError`; see `default_model.default_bundle`.
+
+    `tuned` is a settings file that `kp tune` wrote: it says file, engine, threads and how batches are
+    fed, and where the bundle lies when none is given; see `tuned.open_tuned`.
     """
+    if tuned is not None:
+        from kp_runtime.tuned import open_tuned
+
+        if (backend, threads, precision) != ("auto", None, "auto"):
+            raise InputError(
+                f"{tuned} says the engine, the threads and the file: leave out backend, threads, precision"
+            )
+        return Model(open_tuned(tuned, bundle, public_key, golden=golden, cores=cores))
     found = default_bundle() if bundle is None else bundle
     return Model(open_backend(found, backend, precision, threads, public_key, golden=golden, cores=cores))
 

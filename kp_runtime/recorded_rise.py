@@ -1,0 +1,103 @@
+"""What a model file costs in accuracy, as the bundles record it: nothing is measured here.
+
+A rise is in percentage points of the NME over that of a first bundle's fp32. Within a bundle
+`parity.json` knows it; between two bundles their manifests' measured accuracies do.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kp_runtime.spec import Manifest
+
+__all__ = ["Rise", "recorded_rise"]
+
+PARITY_NAME = "parity.json"
+
+
+@dataclass(frozen=True)
+class Rise:
+    """A rise of the NME in percentage points, None where it is not known; and how it is known, or why not."""
+
+    points: float | None
+    how: str
+
+
+def recorded_rise(first: Path, bundle: Path, file: str) -> Rise:
+    """The recorded rise of a file over the first bundle's fp32.
+
+    Args:
+        first: the folder of the bundle whose fp32 is compared with.
+        bundle: the folder of the file's bundle; may be the same.
+        file: its name there.
+
+    Raises:
+        BundleError: a bundle or its parity report can't be used.
+    """
+    manifest = Manifest.read(bundle)
+    own = _rise_of_file(bundle, manifest, file)
+    if own.points is None or bundle.resolve() == first.resolve():
+        return own
+    between = _rise_of_weights(Manifest.read(first), manifest)
+    if between.points is None:
+        return between
+    return Rise(between.points + own.points, f"{between.how}; {own.how}")
+
+
+def _rise_of_file(bundle: Path, manifest: Manifest, file: str) -> Rise:
+    """Over the fp32 of its own bundle."""
+    entry = manifest.files[file]
+    if (entry.kind, entry.precision) == ("onnx", "fp32"):
+        return Rise(0.0, "fp32")
+    row = next((row for row in _parity(bundle, manifest) if row.get("file") == file), {})
+    rise, nme = (row.get(name) if type(row.get(name)) in (int, float) else None for name in ("rise", "nme"))
+    if rise is not None:
+        return Rise(float(rise), f"recorded on {row.get('faces')} labelled faces")
+    if nme is not None:  # no point is further from the truth than PyTorch's by more than its distance to it
+        return Rise(float(nme), "at most: the recorded distance to PyTorch, on faces without labels")
+    return Rise(None, f"{PARITY_NAME} records nothing of it")
+
+
+def _parity(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    if PARITY_NAME not in manifest.files:
+        return []
+    try:
+        rows = json.loads(manifest.read_file(bundle, PARITY_NAME))
+    except (ValueError, RecursionError):
+        return []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+
+def _rise_of_weights(first: Manifest, other: Manifest) -> Rise:
+    """The largest difference on a data set that both were measured on, as nobody knows which is the user's."""
+    if _weights(first) & _weights(other):
+        return Rise(0.0, "the same weights")
+    nme = [{name: _nme(measured) for name, measured in m.accuracy.items()} for m in (first, other)]
+    shared = [
+        (after[0] - before[0]) * 100
+        for name, before in nme[0].items()
+        if (after := nme[1].get(name)) and before and after[1] == before[1]
+    ]
+    if not shared:
+        return Rise(None, "the manifests record no accuracy on the same faces")
+    return Rise(max(shared), f"the manifests' worst of {len(shared)} data sets")
+
+
+def _nme(measured: Any) -> tuple[float, int] | None:
+    """NME as a fraction, and of how many faces; None where that is not recorded."""
+    if not isinstance(measured, dict):
+        return None
+    nme, faces = measured.get("nme"), measured.get("faces")
+    return (float(nme), faces) if type(nme) in (int, float) and type(faces) is int else None
+
+
+def _weights(manifest: Manifest) -> set[str]:
+    """The checkpoint's sha256, from its own entry or those of the files made from it."""
+    return {
+        entry.sha256 if entry.kind == "checkpoint" else str(entry.parent_sha256)
+        for entry in manifest.files.values()
+        if entry.kind == "checkpoint" or (entry.kind == "onnx" and entry.parent_sha256)
+    }

@@ -1,0 +1,156 @@
+"""The settings file of `kp tune`: what ran fastest on one machine, opened by `load(tuned=…)`.
+
+The file names a model file by its sha256, so another model is refused. It names the machine by what
+decides its speed; on another one the settings still give the same keypoints, perhaps not the
+fastest way, so that is a warning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kp_runtime.backend import BACKENDS, Backend, open_backend
+from kp_runtime.bench_compare import changes, machine_conditions
+from kp_runtime.device_backend import DeviceBackend
+from kp_runtime.errors import BackendError, BundleError, InputError
+from kp_runtime.machine import machine_from_system
+from kp_runtime.spec import Manifest, read_plain, writing
+
+__all__ = ["Tuned", "TunedWarning", "open_tuned", "tuned_conditions", "tuned_from_file", "write_tuned"]
+
+SCHEMA = 1
+_LARGEST = 1 << 20
+AGAIN = "run kp tune here"
+
+
+class TunedWarning(UserWarning):
+    """Settings that were tuned on another machine than this."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `kp tune` chose.
+
+    Attributes:
+        bundle: folder of the bundle, from the settings file's own folder.
+        file: the model file in it.
+        sha256: of that file.
+        backend: the engine, one of `BACKENDS`.
+        threads: of the engine on the CPU; None on a GPU.
+        faces: how many a call was tuned for.
+        feeding: how such calls are fed, one of `feeding.WAYS`; None where the engine knows one way.
+        machine: what decides a machine's speed, of the one that was tuned on.
+        schema: version of this layout.
+    """
+
+    bundle: str
+    file: str
+    sha256: str
+    backend: str
+    threads: int | None
+    faces: int
+    feeding: str | None
+    machine: dict[str, Any]
+    schema: int = SCHEMA
+
+
+def tuned_conditions(backend: Backend) -> dict[str, object]:
+    """What decides how fast an open engine runs here, by a name for people."""
+    ort = sys.modules.get("onnxruntime") if backend.name.startswith("ort") else None
+    return machine_conditions(machine_from_system(versions=False)) | {
+        "GPU": backend.driver.arch if isinstance(backend, DeviceBackend) else None,
+        "onnxruntime": getattr(ort, "__version__", None),
+    }
+
+
+def write_tuned(tuned: Tuned, path: Path) -> Path:
+    """Writes the file, the old one kept whole until the new one is."""
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(dataclasses.asdict(tuned), indent=1) + "\n", encoding="utf-8")
+    return path
+
+
+def tuned_from_file(path: Path) -> Tuned:
+    """Reads and checks a settings file.
+
+    Raises:
+        InputError: it can't be read, is no such file, has another schema or a wrong field.
+    """
+    try:
+        raw = json.loads(read_plain(path, _LARGEST))
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror or error}; {AGAIN}, which writes one") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no JSON ({error}); give the file that kp tune --out wrote") from error
+    if not isinstance(raw, dict) or not {"schema", "sha256", "faces"} <= raw.keys():
+        raise InputError(f"{path} holds no settings of kp tune; give the file that kp tune --out wrote")
+    if raw["schema"] != SCHEMA:
+        raise InputError(f"{path} has schema {raw['schema']!r:.40}, this release reads {SCHEMA}; {AGAIN}")
+    kinds = {"bundle": str, "file": str, "sha256": str, "backend": str, "threads": int, "faces": int, "feeding": str,
+             "machine": dict}  # fmt: skip
+    for name, kind in kinds.items():
+        value = raw.get(name)
+        if type(value) is not kind and not (name in ("threads", "feeding") and value is None):
+            raise InputError(f"{path} has a wrong {name}, {value!r:.40}; {AGAIN}")
+    if raw["backend"] not in BACKENDS or raw["faces"] < 1:
+        raise InputError(f"{path} names the engine {raw['backend']!r:.40} for {raw['faces']!r:.40} faces; {AGAIN}")
+    return Tuned(**{name: raw[name] for name in kinds})
+
+
+def open_tuned(
+    path: str | os.PathLike[str],
+    bundle: str | os.PathLike[str] | None = None,
+    public_key: str | os.PathLike[str] | bytes | None = None,
+    *,
+    golden: bool = True,
+    cores: Collection[int] | None = None,
+) -> Backend:
+    """Opens the model of a settings file with its settings.
+
+    Args:
+        path: the settings file.
+        bundle: the bundle's folder; where the file says it lies when None.
+        public_key: see `backend.open_backend`.
+        golden: likewise.
+        cores: likewise.
+
+    Raises:
+        InputError: the settings file can't be used, see `tuned_from_file`.
+        BundleError: the bundle can't be used, or does not hold the model that was tuned.
+        BackendError: the engine can't run it here.
+
+    Warns:
+        TunedWarning: this machine is not the one that was tuned on; says what differs.
+    """
+    path = Path(path)
+    tuned = tuned_from_file(path)
+    folder = path.parent / tuned.bundle if bundle is None else Path(bundle)
+    entry = Manifest.read(folder, public_key).files.get(tuned.file)
+    if entry is None or entry.sha256 != tuned.sha256:
+        has = "no such file" if entry is None else f"one with {entry.sha256[:12]}…"
+        raise BundleError(
+            f"{path} was tuned for {tuned.file} with sha256 {tuned.sha256[:12]}…, but {folder} has {has}; {AGAIN}, or "
+            "give the bundle that was tuned"
+        )
+    try:
+        backend = open_backend(folder / tuned.file, tuned.backend, "auto", tuned.threads, public_key, golden=golden,
+                               cores=cores)  # fmt: skip
+    except BackendError as error:
+        raise BackendError(f"the settings of {path} can't be used here: {error}; {AGAIN}") from error
+    if tuned.feeding is not None:
+        backend.settle(tuned.faces, tuned.feeding)
+    if differs := changes(tuned.machine, tuned_conditions(backend)):
+        warnings.warn(
+            f"{path} was tuned on another machine ({'; '.join(differs)}): it need not be the fastest here; {AGAIN}",
+            TunedWarning,
+            stacklevel=3,
+        )
+    return backend
