@@ -262,9 +262,7 @@ def load(
         from kp_runtime.tuned import open_tuned
 
         if (backend, threads, precision) != ("auto", None, "auto"):
-            raise InputError(
-                f"{tuned} says the engine, the threads and the file: leave out backend, threads, precision"
-            )
+            raise InputError(f"{tuned} says engine, threads and file: leave out backend, threads and precision")
         return Model(open_tuned(tuned, bundle, public_key, golden=golden, cores=cores))
     found = default_bundle() if bundle is None else bundle
     return Model(open_backend(found, backend, precision, threads, public_key, golden=golden, cores=cores))

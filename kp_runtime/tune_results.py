@@ -148,7 +148,7 @@ def milliseconds_from_text(text: str) -> float:
     Raises:
         InputError: it is none.
     """
-    found = re.fullmatch(r"\s*(\d{1,9}(?:\.\d{1,9})?)\s*(us|µs|ms|s)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*(us|µs|ms|s)\s*", text)
     value = float(found[1]) * {"s": 1e3, "ms": 1.0}.get(found[2], 1e-3) if found else 0.0
     if not value > 0:
         raise InputError(f"a budget is a time over 0 such as 5ms, 800us or 0.02s; got {text!r:.40}")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from kp_runtime.errors import InputError
 from kp_runtime.feeding import TRIES, WAYS, Feeder
 
 COST = {"whole": 3.0, "by 4": 2.0, "one by one": 4.0, "side by side": 2.5}
@@ -59,3 +60,13 @@ def test_one_slow_call_does_not_change_the_choice() -> None:
     feed(feeder, 8, 40, COST)
     feed(feeder, 8, 5, COST | {"by 4": 50.0})
     assert feeder.next(8).name == "by 4"
+
+
+def test_a_way_that_was_chosen_before_is_not_measured() -> None:
+    feeder = Feeder(WAYS)
+    feeder.settle(8, "one by one")
+    assert feeder.decided(5)
+    assert not feeder.decided(16)
+    assert set(feed(feeder, 8, 30, COST)) == {"one by one"}
+    with pytest.raises(InputError, match="no way 'by 3' to feed a batch; choose from whole, by 4, one by one"):
+        feeder.settle(8, "by 3")
