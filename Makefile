@@ -72,6 +72,14 @@ nightly: $(STAMP)
 check: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 
+# the site of docs/, in build/site; docs-serve shows it at http://localhost:8000 and follows changes
+.PHONY: docs docs-serve
+docs: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/docs
+
+docs-serve: $(STAMP)
+	$(BIN)/zensical serve
+
 $(STAMP): pyproject.toml
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
