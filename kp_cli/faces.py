@@ -19,6 +19,7 @@ from kp_cli.options import (
     Cores,
     Json,
     Looks,
+    Mirror,
     PublicKey,
     Threads,
     Yunet,
@@ -39,6 +40,7 @@ def predict(
         list[str] | None, typer.Option(metavar="X0,Y0,X1,Y1", help="A face box, instead of detecting. Repeatable.")
     ] = None,
     looks: Looks = 1,
+    mirror: Mirror = False,
     formats: Annotated[
         list[str] | None,
         typer.Option("--format", help="json, csv, pts, coco, parquet. Repeatable; json when left out."),
@@ -77,7 +79,16 @@ def predict(
     for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
         try:
             results.append(
-                predict_photo(opened, path, detector=detector, boxes_xyxy=boxes, drawn=target, timer=timer, looks=looks)
+                predict_photo(
+                    opened,
+                    path,
+                    detector=detector,
+                    boxes_xyxy=boxes,
+                    drawn=target,
+                    timer=timer,
+                    looks=looks,
+                    mirror=mirror,
+                )
             )
         except KpError as error:
             failed.append(str(error))
@@ -101,6 +112,7 @@ def put_effect(
     out: Annotated[Path, typer.Option(help="Folder for the new pictures.")] = Path("out"),
     model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
     looks: Looks = 1,
+    mirror: Mirror = False,
     yunet: Yunet = None,
     threads: Threads = None,
     public_key: PublicKey = None,
@@ -123,7 +135,9 @@ def put_effect(
     results, failed = [], []
     for path, target in progress("drawing")(list(zip(paths, targets, strict=True))):
         try:
-            results.append(predict_photo(opened, path, detector=detector, drawn=target, draw=put, looks=looks))
+            results.append(
+                predict_photo(opened, path, detector=detector, drawn=target, draw=put, looks=looks, mirror=mirror)
+            )
         except KpError as error:
             failed.append(str(error))
     if as_json:

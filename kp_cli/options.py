@@ -32,6 +32,10 @@ PublicKey = Annotated[Path | None, typer.Option(help="Refuse a bundle that this 
 Looks = Annotated[
     int, typer.Option(help="Times that a face is looked at, each time in the box of the points found before.")
 ]
+Mirror = Annotated[
+    bool,
+    typer.Option("--mirror", help="Each look is at the face and at its mirror image; the mean counts. Twice the work."),
+]
 EFFECT_NAMES = "sunglasses, hat, moustache, mesh, blur, or a .toml file of your own (docs/filters.md)."
 Yunet = Annotated[Path | None, typer.Option(help="A YuNet model file, to detect faces with it instead of Haar.")]
 Data = Annotated[list[str], typer.Option(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kp_cli.options import Data, Json, Looks, Threads, Yunet, detector_from_path, signature_told
+from kp_cli.options import Data, Json, Looks, Mirror, Threads, Yunet, detector_from_path, signature_told
 from kp_cli.report import print_accuracy, print_groups, print_json, progress
 from kp_runtime.errors import InputError
 
@@ -103,6 +103,7 @@ def evaluate(
         typer.Option("--robustness", help="Also shake the boxes, enlarge and mirror the photos: 13 times the work."),
     ] = False,
     looks: Looks = 1,
+    mirror: Mirror = False,
     record: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also keep the result in the bundle's manifest under this name.")
     ] = None,
@@ -133,12 +134,15 @@ def evaluate(
         sources = [held_out_faces(source, opened.manifest) for source in sources]
     faces = [face for source in sources for face in source.faces]
     detector = detector_from_path(yunet) if boxes is Boxes.detector else None
-    result = measure(opened, faces, detector, track=progress("measuring"), looks=looks)
+    result = measure(opened, faces, detector, track=progress("measuring"), looks=looks, mirror=mirror)
     more: dict[str, Any] = {"groups": [dataclasses.asdict(group) for group in groups(result)]}
     if steady:
-        more["robustness"] = dataclasses.asdict(robustness(opened, result.faces, progress("showing otherwise"), looks))
+        more["robustness"] = dataclasses.asdict(
+            robustness(opened, result.faces, progress("showing otherwise"), looks, mirror)
+        )
     if record is not None:
-        kept = {record: dataclasses.asdict(result.accuracy) | {"missed": result.missed, "looks": looks} | more}
+        shown = {"missed": result.missed, "looks": looks, "mirror": mirror}
+        kept = {record: dataclasses.asdict(result.accuracy) | shown | more}
         bundle = model if model.is_dir() else model.parent
         manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
         with signature_told(bundle):
@@ -155,6 +159,7 @@ def evaluate(
             "split": split.value,
             "missed": result.missed,
             "looks": looks,
+            "mirror": mirror,
         }
         print_json(rest | dataclasses.asdict(result.accuracy) | more | {"pictures": [str(p) for p in pictures]})
         return

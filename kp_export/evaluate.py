@@ -22,10 +22,12 @@ from kp_runtime.geometry import (
     frame_box,
     invert_matrix,
     matrices_from_boxes,
+    mirrored_matrices,
     overlaps,
 )
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.recorded_rise import Rise
+from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import Manifest
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Face, Source, is_held_out, luma_from_file
@@ -104,6 +106,7 @@ def evaluate(
     detector: Detector | None = None,
     track: Callable[[Sequence[Any]], Iterable[Any]] = lambda items: items,
     looks: int = 1,
+    mirror: bool = False,
 ) -> Evaluation:
     """Measures a model on labelled faces.
 
@@ -114,6 +117,7 @@ def evaluate(
             the one with the largest overlap counts.
         track: wraps the list of batches, to show progress.
         looks: as `predict_in_frames` takes them.
+        mirror: likewise.
 
     Raises:
         DataError: an image can't be read, or the detector found none of the faces.
@@ -136,7 +140,7 @@ def evaluate(
             found.append(box)
             kept.append(face)
         if frames:
-            predicted.append(predict_in_frames(model, frames, np.stack(found), looks))
+            predicted.append(predict_in_frames(model, frames, np.stack(found), looks, mirror))
             boxes += found
             sizes += [frame.size_hw for frame in frames]
     if not kept:
@@ -181,7 +185,7 @@ def measured_rise(first: Path, sources: Sequence[Source]) -> Callable[[Path, Bac
 
 
 def predict_in_frames(
-    model: OpenModel, frames: Sequence[Frame], boxes_xyxy: NDArray[np.float64], looks: int = 1
+    model: OpenModel, frames: Sequence[Frame], boxes_xyxy: NDArray[np.float64], looks: int = 1, mirror: bool = False
 ) -> NDArray[np.float64]:
     """Keypoints of a face on each frame.
 
@@ -191,6 +195,7 @@ def predict_in_frames(
         boxes_xyxy: `(n, 4)`, pixels of each frame.
         looks: how often the network sees each face; from the second time on, the box is the one around
             the points that it found before.
+        mirror: each look is at the crop and at its mirror image, and the mean counts.
 
     Returns:
         `(n, 68, 2)` float64, pixels of each frame.
@@ -204,10 +209,16 @@ def predict_in_frames(
     points = np.empty((0, spec.points, 2))
     for _ in range(looks):
         matrices = matrices_from_boxes(boxes_xyxy, spec.size, spec.margin)
+        if mirror:
+            matrices = np.concatenate([matrices, mirrored_matrices(matrices, spec.size)])
         crops = np.concatenate(
-            [crops_from_frame(frame, matrix[None], spec.size) for frame, matrix in zip(frames, matrices, strict=True)]
+            [
+                crops_from_frame(frame, m[None], spec.size)
+                for frame, m in zip([*frames, *frames], matrices, strict=False)
+            ]
         )
         points = apply_matrix(invert_matrix(matrices), model.predict(crops))
+        points = mean_of_mirrored(points) if mirror else points
         boxes_xyxy = boxes_from_points(points)
     return points
 

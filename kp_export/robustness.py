@@ -75,6 +75,7 @@ def robustness(
     faces: Sequence[Face],
     track: Callable[[Sequence[Any]], Iterable[Any]] = lambda items: items,
     looks: int = 1,
+    mirror: bool = False,
 ) -> Robustness:
     """Measures a model on labelled faces shown in other ways; boxes from the keypoints.
 
@@ -83,6 +84,7 @@ def robustness(
         faces: labelled faces.
         track: wraps the list of faces, to show progress.
         looks: as `evaluate.predict_in_frames` takes them.
+        mirror: likewise.
 
     Raises:
         DataError: an image can't be read.
@@ -94,7 +96,7 @@ def robustness(
         views += [_enlarged(luma, box, k) for k in ENLARGED]
         views.append(_View(np.ascontiguousarray(luma[:, ::-1]), _mirrored_box(box, luma.shape[1])))
         frames, boxes = [Frame(view.luma, "gray") for view in views], np.stack([view.box_xyxy for view in views])
-        points = predict_in_frames(model, frames, boxes, looks)
+        points = predict_in_frames(model, frames, boxes, looks, mirror)
         n = 1 + len(SHAKES)
         base.append(points[0])
         shaken.append(points[1:n])

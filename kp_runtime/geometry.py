@@ -37,6 +37,7 @@ __all__ = [
     "frame_box",
     "invert_matrix",
     "matrices_from_boxes",
+    "mirrored_matrices",
     "overlaps",
 ]
 
@@ -104,6 +105,14 @@ def matrices_from_boxes(
         middle = (size - 1) / 2
         rows.append((a, b, middle - (a * cx + b * cy), -b, a, middle - (a * cy - b * cx)))
     return np.array(rows, np.float64).reshape(n, 2, 3)
+
+
+def mirrored_matrices(crop_from_image: FloatArray, size: int) -> NDArray[np.float64]:
+    """Matrices that cut the same crops mirrored, left for right: `(n, 2, 3)` to `(n, 2, 3)` float64."""
+    mirrored = np.array(crop_from_image, np.float64)
+    mirrored[:, 0] *= -1
+    mirrored[:, 0, 2] += size - 1
+    return mirrored
 
 
 def _each(value: ArrayLike, shape: tuple[int, ...]) -> list[Any]:

@@ -66,6 +66,7 @@ def predict_photo(
     draw: Callable[[NDArray[np.uint8], NDArray[np.float32]], NDArray[np.uint8]] | None = None,
     timer: StageTimer | None = None,
     looks: int = 1,
+    mirror: bool = False,
 ) -> Photo:
     """Reads one photo, finds its faces and their keypoints, and draws them.
 
@@ -78,6 +79,7 @@ def predict_photo(
         draw: draws on the image the points `(n, 68, 2)`, such as an `effects.Effect`; boxes and points when None.
         timer: collects the stages read, detect, crop, infer, map back.
         looks: see `Model.__call__`.
+        mirror: likewise.
 
     Raises:
         ImageError: the photo can't be read.
@@ -94,7 +96,7 @@ def predict_photo(
                 boxes_xyxy = detector(image)
         else:
             raise InputError("give boxes or a detector")
-    keypoints = model(image, boxes_xyxy, timer=timer, looks=looks)
+    keypoints = model(image, boxes_xyxy, timer=timer, looks=looks, mirror=mirror)
     if drawn is not None:
         if draw is None:
             picture = draw_keypoints(draw_boxes(image, keypoints.boxes_xyxy), keypoints.xy)

@@ -21,10 +21,11 @@ from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError, BoxError, ImageError, InputError
 from kp_runtime.frame import Frame, as_frame
-from kp_runtime.geometry import apply_matrix, boxes_from_points, invert_matrix, matrices_from_boxes
+from kp_runtime.geometry import apply_matrix, boxes_from_points, invert_matrix, matrices_from_boxes, mirrored_matrices
 from kp_runtime.in_order import InOrder
 from kp_runtime.preprocess_cpu import CpuCropper
 from kp_runtime.results import Keypoints
+from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import ModelSpec
 from kp_runtime.timing import StageTimer
 
@@ -83,6 +84,7 @@ class Model:
         timer: StageTimer | None = None,
         out: NDArray[np.float32] | None = None,
         looks: int = 1,
+        mirror: bool = False,
     ) -> Keypoints:
         """Finds the 68 keypoints of each face.
 
@@ -97,6 +99,8 @@ class Model:
             out: `(n, 68, 2)` float32, becomes the result's `xy`: a loop can use it again.
             looks: how often the network sees each face; from the second time on, in the box of the
                 points that it found before. Two make up for a detector's error in place and size.
+            mirror: each look is two, at the crop and at its mirror image, and their mean counts; that is
+                as much work as twice the faces.
 
         Raises:
             InputError: `out` has another shape or dtype, or `looks` is not possible with this model.
@@ -108,13 +112,13 @@ class Model:
         if looks < 1 or (looks > 1 and self.spec.box != "keypoints"):
             most = " or more" if self.spec.box == "keypoints" else ", since this model sees whole frames"
             raise InputError(f"looks must be 1{most}; got {looks}")
-        found = first = self._predict(image, boxes_xyxy, layout, timer, out)
+        found = first = self._predict(image, boxes_xyxy, layout, timer, out, mirror)
         for _ in range(looks - 1):
             boxes = boxes_from_points(found.xy)
             for i, box in enumerate(boxes.tolist()):
                 if _box_fault(box, found.size_hw):  # points on one spot or outside: what was seen before stands
                     boxes[i] = found.boxes_xyxy[i]
-            found = self._predict(image, boxes, layout, timer, out)
+            found = self._predict(image, boxes, layout, timer, out, mirror)
         return found if found is first else replace(found, boxes_xyxy=first.boxes_xyxy)
 
     def submit(
@@ -147,7 +151,7 @@ class Model:
             self._check_open()
             line = self._line = self._line or InOrder(1 if self._gpu is None else 2, IN_FLIGHT)
         if self._gpu is None:
-            return line.submit(lambda: self._predict(image, boxes_xyxy, layout, None, out))
+            return line.submit(lambda: self._predict(image, boxes_xyxy, layout, None, out, False))
         gpu = self._gpu
         return line.submit(lambda: self._started(gpu, image, boxes_xyxy, layout, out), lambda finish: finish())
 
@@ -172,34 +176,50 @@ class Model:
             raise BackendError("this model is closed; load it again")
 
     def _predict(
-        self, image: Any, boxes_xyxy: ArrayLike, layout: str, timer: StageTimer | None, out: NDArray[np.float32] | None
+        self,
+        image: Any,
+        boxes_xyxy: ArrayLike,
+        layout: str,
+        timer: StageTimer | None,
+        out: NDArray[np.float32] | None,
+        mirror: bool,
     ) -> Keypoints:
         if self._gpu is not None and timer is None:
-            return self._started(self._gpu, image, boxes_xyxy, layout, out)()
+            return self._started(self._gpu, image, boxes_xyxy, layout, out, mirror)()
         stage: Any = timer or _no_timer
         frame, boxes = self._checked(image, boxes_xyxy, layout, out)
-        size = self.spec.size
         if isinstance(frame, DeviceFrame) or self._gpu is not None:
             assert self._gpu is not None  # _checked lets no device frame pass without
-            matrices = matrices_from_boxes(boxes, size, self.spec.margin)
+            matrices = self._matrices(boxes, mirror)
             xy_crop = self._gpu.timed(frame, matrices, stage)
         else:
             with stage("crop"):
-                matrices = matrices_from_boxes(boxes, size, self.spec.margin)
-                crops = self._cropper.crops_from_frame(frame, matrices, size)
+                matrices = self._matrices(boxes, mirror)
+                crops = self._cropper.crops_from_frame(frame, matrices, self.spec.size)
             with stage("infer"):
                 xy_crop = self.backend.infer(crops)
         with stage("map back"):
             return _mapped(xy_crop, frame, boxes, matrices, out)
 
     def _started(
-        self, gpu: CudaPipeline, image: Any, boxes_xyxy: ArrayLike, layout: str, out: NDArray[np.float32] | None
+        self,
+        gpu: CudaPipeline,
+        image: Any,
+        boxes_xyxy: ArrayLike,
+        layout: str,
+        out: NDArray[np.float32] | None,
+        mirror: bool = False,
     ) -> Callable[[], Keypoints]:
         """Tells the GPU what to do; the function waits for the result."""
         frame, boxes = self._checked(image, boxes_xyxy, layout, out)
-        matrices = matrices_from_boxes(boxes, self.spec.size, self.spec.margin)
+        matrices = self._matrices(boxes, mirror)
         wait = gpu.start(frame, matrices)
         return lambda: _mapped(wait(), frame, boxes, matrices, out)
+
+    def _matrices(self, boxes: NDArray[np.float64], mirror: bool) -> NDArray[np.float64]:
+        """Of the boxes' crops, `(n, 2, 3)`; with `mirror` those of the mirrored ones behind them, `(2 n, 2, 3)`."""
+        matrices = matrices_from_boxes(boxes, self.spec.size, self.spec.margin)
+        return np.concatenate([matrices, mirrored_matrices(matrices, self.spec.size)]) if mirror else matrices
 
     def _checked(
         self, image: Any, boxes_xyxy: ArrayLike, layout: str, out: NDArray[np.float32] | None
@@ -233,10 +253,13 @@ def _mapped(
     matrices: NDArray[np.float64],
     out: NDArray[np.float32] | None,
 ) -> Keypoints:
-    """Keypoints of the crops as those of the image."""
-    xy = np.empty(xy_crop.shape, np.float32) if out is None else out
-    xy[...] = apply_matrix(invert_matrix(matrices), xy_crop)
-    return Keypoints(xy, boxes, matrices, frame.size_hw)
+    """Keypoints of the crops, of the mirrored ones too where there are twice as many, as those of the image."""
+    mapped, n = apply_matrix(invert_matrix(matrices), xy_crop), len(boxes)
+    if len(matrices) > n:
+        mapped = mean_of_mirrored(mapped)
+    xy = np.empty(mapped.shape, np.float32) if out is None else out
+    xy[...] = mapped
+    return Keypoints(xy, boxes, matrices[:n], frame.size_hw)
 
 
 def load(

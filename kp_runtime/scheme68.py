@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONTOURS", "EYE_CORNERS", "MIRROR", "POINTS", "REGIONS", "mean_shape", "point_names"]
+__all__ = ["CONTOURS", "EYE_CORNERS", "MIRROR", "POINTS", "REGIONS", "mean_of_mirrored", "mean_shape", "point_names"]
 
 POINTS = 68
 
@@ -60,6 +60,19 @@ def _mirror() -> NDArray[np.intp]:
 
 MIRROR: NDArray[np.intp] = _mirror()
 """`(68,)` int: point `i` of a mirrored face is point `MIRROR[i]` of the face."""
+
+
+def mean_of_mirrored(xy: NDArray[np.floating]) -> NDArray[np.float64]:
+    """The means of what was found on `n` faces and then, in the same frame, on their mirrored crops.
+
+    Args:
+        xy: `(2 n, 68, 2)`; in the second half each point has the name that it has in the mirrored face.
+
+    Returns:
+        `(n, 68, 2)` float64.
+    """
+    straight, mirrored = np.asarray(xy, np.float64).reshape(2, -1, POINTS, 2)
+    return (straight + mirrored[:, MIRROR]) / 2
 
 
 def point_names() -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from kp_runtime.geometry import (
     frame_box,
     invert_matrix,
     matrices_from_boxes,
+    mirrored_matrices,
 )
 from tests.reference import reference_blocks, reference_crop, waves
 from tests.tolerances import CROP_GREY, CROP_GREY_MEAN, CROP_NOISE, CROP_NOISE_MEAN, MAP_PX, assert_close
@@ -51,6 +52,17 @@ def test_crop_follows_the_rule(box: tuple[float, ...], angle: float, rng: np.ran
     check_crop(waves(301, 403, period), box, angle, SIZE, CROP_GREY, CROP_GREY_MEAN)
     noise = rng.integers(0, 256, (301, 403), dtype=np.uint8)
     check_crop(noise, box, angle, SIZE, CROP_NOISE, CROP_NOISE_MEAN)
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.4])
+@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
+def test_a_mirrored_matrix_cuts_the_crop_mirrored(box: tuple[float, ...], angle: float) -> None:
+    luma, matrix = waves(301, 403, max(24.0, (box[2] - box[0]) / 4)), one_matrix(box, angle)
+    mirrored = mirrored_matrices(matrix[None], SIZE)[0]
+    assert np.linalg.det(mirrored[:, :2]) < 0
+    # positions are rounded to 1/32 px, and the mirrored ones the other way
+    assert_close(crop_from_luma(luma, mirrored, SIZE)[:, ::-1], crop_from_luma(luma, matrix, SIZE), CROP_GREY, "crop")
+    np.testing.assert_allclose(mirrored_matrices(mirrored[None], SIZE)[0], matrix, rtol=1e-12)
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.3])

@@ -13,6 +13,7 @@ from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.pipeline import checked_boxes
+from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
 from tests.models import SIZE, tiny_keypoints
 from tests.reference import reference_crop, waves
@@ -157,6 +158,22 @@ class OneSpot(Backend):
 def test_a_second_look_that_has_no_box_leaves_the_first(image: np.ndarray) -> None:
     model = Model(OneSpot(ModelSpec("x", SIZE)))
     assert np.array_equal(model(image, [[20, 30, 80, 100]], looks=2).xy, model(image, [[20, 30, 80, 100]]).xy)
+
+
+def test_a_look_at_the_mirror_image_counts_as_much_as_the_plain_one(model: Model, image: np.ndarray) -> None:
+    boxes = np.array([[20, 30, 80, 100], [60, 40, 130, 90]])
+    last = image.shape[1] - 1
+    plain, both = model(image, boxes), model(image, boxes, mirror=True)
+    in_mirror = model(image[:, ::-1], np.stack([last - boxes[:, 2], boxes[:, 1], last - boxes[:, 0], boxes[:, 3]], 1))
+    back = in_mirror.xy[:, MIRROR] * (-1, 1) + (last, 0)
+    assert np.abs(back - plain.xy).max() > 1  # the two are not alike
+    assert_close(both.xy, (plain.xy + back) / 2, LEVEL_PX, "keypoints")
+    assert np.array_equal(both.crop_from_image, plain.crop_from_image)
+    assert np.array_equal(model(image, boxes, mirror=True, looks=2).boxes_xyxy, boxes)
+    out = np.empty((2, 68, 2), np.float32)
+    assert model(image, boxes, mirror=True, out=out).xy is out
+    assert np.array_equal(out, both.xy)
+    assert len(model(image, [], mirror=True)) == 0
 
 
 def test_looks_that_cannot_be(model: Model, image: np.ndarray) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kp_runtime.errors import InputError
 from kp_runtime.frame import Frame, as_frame
-from kp_runtime.geometry import crop_plan, matrices_from_boxes
+from kp_runtime.geometry import crop_plan, matrices_from_boxes, mirrored_matrices
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.preprocess_cuda import faces_from_matrices
 from tests.emulation import EmulatedKernel, built, case_bytes
@@ -97,6 +97,11 @@ def test_crops_follow_the_rule(
         wanted = reference_crop(luma, np.array(box), SIZE, MARGIN, angle)
         assert_close(crop, wanted, most, "crop")
         assert np.abs(crop - wanted).mean() <= mean
+
+
+def test_mirrored_crops(kernel: EmulatedKernel, bgr: np.ndarray) -> None:
+    matrices = matrices_from_boxes(ALL, SIZE, MARGIN, angle=0.2)
+    check(kernel, as_frame(bgr), mirrored_matrices(matrices, SIZE))
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.3, np.pi / 4])

@@ -68,6 +68,12 @@ def test_an_answer_that_leans_to_one_side_shows_in_the_mirror(faces: tuple[Face,
     assert max(found.enlarged.values()) < 1e-4
 
 
+def test_looks_at_the_mirror_image_too_are_the_same_in_the_mirror(faces: tuple[Face, ...]) -> None:
+    found = robustness(fixed(symmetric() + np.array([2, 0], np.float32)), faces, mirror=True)
+    assert found.mirrored < 1e-4
+    assert found.nme == pytest.approx(robustness(fixed(symmetric()), faces).nme, rel=1e-4)
+
+
 def test_enlarged_photos_are_seen_enlarged(faces: tuple[Face, ...]) -> None:
     """A model that reads the crop sees much the same crop whatever the photo's resolution."""
     spec = ModelSpec("x", SIZE)
