@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,16 @@ from kp_cli.report import print_table
 from kp_runtime.cores import usable_cores
 from kp_runtime.errors import InputError, KpError
 
-__all__ = ["checked_threads", "finish", "parser", "print_table", "run", "without_samples"]
+__all__ = [
+    "checked_threads",
+    "finish",
+    "markdown_table",
+    "parser",
+    "print_table",
+    "run",
+    "with_made_part",
+    "without_samples",
+]
 
 
 def parser(description: str | None, *, bundle: bool = True) -> argparse.ArgumentParser:
@@ -50,6 +59,25 @@ def without_samples(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: without_samples(v) for k, v in value.items() if not k.startswith("turns_") and k != "values"}
     return [without_samples(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def with_made_part(text: str, begin: str, end: str, made: str) -> str:
+    """A page whose part between two markers is made anew.
+
+    Raises:
+        InputError: the page lacks the markers.
+    """
+    before, first, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise InputError(f"the page needs the lines {begin} and {end}, in this order; put them back")
+    return f"{before}{begin}\n\n{made}\n\n{end}{after}"
 
 
 def run(main: Callable[[], None]) -> None:

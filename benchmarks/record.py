@@ -34,7 +34,7 @@ __all__ = [
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
-KINDS = ("engines", "operators", "crop-path", "start", "gpu-crops", "gpu-network", "gpu-end-to-end")
+KINDS = ("engines", "operators", "crop-path", "stages", "start", "gpu-crops", "gpu-network", "gpu-end-to-end")
 PACKAGES = ("openvino", "torch")
 """Beyond those that the machine's description names."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command import run
+from benchmarks.command import markdown_table, run, with_made_part
 from benchmarks.record import KINDS, RESULTS, Record, read_records
 from kp_runtime.errors import InputError
 from kp_runtime.spec import writing
@@ -33,11 +33,7 @@ def docs_with_tables(text: str, records: Sequence[Record]) -> str:
     Raises:
         InputError: the page lacks the markers, or a record a field.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise InputError(f"the page needs the lines {BEGIN} and {END}, in this order; put them back")
-    return f"{before}{BEGIN}\n\n{tables_from_records(records)}\n\n{END}{after}"
+    return with_made_part(text, BEGIN, END, tables_from_records(records))
 
 
 def tables_from_records(records: Sequence[Record]) -> str:
@@ -107,11 +103,11 @@ def _engines(record: Record) -> Iterable[str]:
     yield f"### The network in each engine: {record.bundle['folder']}"
     yield _caption(record) + " Milliseconds a face, median with its 95% interval."
     columns = ("engine", "precision", *(f"batch {batch}" for batch in batches), "most px from PyTorch")
-    yield _table(columns, [(*key, *_engine_cells(by_batch, batches)) for key, by_batch in by_engine.items()])
+    yield markdown_table(columns, [(*key, *_engine_cells(by_batch, batches)) for key, by_batch in by_engine.items()])
     if ratios := record.measured["int8_ort_over_openvino"]:
         yield "ONNX Runtime's time over OpenVINO's, both int8; under 1 ONNX Runtime is faster:"
         rows = [(r["batch"], *_ratio_cells(r["ratio"]), Ratio(**r["ratio"]).verdict) for r in ratios]
-        yield _table(("batch", "ratio", "95% interval", "ONNX Runtime is"), rows)
+        yield markdown_table(("batch", "ratio", "95% interval", "ONNX Runtime is"), rows)
     fed = [f"{c['precision']} {c['batch']} {c['feeding']}" for c in cases if c["feeding"]]
     if fed:
         yield f"How `kp_runtime` fed ONNX Runtime's batches: {', '.join(fed)}."
@@ -143,9 +139,9 @@ def _operators(record: Record) -> Iterable[str]:
         all_of_them = {"name": "all", "nodes": sum(kind["nodes"] for kind in file["kinds"])}
         total = all_of_them | {"us_a_face": file["total_us_a_face"]}
         yield f"`{file['file']}`:"
-        yield _table(columns, [_operator_cells(kind) for kind in [*file["kinds"], total]])
+        yield markdown_table(columns, [_operator_cells(kind) for kind in [*file["kinds"], total]])
         yield "Its dearest nodes:"
-        yield _table(columns, [_operator_cells(node) for node in file["nodes"]])
+        yield markdown_table(columns, [_operator_cells(node) for node in file["nodes"]])
 
 
 def _operator_cells(time: dict[str, Any]) -> tuple[Any, ...]:
@@ -168,7 +164,27 @@ def _crop_path(record: Record) -> Iterable[str]:
         for case in record.measured["cases"]
     ]
     columns = ("boxes", "crop", "total", "crop stage", "map back", "by hand", "crop / by hand", "95% interval")
-    yield _table((*columns, "peak kB a call", "kB left by calls"), rows)
+    yield markdown_table((*columns, "peak kB a call", "kB left by calls"), rows)
+
+
+def _stages(record: Record) -> Iterable[str]:
+    yield f"### What a stage costs one core: {record.bundle['folder']}"
+    yield (
+        f"{_caption(record)} `{record.settings['file']}`. Medians in milliseconds a call; the processor time is "
+        "what all threads of the process took."
+    )
+    rows = [
+        (
+            f"{case['stage']} {case['what']}",
+            case["faces"] or "",
+            "" if case["bytes"] is None else f"{case['bytes'] / 1e3:.0f}",
+            *(f"{case[of]['p50_ms']:.3f}" for of in ("time", "cpu")),
+        )
+        for case in record.measured["cases"]
+    ]
+    yield markdown_table(("stage", "faces", "kB a frame", "time", "processor time"), rows)
+    if left := record.measured["left_out"]:
+        yield "Left out:\n\n" + "\n".join(f"- {name}: {reason}" for name, reason in left.items())
 
 
 def _start(record: Record) -> Iterable[str]:
@@ -178,7 +194,7 @@ def _start(record: Record) -> Iterable[str]:
         (t["subject"], t["quantity"], t["unit"], f"{t['median']['value']:.1f}", _interval(t["median"], 1))
         for t in record.measured["times"]
     ]
-    yield _table(("what", "of it", "unit", "median", "95% interval"), rows)
+    yield markdown_table(("what", "of it", "unit", "median", "95% interval"), rows)
 
 
 def _gpu(record: Record) -> Iterable[str]:
@@ -200,7 +216,7 @@ def _gpu(record: Record) -> Iterable[str]:
         for case in sorted(record.measured["cases"], key=lambda case: case["batch"] or 0)
     ]
     columns = ("what", "faces", "p50", "low", "high", "p95", "GB/s", "of the copy", "px from PyTorch")
-    yield _table(columns, rows)
+    yield markdown_table(columns, rows)
     if left := record.measured["not_run"]:
         lines = [
             f"- {c['what']}" + (f" {list(c['batches'])}" if c["batches"] else "") + f": {c['reason']}" for c in left
@@ -216,15 +232,11 @@ def _interval(ratio: dict[str, float], digits: int) -> str:
     return f"{ratio['low']:.{digits}f} to {ratio['high']:.{digits}f}"
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-
-
 _KINDS: dict[str, Callable[[Record], Iterable[str]]] = {
     "engines": _engines,
     "operators": _operators,
     "crop-path": _crop_path,
+    "stages": _stages,
     "start": _start,
     **{kind: _gpu for kind in KINDS if kind.startswith("gpu-")},
 }

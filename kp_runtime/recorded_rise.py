@@ -91,7 +91,7 @@ def _nme(measured: Any) -> tuple[float, int] | None:
     if not isinstance(measured, dict):
         return None
     nme, faces = measured.get("nme"), measured.get("faces")
-    return (float(nme), faces) if type(nme) in (int, float) and type(faces) is int else None
+    return (float(nme), faces) if isinstance(nme, (int, float)) and isinstance(faces, int) else None
 
 
 def _weights(manifest: Manifest) -> set[str]:

@@ -205,7 +205,7 @@ def _threads(engine: str, settings: TuneSettings) -> list[int | None]:
     if engine != "ort-cpu":
         return [None]
     doubled = [1 << i for i in range(usable_cores().bit_length())]
-    return sorted({*settings.threads} or {*doubled, usable_cores()})
+    return [*sorted({*settings.threads} or {*doubled, usable_cores()})]
 
 
 def _ran(engine: str, threads: int | None) -> str:
