@@ -17,14 +17,14 @@ from kp_cli.options import (
     EFFECT_NAMES,
     ELSE_DEFAULT,
     Cores,
+    Detector,
     Json,
     Looks,
     Mirror,
     PublicKey,
     Threads,
-    Yunet,
     bundle_or_default,
-    detector_from_path,
+    detector_from_name,
     note,
 )
 from kp_cli.report import frames_progress, print_json, print_run, print_times, progress
@@ -45,7 +45,7 @@ def predict(
         list[str] | None,
         typer.Option("--format", help="json, csv, pts, coco, parquet. Repeatable; json when left out."),
     ] = None,
-    yunet: Yunet = None,
+    detector: Detector = "haar",
     backend: Annotated[
         str, typer.Option(help="tensorrt, ort-tensorrt, ort-cuda or ort-cpu, and nothing else; auto takes the best.")
     ] = "auto",
@@ -74,7 +74,7 @@ def predict(
         raise InputError("two of the photos have the same name; predict them in two runs with their own --out")
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load(bundle_or_default(model), backend, threads, public_key=public_key), StageTimer()
-    detector = None if boxes is not None else detector_from_path(yunet)
+    finder = None if boxes is not None else detector_from_name(detector)
     results, failed = [], []
     for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
         try:
@@ -82,7 +82,7 @@ def predict(
                 predict_photo(
                     opened,
                     path,
-                    detector=detector,
+                    detector=finder,
                     boxes_xyxy=boxes,
                     drawn=target,
                     timer=timer,
@@ -113,7 +113,7 @@ def put_effect(
     model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
     looks: Looks = 1,
     mirror: Mirror = False,
-    yunet: Yunet = None,
+    detector: Detector = "haar",
     threads: Threads = None,
     public_key: PublicKey = None,
     as_json: Json = False,
@@ -131,12 +131,13 @@ def put_effect(
     targets = [out / f"{path.stem}_{Path(effect).stem}.jpg" for path in paths]
     if len(set(targets)) < len(targets):
         raise InputError("two of the photos have the same name; run kp filter twice with their own --out")
-    opened, detector = load(bundle_or_default(model), threads=threads, public_key=public_key), detector_from_path(yunet)
+    opened = load(bundle_or_default(model), threads=threads, public_key=public_key)
+    finder = detector_from_name(detector)
     results, failed = [], []
     for path, target in progress("drawing")(list(zip(paths, targets, strict=True))):
         try:
             results.append(
-                predict_photo(opened, path, detector=detector, drawn=target, draw=put, looks=looks, mirror=mirror)
+                predict_photo(opened, path, detector=finder, drawn=target, draw=put, looks=looks, mirror=mirror)
             )
         except KpError as error:
             failed.append(str(error))
@@ -179,9 +180,9 @@ def run(
         float, typer.Option(min=0.0, help="Seconds that a camera or stream which went away is opened anew.")
     ] = 60.0,
     smallest: Annotated[
-        float, typer.Option(min=0.02, max=1.0, help="Haar's smallest face, as a share of the frame's shorter side.")
+        float, typer.Option(min=0.02, max=1.0, help="The smallest face, as a share of the frame's shorter side.")
     ] = 0.1,
-    yunet: Yunet = None,
+    detector: Detector = "haar",
     threads: Threads = None,
     public_key: PublicKey = None,
     as_json: Json = False,
@@ -208,7 +209,7 @@ def run(
     if opened.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
     tracker = Tracker(
-        opened, detector_from_path(yunet, smallest), TrackerSettings(detect_every=detect_every, smooth=smooth)
+        opened, detector_from_name(detector, smallest), TrackerSettings(detect_every=detect_every, smooth=smooth)
     )
     frames = open_source(source, rate=rate, patience=patience, stop=stop, say=note)
     window = Window(source) if show else None

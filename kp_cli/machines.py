@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kp_cli.options import ELSE_DEFAULT, Cores, Json, Threads, Yunet, bundle_or_default, detector_from_path
+from kp_cli.options import ELSE_DEFAULT, Cores, Detector, Json, Threads, bundle_or_default, detector_from_name
 from kp_cli.report import print_bench, print_comparison, print_diagnosis, print_json, share_progress, tell_subject
 from kp_runtime.errors import InputError, KpError
 
@@ -32,7 +32,7 @@ def bench(
     samples: Annotated[int, typer.Option(min=1, help="Least number of samples of each case.")] = 200,
     threads: Threads = None,
     cores: Cores = None,
-    yunet: Yunet = None,
+    detector: Detector = "haar",
     out: Annotated[Path | None, typer.Option(help="Write the results, with every sample, to this JSON file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots and all numbers to this file.")] = None,
     compare: Annotated[
@@ -62,7 +62,7 @@ def bench(
 
     if compare is None and (new or anyway):
         raise InputError("--with and --compare-anyway go with --compare OLD")
-    if new and any((photo, batch, precision, threads, cores, yunet, out, backend != "auto")):
+    if new and any((photo, batch, precision, threads, cores, out, detector != "haar", backend != "auto")):
         raise InputError("--with measures nothing: it goes with --compare, --compare-anyway, --html and --json alone")
     old = results_from_file(compare) if compare else None
     if new:
@@ -75,7 +75,7 @@ def bench(
             admit = gate(old, anyway)
             face = photo or _astronaut()
             result = run_bench(
-                bundle_or_default(bundle), face, detector_from_path(yunet), settings, admit=admit, step=step
+                bundle_or_default(bundle), face, detector_from_name(detector), settings, admit=admit, step=step
             )
     comparison = compared(old, result, anyway=anyway) if old else None
     written = [] if out is None else [write_results(result, out)]

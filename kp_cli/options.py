@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from kp_runtime.errors import InputError
+
 
 def stay_on(context: typer.Context, cores: str | None) -> str | None:
     """Keeps this thread, and what it starts, on the cores until the command is over; their numbers in order."""
@@ -22,6 +24,7 @@ def stay_on(context: typer.Context, cores: str | None) -> str | None:
 
 
 DEFAULT_BUNDLE = Path("engines/resnet18-68")
+DEFAULT_DETECTOR = Path("engines/face-detector")
 ELSE_DEFAULT = "the default model when left out: KP_MODEL, the model wheel, the checkout's own."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own choice (all cores) when left out.")]
@@ -37,7 +40,9 @@ Mirror = Annotated[
     typer.Option("--mirror", help="Each look is at the face and at its mirror image; the mean counts. Twice the work."),
 ]
 EFFECT_NAMES = "sunglasses, hat, moustache, mesh, blur, or a .toml file of your own (docs/filters.md)."
-Yunet = Annotated[Path | None, typer.Option(help="A YuNet model file, to detect faces with it instead of Haar.")]
+Detector = Annotated[str, typer.Option(
+    metavar="NAME", help="haar, own, own=BUNDLE (of kp train-detector) or yunet=FILE; see docs/detectors.md."
+)]  # fmt: skip
 Data = Annotated[list[str], typer.Option(
     "--data", metavar="PATH[=WEIGHT]",
     help="A CSV of 68 points beside its photos, or a folder of photos with .pts files. Repeatable.",
@@ -67,8 +72,20 @@ def bundle_or_default(named: Path | None) -> Path:
     return named or default_bundle(checkout=Path(__file__).parents[1] / DEFAULT_BUNDLE)
 
 
-def detector_from_path(yunet: Path | None, smallest: float = 0.05) -> Any:
-    """YuNet where its model file is named, else Haar; for `smallest` see `HaarDetector`."""
+def detector_from_name(name: str, smallest: float = 0.05) -> Any:
+    """The face detector of a `--detector` option; `smallest` as the detectors take it, YuNet does not.
+
+    Raises:
+        InputError: there is no such detector.
+    """
+    from kp_runtime.center_detector import CenterDetector
     from kp_runtime.detect import HaarDetector, YuNetDetector
 
-    return YuNetDetector(yunet) if yunet else HaarDetector(smallest=smallest)
+    kind, _, path = name.partition("=")
+    if name == "haar":
+        return HaarDetector(smallest=smallest)
+    if kind == "own" and (path or name == kind):
+        return CenterDetector(path or Path(__file__).parents[1] / DEFAULT_DETECTOR, smallest=smallest)
+    if kind == "yunet" and path:
+        return YuNetDetector(path)
+    raise InputError(f"there is no detector {name!r}; choose from haar, own, own=BUNDLE, yunet=FILE")

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kp_cli.options import Data, Json, Looks, Mirror, Threads, Yunet, detector_from_path, signature_told
+from kp_cli.options import Data, Detector, Json, Looks, Mirror, Threads, detector_from_name, signature_told
 from kp_cli.report import print_accuracy, print_groups, print_json, progress
 from kp_runtime.errors import InputError
 
@@ -90,6 +90,41 @@ def train(
     typer.echo(f"checkpoint: {path}\ncurves: tensorboard --logdir {out}\nnext: kp export {out} --fp16")
 
 
+def train_detector(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Folder of the run; the detector's bundle in the end.")],
+    no_faces: Annotated[
+        list[Path] | None, typer.Option("--no-faces", help="A folder of pictures that hold no face. Repeatable.")
+    ] = None,
+    name: Annotated[str, typer.Option(help="The detector's name.")] = "face-detector",
+    steps: Annotated[int | None, typer.Option(help="Steps of the optimiser.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows a step.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate, the schedule's peak.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of weights and windows.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that make windows beside the training.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Train a small face detector on photos with 68 points, and export it; go on after a kill.
+
+    Example: kp train-detector --data faces.csv --data photos_68 --no-faces textures --out runs/detector
+    """
+    from kp_export.detector_bundle import export_detector
+    from kp_train.config import DetectorConfig
+    from kp_train.data import parse_source
+    from kp_train.face_windows import read_pictures
+    from kp_train.train_detector import train_detector as run
+
+    given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    config = DetectorConfig(**{key: value for key, value in given.items() if value is not None})
+    run(
+        [parse_source(text) for text in data], read_pictures(no_faces or []), config, out, name=name, resume=resume,
+        workers=workers, threads=threads, say=lambda text: print(text, flush=True),
+    )  # fmt: skip
+    exported = export_detector(out)
+    print(f"detector: {exported}\nnext: kp predict photo.jpg --detector own={out}")
+
+
 def evaluate(
     model: Annotated[Path, typer.Argument(help="A checkpoint, a bundle's folder, or an ONNX file in a bundle.")],
     data: Data,
@@ -107,7 +142,7 @@ def evaluate(
     record: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also keep the result in the bundle's manifest under this name.")
     ] = None,
-    yunet: Yunet = None,
+    detector: Detector = "haar",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -122,8 +157,8 @@ def evaluate(
     from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
 
-    if yunet and boxes is not Boxes.detector:
-        raise InputError("--yunet goes with --boxes detector")
+    if detector != "haar" and boxes is not Boxes.detector:
+        raise InputError("--detector goes with --boxes detector")
     if steady and boxes is Boxes.detector:
         raise InputError("--robustness shakes the boxes of the keypoints: leave out --boxes detector")
     opened = open_model(model, threads)
@@ -133,8 +168,8 @@ def evaluate(
     if split is Split.person:
         sources = [held_out_faces(source, opened.manifest) for source in sources]
     faces = [face for source in sources for face in source.faces]
-    detector = detector_from_path(yunet) if boxes is Boxes.detector else None
-    result = measure(opened, faces, detector, track=progress("measuring"), looks=looks, mirror=mirror)
+    finder = detector_from_name(detector) if boxes is Boxes.detector else None
+    result = measure(opened, faces, finder, track=progress("measuring"), looks=looks, mirror=mirror)
     more: dict[str, Any] = {"groups": [dataclasses.asdict(group) for group in groups(result)]}
     if steady:
         more["robustness"] = dataclasses.asdict(

@@ -30,7 +30,7 @@ from kp_runtime.errors import ExportError
 from kp_runtime.spec import ModelSpec, writing
 from kp_train.model import KeypointNet
 
-__all__ = ["IR_VERSION", "OPSET", "check_fits_half", "layer_types", "onnx_from_checkpoint"]
+__all__ = ["IR_VERSION", "OPSET", "check_fits_half", "layer_types", "onnx_from_checkpoint", "write_onnx"]
 
 OPSET = 18
 """The lowest that PyTorch's exporter writes without converting down; every engine reads it."""
@@ -53,34 +53,66 @@ def onnx_from_checkpoint(
     Raises:
         ExportError: the graph is not valid.
     """
-    typed = _TypedNet(net, half=precision == "fp16")
-    batch = torch.export.Dim("batch", min=1, max=4096)
-    example = torch.zeros(2, 1, spec.size, spec.size, dtype=torch.uint8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations say nothing to a user
-        program = torch.onnx.export(
-            typed,
-            (example,),
-            dynamo=True,
-            input_names=["crops"],
-            output_names=["keypoints"],
-            dynamic_shapes={"crops": {0: batch}},
-            opset_version=OPSET,
-            verbose=False,
-        )
-    assert program is not None  # dynamo=True always returns one
-    model = program.model_proto
-    _clean(model)
     metadata = {
         "kp.spec": json.dumps(dataclasses.asdict(spec)),
         "kp.precision": precision,
         "kp.checkpoint_sha256": checkpoint_sha256,
     }
+    write_onnx(
+        _TypedNet(net, half=precision == "fp16"),
+        torch.zeros(2, 1, spec.size, spec.size, dtype=torch.uint8),
+        path,
+        names=("crops", "keypoints"),
+        dynamic={0: torch.export.Dim("batch", min=1, max=4096)},
+        graph="resnet18_68",
+        metadata=metadata,
+    )
+
+
+def write_onnx(
+    module: nn.Module,
+    example: Tensor,
+    path: Path,
+    *,
+    names: tuple[str, str],
+    dynamic: dict[int, Any],
+    graph: str,
+    metadata: dict[str, str],
+) -> None:
+    """Writes a module of one input and one output as an ONNX file; the same module gives the same bytes.
+
+    Args:
+        module: in evaluation mode.
+        example: an input.
+        path: where to write.
+        names: of the input and the output.
+        dynamic: the input's dimensions that may have other sizes, by `torch.export.Dim`.
+        graph: its name.
+        metadata: stored in the file.
+
+    Raises:
+        ExportError: the graph is not valid.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations say nothing to a user
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            input_names=[names[0]],
+            output_names=[names[1]],
+            dynamic_shapes=(dynamic,),
+            opset_version=OPSET,
+            verbose=False,
+        )
+    assert program is not None  # dynamo=True always returns one
+    model = program.model_proto
+    _clean(model, graph)
     onnx.helper.set_model_props(model, metadata)
     try:
         onnx.checker.check_model(model, full_check=True)
     except onnx.checker.ValidationError as error:
-        raise ExportError(f"the exported {precision} graph is not valid ONNX: {error}") from error
+        raise ExportError(f"the exported graph of {path.name} is not valid ONNX: {error}") from error
     with writing(path) as temporary:
         temporary.write_bytes(model.SerializeToString(deterministic=True))
 
@@ -164,13 +196,13 @@ def _fold_batch_norm(backbone: ResNet) -> None:
                 module.downsample = nn.Sequential(fuse_conv_bn_eval(conv, norm))
 
 
-def _clean(model: Any) -> None:
+def _clean(model: Any, name: str) -> None:
     """Drops what tells of this machine or differs from run to run: traces, notes, types in between."""
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "kp-edge", ""
     del model.metadata_props[:]
     graph = model.graph
-    graph.name = "resnet18_68"
+    graph.name = name
     del graph.metadata_props[:]
     for item in (*graph.node, *graph.input, *graph.output, *graph.initializer, *graph.value_info):
         item.doc_string = ""

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kp_runtime.center_detector import CenterDetector
     from kp_runtime.cuda_graphs import GraphReport, GraphWarning
     from kp_runtime.detect import HaarDetector, YuNetDetector
     from kp_runtime.device_frame import DeviceFrame
@@ -47,6 +48,7 @@ __all__ = [
     "BackendError",
     "BoxError",
     "BundleError",
+    "CenterDetector",
     "DataError",
     "DeviceFrame",
     "ExportError",
@@ -81,6 +83,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "center_detector": ("CenterDetector",),
     "cuda_graphs": ("GraphReport", "GraphWarning"),
     "detect": ("HaarDetector", "YuNetDetector"),
     "device_frame": ("DeviceFrame",),

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kp_runtime.errors import IntegrityError
 from kp_runtime.spec import ModelSpec
 
-__all__ = ["GOLDEN_NAME", "Golden", "golden_from_bytes"]
+__all__ = ["GOLDEN_NAME", "Golden", "arrays_from_npz", "golden_from_bytes"]
 
 GOLDEN_NAME = "golden.npz"
 _MOST_CROPS = 16
@@ -35,16 +35,26 @@ def golden_from_bytes(data: bytes, spec: ModelSpec, origin: str = GOLDEN_NAME) -
     Raises:
         IntegrityError: no such archive, or arrays of another shape or dtype.
     """
+    crops, keypoints = arrays_from_npz(data, ("crops", "keypoints"), origin)
+    n, size = (len(crops) if crops.ndim else 0), spec.size
+    right = crops.shape == (n, 1, size, size) and keypoints.shape == (n, spec.points, 2)
+    if not right or crops.dtype != np.uint8 or keypoints.dtype.kind != "f" or not 1 <= n <= _MOST_CROPS:
+        found = f"crops {crops.dtype} {crops.shape}, keypoints {keypoints.dtype} {keypoints.shape}"
+        raise IntegrityError(f"{origin} is no golden crop ({found}); export the bundle again")
+    return Golden(crops, keypoints)
+
+
+def arrays_from_npz(data: bytes, names: tuple[str, ...], origin: str) -> list[NDArray[Any]]:
+    """The named arrays of an archive of numpy's, none of them a pickle.
+
+    Raises:
+        IntegrityError: no such archive, or an array that is missing, damaged or too large.
+    """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            crops, keypoints = (_array(archive, f"{name}.npy") for name in ("crops", "keypoints"))
-        n, size = len(crops), spec.size
-        right = crops.shape == (n, 1, size, size) and keypoints.shape == (n, spec.points, 2)
-        if not right or crops.dtype != np.uint8 or keypoints.dtype.kind != "f" or not 1 <= n <= _MOST_CROPS:
-            raise ValueError(f"crops {crops.dtype} {crops.shape}, keypoints {keypoints.dtype} {keypoints.shape}")
+            return [_array(archive, f"{name}.npy") for name in names]
     except Exception as error:  # zipfile, zlib and numpy raise a dozen kinds on a damaged file
         raise IntegrityError(f"{origin} is no golden crop ({str(error)[:200]}); export the bundle again") from error
-    return Golden(crops, keypoints)
 
 
 def _array(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:

@@ -20,15 +20,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "MANIFEST_NAME",
     "PRECISIONS",
     "SCHEMA_VERSION",
     "SIGNATURE_NAME",
+    "DetectorManifest",
+    "DetectorSpec",
     "FileEntry",
     "Manifest",
     "ModelSpec",
@@ -93,6 +98,48 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
+class DetectorSpec:
+    """What a face detector takes and gives; the same for every file of its bundle.
+
+    Input `image`: uint8 `(1, 1, h, w)`, luma 0 to 255, of any size. Output `cells`: float32
+    `(1, 5, rows, columns)`, a cell every `stride` pixels from pixel (0, 0) on: the score of a face around it,
+    0 to 1, and the distances in pixels from the cell to the left, top, right and lower side of the tight box of
+    its 68 points. Faces of other sizes than it knows are found by showing it the image at other sizes.
+
+    Attributes:
+        name: the detector's name.
+        stride: pixels from a cell to the next.
+        least_px: longer side of the smallest boxes that it finds.
+        most_px: of the largest ones; at least twice `least_px`.
+        score: from which score on a cell counts.
+        task: tells its manifests from those of keypoint models.
+    """
+
+    name: str
+    stride: int = 8
+    least_px: float = 22.0
+    most_px: float = 72.0
+    score: float = 0.5
+    task: str = "face-boxes"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or len(self.name) > 200 or not self.name.isprintable():
+            raise BundleError(f"the detector's name must be a line of up to 200 characters, got {_short(self.name)}")
+        if type(self.stride) is not int or not 1 <= self.stride <= 64:
+            raise BundleError(f"the detector's stride must be 1 to 64 pixels, got {_short(self.stride)}")
+        numbers = (self.least_px, self.most_px, self.score)
+        if not all(type(number) in (int, float) for number in numbers):
+            raise BundleError(f"the detector's least_px, most_px and score must be numbers, got {_short(numbers)}")
+        if not (4 <= self.least_px <= 512 and 2 * self.least_px <= self.most_px <= 4096 and 0 < self.score < 1):
+            raise BundleError(
+                "the detector's least_px must be 4 to 512, most_px at least twice that, and score between 0 and 1; "
+                f"got {_short(numbers)}"
+            )
+        if self.task != "face-boxes":
+            raise BundleError(f"only detectors of face-boxes are known, got {_short(self.task)}")
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """One file of a bundle.
 
@@ -147,8 +194,12 @@ class Manifest:
     licence: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
+    _SPEC: ClassVar[Callable[..., Any]] = ModelSpec
+    _TASK: ClassVar[str | None] = None
+    """What the spec says of itself: the specs of keypoint models say nothing."""
+
     @classmethod
-    def read(cls, bundle: str | os.PathLike[str], public_key: str | os.PathLike[str] | bytes | None = None) -> Manifest:
+    def read(cls, bundle: str | os.PathLike[str], public_key: str | os.PathLike[str] | bytes | None = None) -> Self:
         """Reads and checks a bundle's manifest.
 
         Args:
@@ -169,7 +220,7 @@ class Manifest:
         return cls.from_bytes(data, str(Path(bundle) / MANIFEST_NAME))
 
     @classmethod
-    def from_bytes(cls, data: bytes, origin: str = MANIFEST_NAME) -> Manifest:
+    def from_bytes(cls, data: bytes, origin: str = MANIFEST_NAME) -> Self:
         """The manifest of a file's bytes; `origin` stands in the messages."""
         try:
             raw = json.loads(data.decode())
@@ -180,7 +231,7 @@ class Manifest:
         return cls.from_json(raw, origin)
 
     @classmethod
-    def from_json(cls, raw: Any, origin: str = MANIFEST_NAME) -> Manifest:
+    def from_json(cls, raw: Any, origin: str = MANIFEST_NAME) -> Self:
         """The manifest of a decoded JSON document; `origin` stands in the messages."""
         if not isinstance(raw, dict) or type(raw.get("schema")) is not int or raw["schema"] < 1:
             raise BundleError(f"{origin} has no schema number; it is not a bundle's manifest")
@@ -190,7 +241,12 @@ class Manifest:
                 "update kp-edge, or export the bundle with this release"
             )
         try:
-            spec = ModelSpec(**raw["spec"])
+            if raw["spec"].get("task") != cls._TASK:
+                raise BundleError(
+                    f"{origin} is of a model that gives {_short(raw['spec'].get('task', 'keypoints'), str)}, wanted is "
+                    f"one that gives {cls._TASK or 'keypoints'}; name another bundle"
+                )
+            spec = cls._SPEC(**raw["spec"])
             files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
             rest = {key: raw[key] for key in ("training", "accuracy", "licence") if key in raw}
             if wrong := [key for key, value in rest.items() if not isinstance(value, dict)]:
@@ -276,6 +332,16 @@ class Manifest:
                 f"{path} has sha256 {found[:12]}…, the manifest says {wanted[:12]}…: the file "
                 "was changed; copy the bundle again, or run kp export"
             )
+
+
+@dataclass(frozen=True)
+class DetectorManifest(Manifest):
+    """`manifest.json` of a face detector's bundle: as a model's, with another contract."""
+
+    spec: DetectorSpec  # type: ignore[assignment]
+
+    _SPEC: ClassVar[Callable[..., Any]] = DetectorSpec
+    _TASK: ClassVar[str | None] = "face-boxes"
 
 
 def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:

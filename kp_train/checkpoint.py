@@ -18,13 +18,21 @@ import torch
 from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from kp_runtime.errors import BundleError, IntegrityError
-from kp_runtime.spec import Manifest, file_entry, writing
+from kp_runtime.spec import DetectorManifest, Manifest, file_entry, writing
+from kp_train.detector_net import DetectorNet
 from kp_train.model import KeypointNet
 
-__all__ = ["CHECKPOINT_NAME", "SafetensorsIO", "load_checkpoint", "save_checkpoint"]
+__all__ = [
+    "CHECKPOINT_NAME",
+    "SafetensorsIO",
+    "load_checkpoint",
+    "load_detector",
+    "save_checkpoint",
+    "save_detector",
+]
 
 CHECKPOINT_NAME = "checkpoint.safetensors"
 
@@ -38,9 +46,18 @@ def save_checkpoint(bundle: Path, net: KeypointNet, manifest: Manifest, *, half:
         manifest: the contract and provenance to store.
         half: store matrices as fp16; what is loaded back is then rounded to fp16.
     """
+    _save_weights(bundle, net.backbone, manifest, half)
+
+
+def save_detector(bundle: Path, net: DetectorNet, manifest: DetectorManifest) -> None:
+    """Writes a face detector's weights, matrices as fp16, and its manifest, as `save_checkpoint`."""
+    _save_weights(bundle, net, manifest, half=True)
+
+
+def _save_weights(bundle: Path, net: nn.Module, manifest: Manifest, half: bool) -> None:
     tensors = {
         name: (value.half() if half and value.ndim > 1 else value.float()).contiguous().cpu()
-        for name, value in net.backbone.state_dict().items()
+        for name, value in net.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
     bundle.mkdir(parents=True, exist_ok=True)
@@ -71,20 +88,40 @@ def load_checkpoint(path: Path) -> tuple[KeypointNet, Manifest]:
     if type(reduce) is not int or reduce < 1 or manifest.spec.size % reduce:
         raise BundleError(f"{bundle}: the manifest's training config needs a reduce that divides the crop's size")
     net = KeypointNet(manifest.spec.size, reduce)
+    _load_weights(net.backbone, file, "a one-channel ResNet-18 with 136 outputs")
+    return net.eval(), manifest
+
+
+def load_detector(bundle: Path) -> tuple[DetectorNet, DetectorManifest]:
+    """Reads a face detector's checkpoint from its bundle's folder.
+
+    Returns:
+        The network in evaluation mode, float32, on the CPU; and the bundle's manifest.
+
+    Raises:
+        BundleError: no detector's bundle there, or the weights are of another network.
+        IntegrityError: the file is cut off or not the one in the manifest.
+    """
+    manifest = DetectorManifest.read(bundle)
+    net = DetectorNet()
+    _load_weights(net, manifest.check_file(bundle, CHECKPOINT_NAME), "this release's face detector")
+    return net.eval(), manifest
+
+
+def _load_weights(net: nn.Module, file: Path, what: str) -> None:
     try:
         tensors = {name: value.float() for name, value in load_file(file).items()}
     except (SafetensorError, OSError) as error:
         raise IntegrityError(f"{file} is cut off or no safetensors file ({error})") from error
-    wanted = {k: v.shape for k, v in net.backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
+    wanted = {k: v.shape for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     found = {k: v.shape for k, v in tensors.items()}
     if found != wanted:
         odd = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         raise BundleError(
-            f"{file} holds another network: {len(odd)} tensors differ from a one-channel ResNet-18 with 136 "
-            f"outputs, the first is {odd[0]} ({_shape(found, odd[0])} instead of {_shape(wanted, odd[0])})"
+            f"{file} holds another network: {len(odd)} tensors differ from {what}, "
+            f"the first is {odd[0]} ({_shape(found, odd[0])} instead of {_shape(wanted, odd[0])})"
         )
-    net.backbone.load_state_dict(tensors, strict=False)
-    return net.eval(), manifest
+    net.load_state_dict(tensors, strict=False)
 
 
 def _shape(shapes: dict[str, torch.Size], name: str) -> str:

@@ -1,4 +1,4 @@
-"""The settings of a training run: one flat dataclass, stored with the weights that it made."""
+"""The settings of a training run, of keypoints or of the detector: a flat dataclass, stored with the weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from kp_runtime.errors import KpError
 
-__all__ = ["RECIPES", "TrainConfig", "recipe"]
+__all__ = ["RECIPES", "DetectorConfig", "TrainConfig", "recipe"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,52 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """What a run of the face detector does.
+
+    Attributes:
+        steps: of the optimiser.
+        batch_size: windows a step.
+        lr: learning rate, but for the first and the last steps.
+        warmup: steps in which it rises.
+        decay: share of the steps in which it falls, at the end: a run may be stopped and ended sooner or later.
+        weight_decay: of AdamW, on matrices alone.
+        ema: decay of the weight averaging a step.
+        trust: steps in which nothing in a photo but its labelled face is taken for a face.
+        val_fraction: share of the people that are held out.
+        seed: of weights and windows.
+    """
+
+    steps: int = 3000
+    batch_size: int = 32
+    lr: float = 3e-3
+    warmup: int = 60
+    decay: float = 0.4
+    weight_decay: float = 0.01
+    ema: float = 0.995
+    trust: int = 700
+    val_fraction: float = 0.1
+    seed: int = 68
+
+    def __post_init__(self) -> None:
+        _check(self.steps >= 1, "steps", self.steps, "1 or more")
+        _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _check(0 < self.lr < 1, "lr", self.lr, "over 0 and under 1")
+        _check(0 <= self.ema < 1, "ema", self.ema, "0 to under 1")
+        _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: up, level, and down in straight lines."""
+        up = (step + 1) / max(1, self.warmup)
+        down = (self.steps - step) / max(1.0, self.decay * self.steps)
+        return self.lr * min(1.0, up, down)
 
 
 def _check(good: bool, name: str, got: object, expected: str) -> None:

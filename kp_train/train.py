@@ -34,12 +34,12 @@ from kp_runtime.scheme68 import EYE_CORNERS
 from kp_runtime.spec import Manifest, ModelSpec, writing
 from kp_train.augment import augment_from_name
 from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint, save_checkpoint
-from kp_train.config import TrainConfig
+from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, FaceDataset, Source, is_held_out
 from kp_train.loss import keypoint_loss
 from kp_train.model import KeypointNet, load_backbone_weights
 
-__all__ = ["train"]
+__all__ = ["run_record", "split_by_person", "stored_record", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -212,17 +212,17 @@ def train(
     trainer = _trainer(config, run, devices, accelerator, strategy, progress)
     L.seed_everything(config.seed, workers=True, verbose=False)
     spec = ModelSpec(name=name, size=config.size, margin=config.margin, box=config.box)
-    training, held_out = _split(sources, config)
+    training, held_out = split_by_person(sources, config)
     train_set = FaceDataset([f for part in training for f in part], spec, augment_from_name(config.augment))
     val_set = FaceDataset(held_out, spec)
 
     module = KeypointModule(config)
     if resume:
-        record = _stored_record(run, sources, config)
+        record = stored_record(run, sources, config)
     else:
         shutil.rmtree(states, ignore_errors=True)  # of a run that was killed in its first epoch
         start = _start_weights(module.net, train_set, weights, init)
-        record = _record(sources, training, held_out, config, start)
+        record = run_record(sources, training, held_out, config, start)
         run.mkdir(parents=True, exist_ok=True)
         with writing(run / "run.json") as temporary:
             temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -290,8 +290,10 @@ def _trainer(
         ) from error
 
 
-def _stored_record(run: Path, sources: Sequence[Source], config: TrainConfig) -> dict[str, Any]:
-    """The record that a run began with; a resumed one must have its settings and its data.
+def stored_record(
+    run: Path, sources: Sequence[Source], config: TrainConfig | DetectorConfig, free: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The record that a run began with; a resumed one must have its settings, but for the `free` ones, and its data.
 
     Raises:
         KpError: it can't be read, or something differs.
@@ -302,14 +304,17 @@ def _stored_record(run: Path, sources: Sequence[Source], config: TrainConfig) ->
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
     wanted = config.to_json()
-    if changed := [f"{key} {before.get(key)} -> {wanted[key]}" for key in wanted if before.get(key) != wanted[key]]:
+    differ = [key for key in wanted if key not in free and before.get(key) != wanted[key]]
+    if changed := [f"{key} {before.get(key)} -> {wanted[key]}" for key in differ]:
         raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones")
     if data != [(source.sha256, source.weight) for source in sources]:
         raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
     return stored
 
 
-def _split(sources: Sequence[Source], config: TrainConfig) -> tuple[list[list[Face]], list[Face]]:
+def split_by_person(
+    sources: Sequence[Source], config: TrainConfig | DetectorConfig
+) -> tuple[list[list[Face]], list[Face]]:
     """Each source's faces to train on, and all held-out ones together, by person."""
     training = [[f for f in s.faces if not is_held_out(f.person, config.val_fraction)] for s in sources]
     held_out = [f for s in sources for f in s.faces if is_held_out(f.person, config.val_fraction)]
@@ -333,11 +338,11 @@ def _start_weights(net: KeypointNet, faces: FaceDataset, weights: str, init: Pat
     return {"weights": load_backbone_weights(net, weights)}
 
 
-def _record(
+def run_record(
     sources: Sequence[Source],
     training: list[list[Face]],
     held_out: list[Face],
-    config: TrainConfig,
+    config: TrainConfig | DetectorConfig,
     start: dict[str, Any],
 ) -> dict[str, Any]:
     """What the manifest keeps of a run: enough to say what made these weights."""

@@ -80,7 +80,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> DriverDouble:
     monkeypatch.setattr(Session, "driver", double, raising=False)
     monkeypatch.setattr(OrtGpuBackend, "device_type", "cpu")
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    monkeypatch.setattr("kp_runtime.backend_ort._session", lambda model, read, threads: REAL(read()))
+    monkeypatch.setattr("kp_runtime.backend_ort.open_session", lambda model, read, threads: REAL(read()))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*NAMES.values(), "CPUExecutionProvider"])
     return double
 

@@ -20,6 +20,7 @@ from tests.test_export import small_checkpoint
 
 COMMANDS = (
     "train",
+    "train-detector",
     "eval",
     "export",
     "verify",
@@ -165,10 +166,10 @@ def test_two_photos_of_one_name_are_not_mixed_up(
         (("predict", "{photo}", "--box", "9,9,5,5"), "under one pixel"),
         (("predict", "{photo}", "--box", "900,900,950,950"), "outside the 512 x 512 image"),
         (("predict", "{photo}", "--format", "xml"), "there is no format 'xml'"),
-        (("predict", "{photo}", "--yunet", "none.onnx"), "there is no YuNet model at none.onnx"),
+        (("predict", "{photo}", "--detector", "yunet=none.onnx"), "there is no YuNet model at none.onnx"),
         (("predict", "{photo}", "--model", "nowhere"), "is not a bundle"),
         (("bench", "{bundle}/model.fp32.onnx"), "give its folder, not"),
-        (("eval", "{bundle}", "--data", "x", "--yunet", "y"), "--yunet goes with --boxes detector"),
+        (("eval", "{bundle}", "--data", "x", "--detector", "own"), "--detector goes with --boxes detector"),
         (("bench", "{bundle}", "--batch", "0"), "batch sizes must be 1 or more"),
         (("bench", "{bundle}", "--threads", "9999"), "threads must be 1 to"),
         (("bench", "{bundle}", "--precision", "int8"), "no ONNX file or TensorRT plan of precision int8, only fp32"),

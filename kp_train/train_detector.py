@@ -1,0 +1,166 @@
+"""Training of the face detector: a plain loop, since the network is trained in under an hour on one core.
+
+What a step sees is decided by the seed and the step's number, and the state is kept every few hundred steps, so a run
+that was killed goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+
+from kp_runtime.errors import KpError
+from kp_runtime.spec import DetectorManifest, DetectorSpec, writing
+from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, save_detector
+from kp_train.config import DetectorConfig
+from kp_train.data import Source
+from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
+from kp_train.face_windows import Pictures, WindowDataset
+from kp_train.train import run_record, split_by_person, stored_record
+
+__all__ = ["train_detector"]
+
+VALIDATION_WINDOWS = 256
+
+
+def train_detector(
+    sources: Sequence[Source],
+    pictures: Pictures,
+    config: DetectorConfig,
+    run: Path,
+    *,
+    name: str = "face-detector",
+    resume: bool = False,
+    workers: int = 0,
+    threads: int | None = None,
+    keep_every: int = 200,
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Trains a detector and writes its checkpoint, the averaged weights of the last step.
+
+    Args:
+        sources: labelled faces, mixed by their weights.
+        pictures: without a face.
+        config: the run's settings.
+        run: folder of the run; becomes a bundle with the checkpoint, beside `state/` (to resume).
+        name: the detector's name in its contract.
+        resume: go on from `run/state/last`; the number of steps may be another one.
+        workers: processes that make windows beside this one.
+        threads: of PyTorch; its own choice when None.
+        keep_every: steps between two states; each is told with the held-out loss.
+        say: is told how the run goes.
+
+    Raises:
+        DataError: no faces to train or to validate on.
+        KpError: `run` holds another run, nothing to resume, or the weights are not finite.
+    """
+    last = run / "state" / "last.state"
+    begun = last.exists() or last.with_name("last.state.old").exists()
+    if resume and not begun:
+        raise KpError(f"there is nothing to resume in {run}: it has no {last.relative_to(run)}; leave out --resume")
+    if not resume and (begun or (run / CHECKPOINT_NAME).exists()):
+        raise KpError(f"{run} already holds a run; add --resume to go on with it, or name another folder with --out")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(config.seed)
+    training, held_out = split_by_person(sources, config)
+    if resume:
+        record = stored_record(run, sources, config, free=("steps",))
+        record["config"]["steps"] = config.steps
+    else:
+        record = run_record(sources, training, held_out, config, {})
+    if resume and record.get("pictures_sha256") != pictures.sha256:
+        raise KpError(f"the run in {run} began with other pictures without faces; give the same --no-faces")
+    record["pictures_sha256"] = pictures.sha256
+    with writing(run / "run.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    state = _State(config)
+    if resume:
+        state.load(SafetensorsIO().load_checkpoint(last))
+    faces = [face for part in training for face in part]
+    weights = [source.weight for source, part in zip(sources, training, strict=True) for _ in part]
+    windows = WindowDataset(faces, weights, pictures, config.seed, config.steps * config.batch_size)
+    loader = DataLoader(
+        windows, config.batch_size, sampler=range(state.step * config.batch_size, len(windows)), num_workers=workers
+    )
+    checks = WindowDataset(held_out, [1.0] * len(held_out), pictures, config.seed, VALIDATION_WINDOWS)
+    for batch in loader:
+        state.learn(batch)
+        if state.step % keep_every == 0 or state.step == config.steps:
+            SafetensorsIO().save_checkpoint(state.content(), last)
+            say(f"step {state.step}/{config.steps}  held-out loss {state.loss(DataLoader(checks, 64)):.4f}")
+    return _write_checkpoint(state.averaged.module, run, name, record)
+
+
+class _State:
+    """The network, its average, the optimiser, and the number of steps done."""
+
+    def __init__(self, config: DetectorConfig) -> None:
+        self.config, self.step = config, 0
+        self.net = DetectorNet().to(memory_format=torch.channels_last)
+        self.averaged = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        groups = [
+            {"params": [p for p in self.net.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
+
+    def learn(self, batch: Sequence[Tensor]) -> None:
+        """One step on a batch of `WindowDataset`."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(self.step)
+        self.net.train()
+        loss = self._loss(self.net, batch)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.net.parameters(), 10.0)
+        self.optimizer.step()
+        self.averaged.update_parameters(self.net)
+        self.step += 1
+
+    @torch.no_grad()
+    def loss(self, batches: DataLoader[Any]) -> float:
+        """The averaged network's mean loss."""
+        self.averaged.eval()
+        losses = [float(self._loss(self.averaged.module, batch)) for batch in batches]
+        return sum(losses) / len(losses)
+
+    def _loss(self, net: DetectorNet, batch: Sequence[Tensor]) -> Tensor:
+        windows, boxes, clean = batch
+        return detector_loss(net.raw(windows), boxes, clean, doubt=self.step >= self.config.trust)
+
+    def content(self) -> dict[str, Any]:
+        """All of it, for a training state."""
+        parts = {"net": self.net, "averaged": self.averaged, "optimizer": self.optimizer}
+        return {"step": self.step} | {name: part.state_dict() for name, part in parts.items()}
+
+    def load(self, content: dict[str, Any]) -> None:
+        """Takes a stored state.
+
+        Raises:
+            KpError: it is another network's.
+        """
+        try:
+            self.step = int(content["step"])
+            for name, part in (("net", self.net), ("averaged", self.averaged), ("optimizer", self.optimizer)):
+                part.load_state_dict(content[name])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise KpError(f"the training state is not this network's ({str(error)[:200]}); train again") from error
+
+
+def _write_checkpoint(net: DetectorNet, run: Path, name: str, record: dict[str, Any]) -> Path:
+    if not all(bool(torch.isfinite(p).all()) for p in net.parameters()):
+        raise KpError(
+            f"the trained weights are not finite; lower --lr (was {record['config']['lr']:g}) and train again"
+        )
+    spec = DetectorSpec(name=name, stride=STRIDE, least_px=LEAST_PX, most_px=MOST_PX)
+    save_detector(run, net, DetectorManifest(spec=spec, training=record))
+    return run / CHECKPOINT_NAME

@@ -1,0 +1,231 @@
+"""Training and export of the face detector, on drawn faces."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import kp_cli
+from kp_export.detector_bundle import export_detector
+from kp_runtime.center_detector import MODEL_NAME, CenterDetector
+from kp_runtime.errors import BundleError, DataError, IntegrityError, KpError
+from kp_runtime.geometry import boxes_from_points, overlaps
+from kp_runtime.spec import DetectorManifest, DetectorSpec
+from kp_train.checkpoint import CHECKPOINT_NAME, load_detector, save_detector
+from kp_train.config import DetectorConfig
+from kp_train.data import parse_source
+from kp_train.detector_net import DetectorNet, detector_loss
+from kp_train.face_windows import WINDOW, Pictures, WindowDataset, read_pictures
+from kp_train.synthetic import drawn_face, write_csv_source
+from kp_train.train_detector import train_detector
+
+WEIGHTS = [1.0] * 16
+SMALL = DetectorConfig(steps=4, batch_size=4, val_fraction=0.3)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_csv_source(tmp_path_factory.mktemp("faces"), people=8)
+
+
+def run(source: Path, out: Path, config: DetectorConfig = SMALL, **options: object) -> Path:
+    return train_detector([parse_source(str(source))], Pictures(), config, out, say=lambda text: None, **options)  # type: ignore[arg-type]
+
+
+def small_bundle(folder: Path) -> Path:
+    torch.manual_seed(0)
+    net = DetectorNet().eval()
+    torch.nn.init.normal_(net.head.weight, std=0.3)  # cells of which no two are alike
+    save_detector(folder, net, DetectorManifest(DetectorSpec("untrained")))
+    return folder
+
+
+def test_the_network_is_small() -> None:
+    assert sum(parameter.numel() for parameter in DetectorNet().parameters()) < 150_000
+
+
+def test_a_window_is_drawn_by_its_index_alone(source: Path) -> None:
+    faces = parse_source(str(source)).faces
+    one, other = (WindowDataset(faces, WEIGHTS, Pictures(), 3, 10) for _ in range(2))
+    assert len(one) == 10
+    assert all(torch.equal(a, b) for a, b in zip(one[7], other[7], strict=True) if not a.isnan().any())
+    assert not torch.equal(one[7][0], one[8][0])
+    assert not torch.equal(one[7][0], WindowDataset(faces, WEIGHTS, Pictures(), 4, 10)[7][0])
+
+
+def test_boxes_lie_where_the_faces_are(tmp_path: Path) -> None:
+    """Faces that are white discs: a window's box must be the disc's own."""
+    (tmp_path / "training").mkdir()
+    angles = np.linspace(0, 2 * np.pi, 68, endpoint=False)
+    xy = np.stack([100 + 40 * np.cos(angles), 90 + 40 * np.sin(angles)], axis=1)
+    disc = np.zeros((180, 200), np.uint8)
+    cv2.circle(disc, (100, 90), 40, 255, -1)
+    cv2.imwrite(str(tmp_path / "training" / "a_1.png"), disc)
+    row = "a_1.png," + ",".join(f"{value:.3f}" for value in xy.ravel())
+    (tmp_path / "training_frames_keypoints.csv").write_text("name\n" + row + "\n")
+    dataset = WindowDataset(
+        parse_source(str(tmp_path / "training_frames_keypoints.csv")).faces, [1], Pictures(), 0, 120
+    )
+    with_face = [(w[0].numpy(), b.numpy(), bool(clean)) for w, b, clean in dataset]
+    boxed = [(w, b) for w, b, _ in with_face if not np.isnan(b).any()]
+    assert 60 < len(boxed) < 110
+    assert all(np.isnan(b).any() for _, b, clean in with_face if clean)
+    darker = 0
+    for window, (x0, y0, x1, y1) in boxed:
+        assert 15 < max(x1 - x0, y1 - y0) < 150
+        assert -WINDOW < x0 < x1 < 2 * WINDOW
+        cx, cy, half = (x0 + x1) / 2, (y0 + y1) / 2, (x1 - x0) / 2
+        ring = [(cx + f * half * np.cos(a), cy + f * half * np.sin(a)) for f in (0.8, 1.25) for a in angles]
+        levels = [window[round(y), round(x)] if 0 <= x < 95 and 0 <= y < 95 else None for x, y in ring]
+        inside, outside = ([int(v) for v in part if v is not None] for part in (levels[:68], levels[68:]))
+        darker += not inside or not outside or np.median(inside) > np.median(outside) + 20
+    assert darker > 0.85 * len(boxed)  # a background may be as bright as a disc
+
+
+def test_pictures_without_faces(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(DataError, match="has no pictures"):
+        read_pictures([tmp_path])
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((50, 60), 77, np.uint8))
+    pictures = read_pictures([tmp_path])
+    assert [luma.shape for luma in pictures.lumas] == [(50, 60)]
+    assert len(pictures.sha256) == 64
+    windows = WindowDataset(parse_source(str(source)).faces, WEIGHTS, pictures, 0, 30)
+    assert all(windows[i][0].shape == (1, WINDOW, WINDOW) for i in range(30))
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"b\.png"):
+        read_pictures([tmp_path])
+
+
+def raw_for(box: tuple[float, ...], score: float = 6.0) -> torch.Tensor:
+    """The head's numbers of a network that gives this box from every cell near its centre, else nothing."""
+    raw = torch.full((1, 5, 16, 16), -8.0)
+    x0, y0, x1, y1 = box
+    for row in range(16):
+        for column in range(16):
+            x, y = 8.0 * column, 8.0 * row
+            if abs(x - (x0 + x1) / 2) < 9 and abs(y - (y0 + y1) / 2) < 9:
+                reach = torch.tensor([x - x0, y - y0, x1 - x, y1 - y])
+                raw[0, :, row, column] = torch.cat([torch.tensor([score]), (reach / 16).log()])
+    return raw
+
+
+def test_the_loss_falls_towards_the_right_box() -> None:
+    truth, clean = torch.tensor([[40.0, 36.0, 88.0, 84.0]]), torch.tensor([True])
+    right = detector_loss(raw_for((40, 36, 88, 84)), truth, clean, False)
+    off = detector_loss(raw_for((48, 36, 96, 84)), truth, clean, False)
+    silent = detector_loss(raw_for((40, 36, 88, 84), score=-8), truth, clean, False)
+    assert right < 0.05 < off
+    assert silent > right + 1
+
+
+def test_the_loss_of_a_window_without_a_face() -> None:
+    nobody, clean = torch.full((1, 4), torch.nan), torch.tensor([True])
+    raw = raw_for((40, 36, 88, 84))
+    raw.requires_grad_()
+    loss = detector_loss(raw, nobody, clean, True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss > 1  # a clean window holds no face, whatever the network says
+    assert torch.isfinite(raw.grad).all()  # type: ignore[union-attr]
+    photo = torch.tensor([False])
+    assert detector_loss(raw, nobody, photo, False) == loss
+    assert detector_loss(raw, nobody, photo, True) < 0.01  # of a photo it may be somebody else
+
+
+@pytest.mark.parametrize("side", [20.0, 80.0])
+def test_faces_of_sizes_between_are_left_alone(side: float) -> None:
+    box = (64 - side / 2, 64 - side / 2, 64 + side / 2, 64 + side / 2)
+    truth, clean = torch.tensor([box]), torch.tensor([True])
+    for score in (6.0, -8.0):
+        assert detector_loss(raw_for(box, score), truth, clean, False) < 0.5
+
+
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(source: Path, tmp_path: Path) -> None:
+    whole = run(source, tmp_path / "whole")
+
+    def stop(text: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_detector([parse_source(str(source))], Pictures(), SMALL, tmp_path / "b", keep_every=2, say=stop)
+    resumed = run(source, tmp_path / "b", resume=True)
+    weights = [load_detector(checkpoint.parent)[0].state_dict() for checkpoint in (whole, resumed)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_runs_that_can_not_go_on(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(KpError, match="nothing to resume"):
+        run(source, tmp_path / "a", resume=True)
+    run(source, tmp_path / "a", DetectorConfig(steps=1, batch_size=2, val_fraction=0.3))
+    with pytest.raises(KpError, match="already holds a run"):
+        run(source, tmp_path / "a")
+    with pytest.raises(KpError, match="began with other settings"):
+        run(source, tmp_path / "a", resume=True)
+    same = DetectorConfig(steps=1, batch_size=2, val_fraction=0.3)
+    with pytest.raises(KpError, match="other pictures without faces"):
+        train_detector([parse_source(str(source))], Pictures((), "x"), same, tmp_path / "a", resume=True)
+    tree = tmp_path / "a" / "state" / "last.state" / "tree.json"
+    tree.write_text(json.dumps({"dict": []}))
+    with pytest.raises(KpError, match="not this network's"):
+        run(source, tmp_path / "a", same, resume=True)
+
+
+@pytest.mark.parametrize("setting", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"ema": 1.0}, {"val_fraction": 1.0}])
+def test_settings_out_of_range(setting: dict[str, float]) -> None:
+    with pytest.raises(KpError, match=f"the setting {next(iter(setting))} must be"):
+        DetectorConfig(**setting)  # type: ignore[arg-type]
+
+
+def test_export_gives_pytorchs_cells_at_every_size(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "d")
+    assert export_detector(bundle, score=0.25) == bundle / MODEL_NAME
+    detector = CenterDetector(bundle, threads=1)
+    assert detector.spec.score == 0.25
+    net, manifest = load_detector(bundle)
+    assert set(manifest.files) == {CHECKPOINT_NAME, MODEL_NAME, "golden.npz"}
+    assert manifest.files[MODEL_NAME].parent_sha256 == manifest.files[CHECKPOINT_NAME].sha256
+    rng = np.random.default_rng(0)
+    for size_hw in [(1, 1), (7, 9), (64, 64), (65, 63), (120, 33)]:
+        image = rng.integers(0, 256, size_hw, np.uint8)
+        with torch.inference_mode():
+            wanted = net(torch.from_numpy(image)[None, None])[0].numpy()
+        assert np.allclose(detector.cells(image), wanted, rtol=1e-4, atol=1e-4)
+    before = (bundle / MODEL_NAME).read_bytes()
+    export_detector(bundle)
+    assert (bundle / MODEL_NAME).read_bytes() == before
+
+
+def test_checkpoints_that_can_not_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        export_detector(tmp_path / "nowhere")
+    bundle = small_bundle(tmp_path / "d")
+    file = bundle / CHECKPOINT_NAME
+    shutil.copy(file, tmp_path / "kept")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(IntegrityError, match="cut off"):
+        export_detector(bundle)
+    assert sorted(path.name for path in bundle.iterdir()) == [CHECKPOINT_NAME, "manifest.json"]
+
+
+def test_it_learns_drawn_faces(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    words = ["--data", source, "--out", tmp_path / "d", "--steps", 60, "--batch-size", 16, "--threads", 1]
+    monkeypatch.setattr("sys.argv", ["kp", "train-detector", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        kp_cli.main()
+    assert not end.value.code
+    assert "step 60/60  held-out loss" in (printed := capsys.readouterr().out)
+    assert "--detector own=" in printed
+    detector = CenterDetector(tmp_path / "d", score=0.2)
+    rng = np.random.default_rng(99)
+    found = 0
+    for _ in range(10):
+        image, xy = drawn_face(rng, (110, 100))
+        boxes = detector(image)
+        found += bool(len(boxes)) and overlaps(boxes, boxes_from_points(xy)[None]).max() > 0.5
+    assert found >= 8
