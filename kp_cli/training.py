@@ -115,8 +115,8 @@ def train_detector(
     from kp_train.face_windows import read_pictures
     from kp_train.train_detector import train_detector as run
 
-    given = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    config = DetectorConfig(**{key: value for key, value in given.items() if value is not None})
+    given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
+    config = dataclasses.replace(DetectorConfig(), **{key: value for key, value in given.items() if value is not None})
     run(
         [parse_source(text) for text in data], read_pictures(no_faces or []), config, out, name=name, resume=resume,
         workers=workers, threads=threads, say=lambda text: print(text, flush=True),

@@ -20,7 +20,7 @@ from kp_runtime.center_detector import MODEL_NAME, CenterDetector
 from kp_runtime.golden import GOLDEN_NAME
 from kp_runtime.spec import DetectorManifest, file_entry, writing
 from kp_train.checkpoint import CHECKPOINT_NAME, load_detector
-from kp_train.detector_net import DetectorNet
+from kp_train.detector_net import ConvLayer, DetectorNet
 from kp_train.synthetic import drawn_face
 
 __all__ = ["export_detector"]
@@ -91,6 +91,7 @@ def _cells(net: DetectorNet, image: NDArray[np.uint8]) -> NDArray[np.float32]:
 def _folded(net: DetectorNet) -> nn.Module:
     """The network with batch norm folded into the convolutions."""
     net = copy.deepcopy(net).eval()
-    for layer in net.body:
-        layer.conv, layer.norm = fuse_conv_bn_eval(layer.conv, layer.norm), nn.Identity()
+    for layer in net.modules():
+        if isinstance(layer, ConvLayer) and isinstance(layer.norm, nn.BatchNorm2d):
+            layer.conv, layer.norm = fuse_conv_bn_eval(layer.conv, layer.norm), nn.Identity()
     return net

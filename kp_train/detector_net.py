@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
-__all__ = ["LEAST_PX", "MOST_PX", "STRIDE", "DetectorNet", "cell_centres", "detector_loss"]
+__all__ = ["LEAST_PX", "MOST_PX", "STRIDE", "ConvLayer", "DetectorNet", "cell_centres", "detector_loss"]
 
 STRIDE = 8
 LEAST_PX, MOST_PX = 22.0, 72.0
@@ -33,15 +33,15 @@ class DetectorNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            _Layer(1, 16, stride=2),
-            _Layer(16, 32, stride=2),
-            _Layer(32, 48, stride=2),
-            *[_Layer(48, 48) for _ in range(5)],
+            ConvLayer(1, 16, stride=2),
+            ConvLayer(16, 32, stride=2),
+            ConvLayer(32, 48, stride=2),
+            *[ConvLayer(48, 48) for _ in range(5)],
         )
         self.head = nn.Conv2d(48, 5, 1)
         nn.init.normal_(self.head.weight, std=0.01)
-        nn.init.zeros_(self.head.bias)
-        nn.init.constant_(self.head.bias[:1], -4.0)
+        # no cell begins with a face, and each box with 32 px
+        self.head.bias = nn.Parameter(torch.tensor([-4.0, 0.0, 0.0, 0.0, 0.0]))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(n, 1, h, w)` uint8 to cells `(n, 5, rows, columns)` float32.
@@ -63,7 +63,7 @@ class DetectorNet(nn.Module):
         return raw[:, 1:].clamp(-4, 3).exp() * _UNIT_PX
 
 
-class _Layer(nn.Module):
+class ConvLayer(nn.Module):
     """A 3 x 3 convolution with batch norm and ReLU; around it, where sizes allow, the input is added."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
@@ -73,6 +73,7 @@ class _Layer(nn.Module):
         self.adds = inputs == outputs and stride == 1
 
     def forward(self, x: Tensor) -> Tensor:
+        """Features `(n, channels, h, w)` to features; their sides halved, rounded up, where the stride is 2."""
         y = self.norm(self.conv(x))
         return F.relu(x + y if self.adds else y)
 
@@ -120,4 +121,5 @@ def detector_loss(raw: Tensor, boxes_xyxy: Tensor, clean: Tensor, doubt: bool) -
     # each face counts once in the boxes' loss, however many cells it has
     placed = (misfit / faces[image]).sum()
     count = (faces > 0).sum().clamp(min=1)
-    return ((focal * error)[~alone].sum() + 2 * placed) / count
+    loss: Tensor = ((focal * error)[~alone].sum() + 2 * placed) / count
+    return loss

@@ -225,7 +225,7 @@ def _texture(rng: np.random.Generator) -> Grey:
     if rng.random() < 0.7:
         noise = rng.standard_normal((WINDOW, WINDOW), np.float32)
         if (sigma := rng.uniform(0, 6)) > 0.5:
-            noise = cv2.GaussianBlur(noise, (0, 0), sigma)
+            noise = np.asarray(cv2.GaussianBlur(noise, (0, 0), sigma), np.float32)
         canvas += noise / noise.std() * rng.uniform(2, 50)
     return np.clip(canvas, 0, 255).astype(np.uint8)
 
@@ -237,11 +237,12 @@ def _lit(window: Grey, rng: np.random.Generator) -> Grey:
     window = np.clip((levels - 127) * contrast + 127 + light, 0, 255).astype(np.uint8)[window]
     if rng.random() < 0.15:
         side = round(WINDOW * rng.uniform(0.4, 0.9))
-        window = cv2.resize(cv2.resize(window, (side, side), interpolation=cv2.INTER_AREA), (WINDOW, WINDOW))
+        small = cv2.resize(window, (side, side), interpolation=cv2.INTER_AREA)
+        window = np.asarray(cv2.resize(small, (WINDOW, WINDOW)), np.uint8)
     if rng.random() < 0.2:
         noise = rng.standard_normal(window.shape, np.float32) * rng.uniform(1, 10)
         window = np.clip(window + noise, 0, 255).astype(np.uint8)
     if rng.random() < 0.1:
         _, data = cv2.imencode(".jpg", window, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(25, 90))])
-        window = cv2.imdecode(data, cv2.IMREAD_GRAYSCALE)
+        window = np.asarray(cv2.imdecode(data, cv2.IMREAD_GRAYSCALE), np.uint8)
     return window

@@ -97,7 +97,7 @@ def train_detector(
         if state.step % keep_every == 0 or state.step == config.steps:
             SafetensorsIO().save_checkpoint(state.content(), last)
             say(f"step {state.step}/{config.steps}  held-out loss {state.loss(DataLoader(checks, 64)):.4f}")
-    return _write_checkpoint(state.averaged.module, run, name, record)
+    return _write_checkpoint(state.mean_net, run, name, record)
 
 
 class _State:
@@ -106,12 +106,19 @@ class _State:
     def __init__(self, config: DetectorConfig) -> None:
         self.config, self.step = config, 0
         self.net = DetectorNet().to(memory_format=torch.channels_last)
-        self.averaged = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        self.averaged = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
         groups = [
             {"params": [p for p in self.net.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in self.net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr)
+
+    @property
+    def mean_net(self) -> DetectorNet:
+        """The network with averaged weights."""
+        net = self.averaged.module
+        assert isinstance(net, DetectorNet)
+        return net
 
     def learn(self, batch: Sequence[Tensor]) -> None:
         """One step on a batch of `WindowDataset`."""
@@ -130,17 +137,20 @@ class _State:
     def loss(self, batches: DataLoader[Any]) -> float:
         """The averaged network's mean loss."""
         self.averaged.eval()
-        losses = [float(self._loss(self.averaged.module, batch)) for batch in batches]
+        losses = [float(self._loss(self.mean_net, batch)) for batch in batches]
         return sum(losses) / len(losses)
 
     def _loss(self, net: DetectorNet, batch: Sequence[Tensor]) -> Tensor:
         windows, boxes, clean = batch
         return detector_loss(net.raw(windows), boxes, clean, doubt=self.step >= self.config.trust)
 
+    @property
+    def _parts(self) -> dict[str, Any]:
+        return {"net": self.net, "averaged": self.averaged, "optimizer": self.optimizer}
+
     def content(self) -> dict[str, Any]:
         """All of it, for a training state."""
-        parts = {"net": self.net, "averaged": self.averaged, "optimizer": self.optimizer}
-        return {"step": self.step} | {name: part.state_dict() for name, part in parts.items()}
+        return {"step": self.step} | {name: part.state_dict() for name, part in self._parts.items()}
 
     def load(self, content: dict[str, Any]) -> None:
         """Takes a stored state.
@@ -150,7 +160,7 @@ class _State:
         """
         try:
             self.step = int(content["step"])
-            for name, part in (("net", self.net), ("averaged", self.averaged), ("optimizer", self.optimizer)):
+            for name, part in self._parts.items():
                 part.load_state_dict(content[name])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise KpError(f"the training state is not this network's ({str(error)[:200]}); train again") from error

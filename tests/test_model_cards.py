@@ -11,7 +11,7 @@ import pytest
 from kp_runtime.errors import KpError
 from kp_runtime.spec import Manifest
 
-BUNDLES = sorted(path.parent for path in (Path(__file__).resolve().parents[1] / "engines").glob("*/manifest.json"))
+BUNDLES = sorted(path.parent for path in (Path(__file__).resolve().parents[1] / "engines").glob("*/parity.json"))
 
 
 @pytest.mark.parametrize("bundle", BUNDLES, ids=[bundle.name for bundle in BUNDLES])
