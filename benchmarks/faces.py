@@ -16,14 +16,19 @@ from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import ModelSpec
 
-__all__ = ["BOX_XYXY", "portrait", "varied_crops"]
+__all__ = ["BOX_XYXY", "picture", "portrait", "varied_crops"]
 
 BOX_XYXY = (181.0, 88.0, 269.0, 178.0)
 """Around the 68 points of the portrait's face, read off the picture."""
 
 
 def portrait() -> NDArray[np.uint8]:
-    """Scikit-image's portrait of Eileen Collins (NASA, public domain): `(512, 512, 3)` uint8, BGR.
+    """Scikit-image's portrait of Eileen Collins (NASA, public domain): `(512, 512, 3)` uint8, BGR."""
+    return image_from_file(picture("astronaut.png"))
+
+
+def picture(name: str) -> Path:
+    """The file of a photograph that scikit-image carries.
 
     Raises:
         MissingExtraError: scikit-image is not installed.
@@ -31,8 +36,8 @@ def portrait() -> NDArray[np.uint8]:
     try:
         import skimage
     except ImportError as error:
-        raise MissingExtraError("scikit-image", "bench", "the benchmarks' portrait") from error
-    return image_from_file(Path(skimage.__file__).parent / "data" / "astronaut.png")
+        raise MissingExtraError("scikit-image", "bench", "the benchmarks' photographs") from error
+    return Path(skimage.__file__).parent / "data" / name
 
 
 def varied_crops(count: int, spec: ModelSpec, seed: int = 68) -> NDArray[np.uint8]:
