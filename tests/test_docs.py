@@ -1,36 +1,39 @@
 """The docs do what they say: the shell and Python blocks of each page run, in order, as a reader would run them.
 
-A page runs in a folder of its own with what `place` puts there; its Python blocks share their names, its shell
-blocks their files. A block that can't be run here carries one of the reasons of `NOT_RUN` as the title of its
-fence, which the site shows above it:
+A page runs in a process and a folder of its own, with what `first_place` puts there; its Python blocks share their
+names, its shell blocks their files. `CONTINUES` names the pages that go on where another one ended. The title of a
+fence, which the site shows above the block, may say more:
 
-    ```sh title="Needs a Jetson"
+    ```sh title="Exits with 1"     the block is run, and must end so
+    ```sh title="Needs a Jetson"   it is not run, for a reason of `NOT_RUN`
 
-Such a block must look like its reason, and the commands, options, files and make targets in it must exist; where a
-reason can be gone, as a package may be installed, its block is run. A new page needs a line in zensical.toml and
+A block that is not run must look like its reason, and the commands, options, files and make targets in it must exist;
+where a reason can be gone, as a package may be installed, it is run. A new page needs a line in zensical.toml and
 nothing here; a reason that is missing is added to `NOT_RUN`.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
-import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import click
 import cv2
 import numpy as np
 import pytest
+import tomllib
 import typer.main
 from markdown_it import MarkdownIt
 
@@ -42,6 +45,11 @@ from kp_train.synthetic import drawn_face, write_csv_source
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONTINUES = {"export.md": "own_data.md"}
+"""The page that a reader of another page has read, and whose files he has."""
+
+EXITS = "Exits with "
+
 
 @dataclass(frozen=True)
 class Reason:
@@ -92,8 +100,8 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        known = self.title is None or (self.title in NOT_RUN and NOT_RUN[self.title].gone())
-        return known and self.language in ("sh", "python")
+        free = self.title is None or self.title.startswith(EXITS)
+        return self.language in ("sh", "python") and (free or (self.title in NOT_RUN and NOT_RUN[self.title].gone()))
 
 
 def blocks_of(page: Path) -> list[Block]:
@@ -102,7 +110,7 @@ def blocks_of(page: Path) -> list[Block]:
         if token.type == "fence" and token.map is not None:
             language, _, rest = token.info.strip().partition(" ")
             title = re.fullmatch(r'title="([^"]*)"', rest)
-            assert title or not rest, f"{page.name}: a fence takes a language and title=\"…\" alone, got {token.info}"
+            assert title or not rest, f'{page.name}: a fence takes a language and title="…" alone, got {token.info}'
             blocks.append(Block(page, token.map[0] + 2, language, title and title[1], token.content))
     return blocks
 
@@ -116,7 +124,7 @@ def ids(value: Any) -> str:
 
 
 @pytest.fixture(scope="session")
-def model_place(tmp_path_factory: pytest.TempPathFactory, astronaut: Path) -> Path:
+def first_place(tmp_path_factory: pytest.TempPathFactory, astronaut: Path) -> Path:
     """What every page finds: photos, a video, labelled faces, the checkout's bundles and programs."""
     place = tmp_path_factory.mktemp("docs")
     photo = kp_runtime.image_from_file(astronaut)
@@ -154,45 +162,65 @@ def _write_pts(folder: Path) -> None:
         (folder / f"face{i}_0.pts").write_text(pts_text(xy))
 
 
-@pytest.fixture
-def place(model_place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of `model_place` by links, which is the current folder: what writes a file replaces it."""
-    shutil.copytree(model_place, tmp_path / "place", symlinks=True, copy_function=os.link)
-    monkeypatch.chdir(tmp_path / "place")
-    monkeypatch.syspath_prepend(ROOT)
-    modules = set(sys.modules)
-    yield tmp_path / "place"
-    for name in set(sys.modules) - modules:
-        if name.partition(".")[0] == "examples":
-            del sys.modules[name]
+@pytest.fixture(scope="session")
+def runs(first_place: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """The pages of this session's tests by name, run two at a time from the first to the last."""
+    asked = dict.fromkeys(item.callspec.params["page"] for item in request.session.items if _runs_a_page(item))
+    began = {CONTINUES.get(page.name, page.name) for page in asked}
+    spawning = get_context("spawn")
+    with ProcessPoolExecutor(2, spawning, max_tasks_per_child=1) as pool:
+        futures: dict[str, Future[None]] = {}
+        for page in [page for page in RUN if page.name in began]:
+            chain = [page, *(next_page for next_page in asked if CONTINUES.get(next_page.name) == page.name)]
+            future = pool.submit(_run_pages, chain, first_place)
+            futures |= {member.name: future for member in chain}
+        yield futures
+        pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if any(b.is_run for b in blocks_of(page))], ids=ids)
-def test_a_page_does_what_it_shows(page: Path, place: Path) -> None:
-    names = types.ModuleType("page").__dict__
-    for block in filter(lambda block: block.is_run, blocks_of(page)):
-        if block.language == "sh":
-            _run_shell(block)
-        else:
-            padded = "\n" * (block.line - 1) + block.text  # so that an error names the page's line
-            exec(compile(padded, str(page), "exec"), names)
+RUN = [page for page in PAGES if any(block.is_run for block in blocks_of(page))]
+
+
+def _runs_a_page(item: pytest.Item) -> bool:
+    return getattr(item, "originalname", "") == test_a_page_does_what_it_shows.__name__
+
+
+@pytest.mark.parametrize("page", RUN, ids=ids)
+def test_a_page_does_what_it_shows(page: Path, runs: dict[str, Future[None]]) -> None:
+    runs[page.name].result()
+
+
+def _run_pages(pages: list[Path], first_place: Path) -> None:
+    """Runs pages one after the other in a copy of `first_place` by links: what writes a file replaces it."""
+    place = first_place.with_name(pages[0].stem)
+    shutil.copytree(first_place, place, symlinks=True, copy_function=os.link)
+    os.chdir(place)
+    sys.path.insert(0, str(place))
+    for page in pages:
+        names: dict[str, Any] = {}
+        for block in filter(lambda block: block.is_run, blocks_of(page)):
+            if block.language == "sh":
+                _run_shell(block)
+            else:
+                padded = "\n" * (block.line - 1) + block.text  # so that an error names the page's line
+                with contextlib.redirect_stdout(io.StringIO()):
+                    exec(compile(padded, str(page), "exec"), names)
 
 
 def _run_shell(block: Block) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    threads = {"OMP_NUM_THREADS": "1", "KP_CACHE": str(Path("cache").resolve()), "PYTHONPATH": str(ROOT)}
+    more = {"OMP_NUM_THREADS": "1", "KP_CACHE": str(Path("cache").resolve()), "PYTHONPATH": str(ROOT), "PATH": path}
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", block.text],
-        env=os.environ | threads | {"PATH": path},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{block.where} ended with {done.returncode}:\n{done.stdout}{done.stderr}"
-    assert "Traceback" not in done.stderr, f"{block.where}:\n{done.stderr}"
+        env=os.environ | more, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    wanted = int(block.title.removeprefix(EXITS)) if block.title and block.title.startswith(EXITS) else 0
+    said = f"{block.where} ended with {done.returncode}, not {wanted}:\n{done.stdout}{done.stderr}"
+    assert done.returncode == wanted, said
+    assert wanted or "Traceback" not in done.stderr, said
 
 
-@pytest.mark.parametrize("block", [b for b in all_blocks() if b.title is not None], ids=ids)
+@pytest.mark.parametrize("block", [b for b in all_blocks() if b.title is not None and not b.is_run], ids=ids)
 def test_what_is_not_run_has_a_reason_and_exists(block: Block) -> None:
     assert block.title in NOT_RUN, f"{block.where}: {block.title!r} is none of {', '.join(NOT_RUN)}"
     assert re.search(NOT_RUN[block.title].pattern, block.text), f"{block.where} does not look like {block.title!r}"
@@ -246,14 +274,33 @@ def _check_command(words: list[str], where: str) -> None:
 
 
 def _check_kp(words: list[str], where: str) -> None:
-    """That a command and its options exist; a value `$D` stands for options and is left out."""
-    group = typer.main.get_command(app)
-    assert isinstance(group, click.Group)
-    command = group.get_command(click.Context(group), words[0])
-    assert command is not None, f"{where}: there is no kp {words[0]}"
-    known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+    """That a command and its options exist."""
+    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    assert words[0] in commands, f"{where}: there is no kp {words[0]}"
+    known = {name for parameter in commands[words[0]].params for name in (*parameter.opts, *parameter.secondary_opts)}
     given = {word.partition("=")[0] for word in words[1:] if re.match(r"-\D", word)}
     assert given <= known | {"--help"}, f"{where}: kp {words[0]} has no {', '.join(given - known)}"
+
+
+@pytest.mark.parametrize(
+    ("text", "title", "wrong"),
+    [
+        ("false; true", None, "ended with 1, not 0"),
+        ("true", "Exits with 1", "ended with 0, not 1"),
+        ("echo Traceback >&2", None, "Traceback"),
+        ("kp train --data a.csv --epoch 3", "Takes hours", "kp train has no --epoch"),
+        ("sudo kp trane", "Needs a Jetson", "there is no kp trane"),
+        ("X=1 make fuzzy; make fuzz", "Takes hours", "make has no .'fuzzy'"),
+        ('pip install ".[image,imago]"', "Needs the network", "an extra of image,imago"),
+        ("python scripts/nothing.py | kp train", "Takes hours", "there is no scripts/nothing.py"),
+        ("ls", "Needs a Jetson", "does not look like"),
+        ("ls", "Needs patience", "is none of"),
+    ],
+)
+def test_wrong_blocks_are_found(text: str, title: str | None, wrong: str) -> None:
+    block = Block(ROOT / "docs" / "index.md", 1, "sh", title, text)
+    with pytest.raises(AssertionError, match=wrong):
+        (_run_shell if block.is_run else test_what_is_not_run_has_a_reason_and_exists)(block)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)
