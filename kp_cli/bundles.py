@@ -51,16 +51,20 @@ def export(
     if engine is Engine.required and blocker:
         raise ExportError(f"no plan can be built here: {blocker}")
     from kp_export.bundle import export_bundle
+    from kp_export.staging import mend
+    from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
 
     own = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    mend(own)
+    points = Manifest.read(own).spec.points
     with signature_told(out or own, own):
         report = export_bundle(
             checkpoint,
             out,
             precisions=("fp32", *(["fp16"] * fp16), *(["int8", "int8-trt"] * int8)),
-            sources=[parse_source(text) for text in data or []],
-            calibration=[parse_source(text) for text in calibration or []],
+            sources=[parse_source(text, points) for text in data or []],
+            calibration=[parse_source(text, points) for text in calibration or []],
             step=note,
         )
     if not as_json:
@@ -107,7 +111,7 @@ def verify(
     from kp_train.data import parse_source
 
     spec, signature = Manifest.read(bundle).spec, signature_state(bundle)
-    sources = [parse_source(text) for text in data or []]
+    sources = [parse_source(text, spec.points) for text in data or []]
     faces = faces_from_sources(sources, spec) if sources else bundled_faces(spec)
     result = verify_bundle(bundle, faces, files=file or (), track=progress("comparing"))
     page = None if out is None else verification_page(result, out / "verify.html")

@@ -26,6 +26,7 @@ from kp_cli.options import (
     bundle_or_default,
     detector_from_name,
     note,
+    note_boxes,
 )
 from kp_cli.report import frames_progress, print_json, print_run, print_times, progress
 from kp_runtime.errors import InputError, KpError
@@ -75,6 +76,8 @@ def predict(
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load(bundle_or_default(model), backend, threads, public_key=public_key), StageTimer()
     finder = None if boxes is not None else detector_from_name(detector)
+    if finder is not None:
+        note_boxes(opened.spec)
     results, failed = [], []
     for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
         try:
@@ -208,12 +211,16 @@ def run(
     opened = load(bundle_or_default(model), threads=threads, public_key=public_key)
     if opened.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
+    note_boxes(opened.spec)
     tracker = Tracker(
         opened, detector_from_name(detector, smallest), TrackerSettings(detect_every=detect_every, smooth=smooth)
     )
     frames = open_source(source, rate=rate, patience=patience, stop=stop, say=note)
     window = Window(source) if show else None
-    sinks = open_sinks(wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live)
+    sinks = open_sinks(
+        wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live,
+        points=opened.spec.points,
+    )  # fmt: skip
     with _stopped_by_signals(stop), frames_progress(frames.name, frames.count) as step:
         result = run_video(frames, tracker, sinks, draw=draw, window=window, stop=stop, step=step)
     if as_json:

@@ -54,6 +54,15 @@ def note(text: str) -> None:
     typer.echo(text, err=True)
 
 
+def note_boxes(spec: Any) -> None:
+    """Says so where a detector's boxes need not be those that a model was trained with."""
+    if spec.scheme == "own" and spec.box == "keypoints":
+        note(
+            f"detectors give the tight box of 68 points, this model wants that of its own {spec.points}: where these "
+            "span less of a face, give boxes (docs/own_points.md)"
+        )
+
+
 @contextlib.contextmanager
 def signature_told(written: Path, source: Path | None = None) -> Iterator[None]:
     """Says so where a command leaves a bundle without the signature that it, or its source, had."""

@@ -43,6 +43,12 @@ def train(
         Recipe, typer.Option(help="default: face crops, ours. seed: the original project's.")
     ] = Recipe.default,
     name: Annotated[str, typer.Option(help="The model's name.")] = "resnet18-68",
+    points: Annotated[
+        int | None, typer.Option(min=2, max=1000, help="Points a face in your data, where they are not the 68.")
+    ] = None,
+    pairs: Annotated[
+        str | None, typer.Option(metavar="A-B,…", help="With --points: those that change places in a mirrored face.")
+    ] = None,
     size: Annotated[int | None, typer.Option(help="Side of the crops in pixels.")] = None,
     reduce: Annotated[int | None, typer.Option(help="The backbone sees means of this many pixels square.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Most epochs.")] = None,
@@ -72,6 +78,8 @@ def train(
 
     config = settings(
         recipe.value,
+        points=points,
+        pairs=pairs,
         size=size,
         reduce=reduce,
         epochs=epochs,
@@ -83,9 +91,9 @@ def train(
         precision=precision,
     )
     path = run(
-        [parse_source(text) for text in data], config, out, name=name, weights=weights, init=init, resume=resume,
-        devices=devices, accelerator=accelerator, strategy=strategy, workers=workers, picture_every=picture_every,
-        progress=sys.stdout.isatty(),
+        [parse_source(text, config.points) for text in data], config, out, name=name, weights=weights, init=init,
+        resume=resume, devices=devices, accelerator=accelerator, strategy=strategy, workers=workers,
+        picture_every=picture_every, progress=sys.stdout.isatty(),
     )  # fmt: skip
     typer.echo(f"checkpoint: {path}\ncurves: tensorboard --logdir {out}\nnext: kp export {out} --fp16")
 
@@ -164,7 +172,10 @@ def evaluate(
     opened = open_model(model, threads)
     if (steady or boxes is Boxes.detector) and opened.manifest.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes: leave out --boxes detector and --robustness")
-    sources = [parse_source(text) for text in data]
+    spec = opened.manifest.spec
+    if steady and spec.scheme == "own":
+        raise InputError("--robustness mirrors faces of the 68 points; this model's are others: leave it out")
+    sources = [parse_source(text, spec.points) for text in data]
     if split is Split.person:
         sources = [held_out_faces(source, opened.manifest) for source in sources]
     faces = [face for source in sources for face in source.faces]

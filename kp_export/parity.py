@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from kp_runtime.errors import MissingExtraError, ParityError
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
-from kp_runtime.scheme68 import EYE_CORNERS, REGIONS
+from kp_runtime.scheme68 import regions_of
 from kp_runtime.spec import ModelSpec
 from kp_train.data import Source, luma_from_file
-from kp_train.metrics import point_errors
+from kp_train.metrics import nme_unit, point_errors
 
 __all__ = ["LIMITS", "FaceSet", "Limit", "Parity", "bundled_faces", "check_parity", "faces_from_sources", "parity"]
 
@@ -160,7 +160,6 @@ def parity(reference: Predict, candidate: Predict, faces: FaceSet, *, file: str,
     wanted, got = _in_batches(reference, faces.crops), _in_batches(candidate, faces.crops)
     distance = np.linalg.norm(got.astype(np.float64) - wanted, axis=-1)
     distance = np.where(np.isfinite(distance), distance, np.inf)
-    eyes = np.linalg.norm(wanted[:, EYE_CORNERS[0]] - wanted[:, EYE_CORNERS[1]], axis=-1)
     return Parity(
         file=file,
         precision=precision,
@@ -170,9 +169,11 @@ def parity(reference: Predict, candidate: Predict, faces: FaceSet, *, file: str,
         p50_px=float(np.percentile(distance, 50, method="higher")),
         p99_px=float(np.percentile(distance, 99, method="higher")),
         max_px=float(distance.max()),
-        nme=float((distance.mean(axis=1) / eyes).mean() * 100),
+        nme=float((distance.mean(axis=1) / nme_unit(wanted)).mean() * 100),
         rise=None if faces.xy_crop is None else _nme(got, faces.xy_crop) - _nme(wanted, faces.xy_crop),
-        regions_px={name: float(distance[:, list(points)].mean()) for name, points in REGIONS.items()},
+        regions_px={
+            name: float(distance[:, list(points)].mean()) for name, points in regions_of(distance.shape[1]).items()
+        },
         worst_face=faces.names[int(distance.max(axis=1).argmax())],
     )
 

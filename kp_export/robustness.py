@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from kp_export.evaluate import Evaluation, OpenModel, predict_in_frames
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
-from kp_runtime.scheme68 import EYE_CORNERS, MIRROR
+from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.data import Face, luma_from_file
-from kp_train.metrics import point_errors
+from kp_train.metrics import nme_unit, point_errors
 
 __all__ = ["Group", "Robustness", "groups", "robustness"]
 
@@ -106,7 +106,7 @@ def robustness(
     truth = np.stack([face.xy for face in faces]).astype(np.float64)
     plain, shakes, sizes = np.stack(base), np.stack(shaken), np.stack(larger)
     # distances to the model's own answer, but over the true eyes
-    eyes = np.linalg.norm(truth[:, EYE_CORNERS[0]] - truth[:, EYE_CORNERS[1]], axis=-1)
+    eyes = nme_unit(truth)
     return Robustness(
         faces=len(faces),
         nme=float(point_errors(plain, truth).mean()),
@@ -138,13 +138,15 @@ def _mirrored_box(box: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 
 
 def groups(result: Evaluation) -> list[Group]:
-    """NME by the face's size (eye distance in pixels) and by its turn to the side.
+    """NME by the face's size (eye distance in pixels) and by its turn to the side; of the 68 points alone.
 
     The turn is read off the true points: how far the nose tip (30) lies from the middle of the outer
     jaw points (0 and 16), over half their distance; 0 is frontal, 1 a profile.
     """
     truth = np.stack([face.xy for face in result.faces]).astype(np.float64)
-    eyes = np.linalg.norm(truth[:, EYE_CORNERS[0]] - truth[:, EYE_CORNERS[1]], axis=-1)
+    if truth.shape[1] != POINTS:
+        return []
+    eyes = nme_unit(truth)
     jaw = truth[:, 16] - truth[:, 0]
     along = np.einsum("nd,nd->n", truth[:, 30] - (truth[:, 0] + truth[:, 16]) / 2, jaw)
     turn = np.abs(along) / (np.einsum("nd,nd->n", jaw, jaw) / 2)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kp_export.parity import LIMITS, Limit
 from kp_export.verify import FileVerdict, Verification
-from kp_runtime.scheme68 import REGIONS
+from kp_runtime.scheme68 import regions_of
 from kp_runtime.spec import writing
 
 __all__ = ["verification_page"]
@@ -102,6 +102,7 @@ def _hashes(verification: Verification) -> str:
 
 
 def _table(verification: Verification) -> str:
+    regions = tuple(regions_of(verification.spec.points))
     columns = (
         "mean px",
         "p50 px",
@@ -109,7 +110,7 @@ def _table(verification: Verification) -> str:
         "max px",
         "NME distance %",
         "NME rise, points",
-        *(f"{r} px" for r in REGIONS),
+        *(f"{r} px" for r in regions),
     )
     start = f"<th>file</th>{_cells('th class=text', ('verdict', 'precision'))}"
     head = f"<tr>{start}{_cells('th', ('faces', *columns))}</tr>"
@@ -117,18 +118,18 @@ def _table(verification: Verification) -> str:
     limits = "; ".join(f"{name}: {_limit(LIMITS[name])}" for name in precisions)
     return (
         f"<h2>Distance to PyTorch, in pixels of the crop</h2>\n<div class=wide><table>{head}"
-        f"{''.join(map(_row, verification.files))}</table></div>\n"
+        f"{''.join(_row(file, regions) for file in verification.files)}</table></div>\n"
         + (f"<p class=soft>Limits, pixels for a crop of 224 px: {escape(limits)}.</p>\n" if limits else "")
     )
 
 
-def _row(file: FileVerdict) -> str:
-    measured, count = file.parity, 5 + len(REGIONS)
+def _row(file: FileVerdict, regions: Sequence[str]) -> str:
+    measured, count = file.parity, 6 + len(regions)
     numbers: Sequence[str] = [""] * count
     if measured is not None:
         values = (measured.mean_px, measured.p50_px, measured.p99_px, measured.max_px, measured.nme)
         rise = "no labels" if measured.rise is None else f"{round(measured.rise, 5) + 0.0:+.5f}"
-        numbers = [*(f"{v:.5f}" for v in values), rise, *(f"{measured.regions_px[name]:.5f}" for name in REGIONS)]
+        numbers = [*(f"{v:.5f}" for v in values), rise, *(f"{measured.regions_px[name]:.5f}" for name in regions)]
     verdict = f"<td class='text {file.verdict.replace(' ', '-')}'>{file.verdict}</td>"
     precision = f"<td class=text>{escape(file.entry.precision or '')}</td>"
     faces = measured.faces if measured else ""

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.frame import import_cv2
-from kp_runtime.scheme68 import CONTOURS
+from kp_runtime.scheme68 import CONTOURS, POINTS
 
 __all__ = ["draw_boxes", "draw_keypoints"]
 
@@ -21,7 +21,7 @@ def draw_keypoints(
 
     Args:
         image: `(h, w, 3)` uint8 BGR, or grey `(h, w)`; not changed.
-        xy: `(n, 68, 2)` float, pixels of the image; `n` may be 0.
+        xy: `(n, 68, 2)` float, pixels of the image; `n` may be 0. Of another number of points, only points are drawn.
         lines: draw the contours too.
         color: of the contours, BGR.
 
@@ -33,12 +33,12 @@ def draw_keypoints(
     points = np.asarray(xy, np.float64)
     if points.size == 0:
         return canvas
-    for face in points.reshape(-1, 68, 2):
+    for face in points.reshape(-1, *points.shape[-2:]):
         # no thicker on a face that is larger than the picture
         extent = min(float(np.ptp(face, axis=0).max()), max(canvas.shape))
         # positions far outside a huge face would overflow OpenCV's integers
         fixed = np.clip(np.rint(face * 2**_SHIFT), -(2**26), 2**26).astype(np.int32)
-        if lines:
+        if lines and len(face) == POINTS:
             contours = [fixed[list(indices)] for indices in CONTOURS.values()]
             cv2.polylines(canvas, contours, False, color, max(1, round(extent / 220)), cv2.LINE_AA, _SHIFT)
         radius = max(1.0, extent / 110)

@@ -157,17 +157,17 @@ def _format(kind: str) -> tuple[Reader, Writer]:
     return FORMATS[kind]
 
 
-def _points(numbers: Any, where: str) -> NDArray[np.float64]:
-    """`(68, 2)` of 136 numbers, or the error that names the place."""
+def _points(numbers: Any, where: str, points: int = POINTS) -> NDArray[np.float64]:
+    """`(points, 2)` of twice as many numbers, or the error that names the place."""
     try:
         values = np.array(numbers, np.float64).ravel()
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{where}: a coordinate is not a number ({str(error)[:80]})") from error
-    if len(values) != 2 * POINTS:
-        raise DataError(f"{where}: expected {POINTS} points, got {len(values) / 2:g}; is the file cut off?")
+    if len(values) != 2 * points:
+        raise DataError(f"{where}: expected {points} points, got {len(values) / 2:g}; is the file cut off?")
     if not np.isfinite(values).all():
         raise DataError(f"{where}: a coordinate is not finite")
-    return values.reshape(POINTS, 2)
+    return values.reshape(points, 2)
 
 
 def _box(numbers: Any, where: str) -> NDArray[np.float64]:
@@ -188,20 +188,20 @@ def _rounded(values: NDArray[np.floating]) -> list[float]:
 # .pts
 
 
-def pts_from_text(text: str, where: str) -> NDArray[np.float64]:
-    """The points of an iBUG `.pts` text, `(68, 2)`, moved from 1-based to 0-based pixels.
+def pts_from_text(text: str, where: str, points: int = POINTS) -> NDArray[np.float64]:
+    """The points of an iBUG `.pts` text, `(points, 2)`, moved from 1-based to 0-based pixels.
 
     Raises:
-        DataError: no header, not 68 points, or text where numbers belong; `where` stands in the message.
+        DataError: no header, another number of points, or text where numbers belong; `where` stands in the message.
     """
     head, brace, rest = text.partition("{")
     if "n_points" not in head or not brace:
         raise DataError(f"{where} has no .pts header (version, n_points, then the points between braces)")
-    return _points(rest.partition("}")[0].split(), where) - 1
+    return _points(rest.partition("}")[0].split(), where, points) - 1
 
 
 def pts_text(xy: NDArray[np.floating]) -> str:
-    """An iBUG `.pts` text of `(68, 2)` 0-based points, which counts pixels from 1."""
+    """An iBUG `.pts` text of `(k, 2)` 0-based points, which counts pixels from 1."""
     lines = [f"{x + 1:.3f} {y + 1:.3f}" for x, y in np.asarray(xy, np.float64)]
     return "\n".join(["version: 1", f"n_points: {len(lines)}", "{", *lines, "}", ""])
 
@@ -272,6 +272,8 @@ def _write_coco(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
     images: dict[str, dict[str, Any]] = {}
     annotations = []
     for i, face in enumerate(faces):
+        if len(face.xy) != POINTS:
+            raise InputError(f"COCO files are of the {POINTS} points alone, not of {len(face.xy)}; write json or csv")
         if face.size_hw is None:
             raise InputError(
                 f"COCO needs the height and width of {face.image}, which the source does not say; "
@@ -324,7 +326,9 @@ def _write_csv(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
     boxes = [face.box_xyxy for face in faces]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{name}_{axis}" for name in point_names() for axis in "xy"]
+    count = len(faces[0].xy) if faces else POINTS
+    names = point_names() if count == POINTS else tuple(f"point_{i}" for i in range(count))
+    columns = [f"{name}_{axis}" for name in names for axis in "xy"]
     whole = all(box is not None for box in boxes)
     writer.writerow(["image", *(["face", "x0", "y0", "x1", "y1"] if whole else []), *columns])
     for face, index in zip(faces, _face_numbers(faces), strict=True):

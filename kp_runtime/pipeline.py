@@ -103,7 +103,7 @@ class Model:
                 as much work as twice the faces.
 
         Raises:
-            InputError: `out` has another shape or dtype, or `looks` is not possible with this model.
+            InputError: `out` has another shape or dtype, or `looks` or `mirror` is not possible with this model.
             ImageError: an image that is not taken.
             BoxError: a box that is not finite, has no size, or does not touch the image.
             BackendError: the engine failed, or the model is closed.

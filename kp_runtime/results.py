@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kp_runtime.errors import InputError
 from kp_runtime.interchange import pts_text
-from kp_runtime.scheme68 import REGIONS
+from kp_runtime.scheme68 import regions_of
 
 __all__ = ["Keypoints"]
 
@@ -34,8 +35,16 @@ class Keypoints:
         return len(self.xy)
 
     def region(self, name: str) -> NDArray[np.float32]:
-        """The points of a region (`jaw`, `brows`, `nose`, `eyes`, `mouth`), `(n, k, 2)`."""
-        return self.xy[:, list(REGIONS[name])]
+        """The points of a region (`jaw`, `brows`, `nose`, `eyes`, `mouth`), `(n, k, 2)`.
+
+        Raises:
+            InputError: no such region; a mark-up of your own has none.
+        """
+        regions = regions_of(self.xy.shape[1])
+        if name not in regions:
+            known = ", ".join(regions) or "none of a mark-up of your own: index xy instead"
+            raise InputError(f"there is no region {name!r}; the regions of {self.xy.shape[1]} points: {known}")
+        return self.xy[:, list(regions[name])]
 
     def to_json(self) -> dict[str, Any]:
         """Boxes and points as plain lists, rounded to a thousandth of a pixel."""

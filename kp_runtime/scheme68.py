@@ -10,7 +10,19 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CONTOURS", "EYE_CORNERS", "MIRROR", "POINTS", "REGIONS", "mean_of_mirrored", "mean_shape", "point_names"]
+from kp_runtime.errors import InputError
+
+__all__ = [
+    "CONTOURS",
+    "EYE_CORNERS",
+    "MIRROR",
+    "POINTS",
+    "REGIONS",
+    "mean_of_mirrored",
+    "mean_shape",
+    "point_names",
+    "regions_of",
+]
 
 POINTS = 68
 
@@ -70,7 +82,14 @@ def mean_of_mirrored(xy: NDArray[np.floating]) -> NDArray[np.float64]:
 
     Returns:
         `(n, 68, 2)` float64.
+
+    Raises:
+        InputError: another number of points, of which nobody knows the mirrored pairs.
     """
+    if np.shape(xy)[1:] != (POINTS, 2):
+        raise InputError(
+            f"mirrored looks are for the {POINTS} points; this model has {np.shape(xy)[1]}: leave mirror out"
+        )
     straight, mirrored = np.asarray(xy, np.float64).reshape(2, -1, POINTS, 2)
     return (straight + mirrored[:, MIRROR]) / 2
 
@@ -78,6 +97,11 @@ def mean_of_mirrored(xy: NDArray[np.floating]) -> NDArray[np.float64]:
 def point_names() -> tuple[str, ...]:
     """The 68 names, such as `jaw_0` or `left_eye_3`, in order."""
     return tuple(f"{part}_{i}" for part, indices in _PARTS.items() for i in range(len(indices)))
+
+
+def regions_of(points: int) -> dict[str, tuple[int, ...]]:
+    """The regions of a face of so many points: `REGIONS`, or none where the mark-up is the user's own."""
+    return REGIONS if points == POINTS else {}
 
 
 def mean_shape() -> NDArray[np.float64]:

@@ -54,6 +54,7 @@ _LARGEST_MANIFEST = 4 << 20
 _LARGEST_FILE = 2 << 30
 """In bytes; protobuf, and with it ONNX, takes no larger one."""
 _DEEPEST = 32
+_MOST_POINTS = 1000
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 """A name that is one file in one folder on every system: no separator, drive, NUL or leading dot."""
 
@@ -69,10 +70,10 @@ class ModelSpec:
         name: the model's name, such as `resnet18-68`.
         size: side of the crop in pixels.
         margin: side of the square that is cut out, in longer sides of the box.
-        box: what a box means: `keypoints` (tight around the 68 points) or `frame` (the
+        box: what a box means: `keypoints` (tight around the points) or `frame` (the
             original project's view, `geometry.frame_box`).
         points: number of points.
-        scheme: the mark-up of the points.
+        scheme: the mark-up of the points: `ibug68`, or `own` where their number is another.
     """
 
     name: str
@@ -91,9 +92,12 @@ class ModelSpec:
             raise BundleError(f"the model's margin must be 0.5 to 4, got {_short(self.margin)}")
         if self.box not in ("keypoints", "frame"):
             raise BundleError(f"the model's box must be 'keypoints' or 'frame', got {_short(self.box)}")
-        if type(self.points) is not int or (self.scheme, self.points) != ("ibug68", 68):
+        if type(self.points) is not int or not 2 <= self.points <= _MOST_POINTS:
+            raise BundleError(f"the model's points must be 2 to {_MOST_POINTS}, got {_short(self.points)}")
+        if self.scheme != ("ibug68" if self.points == 68 else "own"):
             raise BundleError(
-                f"only the 68-point mark-up ibug68 is known, got {_short(self.points)} points of {_short(self.scheme)}"
+                "68 points are of the mark-up ibug68, any other number is of the mark-up own; "
+                f"got {self.points} points of {_short(self.scheme)}"
             )
 
 

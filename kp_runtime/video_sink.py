@@ -47,9 +47,9 @@ class Sink(Protocol):
 
 
 def open_sinks(
-    formats: Sequence[str], out: Path, stem: str, *, rate: float, size_hw: tuple[int, int], live: bool
+    formats: Sequence[str], out: Path, stem: str, *, rate: float, size_hw: tuple[int, int], live: bool, points: int = 68
 ) -> list[Sink]:
-    """Opens `out/<stem>_keypoints.<suffix>` for each format.
+    """Opens `out/<stem>_keypoints.<suffix>` for each format; `points` is their number a face.
 
     Raises:
         InputError: an unknown format.
@@ -68,7 +68,7 @@ def open_sinks(
         if name in _CODECS:
             sinks.append(VideoSink(path, _CODECS[name], rate, size_hw, by_clock=live))
         else:
-            sinks.append(LinesSink(path) if name == "jsonl" else ParquetSink(path))
+            sinks.append(LinesSink(path) if name == "jsonl" else ParquetSink(path, points))
     return sinks
 
 
@@ -165,7 +165,7 @@ class ParquetSink:
 
     pictures = False
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, points: int) -> None:
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -176,7 +176,7 @@ class ParquetSink:
         point = pa.list_(pa.float32(), 2)
         self._schema = pa.schema([
             ("time", pa.float64()), ("frame", pa.int64()), ("track", pa.int64()),
-            ("box_xyxy", pa.list_(pa.float32(), 4)), ("keypoints_xy", pa.list_(point, 68)),
+            ("box_xyxy", pa.list_(pa.float32(), 4)), ("keypoints_xy", pa.list_(point, points)),
             ("lost_score", pa.float32()),
         ])  # fmt: skip
         try:

@@ -10,24 +10,31 @@ import math
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from kp_runtime.errors import KpError
-from kp_runtime.scheme68 import MIRROR
+from kp_runtime.scheme68 import MIRROR, POINTS
 
-__all__ = ["AUGMENTS", "Augment", "MirrorFace", "augment_from_name"]
+__all__ = ["AUGMENTS", "Augment", "MirrorFace", "augment_from_name", "mirror_from_pairs"]
 
 AUGMENTS = ("faces", "light", "crop", "none")
 
 
 class MirrorFace(v2.Transform):  # type: ignore[misc]
-    """Mirrors a face and gives each point the name of its partner on the other side."""
+    """Mirrors a face and gives each point the name of its partner on the other side.
 
-    def __init__(self, p: float = 0.5) -> None:
+    Args:
+        p: how often.
+        order: `(k,)` int: point `i` of the mirrored face is point `order[i]` of the face.
+    """
+
+    def __init__(self, p: float = 0.5, order: NDArray[np.intp] = MIRROR) -> None:
         super().__init__()
-        self.p = p
+        self.p, self.order = p, torch.from_numpy(order.copy())
 
     def forward(self, *inputs: Any) -> Any:
         """Image and KeyPoints in, the same out, mirrored with probability `p`."""
@@ -36,7 +43,36 @@ class MirrorFace(v2.Transform):  # type: ignore[misc]
             return image, points
         image = v2.functional.horizontal_flip(image)
         points = v2.functional.horizontal_flip(points)
-        return image, tv_tensors.wrap(points[torch.from_numpy(MIRROR.copy())], like=points)
+        return image, tv_tensors.wrap(points[self.order], like=points)
+
+
+def mirror_from_pairs(pairs: str, points: int) -> NDArray[np.intp] | None:
+    """The order of a mirrored face's points.
+
+    Args:
+        pairs: such as `0-1,3-4`: these points change places, the others lie in the middle. Empty for the 68 points,
+            whose pairs are known, and for a mark-up whose faces are not to be mirrored.
+        points: their number.
+
+    Returns:
+        `(points,)` int, or None where nothing is known.
+
+    Raises:
+        KpError: text that is no pairs, a point that is not there or comes twice.
+    """
+    if not pairs:
+        return MIRROR if points == POINTS else None
+    try:
+        numbers = [[int(number) for number in pair.split("-")] for pair in pairs.split(",")]
+        flat = [number for left, right in numbers for number in (left, right)]
+    except ValueError as error:
+        raise KpError(f"pairs must be points such as 0-1,3-4; got {pairs!r}") from error
+    if len(set(flat)) < len(flat) or not all(0 <= number < points for number in flat):
+        raise KpError(f"pairs must name each of the points 0 to {points - 1} once at most; got {pairs!r}")
+    order = np.arange(points)
+    for left, right in numbers:
+        order[[left, right]] = right, left
+    return order
 
 
 class Augment:
@@ -48,7 +84,7 @@ class Augment:
             shorter side leaves this much on both sides of it.
         zoom: standard deviation of the logarithm of the side's factor.
         turn: standard deviation of the turn in degrees.
-        mirror: how often a face is mirrored.
+        mirror: the order of a mirrored face's points; half of the faces are mirrored, none when None.
         grey: what is done to the crop's grey levels alone.
         wide: share of the faces whose `shift` and `zoom` are 2.5 times as wide: boxes err by more
             in some detectors than in others (scripts/fit_box_maps.py prints by how much).
@@ -60,12 +96,12 @@ class Augment:
         max_shift: float,
         zoom: float,
         turn: float,
-        mirror: float,
+        mirror: NDArray[np.intp] | None,
         grey: v2.Transform,
         wide: float = 0.0,
     ) -> None:
         self.shift, self.max_shift, self.zoom, self.turn, self.wide = shift, max_shift, zoom, turn, wide
-        self.mirror = MirrorFace(mirror)
+        self.mirror = MirrorFace(0.5, mirror) if mirror is not None else None
         self.grey = grey
 
     def draw_jitter(self, size_hw: tuple[int, int]) -> dict[str, Any]:
@@ -86,7 +122,8 @@ class Augment:
 
     def __call__(self, image: tv_tensors.Image, points: tv_tensors.KeyPoints) -> Any:
         """Image and KeyPoints of a crop in, the same out, varied."""
-        image, points = self.mirror(image, points)
+        if self.mirror is not None:
+            image, points = self.mirror(image, points)
         return self.grey(image), points
 
 
@@ -136,7 +173,7 @@ class _Noise(v2.Transform):  # type: ignore[misc]
         return tv_tensors.wrap(noisy.round().clamp(0, 255).to(torch.uint8), like=inpt)
 
 
-def _faces() -> Augment:
+def _faces(mirror: NDArray[np.intp] | None) -> Augment:
     grey = v2.Compose(
         [
             v2.ColorJitter(brightness=0.25, contrast=0.25),
@@ -147,11 +184,11 @@ def _faces() -> Augment:
             v2.RandomErasing(p=0.05, scale=(0.01, 0.08), ratio=(0.4, 2.5), value=127),
         ]
     )
-    return Augment(shift=0.02, max_shift=0.16, zoom=0.04, turn=8, mirror=0.5, grey=grey, wide=0.4)
+    return Augment(shift=0.02, max_shift=0.16, zoom=0.04, turn=8, mirror=mirror, grey=grey, wide=0.4)
 
 
-def augment_from_name(name: str) -> Augment | None:
-    """The augmentation of a name: `faces`, `light`, `crop` (as the original) or `none`.
+def augment_from_name(name: str, mirror: NDArray[np.intp] | None = MIRROR) -> Augment | None:
+    """The augmentation of a name: `faces`, `light`, `crop` (as the original) or `none`; `mirror` as in `Augment`.
 
     Raises:
         KpError: no such name.
@@ -162,8 +199,8 @@ def augment_from_name(name: str) -> Augment | None:
         return None
     if name == "light":
         grey = v2.ColorJitter(brightness=0.2, contrast=0.2)
-        return Augment(shift=0.02, max_shift=0.08, zoom=0.04, turn=5, mirror=0.5, grey=grey)
+        return Augment(shift=0.02, max_shift=0.08, zoom=0.04, turn=5, mirror=mirror, grey=grey)
     if name == "crop":
         # the original draws a 224 window from the 250 image: up to 13 px of 224 either way
-        return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, mirror=0, grey=v2.Identity())
-    return _faces()
+        return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, mirror=None, grey=v2.Identity())
+    return _faces(mirror)

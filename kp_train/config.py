@@ -33,6 +33,8 @@ class TrainConfig:
             original) or `none`.
         val_fraction: share of the people that are held out.
         seed: of weights, order and augmentation.
+        points: of each face; another number than 68 is a mark-up of one's own.
+        pairs: of points that change places in a mirrored face, such as `0-1,3-4`; see `mirror_from_pairs`.
         precision: as Lightning names it: `32-true`, `bf16-mixed`, `16-mixed`.
     """
 
@@ -53,6 +55,8 @@ class TrainConfig:
     augment: str = "faces"
     val_fraction: float = 0.1
     seed: int = 68
+    points: int = 68
+    pairs: str = ""
     precision: str = "32-true"
 
     def __post_init__(self) -> None:

@@ -1,8 +1,8 @@
 """Labelled faces from the two layouts that people have, and the data set that training draws from.
 
-Layout 1, CSV: a file name, then x0, y0, … x67, y67, in pixels of that image, an integer being a
-pixel's centre; a header line first, or none. Layout 2, folders of photos with an iBUG `.pts` file of the
-same stem beside each; those count pixels from 1 and are moved to 0 here.
+Layout 1, CSV: a file name, then x0, y0, … x67, y67 (or as many points as the model has), in pixels of that
+image, an integer being a pixel's centre; a header line first, or none. Layout 2, folders of photos with an iBUG
+`.pts` file of the same stem beside each; those count pixels from 1 and are moved to 0 here.
 
 The person of a face is its file's stem up to the last underscore: both public data sets name
 their files so. Splits are by person, by a hash of the name, so they do not depend on order.
@@ -39,7 +39,7 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
 @dataclass(frozen=True)
 class Face:
-    """One labelled face: the image's path and `(68, 2)` float32 points in its pixels."""
+    """One labelled face: the image's path and its points in pixels, `(68, 2)` float32 or as many as there are."""
 
     image: Path
     xy: NDArray[np.float32]
@@ -73,34 +73,39 @@ def is_held_out(person: str, fraction: float) -> bool:
     return bucket < fraction
 
 
-def parse_source(text: str) -> Source:
+def parse_source(text: str, points: int = POINTS) -> Source:
     """Reads `PATH` or `PATH=WEIGHT`, the way the command line names a source."""
     path, sign, weight = text.rpartition("=")
     if not sign:
-        return read_source(Path(text))
+        return read_source(Path(text), points=points)
     try:
         value = float(weight)
     except ValueError:
-        return read_source(Path(text))
+        return read_source(Path(text), points=points)
     if not (math.isfinite(value) and value > 0):
         raise DataError(f"the weight of {path} must be a number over 0, got {weight}")
-    return read_source(Path(path), value)
+    return read_source(Path(path), value, points)
 
 
-def read_source(path: Path, weight: float = 1.0) -> Source:
-    """Reads a CSV of 68 points or a folder of photos with `.pts` files.
+def read_source(path: Path, weight: float = 1.0, points: int = POINTS) -> Source:
+    """Reads a CSV of points or a folder of photos with `.pts` files.
+
+    Args:
+        path: the CSV or the folder.
+        weight: how often each face is drawn, on the average, in an epoch.
+        points: how many points each face has.
 
     Raises:
         DataError: neither of the two, nothing in it, or a label that can't be read.
     """
     if path.is_dir():
-        return _read_pts_folder(path, weight)
+        return _read_pts_folder(path, weight, points)
     if path.is_file() and path.suffix.lower() == ".csv":
-        return _read_csv(path, weight)
-    raise DataError(f"{path} is neither a CSV of 68 points nor a folder with .pts files; check the path")
+        return _read_csv(path, weight, points)
+    raise DataError(f"{path} is neither a CSV of {points} points nor a folder with .pts files; check the path")
 
 
-def _read_csv(path: Path, weight: float) -> Source:
+def _read_csv(path: Path, weight: float, points: int) -> Source:
     faces: list[Face] = []
     images: Path | None = None
     try:
@@ -109,7 +114,7 @@ def _read_csv(path: Path, weight: float) -> Source:
                 header = number == 1 and Path(row[0] if row else "").suffix.lower() not in IMAGE_SUFFIXES
                 if header or not row:
                     continue
-                xy = _points_of_row(path, number, row)
+                xy = _points_of_row(path, number, row, points)
                 images = images or _image_folder(path, row[0])
                 faces.append(Face(images / row[0], xy))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -119,14 +124,14 @@ def _read_csv(path: Path, weight: float) -> Source:
     return Source(path, weight, tuple(faces), sha256_of_file(path))
 
 
-def _points_of_row(path: Path, number: int, row: list[str]) -> NDArray[np.float32]:
+def _points_of_row(path: Path, number: int, row: list[str], points: int) -> NDArray[np.float32]:
     where = f"{path}, line {number} ({row[0][:200]})"
-    if len(row) != 1 + 2 * POINTS:
+    if len(row) != 1 + 2 * points:
         raise DataError(
-            f"{where}: expected a file name and {2 * POINTS} numbers for {POINTS} points, got {len(row) - 1} numbers"
+            f"{where}: expected a file name and {2 * points} numbers for {points} points, got {len(row) - 1} numbers"
         )
     try:
-        xy = np.array([float(cell) for cell in row[1:]], np.float32).reshape(POINTS, 2)
+        xy = np.array([float(cell) for cell in row[1:]], np.float32).reshape(points, 2)
     except ValueError as error:
         raise DataError(
             f"{where}: a cell is not a number ({str(error)[:200]}); correct it or remove the row"
@@ -151,7 +156,7 @@ def _image_folder(path: Path, name: str) -> Path:
     raise DataError(f"{path} names the image {name[:200]}, which is in none of: {', '.join(map(str, places))}")
 
 
-def _read_pts_folder(path: Path, weight: float) -> Source:
+def _read_pts_folder(path: Path, weight: float, points: int) -> Source:
     labels = sorted(path.rglob("*.pts"))
     if not labels:
         raise DataError(f"{path} has no .pts files in it or below it; give the folder that holds the labelled photos")
@@ -159,7 +164,7 @@ def _read_pts_folder(path: Path, weight: float) -> Source:
     faces = []
     for label in labels:
         digest.update(label.read_bytes())
-        faces.append(Face(_image_beside(label), read_pts(label)))
+        faces.append(Face(_image_beside(label), read_pts(label, points)))
     return Source(path, weight, tuple(faces), digest.hexdigest())
 
 
@@ -170,17 +175,17 @@ def _image_beside(label: Path) -> Path:
     raise DataError(f"{label} has no image beside it (looked for {', '.join(IMAGE_SUFFIXES)})")
 
 
-def read_pts(path: Path) -> NDArray[np.float32]:
-    """Reads an iBUG `.pts` file: `(68, 2)` float32, moved from 1-based to 0-based pixels.
+def read_pts(path: Path, points: int = POINTS) -> NDArray[np.float32]:
+    """Reads an iBUG `.pts` file: `(points, 2)` float32, moved from 1-based to 0-based pixels.
 
     Raises:
-        DataError: no header, not 68 points, or text where numbers belong.
+        DataError: no header, another number of points, or text where numbers belong.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="strict")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} can't be read as text: {error}") from error
-    return _checked(pts_from_text(text, str(path)).astype(np.float32), str(path))
+    return _checked(pts_from_text(text, str(path), points).astype(np.float32), str(path))
 
 
 def luma_from_file(path: Path) -> NDArray[np.uint8]:

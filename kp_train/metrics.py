@@ -1,6 +1,7 @@
-"""Accuracy measures of 68-point faces, in numpy; all take `(n, 68, 2)` pixels of the image.
+"""Accuracy measures of faces, in numpy; all take `(n, 68, 2)` pixels of the image, or another number of points.
 
-NME: mean point error over the distance of the outer eye corners (Sagonas et al. 2013).
+NME: mean point error over the distance of the outer eye corners (Sagonas et al. 2013); with another number of points
+than 68, over the square root of the area of the points' tight box (Bulat and Tzimiropoulos 2017).
 AUC and failure rate at 8%: area under the cumulative error curve up to 0.08, divided by 0.08,
 and the share of faces over 0.08 (Yang et al. 2015).
 """
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.scheme68 import EYE_CORNERS, REGIONS
+from kp_runtime.scheme68 import EYE_CORNERS, POINTS, regions_of
 
-__all__ = ["Accuracy", "accuracy", "point_errors", "smooth_l1_original"]
+__all__ = ["Accuracy", "accuracy", "nme_unit", "point_errors", "smooth_l1_original"]
 
 FAILURE = 0.08
 
@@ -30,7 +31,7 @@ class Accuracy:
         p95: 95th percentile of the NME.
         auc: area under the cumulative error curve up to 8%, 0 to 1.
         failures: share of faces with an NME over 8%.
-        regions: mean NME of jaw, brows, nose, eyes, mouth.
+        regions: mean NME of jaw, brows, nose, eyes, mouth; none with another number of points than 68.
         smooth_l1: the original project's loss.
     """
 
@@ -44,11 +45,20 @@ class Accuracy:
     smooth_l1: float
 
 
+def nme_unit(xy: NDArray[np.floating]) -> NDArray[np.float64]:
+    """What the NME of each face is counted in, `(n,)`: the eyes' distance, or the box's size."""
+    xy = np.asarray(xy, np.float64)
+    if xy.shape[1] == POINTS:
+        eyes: NDArray[np.float64] = np.linalg.norm(xy[:, EYE_CORNERS[0]] - xy[:, EYE_CORNERS[1]], axis=-1)
+        return eyes
+    size: NDArray[np.float64] = np.sqrt(np.ptp(xy, axis=1).prod(axis=-1))
+    return size
+
+
 def point_errors(predicted: NDArray[np.floating], truth: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Point distances over the truth's outer eye corner distance, `(n, 68)`."""
+    """Point distances over the truth's `nme_unit`, `(n, 68)`."""
     truth = np.asarray(truth, np.float64)
-    eyes = np.linalg.norm(truth[:, EYE_CORNERS[0]] - truth[:, EYE_CORNERS[1]], axis=-1)
-    errors: NDArray[np.float64] = np.linalg.norm(predicted - truth, axis=-1) / eyes[:, None]
+    errors: NDArray[np.float64] = np.linalg.norm(predicted - truth, axis=-1) / nme_unit(truth)[:, None]
     return errors
 
 
@@ -58,7 +68,7 @@ def smooth_l1_original(
     """The original project's validation loss of each face, `(n,)`.
 
     The image scaled so that its shorter side is 250, points as (pixel − 100) / 50, SmoothL1
-    with beta 1, the mean over all 136 values. Its crop moves both sets alike and cancels.
+    with beta 1, the mean over all coordinates. Its crop moves both sets alike and cancels.
     """
     scale = 250.0 / np.asarray(sizes_hw, np.float64).min(axis=1)
     distance = np.abs(np.asarray(predicted, np.float64) - truth) * scale[:, None, None] / 50
@@ -78,6 +88,6 @@ def accuracy(predicted: NDArray[np.floating], truth: NDArray[np.floating], sizes
         p95=float(np.percentile(nme, 95)),
         auc=float(np.clip(1 - nme / FAILURE, 0, None).mean()),
         failures=float((nme > FAILURE).mean()),
-        regions={name: float(errors[:, list(points)].mean()) for name, points in REGIONS.items()},
+        regions={name: float(errors[:, list(points)].mean()) for name, points in regions_of(errors.shape[1]).items()},
         smooth_l1=float(smooth_l1_original(predicted, truth, sizes_hw).mean()),
     )

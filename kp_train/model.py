@@ -1,4 +1,4 @@
-"""The network: torchvision's ResNet-18 with one grey channel in and 136 numbers out.
+"""The network: torchvision's ResNet-18 with one grey channel in and two numbers a point out, 136 for the 68.
 
 `KeypointNet` maps uint8 crops to keypoints in pixels of the crop; normalising (÷ 255) and
 decoding are part of it, so an exported file has both inside. The head's numbers are the
@@ -34,20 +34,21 @@ class KeypointNet(nn.Module):
         size: side of the crops in pixels.
         reduce: the backbone sees means of `reduce` x `reduce` pixels: 2 makes a 224 px crop cost
             what a 112 px one does.
+        points: how many it finds.
     """
 
-    def __init__(self, size: int = REFERENCE_SIZE, reduce: int = 1) -> None:
+    def __init__(self, size: int = REFERENCE_SIZE, reduce: int = 1, points: int = POINTS) -> None:
         super().__init__()
-        self.size, self.reduce = size, reduce
-        self.backbone = resnet18(num_classes=2 * POINTS, zero_init_residual=True)
+        self.size, self.reduce, self.points = size, reduce, points
+        self.backbone = resnet18(num_classes=2 * points, zero_init_residual=True)
         self.backbone.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
 
     def forward(self, crops: Tensor) -> Tensor:
-        """Crops `(n, 1, size, size)` uint8 to keypoints `(n, 68, 2)` float32, pixels of the crop."""
+        """Crops `(n, 1, size, size)` uint8 to keypoints `(n, points, 2)` float32, pixels of the crop."""
         return self.decode(self.raw(crops))
 
     def raw(self, crops: Tensor) -> Tensor:
-        """The head's numbers, `(n, 136)`, in units of the training target."""
+        """The head's numbers, `(n, 2 * points)`, in units of the training target."""
         x = self.normalise(crops, self.backbone.conv1.weight.dtype)
         raw: Tensor = self.backbone(x.contiguous(memory_format=torch.channels_last))
         return raw
@@ -58,18 +59,18 @@ class KeypointNet(nn.Module):
         return x if self.reduce == 1 else F.avg_pool2d(x, self.reduce)
 
     def decode(self, raw: Tensor) -> Tensor:
-        """Head numbers `(n, 136)` to pixels of the crop `(n, 68, 2)`."""
+        """Head numbers `(n, 2 * points)` to pixels of the crop `(n, points, 2)`."""
         scale = self.size / REFERENCE_SIZE
-        return (raw * (UNIT * scale) + ((OFFSET + 0.5) * scale - 0.5)).reshape(-1, POINTS, 2)
+        return (raw * (UNIT * scale) + ((OFFSET + 0.5) * scale - 0.5)).reshape(-1, self.points, 2)
 
     def encode(self, xy_crop: Tensor) -> Tensor:
-        """Pixels of the crop `(n, 68, 2)` to the training target `(n, 136)`."""
+        """Pixels of the crop `(n, points, 2)` to the training target `(n, 2 * points)`."""
         scale = self.size / REFERENCE_SIZE
         return ((xy_crop.flatten(1) + 0.5) / scale - 0.5 - OFFSET) / UNIT
 
     @torch.no_grad()
     def start_from_mean(self, mean_xy_crop: Tensor) -> None:
-        """Sets the head so that an untrained network answers the mean face, `(68, 2)` px."""
+        """Sets the head so that an untrained network answers the mean face, `(points, 2)` px."""
         nn.init.normal_(self.backbone.fc.weight, std=0.01)
         self.backbone.fc.bias.copy_(self.encode(mean_xy_crop[None])[0])
 

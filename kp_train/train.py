@@ -30,13 +30,14 @@ from torch.utils.data import DataLoader, Sampler
 from torchvision.utils import draw_keypoints, make_grid, save_image
 
 from kp_runtime.errors import DataError, KpError
-from kp_runtime.scheme68 import EYE_CORNERS
+from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import Manifest, ModelSpec, writing
-from kp_train.augment import augment_from_name
+from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, FaceDataset, Source, is_held_out
 from kp_train.loss import keypoint_loss
+from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet, load_backbone_weights
 
 __all__ = ["run_record", "split_by_person", "stored_record", "train"]
@@ -50,7 +51,7 @@ class KeypointModule(L.LightningModule):
     def __init__(self, config: TrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.net = KeypointNet(config.size, config.reduce).to(memory_format=torch.channels_last)
+        self.net = KeypointNet(config.size, config.reduce, config.points).to(memory_format=torch.channels_last)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of `(crops, xy_crop)`."""
@@ -64,8 +65,8 @@ class KeypointModule(L.LightningModule):
         crops, xy = batch
         raw = self.net.raw(crops)
         loss = keypoint_loss(raw, self.net.encode(xy), self.config.beta)
-        eyes = (xy[:, EYE_CORNERS[0]] - xy[:, EYE_CORNERS[1]]).norm(dim=-1)
-        nme = (self.net.decode(raw.float()) - xy).norm(dim=-1).mean(dim=1) / eyes
+        unit = torch.from_numpy(nme_unit(xy.cpu().numpy())).to(xy)
+        nme = (self.net.decode(raw.float()) - xy).norm(dim=-1).mean(dim=1) / unit
         values = {"val_loss": loss, "val_nme": nme.mean()}
         self.log_dict(values, prog_bar=True, batch_size=len(crops), sync_dist=True)
 
@@ -211,9 +212,12 @@ def train(
         raise KpError(f"{run} already holds a run; add --resume to go on with it, or name another folder with --out")
     trainer = _trainer(config, run, devices, accelerator, strategy, progress)
     L.seed_everything(config.seed, workers=True, verbose=False)
-    spec = ModelSpec(name=name, size=config.size, margin=config.margin, box=config.box)
+    spec = ModelSpec(
+        name, config.size, config.margin, config.box, config.points, "ibug68" if config.points == POINTS else "own"
+    )
+    mirror = mirror_from_pairs(config.pairs, config.points)
     training, held_out = split_by_person(sources, config)
-    train_set = FaceDataset([f for part in training for f in part], spec, augment_from_name(config.augment))
+    train_set = FaceDataset([f for part in training for f in part], spec, augment_from_name(config.augment, mirror))
     val_set = FaceDataset(held_out, spec)
 
     module = KeypointModule(config)
@@ -331,11 +335,19 @@ def _start_weights(net: KeypointNet, faces: FaceDataset, weights: str, init: Pat
     """Fills the network and returns what it started from, for the record."""
     if init is not None:
         other, manifest = load_checkpoint(init)
-        net.backbone.load_state_dict(other.backbone.state_dict())
+        state = other.backbone.state_dict()
+        if other.points != net.points:  # its head is of another mark-up
+            state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+            _start_from_mean(net, faces)
+        net.backbone.load_state_dict(state, strict=False)
         return {"checkpoint_sha256": manifest.files[CHECKPOINT_NAME].sha256, "training": manifest.training}
+    _start_from_mean(net, faces)
+    return {"weights": load_backbone_weights(net, weights)}
+
+
+def _start_from_mean(net: KeypointNet, faces: FaceDataset) -> None:
     sample = np.linspace(0, len(faces) - 1, min(256, len(faces))).astype(int)
     net.start_from_mean(torch.stack([faces[int(i)][1] for i in sample]).mean(dim=0))
-    return {"weights": load_backbone_weights(net, weights)}
 
 
 def run_record(
@@ -390,7 +402,7 @@ def _git_revision() -> str | None:
 def _checkpoint_from_state(state: Path, run: Path, spec: ModelSpec, record: dict[str, Any], trainer: L.Trainer) -> Path:
     """Writes the best state's (averaged) weights as the run's checkpoint."""
     content = SafetensorsIO().load_checkpoint(state)
-    net = KeypointNet(spec.size)
+    net = KeypointNet(spec.size, points=spec.points)
     net.load_state_dict({k.removeprefix("net."): v for k, v in content["state_dict"].items()})
     with torch.no_grad():
         finite = all(bool(torch.isfinite(p).all()) for p in net.parameters())
