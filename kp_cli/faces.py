@@ -23,8 +23,9 @@ from kp_cli.options import (
     Mirror,
     PublicKey,
     Threads,
-    bundle_or_default,
+    Tuned,
     detector_from_name,
+    load_model,
     note,
     note_boxes,
 )
@@ -52,6 +53,7 @@ def predict(
     ] = "auto",
     threads: Threads = None,
     cores: Cores = None,
+    tuned: Tuned = None,
     public_key: PublicKey = None,
     times: Annotated[bool, typer.Option("--times", help="Print how long each stage took.")] = False,
     as_json: Json = False,
@@ -63,7 +65,6 @@ def predict(
     import numpy as np
 
     from kp_runtime.photos import check_formats, photos_from_paths, predict_photo, results_json, write_results
-    from kp_runtime.pipeline import load
     from kp_runtime.timing import StageTimer
 
     check_formats(formats or [])
@@ -74,7 +75,7 @@ def predict(
     if len(set(targets)) < len(targets):
         raise InputError("two of the photos have the same name; predict them in two runs with their own --out")
     boxes = np.array([_parse_box(text) for text in box]) if box else None
-    opened, timer = load(bundle_or_default(model), backend, threads, public_key=public_key), StageTimer()
+    opened, timer = load_model(model, tuned, backend, threads, public_key), StageTimer()
     finder = None if boxes is not None else detector_from_name(detector)
     if finder is not None:
         note_boxes(opened.spec)
@@ -118,6 +119,7 @@ def put_effect(
     mirror: Mirror = False,
     detector: Detector = "haar",
     threads: Threads = None,
+    tuned: Tuned = None,
     public_key: PublicKey = None,
     as_json: Json = False,
 ) -> None:
@@ -127,14 +129,13 @@ def put_effect(
     """
     from kp_runtime.effects import open_effect
     from kp_runtime.photos import photos_from_paths, predict_photo
-    from kp_runtime.pipeline import load
 
     put = open_effect(effect)
     paths = photos_from_paths(photos)
     targets = [out / f"{path.stem}_{Path(effect).stem}.jpg" for path in paths]
     if len(set(targets)) < len(targets):
         raise InputError("two of the photos have the same name; run kp filter twice with their own --out")
-    opened = load(bundle_or_default(model), threads=threads, public_key=public_key)
+    opened = load_model(model, tuned, "auto", threads, public_key)
     finder = detector_from_name(detector)
     results, failed = [], []
     for path, target in progress("drawing")(list(zip(paths, targets, strict=True))):
@@ -187,6 +188,7 @@ def run(
     ] = 0.1,
     detector: Detector = "haar",
     threads: Threads = None,
+    tuned: Tuned = None,
     public_key: PublicKey = None,
     as_json: Json = False,
 ) -> None:
@@ -198,7 +200,6 @@ def run(
     stop = threading.Event()
     _quiet_video()
     from kp_runtime.effects import open_effect
-    from kp_runtime.pipeline import load
     from kp_runtime.track import Tracker, TrackerSettings
     from kp_runtime.video import Window, draw_effect, draw_tracks, run_video
     from kp_runtime.video_sink import open_sinks
@@ -208,7 +209,7 @@ def run(
     if effect and not show and not {"mp4", "avi"} & set(wanted):
         raise InputError("--effect goes with --format mp4, --format avi or --show")
     draw = draw_effect(open_effect(effect)) if effect else draw_tracks
-    opened = load(bundle_or_default(model), threads=threads, public_key=public_key)
+    opened = load_model(model, tuned, "auto", threads, public_key)
     if opened.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
     note_boxes(opened.spec)

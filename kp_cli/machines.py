@@ -1,4 +1,4 @@
-"""What tells about the machine: `kp bench`, `kp doctor`."""
+"""What tells about the machine: `kp bench`, `kp tune`, `kp doctor`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from typing import Annotated
 
 import typer
 
-from kp_cli.options import ELSE_DEFAULT, Cores, Detector, Json, Threads, bundle_or_default, detector_from_name
-from kp_cli.report import print_bench, print_comparison, print_diagnosis, print_json, share_progress, tell_subject
+from kp_cli.options import ELSE_DEFAULT, Cores, Detector, Json, Threads, bundle_or_default, detector_from_name, note
+from kp_cli.report import (
+    print_bench,
+    print_comparison,
+    print_diagnosis,
+    print_json,
+    print_tuning,
+    share_progress,
+    tell_subject,
+)
 from kp_runtime.errors import InputError, KpError
 
 
@@ -87,6 +95,98 @@ def bench(
     print_comparison(comparison)
     for path in written:
         typer.echo(path)
+
+
+def tune(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; " + ELSE_DEFAULT)] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Most that 95 of 100 calls may take: 5ms, 800us, 0.02s.")
+    ] = None,
+    faces: Annotated[int, typer.Option(help="Faces in a call.")] = 1,
+    max_rise: Annotated[
+        float, typer.Option("--max-nme-rise", help="Most percentage points of NME over the bundle's fp32.")
+    ] = 0.1,
+    also: Annotated[
+        list[Path] | None,
+        typer.Option(help="A smaller model's bundle to try too. Repeatable; BUNDLE-lite beside it when left out."),
+    ] = None,
+    alone: Annotated[bool, typer.Option("--alone", help="Try no other bundle.")] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATH", help="Labelled faces to measure the NME on, instead of what the bundles record."),
+    ] = None,
+    unknown: Annotated[
+        bool, typer.Option("--allow-unknown", help="Take files too of which nobody knows how far the NME rises.")
+    ] = False,
+    photo: Annotated[
+        Path | None, typer.Option(help="A photo of your kind and size; scikit-image's astronaut when left out.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Engine to try. Repeatable; tensorrt, ort-cuda and ort-cpu when left out."),
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="Precision to try. Repeatable; all files when left out.")
+    ] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(help="Threads to try. Repeatable; 1, 2, 4 and so on when left out.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Least time that each of the best is measured.")] = 3.0,
+    samples: Annotated[int, typer.Option(min=1, help="Least number of samples of each of them.")] = 200,
+    detector: Detector = "haar",
+    out: Annotated[Path, typer.Option(help="File for the settings; NAME.tried.json beside it has the table.")] = Path(
+        "tuned.json"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Find the fastest way to run a model on this machine that keeps its accuracy.
+
+    Tries engines, precisions, threads, ways to feed a batch, and the lite model; writes the settings, which
+    kp predict --tuned and load(tuned=...) take, and the table of what was tried. Exit status 1 where nothing
+    fits the budget. docs/tune.md explains it.
+
+    Example: kp tune out/resnet18-68 --budget 5ms --data faces.csv
+    """
+    from kp_runtime.backend import AUTO
+    from kp_runtime.tune import beside, run_tune
+    from kp_runtime.tune_results import (
+        TuneSettings,
+        Tuning,
+        check_chosen,
+        json_from_tuning,
+        milliseconds_from_text,
+        write_tuning,
+    )
+
+    if also and alone:
+        raise InputError("--alone tries no other bundle: leave out --also")
+    settings = TuneSettings(
+        None if budget is None else milliseconds_from_text(budget), faces, max_rise, unknown, tuple(backend or AUTO),
+        tuple(precision or ()), tuple(threads or ()), seconds, samples,
+    )  # fmt: skip
+    first = bundle_or_default(bundle)
+    lite = None if also or alone else beside(first)
+    if lite is not None:
+        note(f"{lite} lies beside it and is tried too; --alone leaves it out")
+    rise_of = None
+    if data:
+        from kp_export.evaluate import measured_rise
+        from kp_train.data import parse_source
+
+        rise_of = measured_rise(first, [parse_source(text) for text in data])
+    with share_progress() as step:
+        bundles = [first, *(also or []), *([lite] if lite else [])]
+        result: Tuning = run_tune(
+            bundles, photo or _astronaut(), detector_from_name(detector), settings, rise_of=rise_of, step=step
+        )
+    written = write_tuning(result, out)
+    if as_json:
+        print_json(json_from_tuning(result))
+    else:
+        print_tuning(result)
+        for path in written:
+            typer.echo(path)
+    check_chosen(result)
 
 
 def doctor(

@@ -31,6 +31,9 @@ Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its ow
 Cores = Annotated[str | None, typer.Option(
     metavar="LIST", callback=stay_on, help="Cores that the command runs on, such as 0,2-3 (Linux); all when left out."
 )]  # fmt: skip
+Tuned = Annotated[Path | None, typer.Option(
+    metavar="FILE", help="Settings of kp tune: model file, engine and threads; --model may then be left out."
+)]  # fmt: skip
 PublicKey = Annotated[Path | None, typer.Option(help="Refuse a bundle that this PEM file's key did not sign.")]
 Looks = Annotated[
     int, typer.Option(help="Times that a face is looked at, each time in the box of the points found before.")
@@ -79,6 +82,24 @@ def bundle_or_default(named: Path | None) -> Path:
     from kp_runtime.default_model import default_bundle
 
     return named or default_bundle(checkout=Path(__file__).parents[1] / DEFAULT_BUNDLE)
+
+
+def load_model(
+    model: Path | None, tuned: Path | None, backend: str, threads: int | None, public_key: Path | None
+) -> Any:
+    """Opens a model as the options say; that settings were tuned elsewhere is a line on stderr."""
+    import warnings
+
+    from kp_runtime.pipeline import load
+
+    if tuned is None:
+        return load(bundle_or_default(model), backend, threads, public_key=public_key)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        opened = load(model, backend, threads, public_key=public_key, tuned=tuned)
+    for warning in told:
+        note(str(warning.message))
+    return opened
 
 
 def detector_from_name(name: str, smallest: float = 0.05) -> Any:

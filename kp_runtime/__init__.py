@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from kp_runtime.spec import Manifest, ModelSpec
     from kp_runtime.timing import StageTimer
     from kp_runtime.track import Track, Tracker, TrackerSettings
+    from kp_runtime.tuned import TunedWarning
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ __all__ = [
     "Track",
     "Tracker",
     "TrackerSettings",
+    "TunedWarning",
     "YuNetDetector",
     "boxes_from_points",
     "draw_keypoints",
@@ -97,6 +99,7 @@ _HOME = {
     "spec": ("Manifest", "ModelSpec"),
     "timing": ("StageTimer",),
     "track": ("Track", "Tracker", "TrackerSettings"),
+    "tuned": ("TunedWarning",),
 }
 """The module of each public name; the rest are errors. A module is imported when it is first used."""
 
