@@ -29,6 +29,7 @@ COMMANDS = (
     "filter",
     "run",
     "bench",
+    "tune",
     "inspect",
     "sign",
     "doctor",
