@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from kp_runtime.errors import KpError
@@ -106,7 +106,7 @@ class _State:
     def __init__(self, config: DetectorConfig) -> None:
         self.config, self.step = config, 0
         self.net = DetectorNet().to(memory_format=torch.channels_last)
-        self.averaged = AveragedModel(self.net, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+        self.averaged = AveragedModel(self.net, avg_fn=self._mean, use_buffers=True)
         groups = [
             {"params": [p for p in self.net.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in self.net.parameters() if p.ndim <= 1], "weight_decay": 0.0},
@@ -143,6 +143,11 @@ class _State:
     def _loss(self, net: DetectorNet, batch: Sequence[Tensor]) -> Tensor:
         windows, boxes, clean = batch
         return detector_loss(net.raw(windows), boxes, clean, doubt=self.step >= self.config.trust)
+
+    def _mean(self, mean: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+        """The moving average with one more value; a short one at first, which forgets the random weights."""
+        decay = min(self.config.ema, (1 + int(count)) / (10 + int(count)))
+        return mean * decay + value * (1 - decay)
 
     @property
     def _parts(self) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from kp_train.face_windows import WINDOW, Pictures, WindowDataset, read_pictures
 from kp_train.synthetic import drawn_face, write_csv_source
 from kp_train.train_detector import train_detector
 
-WEIGHTS = [1.0] * 16
+WEIGHTS = [1.0] * 20
 SMALL = DetectorConfig(steps=4, batch_size=4, val_fraction=0.3)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_csv_source(tmp_path_factory.mktemp("faces"), people=8)
+    return write_csv_source(tmp_path_factory.mktemp("faces"), people=20, each=1)
 
 
 def run(source: Path, out: Path, config: DetectorConfig = SMALL, **options: object) -> Path:
@@ -212,20 +212,34 @@ def test_checkpoints_that_can_not_be_exported(tmp_path: Path) -> None:
     assert sorted(path.name for path in bundle.iterdir()) == [CHECKPOINT_NAME, "manifest.json"]
 
 
-def test_it_learns_drawn_faces(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                               capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    words = ["--data", source, "--out", tmp_path / "d", "--steps", 60, "--batch-size", 16, "--threads", 1]
+def test_it_learns_drawn_faces(source: Path, tmp_path: Path) -> None:
+    config = DetectorConfig(steps=90, batch_size=16, lr=0.006, warmup=5, ema=0.9, val_fraction=0.3)
+    net, _ = load_detector(run(source, tmp_path / "d", config).parent)
+    rng = np.random.default_rng(99)
+    found = 0
+    for _ in range(20):
+        image, xy = drawn_face(rng, (110, 100))
+        with torch.inference_mode():
+            cells = net(torch.from_numpy(image[:, :, 0])[None, None])[0].numpy()
+        row, column = np.unravel_index(cells[0].argmax(), cells[0].shape)
+        x, y, (left, top, right, low) = 8 * column, 8 * row, cells[1:, row, column]
+        box = np.array([[x - left, y - top, x + right, y + low]])
+        found += overlaps(box, boxes_from_points(xy)[None])[0, 0] > 0.5
+    assert found >= 17
+
+
+def test_the_command_trains_and_exports(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
+    words = ["--data", source, "--out", tmp_path / "d", "--steps", 1, "--batch-size", 2, "--threads", 1]
     monkeypatch.setattr("sys.argv", ["kp", "train-detector", *map(str, words)])
     with pytest.raises(SystemExit) as end:
         kp_cli.main()
     assert not end.value.code
-    assert "step 60/60  held-out loss" in (printed := capsys.readouterr().out)
-    assert "--detector own=" in printed
-    detector = CenterDetector(tmp_path / "d", score=0.2)
-    rng = np.random.default_rng(99)
-    found = 0
-    for _ in range(10):
-        image, xy = drawn_face(rng, (110, 100))
-        boxes = detector(image)
-        found += bool(len(boxes)) and overlaps(boxes, boxes_from_points(xy)[None]).max() > 0.5
-    assert found >= 8
+    printed = capsys.readouterr().out
+    assert "step 1/1  held-out loss" in printed
+    assert f"--detector own={tmp_path / 'd'}" in printed
+    assert CenterDetector(tmp_path / "d")(np.zeros((80, 90, 3), np.uint8)).shape == (0, 4)
+    with pytest.raises(SystemExit) as end:
+        kp_cli.main()
+    assert end.value.code == 1
+    assert "already holds a run" in capsys.readouterr().err
