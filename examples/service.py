@@ -1,13 +1,14 @@
 """Keypoints over HTTP: requests that arrive together share one network call.
 
 What it does    POST an image (JPEG or PNG, as the body) to /keypoints -> JSON with the box and the 68
-                keypoints of every face. GET /health runs the network and compares its answer.
-What it needs   pip install 'kp-edge[image,ort,serve]'; a bundle
+                keypoints of every face. GET /health runs the network and compares its answer; GET /metrics
+                is a page for Prometheus, of this process.
+What it needs   pip install 'kp-edge[image,ort,serve,metrics]'; a bundle
 How to run      KP_MODEL=BUNDLE uvicorn examples.service:app, or KP_MODEL=BUNDLE python examples/service.py
 How to ask      curl --data-binary @photo.jpg http://127.0.0.1:8000/keypoints
 Settings        environment variables, see `Settings`; with `uvicorn`, host and port are its own options
 Errors          {"detail": "one line"}: 400 no image, 408 slow upload, 413 too large, 415 neither JPEG nor
-                PNG, 503 busy (with Retry-After), 500 the engine failed
+                PNG, 503 busy (with Retry-After), 500 the engine failed, 501 metrics without prometheus_client
 What was run    here, on x86-64 CPUs: the tests, in one process and over a socket. Not run: GPU engines
 What it gains   calls are shared where the network is what requests wait for. With Haar on two busy cores it is
                 not: 64 requests of 8 clients, one face each, made 62 calls
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from numpy.typing import NDArray
 from starlette.requests import ClientDisconnect
 
@@ -41,6 +42,8 @@ from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
 from kp_runtime.default_model import default_bundle
 from kp_runtime.detect import Detector
+from kp_runtime.prometheus import Metrics
+from kp_runtime.track import FindFaces
 
 BUNDLE_OF_THE_CHECKOUT = Path(__file__).resolve().parents[1] / "engines" / "resnet18-68"
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
@@ -124,6 +127,11 @@ class BatchingBackend(Backend):
         self._arrival, self._engine = threading.Condition(), threading.Lock()
         self._batch = Batch()
 
+    @property
+    def waiting(self) -> int:
+        """How many crops wait."""
+        return self._batch.faces
+
     def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         answer: Future[NDArray[np.float32]] = Future()
         with self._arrival:
@@ -149,11 +157,14 @@ class Service:
         model = kp_runtime.load(bundle, settings.backend, public_key=settings.public_key)
         model.warmup(settings.batch_faces)
         self.batching = BatchingBackend(model.backend, settings.wait_ms / 1000, settings.batch_faces)
-        self._model = kp_runtime.Model(self.batching)
+        self.metrics = metrics_or_none()
+        shared = kp_runtime.Model(self.batching)
+        self._model = self.metrics.model(shared) if self.metrics else shared
         # as many as there are cores: the others wait here, with their bytes still compressed
-        self._detectors: queue.LifoQueue[Detector] = queue.LifoQueue()
+        self._detectors: queue.LifoQueue[FindFaces] = queue.LifoQueue()
         for _ in range(usable_cores()):
-            self._detectors.put(detector_from_name(settings.detector))
+            detector = detector_from_name(settings.detector)
+            self._detectors.put(self.metrics.detector(detector) if self.metrics else detector)
         size = model.spec.size
         self._crop = np.random.default_rng(68).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
         self._expected = model.backend.infer(self._crop)  # load() has just compared the golden crop
@@ -166,7 +177,11 @@ class Service:
             boxes = detector(image)
         finally:
             self._detectors.put(detector)
-        return self._model(image, boxes).to_json()
+        found = self._model(image, boxes)
+        if self.metrics:
+            self.metrics.frames.inc()
+            self.metrics.faces.inc(len(found))
+        return found.to_json()
 
     def check(self) -> dict[str, Any]:
         """Runs the network; what runs, and how many faces shared how many calls.
@@ -186,23 +201,36 @@ def detector_from_name(name: str) -> Detector:
     return kp_runtime.HaarDetector() if name == "haar" else kp_runtime.YuNetDetector(name)
 
 
+def metrics_or_none() -> Metrics | None:
+    """What is counted, or nothing where prometheus_client is not installed; /metrics then says so."""
+    try:
+        return Metrics()
+    except kp_runtime.MissingExtraError:
+        return None
+
+
 class Door:
     """Lets so many requests in at once. Used by the event loop's one thread."""
 
     def __init__(self, most: int) -> None:
-        self._most, self._inside = most, 0
+        self._most, self.inside = most, 0
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Holds a place, or refuses at once: waiting would only make the queue longer."""
-        if self._inside >= self._most:
+        if self.inside >= self._most:
             busy = f"busy: {self._most} requests are being answered; try again in a second"
             raise HTTPException(503, busy, {"Retry-After": "1"})
-        self._inside += 1
+        self.inside += 1
         try:
             yield
         finally:
-            self._inside -= 1
+            self.inside -= 1
+
+
+def kind_of(error: Exception) -> str:
+    """An error's name in the metrics."""
+    return str(error.status_code) if isinstance(error, HTTPException) else type(error).__name__
 
 
 async def body_of(request: Request, settings: Settings) -> bytes:
@@ -236,10 +264,13 @@ def create_app(settings: Settings) -> FastAPI:
     threads = ThreadPoolExecutor(settings.max_requests, "request")  # who is let in never waits for a thread
     app = FastAPI(title="kp", version=kp_runtime.__version__)
     app.state.settings, app.state.service = settings, service
+    metrics = service.metrics
+    if metrics:
+        metrics.queues({"requests": lambda: door.inside, "crops": lambda: service.batching.waiting})
 
     @app.post("/keypoints")
     async def keypoints(request: Request) -> JSONResponse:
-        with door.entered():
+        with metrics.errors("request", kind_of) if metrics else contextlib.nullcontext(), door.entered():
             data = await body_of(request, settings)
             if not data.startswith(MAGIC):
                 raise HTTPException(415, "the body is neither a JPEG nor a PNG; send the image's bytes as they are")
@@ -248,6 +279,13 @@ def create_app(settings: Settings) -> FastAPI:
     @app.get("/health")
     async def health() -> JSONResponse:
         return JSONResponse(await asyncio.to_thread(service.check))
+
+    @app.get("/metrics")
+    def page() -> Response:
+        if metrics is None:
+            raise HTTPException(501, "there are no metrics without prometheus_client: pip install 'kp-edge[metrics]'")
+        text, kind = metrics.page()
+        return Response(text, media_type=kind)
 
     @app.exception_handler(kp_runtime.KpError)
     async def failed(_: Request, error: Exception) -> JSONResponse:

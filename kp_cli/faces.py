@@ -190,6 +190,9 @@ def run(
     threads: Threads = None,
     tuned: Tuned = None,
     public_key: PublicKey = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="[HOST:]PORT", help="Serve metrics for Prometheus at /metrics meanwhile.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Follow the faces of a video, a camera or a stream.
@@ -200,6 +203,7 @@ def run(
     stop = threading.Event()
     _quiet_video()
     from kp_runtime.effects import open_effect
+    from kp_runtime.prometheus import Metrics, address_from_text
     from kp_runtime.track import Tracker, TrackerSettings
     from kp_runtime.video import Window, draw_effect, draw_tracks, run_video
     from kp_runtime.video_sink import open_sinks
@@ -208,22 +212,27 @@ def run(
     wanted = formats or ([] if show else ["mp4", "jsonl"])
     if effect and not show and not {"mp4", "avi"} & set(wanted):
         raise InputError("--effect goes with --format mp4, --format avi or --show")
+    address = address_from_text(metrics) if metrics else None
+    watch = Metrics() if address else None
     draw = draw_effect(open_effect(effect)) if effect else draw_tracks
     opened = load_model(model, tuned, "auto", threads, public_key)
     if opened.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
     note_boxes(opened.spec)
-    tracker = Tracker(
-        opened, detector_from_name(detector, smallest), TrackerSettings(detect_every=detect_every, smooth=smooth)
-    )
+    found, settings = detector_from_name(detector, smallest), TrackerSettings(detect_every=detect_every, smooth=smooth)
+    tracker = watch.tracker(opened, found, settings) if watch else Tracker(opened, found, settings)
     frames = open_source(source, rate=rate, patience=patience, stop=stop, say=note)
     window = Window(source) if show else None
-    sinks = open_sinks(
-        wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live,
-        points=opened.spec.points,
-    )  # fmt: skip
-    with _stopped_by_signals(stop), frames_progress(frames.name, frames.count) as step:
-        result = run_video(frames, tracker, sinks, draw=draw, window=window, stop=stop, step=step)
+    with contextlib.ExitStack() as stack:
+        if watch and address:
+            note(f"metrics: http://{address[0]}:{stack.enter_context(watch.served(*address))}/metrics")
+        sinks = open_sinks(
+            wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live,
+            points=opened.spec.points,
+        )  # fmt: skip
+        stack.enter_context(_stopped_by_signals(stop))
+        step = stack.enter_context(frames_progress(frames.name, frames.count))
+        result = run_video(frames, tracker, sinks, draw=draw, window=window, stop=stop, step=step, metrics=watch)
     if as_json:
         print_json(dataclasses.asdict(result))
     else:

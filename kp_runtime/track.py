@@ -132,6 +132,7 @@ class Tracker:
     Attributes:
         detector_runs: on how many frames the detector was asked.
         faces: how many tracks there were.
+        lost: how often a face that was in view was not found on the next frame.
     """
 
     def __init__(self, model: FindPoints, detector: FindFaces, settings: TrackerSettings | None = None) -> None:
@@ -141,6 +142,7 @@ class Tracker:
         self._until_detection = 0
         self.detector_runs = 0
         self.faces = 0
+        self.lost = 0
 
     def __call__(self, image: NDArray[np.uint8], seconds: float) -> tuple[Track, ...]:
         """Follows the faces to the next frame.
@@ -166,6 +168,7 @@ class Tracker:
             if face.id in found:
                 face.move_to(found[face.id].box)
             else:
+                self.lost += not face.away
                 face.box, face.away = face.awaited, face.away + 1
         self._known = [face for face in self._known if face.away <= self._settings.keep]
         if not found or any(face.away for face in self._known):

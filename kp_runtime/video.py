@@ -6,13 +6,14 @@ source's oldest frame is dropped instead.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,9 @@ from kp_runtime.frame import import_cv2
 from kp_runtime.track import Track, Tracker
 from kp_runtime.video_sink import Sink
 from kp_runtime.video_source import Source, VideoFrame
+
+if TYPE_CHECKING:
+    from kp_runtime.prometheus import Metrics
 
 __all__ = ["Ahead", "VideoRun", "Window", "draw_effect", "draw_tracks", "run_video"]
 
@@ -91,6 +95,10 @@ class Ahead(Generic[T]):
             yield item
         if self._error is not None:
             raise self._error
+
+    def waiting(self) -> int:
+        """How many items wait."""
+        return len(self._waiting)
 
     def close(self) -> None:
         """Ends the thread without taking what is left."""
@@ -178,6 +186,7 @@ def run_video(
     window: Any = None,
     stop: threading.Event | None = None,
     step: Callable[[int], None] = lambda frames: None,
+    metrics: Metrics | None = None,
 ) -> VideoRun:
     """Reads, tracks, draws and writes until the source ends.
 
@@ -189,6 +198,8 @@ def run_video(
         window: a `Window` that shows the frames.
         stop: set it to end the run: no more is read, what was read is finished.
         step: is told how many frames are through.
+        metrics: gets the times of reading, drawing and writing, the lengths of the queues, and what was dropped; the
+            rest comes from a tracker of `Metrics.tracker`.
 
     Raises:
         ImageError: the source broke off, or its frames changed their size; what came before is written.
@@ -196,6 +207,7 @@ def run_video(
     """
     stop = stop or threading.Event()
     room = 1 if source.live else _ROOM
+    stage: Callable[[str], Any] = metrics.timer if metrics else contextlib.nullcontext
     pictures = window is not None or any(sink.pictures for sink in sinks)
 
     def tracked() -> Iterator[tuple[VideoFrame, tuple[Track, ...]]]:
@@ -208,15 +220,25 @@ def run_video(
                 )
             yield frame, tracker(frame.image, frame.seconds)
 
+    def pictured() -> Iterator[tuple[VideoFrame, tuple[Track, ...], NDArray[np.uint8] | None]]:
+        for frame, tracks in found:
+            with stage("draw") if pictures else contextlib.nullcontext():
+                picture = draw(frame.image, tracks) if pictures else None
+            yield frame, tracks, picture
+
     begin, frames = time.perf_counter(), 0
-    read = Ahead(_until(source, stop), room, newest=source.live)
+    read = Ahead(_until(source, stop, stage), room, newest=source.live)
     found = Ahead(tracked(), room)
-    drawn = Ahead(((f, t, draw(f.image, t) if pictures else None) for f, t in found), room)
+    drawn = Ahead(pictured(), room)
+    if metrics:
+        metrics.queues({"read": read.waiting, "tracked": found.waiting, "drawn": drawn.waiting})
+        metrics.dropped(lambda: read.dropped)
     failures: list[KpError] = []
     try:
         for frame, tracks, picture in drawn:
-            for sink in sinks:
-                sink.write(frame, tracks, picture)
+            with stage("write"):
+                for sink in sinks:
+                    sink.write(frame, tracks, picture)
             frames += 1
             step(frames)
             if window is not None and picture is not None and not window.show(picture):
@@ -238,9 +260,12 @@ def run_video(
     return VideoRun(frames, read.dropped, tracker.faces, tracker.detector_runs, seconds, stop.is_set(), files)
 
 
-def _until(source: Source, stop: threading.Event) -> Iterator[VideoFrame]:
-    for frame in source:
-        if stop.is_set():
+def _until(source: Source, stop: threading.Event, stage: Callable[[str], Any]) -> Iterator[VideoFrame]:
+    frames = iter(source)
+    while True:
+        with stage("read"):  # one more than there are frames: the last finds the end
+            frame = next(frames, None)
+        if frame is None or stop.is_set():
             return
         yield frame
 

@@ -170,6 +170,49 @@ def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path)
     asyncio.run(talk())
 
 
+def test_metrics_of_the_service(service: Any, bundle: Path, astronaut: Path) -> None:
+    pytest.importorskip(
+        "prometheus_client", reason="prometheus_client, which the metrics are made with, is not installed"
+    )
+    app = service.create_app(service.Settings(model=str(bundle)))
+
+    async def talk() -> list[str]:
+        async with client_of(app) as client:
+            jpeg = cv2.imencode(".jpg", cv2.imread(str(astronaut)))[1].tobytes()
+            for content in (jpeg, jpeg, jpeg[:-100], b"text"):
+                await client.post("/keypoints", content=content)
+            answer = await client.get("/metrics")
+            assert answer.headers["content-type"].startswith("text/plain")
+            return answer.text.splitlines()
+
+    assert set(asyncio.run(talk())) >= {
+        "kp_frames_total 2.0",
+        "kp_faces_total 2.0",
+        'kp_stage_seconds_count{stage="detect"} 2.0',
+        'kp_errors_total{kind="ImageError",where="request"} 1.0',
+        'kp_errors_total{kind="415",where="request"} 1.0',
+        'kp_queue_length{queue="requests"} 0.0',
+        'kp_queue_length{queue="crops"} 0.0',
+    }
+
+
+def test_without_prometheus_the_service_answers_and_says_what_is_missing(
+    service: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    app = service.create_app(service.Settings(model=str(bundle)))
+    plain = cv2.imencode(".png", np.zeros((40, 30), np.uint8))[1].tobytes()
+
+    async def talk() -> None:
+        async with client_of(app) as client:
+            assert (await client.post("/keypoints", content=plain)).status_code == 200
+            answer = await client.get("/metrics")
+            detail = "there are no metrics without prometheus_client: pip install 'kp-edge[metrics]'"
+            assert (answer.status_code, answer.json()) == (501, {"detail": detail})
+
+    asyncio.run(talk())
+
+
 def test_a_key_asks_for_a_signature(service: Any, bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("cryptography", reason="cryptography, which checks signatures, is not installed")
     settings = service.Settings(model=str(bundle), public_key=str(new_key(tmp_path / "release.pem")))

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,12 +86,30 @@ def test_run_writes_and_tells(capsys: pytest.CaptureFixture[str], bundle: Path, 
     assert json.loads(out)["files"] == [str(tmp_path / "out" / "talk_keypoints.parquet")]
 
 
+def test_metrics_are_served_or_the_run_does_not_begin(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip(
+        "prometheus_client", reason="prometheus_client, which the metrics are made with, is not installed"
+    )
+    words = ("run", folder_of_frames(tmp_path / "frames", 2), "--model", bundle, "--out", tmp_path / "out", "--metrics")
+    status, _, err = kp(capsys, *words, "0")
+    assert status == 0
+    assert re.fullmatch(r"metrics: http://127\.0\.0\.1:\d+/metrics\n", err)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        status, _, err = kp(capsys, *words, str(taken.getsockname()[1]))
+    assert status == 1
+    assert re.fullmatch(r"kp: metrics can't be served at .*; name another port\n", err)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("nothing.mp4",), "there is no video"),
         (("FRAMES", "--format", "gif"), "there is no format 'gif'"),
         (("FRAMES", "--fps", "0"), "the frame rate must be over 0"),
+        (("FRAMES", "--metrics", "here"), "metrics are served at PORT or HOST:PORT"),
         (("EMPTY",), "has no frame that can be read"),
     ],
 )
