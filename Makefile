@@ -59,11 +59,12 @@ SEED ?= 0
 fuzz: $(STAMP)
 	$(BIN)/python scripts/fuzz.py --cases $(CASES) --seed $(SEED)
 
-# load, infer, unload, over and over; make soak MINUTES=60
+# load, infer, unload, over and over; make soak MINUTES=60 INFERENCES=0
 MINUTES ?= 10
+INFERENCES ?= 1000000
 .PHONY: soak nightly
 soak: $(STAMP)
-	$(BIN)/python -m benchmarks.soak --bundle engines/resnet18-68-lite --minutes $(MINUTES)
+	$(BIN)/python -m benchmarks.soak --bundle engines/resnet18-68-lite --minutes $(MINUTES) --inferences $(INFERENCES)
 
 # what takes too long for every change
 nightly: $(STAMP)

@@ -13,7 +13,8 @@ Where samples only wander about a level, differences go against each other and t
 than it had to be, never narrower.
 Memory leaks where the 99.9% interval lies over zero (the 95% one is printed beside it); so do
 descriptors and threads that are there at the end and were not after the first round. Linux alone.
-The last line of stdout is one JSON document; the exit status is 1 where something leaks.
+Ctrl-C ends it early, with what was seen. The last line of stdout is one JSON document; the exit status is 1
+where something leaks.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ import ctypes
 import dataclasses
 import gc
 import json
+import signal
 import sys
+import threading
 import time
 from array import array
 from collections.abc import Callable
@@ -138,21 +141,23 @@ def watch(
     seconds: float,
     calls: int = 0,
     step: Callable[[int, int], None] = lambda rounds, calls: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Soak:
-    """Runs rounds until the time is over and the calls are done, and at least `LEAST_ROUNDS`.
+    """Runs rounds until the time is over and the calls are done, or told to stop, and at least `LEAST_ROUNDS`.
 
     Args:
         once: a round; gives the number of its calls.
         seconds: least time.
         calls: least number of calls.
         step: told the rounds and calls so far.
+        stop: asked after each round whether what there is shall do.
     """
     once()
     gc.collect()
     before = _descriptors(), _threads()
     at, memory = array("q"), array("q")  # lists of numbers would grow by a hundred bytes a round
     done, start = 0, time.monotonic()
-    while len(memory) < LEAST_ROUNDS or done < calls or time.monotonic() < start + seconds:
+    while len(memory) < LEAST_ROUNDS or (not stop() and (done < calls or time.monotonic() < start + seconds)):
         done += once()
         _give_back()
         at.append(done)
@@ -256,6 +261,18 @@ def _mib(value: float) -> float:
     return round(float(value) / 2**20, 2)
 
 
+def _interrupted() -> Callable[[], bool]:
+    """Whether Ctrl-C was pressed; a second one ends the process."""
+    pressed = threading.Event()
+
+    def press(*_: object) -> None:
+        pressed.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, press)
+    return pressed.is_set
+
+
 def _tell(rounds: int, calls: int) -> None:
     """Progress, where somebody watches."""
     if sys.stderr.isatty():
@@ -280,7 +297,7 @@ def main() -> None:
     once = model_round(
         args.bundle, threads=args.threads, engine_threads=checked_threads(args.engine_threads), calls=args.calls
     )
-    soak = watch(once, seconds=args.minutes * 60, calls=args.inferences, step=_tell)
+    soak = watch(once, seconds=args.minutes * 60, calls=args.inferences, step=_tell, stop=_interrupted())
     if not args.json:
         s = soak.slope
         print(f"{soak.rounds} loads and {soak.calls} calls from {args.threads} threads in {soak.seconds / 60:.1f} min")

@@ -44,12 +44,17 @@ def round_of(bundle: Path, **more: object) -> Callable[[], int]:
 
 @pytest.mark.slow
 def test_nothing_leaks(bundle: Path) -> None:
-    """Twenty-five seconds of load, infer, unload in several threads; `make soak` goes on for longer."""
-    result = watch(round_of(bundle), seconds=25)
+    """A minute of load, infer, unload in several threads; `make soak` goes on for longer."""
+    result = watch(round_of(bundle), seconds=60)
     check(result)
     assert result.calls == result.rounds * 20
     assert result.slope.low <= result.slope.value <= result.slope.high
     assert 0 < result.first_mib <= result.peak_mib
+
+
+def test_a_soak_that_is_told_to_stop_says_what_it_saw(bundle: Path, few: None) -> None:
+    result = watch(round_of(bundle), seconds=3600, calls=10**9, stop=lambda: True)
+    assert (result.rounds, result.calls) == (40, 800)
 
 
 def test_memory_that_is_kept_is_found(bundle: Path, few: None) -> None:
