@@ -53,11 +53,14 @@ def export(
     from kp_export.bundle import export_bundle
     from kp_export.staging import mend
     from kp_runtime.spec import Manifest
+    from kp_train.checkpoint import CHECKPOINT_NAME
     from kp_train.data import parse_source
 
-    own = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    mend(own)
-    points = Manifest.read(own).spec.points
+    own = checkpoint.parent if checkpoint.name == CHECKPOINT_NAME else checkpoint
+    points = 68
+    if data or calibration:
+        mend(own)
+        points = Manifest.read(own).spec.points
     with signature_told(out or own, own):
         report = export_bundle(
             checkpoint,

@@ -16,7 +16,7 @@ __all__ = ["mend", "staging"]
 
 def mend(target: Path) -> None:
     """Puts a bundle back that an export was moving when it was killed; call it before reading one."""
-    old = _beside(target, "old")
+    old = _beside(target.resolve(), "old")
     if old.exists() and not target.exists():
         with contextlib.suppress(OSError):
             os.replace(old, target)

@@ -165,7 +165,7 @@ class ParquetSink:
 
     pictures = False
 
-    def __init__(self, path: Path, points: int) -> None:
+    def __init__(self, path: Path, points: int = 68) -> None:
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
