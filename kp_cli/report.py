@@ -265,8 +265,10 @@ def print_tuning(result: Any) -> None:
     print_table("what was tried", columns, rows)
     for name, reason in result.left_out.items():
         typer.echo(f"left out: {name}: {reason}")
-    for name, how in {trial.name: trial.rise.how for trial in result.trials}.items():
-        typer.echo(f"NME rise of {name}: {how}")
+    sources = {trial.name: trial.rise.how for trial in result.trials}
+    for how in dict.fromkeys(sources.values()):
+        of = [name for name in sources if sources[name] == how]
+        typer.echo(f"NME rise of {'all' if len(of) == len(sources) else ', '.join(of)}: {how}")
     if result.chosen is not None:
         typer.echo(f"chosen: {result.trials[result.chosen]}")
     if (ratio := result.over_default) is not None:

@@ -16,16 +16,18 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import io
 import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,7 @@ NOT_RUN = {
     "Needs the full data sets": Reason(r"--data|--calibration"),
     "Needs the network": Reason(r"pip install|make (demo|wheelhouse)"),
     "Takes hours": Reason(r"kp train|train_reference|make (fuzz|soak|nightly)"),
-    "Takes minutes": Reason(r"kp (export|bench|eval)|make bench"),
+    "Takes minutes": Reason(r"kp (export|bench|eval|tune)|make bench"),
 }
 """The titles of blocks that are not run."""
 
@@ -198,13 +200,26 @@ def _run_pages(pages: list[Path], first_place: Path) -> None:
     sys.path.insert(0, str(place))
     for page in pages:
         names: dict[str, Any] = {}
-        for block in filter(lambda block: block.is_run, blocks_of(page)):
+        for block in map(_on_free_ports, filter(lambda block: block.is_run, blocks_of(page))):
             if block.language == "sh":
                 _run_shell(block)
             else:
                 padded = "\n" * (block.line - 1) + block.text  # so that an error names the page's line
                 with contextlib.redirect_stdout(io.StringIO()):
                     exec(compile(padded, str(page), "exec"), names)
+
+
+@functools.cache
+def _free_port(named: str) -> str:
+    """The port that stands for a page's own in this process: another run of the tests may use that."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def _on_free_ports(block: Block) -> Block:
+    ports = re.compile(r"\b(8123|9100)\b")
+    return replace(block, text=ports.sub(lambda match: _free_port(match[1]), block.text))
 
 
 def _run_shell(block: Block) -> None:

@@ -71,7 +71,7 @@ def test_faces_a_second_and_hours_a_million() -> None:
 def test_a_gpu_that_was_measured_has_its_row() -> None:
     gpu = engines_record("gpu-network", device={"name": "A GPU"})
     assert [*scale._faces_rows([gpu])] == [("A GPU", "net", "", "plan fp16", 8, "250", "1.11")]
-    for records, told in (([gpu], False), ([engines_record()], True)):
+    for records, told in (([gpu, stages_record()], False), ([engines_record()], True)):
         told_of = [text for text in itertools.islice(scale._sections(records), 4) if "GPUs: not measured" in text]
         assert bool(told_of) == told
 

@@ -148,5 +148,5 @@ def test_measured_rises_decide(capsys: pytest.CaptureFixture[str], net: Path, tm
     table = write_csv_source(tmp_path, people=4)
     status, out, _ = kp(capsys, "tune", net, "--threads", 1, "--data", table, "--out", tmp_path / "t.json")
     assert status == 0
-    assert "NME rise of net/model.int8.onnx: measured on 8 labelled faces" in out
+    assert "NME rise of all: measured on 8 labelled faces" in out
     assert tuned_from_file(tmp_path / "t.json").file == "model.int8.onnx"
