@@ -70,8 +70,11 @@ def train(
     """Train on photos with 68 points; go on after a kill.
 
     Example: kp train --data training_frames_keypoints.csv --data photos_68=1.5 --out runs/first
+    On several devices or machines: torchrun --nproc-per-node gpu --no-python kp train … (docs/training.md)
     """
     _quiet_training()
+    from lightning.pytorch.utilities import rank_zero_only
+
     from kp_train.config import recipe as settings
     from kp_train.data import parse_source
     from kp_train.train import train as run
@@ -95,7 +98,7 @@ def train(
         resume=resume, devices=devices, accelerator=accelerator, strategy=strategy, workers=workers,
         picture_every=picture_every, progress=sys.stdout.isatty(),
     )  # fmt: skip
-    typer.echo(f"checkpoint: {path}\ncurves: tensorboard --logdir {out}\nnext: kp export {out} --fp16")
+    rank_zero_only(typer.echo)(f"checkpoint: {path}\ncurves: tensorboard --logdir {out}\nnext: kp export {out} --fp16")
 
 
 def train_detector(
@@ -220,6 +223,7 @@ def _quiet_training() -> None:
     import logging
     import warnings
 
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*(LeafSpec|does not have many workers).*")
+    for name in ("pytorch.utilities.rank_zero", "pytorch.accelerators.cuda", "fabric.utilities.distributed"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
+    usual = "LeafSpec|does not have many workers|exists and is not empty"
+    warnings.filterwarnings("ignore", message=f".*({usual}).*")

@@ -1,14 +1,15 @@
-"""Training on Lightning: the module, the data loaders, the callbacks, and `train`, the one entry."""
+"""Training on Lightning: the module, the callbacks, and `train`, the one entry."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
+import os
 import platform
 import shutil
+import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 from torchvision.utils import draw_keypoints, make_grid, save_image
 
 from kp_runtime.errors import DataError, KpError
@@ -36,6 +36,7 @@ from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, FaceDataset, Source, is_held_out
+from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet, load_backbone_weights
@@ -57,7 +58,8 @@ class KeypointModule(L.LightningModule):
         """The loss of a batch of `(crops, xy_crop)`."""
         crops, xy = batch
         loss = keypoint_loss(self.net.raw(crops), self.net.encode(xy), self.config.beta)
-        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(crops))
+        size = len(crops)
+        self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
@@ -89,35 +91,34 @@ class KeypointModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-class SourceSampler(Sampler[tuple[int, int]]):
-    """Draws each source's faces `weight` times an epoch: whole passes, then a random part.
+class Together(Callback):
+    """Sees to it that all workers begin alike, and says where a resumed run goes on.
 
-    Yields `(index, seed)`. The order and the seeds of the augmentation are functions of the run's
-    seed and the epoch, so a resumed run sees the crops that an uninterrupted one would have seen.
+    Args:
+        beginning: what must be the same for all: settings, data, and whether the run goes on.
+        resume: whether it does.
     """
 
-    def __init__(self, counts: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        self.counts, self.weights, self.seed, self.epoch = counts, weights, seed, 0
+    def __init__(self, beginning: dict[str, Any], resume: bool) -> None:
+        self.beginning, self.resume = beginning, resume
 
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning tells the epoch before it begins."""
-        self.epoch = epoch
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Compares with the first worker."""
+        if self.beginning != (first := trainer.strategy.broadcast(self.beginning)):
+            odd = ", ".join(key for key in first if first[key] != self.beginning.get(key))
+            raise KpError(
+                f"worker {trainer.global_rank} begins otherwise than worker 0 ({odd}); give every node the same "
+                "command, the same data, and a folder for --out that all nodes share"
+            )
 
-    def __len__(self) -> int:
-        return sum(round(n * w) for n, w in zip(self.counts, self.weights, strict=True))
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        drawn, start = [], 0
-        for count, weight in zip(self.counts, self.weights, strict=True):
-            passes = math.ceil(weight)
-            order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
-            drawn.append(order[: round(count * weight)] + start)
-            start += count
-        indices = torch.cat(drawn)
-        indices = indices[torch.randperm(len(indices), generator=generator)]
-        seeds = torch.randint(1 << 62, indices.shape, generator=generator)
-        yield from zip(indices.tolist(), seeds.tolist(), strict=True)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the epoch that a resumed run goes on with."""
+        if torch.distributed.is_torchelastic_launched():
+            # torchrun ends the workers that are left when one is lost. Lightning would have them wait for each other
+            # first, and so for the lost one.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.resume and trainer.is_global_zero:
+            print(f"goes on after epoch {trainer.current_epoch} of {trainer.max_epochs}", flush=True)
 
 
 class FacesPicture(Callback):
@@ -187,8 +188,8 @@ def train(
         name: the model's name in its contract.
         weights: where the backbone starts, see `load_backbone_weights`.
         init: a checkpoint to start from instead.
-        resume: go on from `run/state/last`.
-        devices: as Lightning takes them: `auto`, a number, a list.
+        resume: go on from `run/state/last`. Below torchrun a run that has begun always goes on.
+        devices: as Lightning takes them: `auto`, a number, a list. torchrun says it by its processes.
         accelerator: `auto`, `cpu`, `gpu`.
         strategy: Lightning's, such as `ddp`.
         workers: processes that make crops, for each device.
@@ -196,16 +197,18 @@ def train(
         progress: show a progress bar; without it, a line an epoch.
 
     Returns:
-        The path of the checkpoint.
+        The path of the checkpoint, which the first worker writes.
 
     Raises:
         DataError: no faces to train or to validate on.
-        KpError: `run` holds another run, nothing to resume, or the run was interrupted (its
-            message says how to go on).
+        KpError: `run` holds another run, nothing to resume, the workers do not fit together, or the run
+            was interrupted (its message says how to go on).
     """
     states = run / "state"
     last = states / "last.state"
     begun = last.exists() or last.with_name("last.state.old").exists()
+    elastic = torch.distributed.is_torchelastic_launched()
+    resume = resume or (begun and elastic)
     if resume and not begun:
         raise KpError(f"there is nothing to resume in {run}: it has no {last.relative_to(run)}; leave out --resume")
     if not resume and (begun or (run / CHECKPOINT_NAME).exists()):
@@ -224,36 +227,36 @@ def train(
     if resume:
         record = stored_record(run, sources, config)
     else:
-        shutil.rmtree(states, ignore_errors=True)  # of a run that was killed in its first epoch
         start = _start_weights(module.net, train_set, weights, init)
         record = run_record(sources, training, held_out, config, start)
-        run.mkdir(parents=True, exist_ok=True)
-        with writing(run / "run.json") as temporary:
-            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if trainer.is_global_zero:
+            shutil.rmtree(states, ignore_errors=True)  # of a run that was killed in its first epoch
+            run.mkdir(parents=True, exist_ok=True)
+            with writing(run / "run.json") as temporary:
+                temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     # before the weight averaging, which takes its weights out again when validation ends
     trainer.callbacks.insert(0, FacesPicture(val_set, run / "pictures", picture_every))  # type: ignore[attr-defined]
+    beginning = {"settings": config.to_json(), "data": [(s.sha256, s.weight) for s in sources], "state": resume}
+    trainer.callbacks.append(Together(beginning, resume))  # type: ignore[attr-defined]
     sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
-    train_loader = DataLoader(
-        train_set,
-        config.batch_size,
-        sampler=sampler,
-        drop_last=len(sampler) >= config.batch_size,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-    )
-    val_loader = DataLoader(val_set, config.batch_size, num_workers=0)
+    loaders = Loaders(train_set, val_set, sampler, config.batch_size, workers)
     try:
-        trainer.fit(module, train_loader, val_loader, ckpt_path=str(last) if resume else None)
+        trainer.fit(module, datamodule=loaders, ckpt_path=str(last) if resume else None)
     except (SystemExit, KeyboardInterrupt) as error:  # what Lightning makes of Ctrl-C
         place = f"training stopped in epoch {trainer.current_epoch + 1} of {config.epochs}"
         if not last.exists():
             raise KpError(f"{place}, before the first state was saved: start it again") from error
-        raise KpError(
-            f"{place}; nothing is lost up to the last whole epoch: the same command with --resume goes on"
-        ) from error
+        how = "the same command" if elastic else "the same command with --resume"
+        raise KpError(f"{place}; nothing is lost up to the last whole epoch: {how} goes on") from error
     except torch.OutOfMemoryError as error:
         raise KpError(f"the device has too little memory for {config.batch_size} crops; lower --batch-size") from error
-    return _checkpoint_from_state(states / "best.state", run, spec, record, trainer)
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not any(library in str(error) for library in ("gloo", "NCCL")):
+            raise
+        raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error
+    if trainer.is_global_zero:
+        _write_checkpoint(states / "best.state", run, spec, record, trainer)
+    return run / CHECKPOINT_NAME
 
 
 def _trainer(
@@ -264,6 +267,7 @@ def _trainer(
     newest = ModelCheckpoint(run / "state", "last", every_n_epochs=1, save_top_k=1, enable_version_counter=False)
     for callback in (best, newest):
         callback.FILE_EXTENSION = ".state"
+    each, nodes = _devices_and_nodes(devices)
     callbacks: list[Callback] = [best, newest, LearningRateMonitor("step")]
     if not progress:
         callbacks.append(EpochLines())
@@ -274,8 +278,10 @@ def _trainer(
     try:
         return L.Trainer(
             accelerator=accelerator,
-            devices=int(devices) if devices.isdigit() else devices,
+            devices=each,
+            num_nodes=nodes,
             strategy=strategy,
+            use_distributed_sampler=False,  # see Loaders
             precision=config.precision,  # type: ignore[arg-type]
             max_epochs=config.epochs,
             callbacks=callbacks,
@@ -292,6 +298,16 @@ def _trainer(
             f"Lightning refuses accelerator {accelerator}, devices {devices}, strategy {strategy}, "
             f"precision {config.precision}: {reason}"
         ) from error
+
+
+def _devices_and_nodes(devices: str) -> tuple[int | str, int]:
+    """Devices of each node, and nodes: torchrun's, where it started this process."""
+    if not torch.distributed.is_torchelastic_launched():
+        return int(devices) if devices.isdigit() else devices, 1
+    here, everywhere = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    if devices not in ("auto", str(here)):
+        raise KpError(f"torchrun started {here} processes on this node, one a device; leave out --devices {devices}")
+    return here, everywhere // here
 
 
 def stored_record(
@@ -399,7 +415,7 @@ def _git_revision() -> str | None:
     return done.stdout.strip()
 
 
-def _checkpoint_from_state(state: Path, run: Path, spec: ModelSpec, record: dict[str, Any], trainer: L.Trainer) -> Path:
+def _write_checkpoint(state: Path, run: Path, spec: ModelSpec, record: dict[str, Any], trainer: L.Trainer) -> None:
     """Writes the best state's (averaged) weights as the run's checkpoint."""
     content = SafetensorsIO().load_checkpoint(state)
     net = KeypointNet(spec.size, points=spec.points)
@@ -414,4 +430,3 @@ def _checkpoint_from_state(state: Path, run: Path, spec: ModelSpec, record: dict
     record = record | {"best_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": measured}
     manifest = Manifest(spec=spec, training=record)
     save_checkpoint(run, net, manifest)
-    return run / CHECKPOINT_NAME

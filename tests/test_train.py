@@ -20,8 +20,9 @@ from kp_runtime.errors import DataError, KpError
 from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint
 from kp_train.config import RECIPES, recipe
 from kp_train.data import FaceDataset, is_held_out, read_source
+from kp_train.loaders import SourceSampler
 from kp_train.synthetic import write_csv_source
-from kp_train.train import SourceSampler, train
+from kp_train.train import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
