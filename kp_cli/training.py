@@ -112,7 +112,12 @@ def train_detector(
     batch_size: Annotated[int | None, typer.Option(help="Windows a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, the schedule's peak.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of weights and windows.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    score: Annotated[
+        float | None, typer.Option(help="From which score on it finds a face; scripts/measure_detectors.py helps.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out; --steps may be more or fewer than before.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that make windows beside the training.")] = 0,
     threads: Threads = None,
 ) -> None:
@@ -132,7 +137,7 @@ def train_detector(
         [parse_source(text) for text in data], read_pictures(no_faces or []), config, out, name=name, resume=resume,
         workers=workers, threads=threads, say=lambda text: print(text, flush=True),
     )  # fmt: skip
-    exported = export_detector(out)
+    exported = export_detector(out, score)
     print(f"detector: {exported}\nnext: kp predict photo.jpg --detector own={out}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -166,13 +167,15 @@ def test_runs_that_can_not_go_on(source: Path, tmp_path: Path) -> None:
         run(source, tmp_path / "a")
     with pytest.raises(KpError, match="began with other settings"):
         run(source, tmp_path / "a", resume=True)
-    same = DetectorConfig(steps=1, batch_size=2, val_fraction=0.3)
+    further = dataclasses.replace(SMALL, steps=2, batch_size=2)
+    run(source, tmp_path / "a", further, resume=True)
+    assert DetectorManifest.read(tmp_path / "a").training["config"]["steps"] == 2
     with pytest.raises(KpError, match="other pictures without faces"):
-        train_detector([parse_source(str(source))], Pictures((), "x"), same, tmp_path / "a", resume=True)
+        train_detector([parse_source(str(source))], Pictures((), "x"), further, tmp_path / "a", resume=True)
     tree = tmp_path / "a" / "state" / "last.state" / "tree.json"
     tree.write_text(json.dumps({"dict": []}))
     with pytest.raises(KpError, match="not this network's"):
-        run(source, tmp_path / "a", same, resume=True)
+        run(source, tmp_path / "a", further, resume=True)
 
 
 @pytest.mark.parametrize("setting", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"ema": 1.0}, {"val_fraction": 1.0}])
