@@ -101,7 +101,7 @@ def test_without_a_bundle_it_is_the_default_one(
 def test_predict_with_boxes_needs_no_detector(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faces, "detector_from_path", None)
+    monkeypatch.setattr(faces, "detector_from_name", None)
     words = (
         "predict",
         astronaut,
