@@ -67,14 +67,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it. All but the first four count only frames that came after the warm-up.
+    """What came of it; `used`, the times and `done_share` are of what came after the warm-up.
 
     Attributes:
         arrived: frames that came.
         done: frames that went the whole way.
         dropped: frames that were dropped.
         under_way: frames that were neither at the end.
-        used: share of a pool's time that its servers worked, after the warm-up.
+        used: share of a pool's time that its servers worked.
         p50, p99, mean: seconds from a frame's arrival to its end; NaN where none was done.
         mean_batch: frames a job, by stage.
         done_share: of the frames that came, how many were done or still under way: 1 less the share that was dropped.
@@ -228,7 +228,7 @@ class _Run:
         if stage.room is not None and len(queue) > stage.room:
             self.dropped += 1
             self.counted_dropped += queue.popleft().arrived >= self.warm_up
-        elif stage.batch > 1 and stage.max_delay and queue and queue[-1] is frame:
+        if stage.batch > 1 and stage.max_delay and queue and queue[-1] is frame:
             self._at(self._now + stage.max_delay, lambda: self._start(stage.pool))
 
     def _start(self, pool: str) -> None:

@@ -136,16 +136,20 @@ def _sections(records: Sequence[Record]) -> Iterable[str]:
         "The network alone, at the batch size that gives most faces a second. A million faces cost the machine-hours "
         "of the last column, times your price of an hour."
     )
-    columns = ("device", "model", "file", "engine", "batch", "faces a second", "machine-hours a million")
-    yield markdown_table(columns, [*_faces_rows(records)])
+    yield markdown_table(
+        ("device", "model", "file", "engine", "batch", "faces a second", "machine-hours a million"),
+        [*_faces_rows(records)],
+    )
     if not _gpu_network(records):
         yield "**GPUs: not measured yet.** `make bench-gpu` on one makes the results, and this script their rows."
     costs = _costs(records)
     ways = [way for way in WAYS if costs.known(way)]
     yield "## What a frame costs one core, and where the bottleneck is"
     yield _measured_on(costs)
-    columns = ("frames", "decode", "detect", "crop", "network", "all, ms", "frames a second and core", "most is")
-    yield markdown_table(columns, [_frame_row(way, costs) for way in ways])
+    yield markdown_table(
+        ("frames", "decode", "detect", "crop", "network", "all, ms", "frames a second and core", "most is"),
+        [_frame_row(way, costs) for way in ways],
+    )
     size = costs.record.bundle["size"]
     frames = [f"{what} {costs.bytes_of(what) / 1e3:.1f} kB" for what in dict.fromkeys(way.decode for way in ways)]
     yield f"Bytes a frame of these: {', '.join(frames)}; a crop of {size} px {size**2 / 1e3:.1f} kB; keypoints 0.5 kB."
@@ -157,21 +161,32 @@ def _sections(records: Sequence[Record]) -> Iterable[str]:
         f"Simulated: {STREAM}; {RATE:g} frames a second; full when p99 is over {LIMIT_S * 1e3:g} ms or a frame in "
         f"1,000 is dropped. Two cores were measured; {CORES[1]} are {CORES[1]} such cores, which we had not."
     )
-    columns = ("cores", "streams held", "of what the cores could do", "used", "p50 ms", "p99 ms")
-    yield markdown_table(columns, [_held_row(cores, costs) for cores in CORES])
+    yield markdown_table(
+        ("cores", "streams held", "of what the cores could do", "used", "p50 ms", "p99 ms"),
+        [_held_row(cores, costs) for cores in CORES],
+    )
     yield "What the load does, on the larger one:"
     yield markdown_table(("streams", "load", "used", "p50 ms", "p99 ms", "dropped"), [*_load_rows(costs)])
     yield "## 10, 1,000 and 100,000 streams"
-    columns = ("streams", *(f"machines of {cores} cores" for cores in CORES), "core-hours a day", "video in, Gbit/s",
-               "keypoints out, Gbit/s")  # fmt: skip
-    yield markdown_table(columns, [_streams_row(streams, costs) for streams in STREAMS])
+    yield markdown_table(
+        (
+            "streams",
+            *(f"machines of {cores} cores" for cores in CORES),
+            "core-hours a day",
+            "video in, Gbit/s",
+            "keypoints out, Gbit/s",
+        ),
+        [_streams_row(streams, costs) for streams in STREAMS],
+    )
     yield "## What waiting for a batch does"
     yield (
         f"Simulated: faces at random moments, at 80% of what two cores do one by one; batches of up to 8. One face "
         f"takes {costs.of_faces('network', 1):.2f} ms of a core, eight {costs.of_faces('network', 8):.2f}."
     )
-    columns = ("longest wait, ms", "mean batch", "used", "p50 ms", "p99 ms")
-    yield markdown_table(columns, [_batch_row(ms, costs) for ms in (0, 2, 5, 10, 20)])
+    yield markdown_table(
+        ("longest wait, ms", "mean batch", "used", "p50 ms", "p99 ms"),
+        [_batch_row(ms, costs) for ms in (0, 2, 5, 10, 20)],
+    )
 
 
 def _faces_rows(records: Sequence[Record]) -> Iterable[tuple[Any, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
 import threading
@@ -25,9 +26,13 @@ from kp_runtime import (
     InputError,
     Model,
     StageTimer,
+    tune,
 )
+from kp_runtime.backend import Backend, BackendReport, open_backend
 from kp_runtime.pipeline import IN_FLIGHT
 from kp_runtime.pipeline_cuda import GRAPHS, LANES, CudaPipeline
+from kp_runtime.spec import Manifest, file_entry
+from kp_runtime.tune_results import TuneSettings
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.device_double import DeviceDouble
 from tests.emulation import EmulatedKernel
@@ -496,3 +501,39 @@ def test_engines_that_fail(driver: DriverDouble, cpu: Model) -> None:
 def test_numbers_of_lanes(driver: DriverDouble) -> None:
     with pytest.raises(BackendError, match="needs 1 lane or more, got 0"):
         CudaPipeline(DeviceDouble(), lanes=0)
+
+
+def test_kp_tune_tries_a_plan(
+    driver: DriverDouble, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside ONNX Runtime on the CPU, in the same turns; what nobody measured of it is not chosen."""
+    bundle = tiny_bundle(tmp_path / "planned")
+    (bundle / "model.plan").write_bytes(b"a plan")
+    manifest = Manifest.read(bundle)
+    plan = {"model.plan": file_entry(bundle / "model.plan", "plan", precision="fp16")}
+    dataclasses.replace(manifest, files=manifest.files | plan).write(bundle)
+
+    def opened(path: Path, engine: str = "auto", **more: Any) -> Backend:
+        if engine != "tensorrt":
+            return open_backend(path, engine, **more)
+        double = DeviceDouble()
+        double.name, double.report = engine, BackendReport(engine, path.name, "fp16", (), None)
+        return double
+
+    monkeypatch.setattr(tune, "open_backend", opened)
+    monkeypatch.setattr(tune, "has_driver", lambda: True)
+    monkeypatch.setattr(tune, "SCREENING_S", 0)
+    found: dict[bool, dict[str, Any]] = {}
+    for unknown in (False, True):
+        settings = TuneSettings(
+            backends=("tensorrt", "ort-cpu"), threads=(1,), allow_unknown=unknown, seconds=0, samples=2, faces=2
+        )
+        result = tune.run_tune([bundle], astronaut, lambda image: np.array([[181.0, 88, 269, 178]]), settings)
+        found[unknown] = {trial.backend: trial for trial in result.trials}
+    trial = found[False]["tensorrt"]
+    assert (trial.file, trial.threads, trial.feeding, trial.rise.points) == ("model.plan", None, None, None)
+    assert (trial.verdict, trial.times) == ("rise not known", None)
+    assert found[True]["tensorrt"].times.summary.samples >= 2
+    candidate = tune._Candidate(bundle, plan["model.plan"], Model(opened(bundle / "model.plan", "tensorrt")), None)
+    tuned = tune._tuned(candidate, 2)
+    assert (tuned.backend, tuned.threads, tuned.machine["GPU"]) == ("tensorrt", None, candidate.backend.driver.arch)
