@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.backend_ort import open_session
 from kp_runtime.cores import usable_cores
+from kp_runtime.detect import largest_first
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.frame import Frame, as_frame, import_cv2
 from kp_runtime.geometry import overlaps
@@ -81,10 +82,7 @@ class CenterDetector:
     def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
         """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
         frame = as_frame(image, layout)
-        boxes = self.find(frame).boxes_xyxy
-        touches = (boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < frame.size_hw[::-1]).all(axis=1)
-        boxes = boxes[touches]
-        return boxes[np.argsort(-(boxes[:, 2:] - boxes[:, :2]).prod(axis=1), kind="stable")]
+        return largest_first(self.find(frame).boxes_xyxy, frame)
 
     def find(self, frame: Frame) -> Found:
         """All faces of an image with their scores, best first."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kp_runtime.errors import BackendError
 from kp_runtime.frame import Frame, as_frame, import_cv2
 
-__all__ = ["BoxMap", "Detector", "HaarDetector", "YuNetDetector", "map_from_pairs"]
+__all__ = ["BoxMap", "Detector", "HaarDetector", "YuNetDetector", "largest_first", "map_from_pairs"]
 
 
 @dataclass(frozen=True)
@@ -155,8 +155,12 @@ class YuNetDetector:
 
 
 def _mapped(detector: HaarDetector | YuNetDetector, frame: Frame) -> NDArray[np.float64]:
-    """The detector's boxes in the keypoint convention, largest first; none that a model would refuse."""
-    boxes = detector.BOX_MAP.apply(detector.raw(frame))
+    """The detector's boxes in the keypoint convention."""
+    return largest_first(detector.BOX_MAP.apply(detector.raw(frame)), frame)
+
+
+def largest_first(boxes: NDArray[np.float64], frame: Frame) -> NDArray[np.float64]:
+    """Those of the boxes `(n, 4)` that a model takes, on the frame and a pixel wide, by their area."""
     size = boxes[:, 2:] - boxes[:, :2]
     touches = (boxes[:, 2:] > 0).all(axis=1) & (boxes[:, :2] < frame.size_hw[::-1]).all(axis=1)
     boxes = boxes[touches & (size >= 1).all(axis=1)]
