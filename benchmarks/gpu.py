@@ -185,9 +185,16 @@ def _network_plan(bundle: Path, batches: Sequence[int], device: Device, where: s
         model = manifest.check_file(bundle, names[0])
         return ort_network(model, precision, crops[:n], wanted()[:n], where, graph=graph)
 
-    def kp(name: str, n: int) -> Ready:
-        return kp_network(bundle, name, crops[:n], wanted()[:n])
+    def kp(name: str, precision: str, graph: bool, n: int) -> Ready:
+        return kp_network(bundle, name, crops[:n], wanted()[:n], precision=precision or "auto", graph=graph)
 
+    ours = {  # of `ort-cuda` both precisions, of the others the one that is chosen
+        f"kp_runtime {name}{more}{', CUDA graph' if graph else ''}": functools.partial(kp, name, more.strip(), graph)
+        for name in BACKENDS
+        if not name.endswith("-cpu")
+        for more in ((" fp32", " fp16") if name == "ort-cuda" else ("",))
+        for graph in (False, True)
+    }
     made: dict[str, Callable[[int], Ready]] = {
         EAGER: functools.partial(torch, False),
         COMPILED: functools.partial(torch, True),
@@ -195,7 +202,7 @@ def _network_plan(bundle: Path, batches: Sequence[int], device: Device, where: s
         "ONNX Runtime CUDA fp32, CUDA graph": functools.partial(ort, "fp32", True),
         "ONNX Runtime CUDA fp16": functools.partial(ort, "fp16", False),
         "ONNX Runtime CUDA fp16, CUDA graph": functools.partial(ort, "fp16", True),
-        **{f"kp_runtime {b}": functools.partial(kp, b) for b in BACKENDS if not b.endswith("-cpu")},
+        **ours,
     }
     return [Planned(what, n, functools.partial(make, n)) for n in batches for what, make in made.items()]
 

@@ -134,6 +134,13 @@ class Backend(ABC):
         """Whether nothing is left to be chosen for calls of so many faces."""
         return True
 
+    def check_crops(self) -> None:  # noqa: B027  most engines take crops that the CPU has cut
+        """Nothing where crops can be cut for this engine.
+
+        Raises:
+            BackendError: they can't, and what to do.
+        """
+
     def batch_times(self) -> dict[int, dict[str, float]]:
         """What was measured to choose how batches are fed: see `feeding.Feeder.times`; nothing where one way exists."""
         return {}
@@ -166,7 +173,8 @@ def open_backend(
     Args:
         bundle: the bundle's folder, or one model file in it, which is then the one that runs.
         backend: `auto` (a TensorRT plan that fits this machine, else ONNX Runtime's CUDA provider, else its CPU
-            provider; the report says why) or one of `BACKENDS`; a named one is never replaced by another.
+            provider; the report says why; an engine on a GPU that can't cut crops there is passed over) or one of
+            `BACKENDS`; a named one is never replaced by another.
         precision: `auto` or one of `spec.PRECISIONS`; a named one is never replaced by another.
         threads: threads of the engine on the CPU, 1 to the cores that it may use; None uses all of them. The
             calling thread is one of them: with 1 none is started. See docs/resources.md.
@@ -203,7 +211,9 @@ def open_backend(
     rejected: list[str] = []
     for engine in engines[:-1]:
         try:
-            return _opened(engine, asked, rejected)
+            opened = _opened(engine, asked, rejected)
+            opened.check_crops()
+            return opened
         except BackendError as error:
             rejected.append(f"{engine}: {error}")
     return _opened(engines[-1], asked, rejected)

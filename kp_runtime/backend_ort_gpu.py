@@ -4,9 +4,12 @@ Nothing may run elsewhere: ONNX Runtime's own fallback to the CPU is off twice (
 session's), and after the load its record of which provider took each node is read, where the
 release has one. **Neither has been run on a GPU yet.**
 
-ONNX Runtime takes a stream for a session, not for a call, so all lanes share the session's. They can't
-be captured into a CUDA graph: its arena hands the memory of activations to another call as soon as one
-has been enqueued, and a graph would go on writing there.
+ONNX Runtime takes a stream for a session, not for a call. So each lane has a session of its own, with its
+stream, its copy of the weights and its arena: lanes overlap, and what is captured on one shares nothing with
+other calls. CUDA graphs are captured around a session's calls by `pipeline_cuda`, crop kernel and copies
+included. ONNX Runtime's own (`enable_cuda_graph`) is off: it holds the network alone, belongs to the thread
+that captured it, forbids all other threads' allocations while it captures, and in releases up to the middle
+of 2026 waits for the GPU after each launch.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -52,47 +56,30 @@ class OrtGpuBackend(DeviceBackend):
         ort = import_onnxruntime("ort-gpu", "running ONNX files on a GPU")
         if self.provider not in ort.get_available_providers():
             raise BackendError(_absent(ort, self.provider))
-        driver.make_current()
-        self._opened = _Opened(driver)
-        self._opened.session = self._open(ort, model, entry)
+        self._sessions = _Sessions(ort, model, driver, self.provider, self.provider_options(entry))
         self._run_options = ort.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        check_contract(self._opened.session, spec, "the ONNX file")
-        _check_placement(self._opened.session, self.provider)
+        with contextlib.redirect_stdout(io.StringIO()):  # both print
+            if hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # CUDA and cuDNN as pip installs them
+            first = self._sessions.take()
+        check_contract(first.session, spec, "the ONNX file")
+        _check_placement(first.session, self.provider)
+        self._sessions.give(first)
 
     def provider_options(self, entry: FileEntry) -> dict[str, str]:
-        """The provider's options."""
-        return {"device_id": str(self.driver.device_id), "user_compute_stream": str(self._opened.stream)}
-
-    def session_options(self, ort: Any) -> Any:
-        """Of the session: nothing on the CPU, and a record of what runs where."""
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong is in the exception, too
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        return options
-
-    def _open(self, ort: Any, model: bytes, entry: FileEntry) -> Any:
-        said = io.StringIO()  # both print
-        providers = [(self.provider, self.provider_options(entry))]
-        try:
-            with contextlib.redirect_stdout(said):
-                if hasattr(ort, "preload_dlls"):
-                    ort.preload_dlls()  # CUDA and cuDNN as pip installs them
-                return ort.InferenceSession(model, self.session_options(ort), providers=providers, enable_fallback=0)
-        except Exception as error:  # onnxruntime's exceptions share no base of their own
-            reason = " ".join(str(error).split())
-            raise BackendError(
-                f"ONNX Runtime {ort.__version__} can't run the file by {self.provider} alone: {reason}; see that the "
-                "CUDA and cuDNN that it is made for are installed (pip install 'onnxruntime-gpu[cuda,cudnn]'), or take "
-                "the backend ort-cpu"
-            ) from error
+        """The provider's options, without the stream."""
+        return {"device_id": str(self.driver.device_id)}
 
     def open_lane(self, max_faces: int) -> Lane:
         """See `DeviceBackend.open_lane`."""
-        lane = _OrtLane(self.driver, self.spec, max_faces, self.batches, self._opened.stream)
-        lane.open(self._opened, self._run_options, self.device_type)
+        opened = self._sessions.take()
+        try:
+            lane = _OrtLane(self.driver, self.spec, max_faces, self.batches, opened.stream)
+        except BaseException:
+            self._sessions.give(opened)
+            raise
+        lane.open(opened, self._sessions, self._run_options, self.device_type)
         return lane
 
 
@@ -129,6 +116,62 @@ class OrtTensorRtBackend(OrtGpuBackend):
         }
 
 
+class _Sessions:
+    """Opens sessions of one file, each with a stream of its own; the last one that a lane has left waits for the next.
+
+    May be shared between threads.
+    """
+
+    def __init__(self, ort: Any, model: bytes, driver: CudaDriver, provider: str, options: dict[str, str]) -> None:
+        self._ort, self._model, self._driver = ort, model, driver
+        self._provider, self._options = provider, options
+        self._lock = threading.Lock()
+        self._left: _Opened | None = None
+
+    def take(self) -> _Opened:
+        """A session that nobody else uses.
+
+        Raises:
+            BackendError: ONNX Runtime refuses the file, or no memory is left for another session.
+        """
+        with self._lock:
+            opened, self._left = self._left, None
+        return opened or self._open()
+
+    def give(self, opened: _Opened) -> None:
+        """Takes a session back, whose stream has nothing to do."""
+        with self._lock:
+            self._left = opened
+
+    def _open(self) -> _Opened:
+        ort = self._ort
+        self._driver.make_current()
+        opened = _Opened(self._driver)
+        providers = [(self._provider, self._options | {"user_compute_stream": str(opened.stream)})]
+        try:
+            opened.session = ort.InferenceSession(
+                self._model, _session_options(ort), providers=providers, enable_fallback=0
+            )
+        except Exception as error:  # onnxruntime's exceptions share no base of their own
+            reason = " ".join(str(error).split())
+            raise BackendError(
+                f"ONNX Runtime {ort.__version__} can't run the file by {self._provider} alone: {reason}; see that the "
+                "CUDA and cuDNN that it is made for are installed (pip install 'onnxruntime-gpu[cuda,cudnn]') and that "
+                "the GPU has free memory, or take the backend ort-cpu"
+            ) from error
+        return opened
+
+
+def _session_options(ort: Any) -> Any:
+    """Nothing on the CPU, and a record of what runs where."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong is in the exception, too
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    return options
+
+
 class _Opened:
     """A session and its stream, which ends after it."""
 
@@ -145,23 +188,33 @@ class _Opened:
 
 
 class _OrtLane(Lane):
-    """A lane whose buffers are bound to the session's input and output."""
+    """A lane whose buffers are bound to its session's input and output."""
 
-    def open(self, opened: _Opened, run_options: Any, device_type: str) -> None:
-        """Takes what the calls need."""
-        self._opened, self._run_options, self._device = opened, run_options, (device_type, self.driver.device_id)
+    capturable = True
+    runs_before_capture = 2
+    """As in ONNX Runtime's own capture: its second run still asks for memory, by the pattern of the first."""
+
+    _opened: _Opened | None = None
+    _session: Any = None
+    _sessions: _Sessions | None = None
+
+    def open(self, opened: _Opened, sessions: _Sessions, run_options: Any, device_type: str) -> None:
+        """Takes what the calls need; the session goes back to `sessions` in the end."""
+        self._opened, self._sessions, self._session = opened, sessions, opened.session
+        self._run_options, self._device = run_options, (device_type, self.driver.device_id)
         self._bindings: dict[tuple[int, int], Any] = {}
 
     def _feed(self, input_ptr: int, output_ptr: int, count: int) -> None:
         binding = self._bindings.get((input_ptr, count)) or self._bind(input_ptr, output_ptr, count)
         try:
-            self._opened.session.run_with_iobinding(binding, self._run_options)
+            self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # onnxruntime's exceptions share no base of their own
+            self._sessions = None  # nobody else gets a session that failed
             reason = " ".join(str(error).split())
             raise BackendError(f"ONNX Runtime failed on {count} crops: {reason}; try fewer at once") from error
 
     def _bind(self, input_ptr: int, output_ptr: int, count: int) -> Any:
-        spec, binding = self.spec, self._opened.session.io_binding()
+        spec, binding = self.spec, self._session.io_binding()
         binding.bind_input("crops", *self._device, np.uint8, (count, 1, spec.size, spec.size), input_ptr)
         binding.bind_output("keypoints", *self._device, np.float32, (count, spec.points, 2), output_ptr)
         self._bindings[input_ptr, count] = binding
@@ -171,6 +224,10 @@ class _OrtLane(Lane):
         """See `Lane.close`."""
         super().close()
         self._bindings = {}
+        self._session = None
+        if self._sessions is not None and self._opened is not None:
+            self._sessions.give(self._opened)
+        self._sessions = self._opened = None
 
 
 def _check_placement(session: Any, provider: str) -> None:

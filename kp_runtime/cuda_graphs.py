@@ -70,7 +70,8 @@ def captured(driver: CudaDriver, stream: Any, work: Callable[[], None]) -> Any:
     Other threads may go on with other streams meanwhile.
 
     Raises:
-        BackendError: something in it can't be captured; the stream is as it was.
+        BackendError: something in it can't be captured, or is a call of the host's code, which each launch would
+            repeat (what it frees would be freed again); the stream is as it was.
     """
     mode = driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
     driver.call("cuStreamBeginCapture", stream, mode)
@@ -82,9 +83,18 @@ def captured(driver: CudaDriver, stream: Any, work: Callable[[], None]) -> Any:
         raise
     graph = driver.call("cuStreamEndCapture", stream)
     try:
+        _check_nodes(driver, graph)
         return driver.call("cuGraphInstantiate", graph, 0)
     finally:
         driver.call("cuGraphDestroy", graph)
+
+
+def _check_nodes(driver: CudaDriver, graph: Any) -> None:
+    host = driver.api.CUgraphNodeType.CU_GRAPH_NODE_TYPE_HOST
+    _, _, count = driver.api.cuGraphGetNodes(graph)
+    nodes = driver.call("cuGraphGetNodes", graph, count) if count else []
+    if any(driver.call("cuGraphNodeGetType", node) == host for node in nodes):
+        raise BackendError("the work calls code of the host, which a graph would call again at each launch")
 
 
 def destroy(driver: CudaDriver, graph: Any) -> None:

@@ -37,13 +37,16 @@ class Lane(ABC):
         input_ptr: address of uint8 `(max_faces, 1, size, size)` on the device.
         output_ptr: address of float32 `(max_faces, 68, 2)` on the device.
         max_faces: most crops of one `enqueue`.
-        capturable: whether `enqueue` may be captured into a CUDA graph, once it has run with as many faces.
+        at_once: most crops that the engine takes at once; more are fed in parts.
+        capturable: whether `enqueue` of up to `at_once` faces may be captured into a CUDA graph.
+        runs_before_capture: how often it must have run with as many faces before that.
 
     Raises:
         BackendError: no memory is left on the device; nothing is kept, other lanes stay usable.
     """
 
     capturable = False
+    runs_before_capture = 1
 
     def __init__(
         self,
@@ -56,14 +59,14 @@ class Lane(ABC):
         if max_faces < 1:
             raise BackendError(f"a lane needs room for 1 face or more, got {max_faces}")
         self.driver, self.spec, self.max_faces = driver, spec, max_faces
-        self._least, self._most = batches[0], batches[1] or max_faces
+        self._least, self.at_once = batches[0], batches[1] or max_faces
         self._owned: list[tuple[str, Any]] = []
         self._sizes = spec.size * spec.size, spec.points * 2 * 4  # bytes of a crop and of its keypoints
         driver.make_current()
         try:
             self.stream = self._own("cuStreamDestroy", "cuStreamCreate", 1) if stream is None else stream
             self.input_ptr, self.output_ptr = self._buffers(max(max_faces, self._least))
-            self._part = self._buffers(self._most) if max_faces > self._most else (0, 0)
+            self._part = self._buffers(self.at_once) if max_faces > self.at_once else (0, 0)
         except BackendError as error:
             self.close()
             raise BackendError(f"no room for {max_faces} faces on the GPU: {error}; use fewer at once") from error
@@ -89,13 +92,13 @@ class Lane(ABC):
         if not 1 <= faces <= self.max_faces:
             raise BackendError(f"this lane takes 1 to {self.max_faces} faces, got {faces}; open a larger one")
         self.driver.make_current()
-        if faces <= self._most:
+        if faces <= self.at_once:
             self._feed(self.input_ptr, self.output_ptr, max(faces, self._least))
             return
         copy, stream = "cuMemcpyDtoDAsync", self.driver.api.CUstream(self.stream)
         crop, keypoints = self._sizes
-        for start in range(0, faces, self._most):
-            count = min(self._most, faces - start)
+        for start in range(0, faces, self.at_once):
+            count = min(self.at_once, faces - start)
             self.driver.call(copy, self._part[0], self.input_ptr + start * crop, count * crop, stream)
             self._feed(*self._part, max(count, self._least))
             self.driver.call(copy, self.output_ptr + start * keypoints, self._part[1], count * keypoints, stream)
@@ -148,6 +151,18 @@ class DeviceBackend(Backend):
         Raises:
             BackendError: no memory is left on the device; the lanes that are open stay usable.
         """
+
+    def check_crops(self) -> None:
+        """See `Backend.check_crops`: whether there is a crop kernel for this GPU."""
+        from kp_runtime.preprocess_cuda import CropKernels
+
+        CropKernels(self.driver).close()
+
+    def release(self) -> None:
+        """Frees what `infer` keeps for the calling thread; its next call opens another lane."""
+        lane: Lane | None = self._threads.__dict__.pop("lane", None)
+        if lane is not None:
+            lane.close()
 
     def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         crops = np.ascontiguousarray(crops)

@@ -33,8 +33,9 @@ LANES = 2
 """One copies while the other computes."""
 
 GRAPHS = 4
-"""Most graphs of a lane; the sizes that first come twice have them, others run without. Each has buffers and an
-engine's context of its own: TensorRT's graphs are void once their context has seen another batch size."""
+"""Most graphs of a lane; the sizes that first come twice have them, others run without. Each has an engine's lane
+of its own (buffers, and a TensorRT context or an ONNX Runtime session): TensorRT's graphs are void once their context
+has seen another batch size, and ONNX Runtime's would share its arena and kernels with plain calls."""
 
 _LEAST_FACES = 8  # of a lane, so that it is not replaced for every face that is found
 
@@ -57,6 +58,7 @@ class CudaPipeline:
         if lanes < 1:
             raise BackendError(f"a model on a GPU needs 1 lane or more, got {lanes}")
         self._backend, self._most = backend, lanes
+        backend.release()  # what the golden crop's check left
         self._kernels = CropKernels(backend.driver)
         self._switch = GraphSwitch()
         self._free: list[_Lane] = []
@@ -356,7 +358,7 @@ class _Lane:
     def _graph(self, bytes_a_pixel: int, n: int) -> _Graph | None:
         """The graph of so many faces, captured at their second call; None where there is none."""
         key = bytes_a_pixel, n
-        if self._switch.off is not None:
+        if self._switch.off is not None or n > self._lane.at_once:
             return None
         if key not in self._seen:
             self._seen.add(key)
@@ -388,8 +390,9 @@ class _Lane:
         lane = self._backend.open_lane(n)
         try:
             stream = self._driver.api.CUstream(lane.stream)
-            self._enqueue(lane, bytes_a_pixel, n)  # engines make ready what a capture may not
-            self._driver.call("cuStreamSynchronize", stream)
+            for _ in range(lane.runs_before_capture):  # engines make ready what a capture may not
+                self._enqueue(lane, bytes_a_pixel, n)
+                self._driver.call("cuStreamSynchronize", stream)
             return _Graph(lane, captured(self._driver, stream, lambda: self._enqueue(lane, bytes_a_pixel, n)))
         except BaseException:
             lane.close()

@@ -42,6 +42,7 @@ class Step:
     touches: tuple[int, ...] = ()
     stream: int = 0
     over: bool = False
+    kind: str = "kernel"
 
 
 WITHOUT_CONTEXT = (
@@ -75,6 +76,7 @@ class DriverDouble:
         CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL="device",
     )
     CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+    CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_HOST="host")
     CUstream = int
 
     def __init__(self, kernel: EmulatedKernel | None) -> None:
@@ -115,10 +117,10 @@ class DriverDouble:
 
         return function
 
-    def work(self, stream: int, function: Callable[[], Any], *touches: int) -> None:
-        """What a stream does when it comes so far; `touches` is memory that it needs then."""
+    def work(self, stream: int, function: Callable[[], Any], *touches: int, kind: str = "kernel") -> None:
+        """What a stream does when it comes so far; `touches` is memory that it needs then, `kind` a graph's node."""
         steps = self.captures[stream] if stream in self.captures else self.queues[stream]
-        steps.append(Step(function, touches, stream))
+        steps.append(Step(function, touches, stream, kind=kind))
 
     def lend(self, array: np.ndarray, device: int = 0) -> None:
         """Makes a host array count as device memory."""
@@ -276,6 +278,13 @@ class DriverDouble:
         for step in self.graphs[graph]:
             assert step.work is not None
             self.work(stream, step.work, *step.touches)
+
+    def cuGraphGetNodes(self, graph: int, count: int = 0) -> tuple[Result, list[Step], int]:
+        steps = self.graphs[graph]
+        return Result.CUDA_SUCCESS, steps[:count], len(steps)
+
+    def _cuGraphNodeGetType(self, node: Step) -> str:
+        return node.kind
 
     def _cuGraphDestroy(self, graph: int) -> None:
         del self.graphs[graph]

@@ -1,11 +1,14 @@
 """ONNX Runtime's GPU providers without a GPU: its CPU provider in their place, on the double of the driver.
 
 What is real here: the session, its options, its record of what runs where, and the binding of our own
-buffers. A call waits in the stream of the double until somebody waits for it, as a GPU's does.
+buffers. A call waits in the stream of the double until somebody waits for it, as a GPU's does, and can be captured
+into the double's graphs after two plain ones, as ONNX Runtime's memory arena needs.
 """
 
 from __future__ import annotations
 
+import ctypes
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -16,12 +19,14 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from kp_runtime import BackendError, GraphWarning, MissingExtraError, Model, load
 from kp_runtime.backend import open_backend
 from kp_runtime.backend_ort_gpu import OrtCudaBackend, OrtGpuBackend, OrtTensorRtBackend
 from kp_runtime.device_backend import DeviceBackend
-from kp_runtime.errors import BackendError, MissingExtraError
+from kp_runtime.pipeline_cuda import LANES
 from kp_runtime.spec import Manifest, file_entry
 from tests.cuda_driver_double import DriverDouble, Result
+from tests.emulation import EmulatedKernel
 from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints
 from tests.tolerances import FP32_PX, assert_close
 
@@ -30,18 +35,37 @@ REAL = onnxruntime.InferenceSession
 
 
 class Session:
-    """A session on the CPU that says it is on the GPU; `said` is what it was opened with."""
+    """A session on the CPU that says it is on the GPU.
+
+    Attributes:
+        said: what the last one was opened with.
+        open: how many there are.
+        room: how many more can be opened; None: any number.
+        elsewhere: operators that run on the CPU.
+        left_out: whether the provider was.
+        fails: why no call succeeds.
+        captured: what its captured calls do wrong, one of `TRAITS`.
+    """
 
     said: Any = None
     driver: DriverDouble
+    open = 0
+    room: int | None = None
     elsewhere: tuple[str, ...] = ()
     left_out = False
     fails = ""
+    captured = ""
 
     def __init__(self, model: bytes, options: Any, providers: list[Any], enable_fallback: int) -> None:
         wanted = {"session.disable_cpu_ep_fallback": "1", "session.record_ep_graph_assignment_info": "1"}
         assert {key: options.get_session_config_entry(key) for key in wanted} == wanted
         assert enable_fallback == 0
+        if self.room == 0:
+            raise RuntimeError("Failed to allocate memory")
+        if self.room is not None:
+            type(self).room = self.room - 1
+        type(self).open += 1
+        self._runs, self._kept = 0, b""
         ((self._provider, chosen),) = providers
         type(self).said = SimpleNamespace(provider=self._provider, options=chosen)
         own = onnxruntime.SessionOptions()
@@ -49,8 +73,14 @@ class Session:
         self._real = REAL(model, own, providers=["CPUExecutionProvider"])
         self._stream = int(chosen["user_compute_stream"])
 
+    def __del__(self) -> None:
+        type(self).open -= "_runs" in self.__dict__  # one that could not be opened has none
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
+
+    def io_binding(self) -> Binding:
+        return Binding(self._real.io_binding())
 
     def get_providers(self) -> list[str]:
         return ["CPUExecutionProvider"] if self.left_out else [self._provider, "CPUExecutionProvider"]
@@ -64,17 +94,73 @@ class Session:
             real = [node for part in self._real.get_provider_graph_assignment_info() for node in part.get_nodes()]
         return [SimpleNamespace(ep_name=where(node), get_nodes=lambda node=node: [node]) for node in real]
 
-    def run_with_iobinding(self, binding: Any, run_options: Any) -> None:
+    def run_with_iobinding(self, binding: Binding, run_options: Any) -> None:
         assert run_options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
         if self.fails:
             raise RuntimeError(self.fails)
-        self.driver.work(self._stream, lambda: self._real.run_with_iobinding(binding))
+        captured = self.captured if self._stream in self.driver.captures else ""
+        if self._stream in self.driver.captures and (self._runs < 2 or captured == "waits"):
+            assert self.driver.cuStreamSynchronize(self._stream)[0] != Result.CUDA_SUCCESS  # as cudaMalloc, too
+            raise RuntimeError("CUDA failure 900: operation not permitted when stream is capturing")
+        self._runs += 1
+        if captured == "frees":
+            self.driver.work(self._stream, lambda: None, kind="host")
+        if captured != "runs elsewhere":
+            self.driver.work(self._stream, lambda: self._compute(binding, captured))
+
+    def _compute(self, binding: Binding, captured: str) -> None:
+        crops = binding.crops()
+        if captured == "keeps its crops":
+            self._kept = self._kept or crops.tobytes()
+            crops[...] = np.frombuffer(self._kept, np.uint8).reshape(crops.shape)
+        self._real.run_with_iobinding(binding.real)
+
+
+class Binding:
+    """A session's binding that knows where its crops lie."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def bind_input(self, name: str, device: str, device_id: int, dtype: Any, shape: Any, address: int) -> None:
+        self._shape, self._address = shape, address
+        self.real.bind_input(name, device, device_id, dtype, shape, address)
+
+    def bind_output(self, *what: Any) -> None:
+        self.real.bind_output(*what)
+
+    def crops(self) -> np.ndarray:
+        memory = (ctypes.c_uint8 * int(np.prod(self._shape))).from_address(self._address)
+        return np.ctypeslib.as_array(memory).reshape(self._shape)
+
+
+TRAITS = {
+    "waits": "ONNX Runtime failed on 2 crops: CUDA failure 900: operation not permitted when stream is capturing",
+    "frees": "the work calls code of the host, which a graph would call again at each launch",
+    "runs elsewhere": "a graph puts a keypoint .* px from where the same calls put it without one",
+    "keeps its crops": "a graph puts a keypoint .* px from where the same calls put it without one",
+}
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
+    return EmulatedKernel(tmp_path_factory)
+
+
+@pytest.fixture
+def cutting(driver: DriverDouble, kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Crops are cut by the emulated kernel."""
+    (tmp_path / "kernel").write_bytes(b"cubin")
+    monkeypatch.setenv("KP_CUBIN", str(tmp_path / "kernel"))
+    driver.kernel = kernel
 
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> DriverDouble:
     """A machine with a driver and an onnxruntime that has both providers."""
     double = DriverDouble(None)
+    monkeypatch.setattr(Session, "open", 0)
+    monkeypatch.setattr(Session, "room", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", double)
     monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: True)
     monkeypatch.setattr(Session, "driver", double, raising=False)
@@ -103,21 +189,134 @@ def test_keypoints_of_every_number_of_crops(backend: str, driver: DriverDouble, 
         assert_close(engine.infer(crops), tiny_keypoints(crops), FP32_PX, f"{n} crops")
     assert (engine.report.backend, Session.said.provider) == (backend, NAMES[backend])
     assert engine.report.golden_error_px is not None
-    assert not engine.open_lane(1).capturable
 
 
-def test_lanes_share_the_session_s_stream(driver: DriverDouble, bundle: Path) -> None:
+def test_each_lane_has_a_session_and_a_stream_of_its_own(driver: DriverDouble, bundle: Path) -> None:
     engine = opened(bundle)
     one, two = engine.open_lane(2), engine.open_lane(3)
-    assert one.stream == two.stream == int(Session.said.options["user_compute_stream"])
-    assert one.input_ptr != two.input_ptr
+    assert Session.open == 3  # the golden crop's thread has one
+    assert one.stream != two.stream == int(Session.said.options["user_compute_stream"])
     one.close()
     two.enqueue(3)
     two.close()
-    del one, two, engine
-    assert driver.memory == {}
+    assert Session.open == 2  # the last one that a lane has left
+    with engine.open_lane(1) as three:
+        assert (three.stream, Session.open) == (two.stream, 2)
+        three.enqueue(1)
+    engine.release()
+    assert Session.open == 1
+    del one, two, three, engine
+    assert (driver.memory, Session.open) == ({}, 0)
     asked = [name for name, *_ in driver.asked]
-    assert asked.count("cuStreamCreate") == asked.count("cuStreamDestroy") == 1
+    assert asked.count("cuStreamCreate") == asked.count("cuStreamDestroy") == 3
+
+
+def test_no_memory_for_another_session(driver: DriverDouble, bundle: Path, rng: Any) -> None:
+    engine, crops = opened(bundle), some_crops(rng, 1)
+    Session.room = 0
+    with pytest.raises(BackendError, match=r"Failed to allocate memory; see .* that the GPU has free memory"):
+        engine.open_lane(1)
+    assert_close(engine.infer(crops), tiny_keypoints(crops), FP32_PX, "after it")
+
+
+def test_a_session_that_failed_is_not_used_again(
+    driver: DriverDouble, bundle: Path, rng: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, crops = opened(bundle), some_crops(rng, 1)
+    with monkeypatch.context() as patched, engine.open_lane(1) as lane:
+        patched.setattr(Session, "fails", "bad")
+        with pytest.raises(BackendError, match="failed on 1 crops: bad"):
+            lane.enqueue(1)
+    assert Session.open == 1
+    assert_close(engine.infer(crops), tiny_keypoints(crops), FP32_PX, "after it")
+
+
+# CUDA graphs of the whole way
+
+
+def picture(seed: int) -> np.ndarray:
+    """Patches of 8 px, so that faces at other places and in other pictures have other mean grey levels."""
+    patches = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    return np.ascontiguousarray(patches.repeat(8, axis=0).repeat(8, axis=1))
+
+
+def boxes_of(seed: int, n: int) -> np.ndarray:
+    corner = np.random.default_rng(seed).uniform(0, 150, (n, 2))
+    return np.concatenate([corner, corner + 60], axis=1)
+
+
+def check(model: Model, cpu: Model, seed: int, n: int) -> None:
+    image, boxes = picture(seed), boxes_of(seed, n)
+    assert np.abs(model(image, boxes).xy - cpu(image, boxes).xy).max() <= 1e-3
+
+
+@pytest.mark.usefixtures("cutting")
+@pytest.mark.parametrize("backend", NAMES)
+def test_graphs_go_the_whole_way(backend: str, driver: DriverDouble, bundle: Path) -> None:
+    cpu = load(bundle, "ort-cpu")
+    with load(bundle, backend) as model:
+        for i, n in enumerate((1, 2, 2, 1, 2, 1)):
+            check(model, cpu, i, n)
+        assert (model.graphs.captured, model.graphs.off) == (((3, 1), (3, 2)), None)
+        assert Session.open == 3  # the lane's, and one for each graph
+        before = len(driver.asked)
+        check(model, cpu, 9, 2)
+        asked = [name for name, *_ in driver.asked[before:]]
+        assert asked.count("cuGraphLaunch") == 1
+        assert "cuLaunchKernel" not in asked
+        model.warmup(2)
+        assert model.graphs.captured == ((3, 1),) * LANES + ((3, 2),) * LANES
+        streams = {call[2] for call in driver.asked if call[0] == "cuGraphLaunch"}
+        assert len(streams) == LANES
+    assert (driver.memory, driver.graphs) == ({}, {})
+
+
+@pytest.mark.usefixtures("cutting")
+@pytest.mark.parametrize("trait", TRAITS)
+def test_graphs_that_are_dropped(
+    trait: str, driver: DriverDouble, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "captured", trait)
+    cpu = load(bundle, "ort-cpu")
+    with load(bundle, "ort-cuda") as model:
+        check(model, cpu, 0, 2)
+        with pytest.warns(GraphWarning, match=f"CUDA graphs are off, and calls take longer: {TRAITS[trait]}"):
+            check(model, cpu, 1, 2)
+        assert model.graphs.captured == ()
+        assert model.graphs.off is not None
+        for i in range(3):
+            check(model, cpu, i, 2)
+    assert (driver.memory, driver.graphs, driver.captures) == ({}, {}, {})
+
+
+@pytest.mark.usefixtures("cutting")
+def test_a_capture_wants_two_runs_before_it(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kp_runtime.backend_ort_gpu._OrtLane.runs_before_capture", 1)
+    with load(bundle, "ort-cuda") as model:
+        model(picture(0), boxes_of(0, 2))
+        with pytest.warns(GraphWarning, match="CUDA failure 900"):
+            model(picture(0), boxes_of(0, 2))
+
+
+@pytest.mark.usefixtures("cutting")
+def test_no_memory_for_a_graph_s_session(bundle: Path) -> None:
+    cpu = load(bundle, "ort-cpu")
+    with load(bundle, "ort-cuda") as model:
+        check(model, cpu, 0, 2)
+        Session.room = 0
+        with pytest.warns(GraphWarning, match="CUDA graphs are off.* Failed to allocate memory"):
+            check(model, cpu, 1, 2)
+        check(model, cpu, 2, 2)
+
+
+@pytest.mark.usefixtures("cutting")
+def test_faces_that_are_fed_in_parts_have_no_graph(bundle: Path) -> None:
+    cpu = load(bundle, "ort-cpu")
+    with load(bundle, "ort-tensorrt") as model:  # 32 at once
+        for i in range(3):
+            check(model, cpu, i, 40)
+            check(model, cpu, i, 3)
+        assert (model.graphs.captured, model.graphs.off) == (((3, 3),), None)
 
 
 def test_options_of_the_providers(driver: DriverDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,6 +425,7 @@ def test_what_is_not_installed(driver: DriverDouble, bundle: Path, monkeypatch: 
         opened(bundle)
 
 
+@pytest.mark.usefixtures("cutting")
 def test_auto_takes_the_cuda_provider_where_no_plan_fits(driver: DriverDouble, bundle: Path) -> None:
     report = open_backend(bundle).report
     assert report.backend == "ort-cuda"
@@ -235,6 +435,38 @@ def test_auto_takes_the_cuda_provider_where_no_plan_fits(driver: DriverDouble, b
     ]
     assert open_backend(bundle / "model.fp32.onnx").report.backend == "ort-cuda"
     assert open_backend(bundle, "ort-cpu").report.rejected == ("int8: not in the bundle",)
+
+
+def nvrtc_that_can_not_be_loaded() -> None:
+    raise RuntimeError("libnvrtc.so.13: cannot open shared object file\nnothing else")
+
+
+@pytest.mark.parametrize(
+    ("nvrtc", "reason"),
+    [
+        (None, r"pip install 'kp-edge\[cuda12\]'"),
+        (
+            SimpleNamespace(nvrtcVersion=nvrtc_that_can_not_be_loaded),
+            "the crop kernel can't be compiled: NVRTC can't be loaded .libnvrtc.so.13: cannot open shared object file.*"
+            ", or name a compiled kernel in KP_CUBIN",
+        ),
+    ],
+)
+def test_auto_passes_over_a_gpu_that_can_not_cut_crops(
+    nvrtc: Any, reason: str, driver: DriverDouble, bundle: Path, monkeypatch: pytest.MonkeyPatch, rng: Any
+) -> None:
+    monkeypatch.delenv("KP_CUBIN", raising=False)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", nvrtc)
+    with load(bundle) as model:
+        report = model.backend.report
+        assert report.backend == "ort-cpu"
+        assert re.match(f"ort-cuda: .*{reason}", report.rejected[1])
+        assert len(model(picture(0), boxes_of(0, 2))) == 2
+    with pytest.raises(BackendError, match=reason):
+        load(bundle, "ort-cuda")
+    crops = some_crops(rng, 2)  # crops from elsewhere can still be run
+    assert_close(opened(bundle).infer(crops), tiny_keypoints(crops), FP32_PX, "keypoints")
+    assert "cuLaunchKernel" not in [name for name, *_ in driver.asked]
 
 
 def test_auto_falls_back_to_the_cpu_and_says_why(
@@ -261,6 +493,7 @@ def test_files_that_an_engine_does_not_run(driver: DriverDouble, tmp_path: Path)
         open_backend(bundle / "model.int8.onnx", "tensorrt")
 
 
+@pytest.mark.usefixtures("cutting")
 def test_the_tensorrt_provider_is_never_an_automatic_choice(driver: DriverDouble, bundle: Path) -> None:
     assert OrtTensorRtBackend.name == "ort-tensorrt"
     assert not any("ort-tensorrt" in reason for reason in open_backend(bundle).report.rejected)

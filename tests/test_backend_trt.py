@@ -346,5 +346,5 @@ def test_the_whole_way_from_a_frame(
             assert_close(model(image, boxes[:n]).xy, wanted, MAP_PX, f"{n} faces")
             assert_close(model.submit(image, boxes[:n]).result(60).xy, wanted, MAP_PX, f"{n} faces, submitted")
         assert model.graphs.off is None
-        assert {(3, 1), (3, 3), (3, 23)} <= set(model.graphs.captured)
+        assert set(model.graphs.captured) == {(3, 1), (3, 3)}  # 23 are fed in parts
     assert not driver.graphs

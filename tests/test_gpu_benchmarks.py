@@ -51,6 +51,7 @@ from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import save_checkpoint
 from kp_train.model import KeypointNet
 from tests.cuda_driver_double import DriverDouble
+from tests.device_double import DeviceDouble
 from tests.emulation import EmulatedKernel
 from tests.models import SIZE, tiny_keypoints
 
@@ -109,7 +110,9 @@ def test_what_is_planned(checkpoint: Path) -> None:
     network = [(p.what, p.batch) for p in plan("network", checkpoint, (1, 2), DEVICE)]
     graphs = [f"ONNX Runtime CUDA {p}{g}" for p in ("fp32", "fp16") for g in ("", ", CUDA graph")]
     ours = [f"kp_runtime {name}" for name in BACKENDS]
-    assert network == [(what, n) for n in (1, 2) for what in (EAGER, COMPILED, *graphs, *ours[:-1])]
+    devices = ["tensorrt", "ort-tensorrt", "ort-cuda fp32", "ort-cuda fp16"]
+    ours_there = [f"kp_runtime {name}{g}" for name in devices for g in ("", ", CUDA graph")]
+    assert network == [(what, n) for n in (1, 2) for what in (EAGER, COMPILED, *graphs, *ours_there)]
     whole = [(p.what, p.batch) for p in plan("end-to-end", checkpoint, (1,), DEVICE)]
     assert whole == [(what, 1) for what in (*ours, EAGER, COMPILED)]
     with pytest.raises(InputError, match="no part 'all'; choose from crops, network, end-to-end"):
@@ -213,6 +216,23 @@ def test_our_backends(bundle: Path, crops: np.ndarray) -> None:
     assert isinstance(model_xy, np.ndarray)
     ready = kp_end_to_end(bundle, "ort-cpu", FRAME, boxes, model_xy + np.float32([3, 4]))
     assert ready.distance_px == pytest.approx(5, abs=1e-3)
+
+
+def test_our_backends_on_the_device(crops: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    double = DriverDouble(None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", double)
+    traits: dict[str, bool] = {}
+    monkeypatch.setattr("benchmarks.gpu_calls.open_backend", lambda *_: DeviceDouble(**traits))
+    for graph in (False, True):
+        ready = kp_network(ROOT, "ort-cuda", crops, tiny_keypoints(crops), precision="fp32", graph=graph)
+        before = len(double.asked)
+        ready.run()
+        asked = [name for name, *_ in double.asked[before:]]
+        assert ("cuGraphLaunch" in asked) == graph
+        assert ready.distance_px == pytest.approx(0, abs=1e-3)
+    traits["elsewhere"] = True  # what the runs before the capture left is not the crops' answer
+    with pytest.raises(BackendError, match=r"wrong: a keypoint is .* px from PyTorch's"):
+        kp_network(ROOT, "ort-cuda", crops, tiny_keypoints(crops), graph=True)
 
 
 class Centroid(torch.nn.Module):

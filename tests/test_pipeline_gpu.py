@@ -68,11 +68,8 @@ def test_keypoints_are_the_cpu_s(n: int, model: Model, cpu: Model, image: np.nda
 
 def test_graphs_pass_their_canary(model: Model, image: np.ndarray) -> None:
     model.warmup(2)
-    if model.backend.name.startswith("ort-"):
-        assert model.graphs.off == f"{model.backend.name} can't be captured"
-    else:
-        assert model.graphs.off is None
-        assert {(3, 1), (3, 2)} <= set(model.graphs.captured)
+    assert model.graphs.off is None
+    assert {(3, 1), (3, 2)} <= set(model.graphs.captured)
 
 
 def test_graphs_change_nothing(model: Model, image: np.ndarray) -> None:
