@@ -45,6 +45,19 @@ test-pythons: $(STAMP)
 test-aarch64: $(STAMP)
 	PYTHON=$(BIN)/python scripts/test-aarch64 $(BUNDLE)
 
+# a real NVIDIA Triton on this CPU, with the python backend alone; its Python needs an environment with numpy 1
+TRITON_VENV := build/triton
+TRITON_STAMP := $(TRITON_VENV)/.installed
+.PHONY: test-triton
+test-triton: $(TRITON_STAMP)
+	KP_ASTRONAUT="$(ASTRONAUT)" $(TRITON_VENV)/bin/python -m pytest tests/test_triton_server.py
+
+$(TRITON_STAMP): pyproject.toml | $(STAMP)
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(TRITON_VENV)
+	$(BIN)/uv pip install --quiet --python $(TRITON_VENV)/bin/python --editable ".[image,ort]" "numpy<2" onnx pytest \
+		nvidia-pytriton==0.7.0 "tritonclient[http,grpc]"
+	touch $@
+
 # the wheels of the project and of its default model; torch is not needed
 wheels: $(WHEEL_STAMP)
 	PYTHONPATH=. $(WHEEL_VENV)/bin/python scripts/wheels.py --out dist

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -37,6 +37,12 @@ def export(
     engine: Annotated[
         Engine, typer.Option(help="Build TensorRT plans too: if possible, or fail, or not.")
     ] = Engine.auto,
+    triton: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="REPO", help="Write models for NVIDIA Triton; with no other option, from the files as they are."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export a checkpoint to ONNX, with proof of parity.
@@ -44,6 +50,11 @@ def export(
     A file that does not predict what PyTorch does fails the export and changes nothing. Where TensorRT is
     installed, plans are built too.
     """
+    if triton and not (fp16 or int8 or calibration or out or data or engine is not Engine.auto):
+        written = _write_triton(checkpoint if checkpoint.is_dir() else checkpoint.parent, triton, not as_json)
+        if as_json:
+            print_json(written)
+        return
     from kp_export.plan_from_onnx import plan_blocker
     from kp_runtime.errors import ExportError
 
@@ -79,14 +90,28 @@ def export(
 
         wanted = [*(["fp16"] * fp16), *(["int8"] * int8)] or ["fp32"]
         plans = [add_plan(report.bundle, precision, progress=build_progress()) for precision in wanted]
-    if as_json:
-        rows = [dataclasses.asdict(p) for p in report.parity]
-        print_json({"bundle": report.bundle, "parity": rows, "plans": [dataclasses.asdict(p) for p in plans]})
-    else:
+    if not as_json:
         for plan in plans:
             typer.echo(f"plan: {plan.file}")
     if blocker:
         note(f"no TensorRT plan was built: {blocker}")
+    models = {"triton": _write_triton(report.bundle, triton, not as_json)} if triton else {}
+    if as_json:
+        rows = [dataclasses.asdict(p) for p in report.parity]
+        print_json({"bundle": report.bundle, "parity": rows, "plans": [dataclasses.asdict(p) for p in plans], **models})
+
+
+def _write_triton(bundle: Path, repository: Path, tell: bool) -> dict[str, Any]:
+    """Writes the model repository, and says what is in it where `tell`."""
+    from kp_export.triton import write_repository
+
+    report = write_repository(bundle, repository)
+    for reason in report.left_out:
+        note(f"left out: {reason}")
+    for model in report.models if tell else ():
+        state = "" if model.is_new else ", as it was"
+        typer.echo(f"{report.repository / model.name}: version {model.version}{state}")
+    return dataclasses.asdict(report)
 
 
 def verify(

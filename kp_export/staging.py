@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kp_runtime.errors import ExportError
 
-__all__ = ["mend", "staging"]
+__all__ = ["locked", "mend", "staging"]
 
 
 def mend(target: Path) -> None:
@@ -37,7 +37,7 @@ def staging(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not os.access(target, os.W_OK):
             raise ExportError(f"the bundle {target} is read-only; make it writable, or name another with --out")
-        with _locked(_beside(target, "lock"), target):
+        with locked(_beside(target, "lock"), target):
             mend(target)
             for stale in (stage, old):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -83,7 +83,12 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 @contextlib.contextmanager
-def _locked(path: Path, target: Path) -> Iterator[None]:
+def locked(path: Path, target: Path) -> Iterator[None]:
+    """Holds the lock file `path`, which is gone afterwards, while `target` is written.
+
+    Raises:
+        ExportError: another process holds it.
+    """
     with contextlib.ExitStack() as stack:
         while True:
             file = stack.enter_context(open(path, "w"))

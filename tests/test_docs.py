@@ -73,11 +73,12 @@ NOT_RUN = {
     "Needs a camera": Reason(r"kp run (0|rtsp:|\"nvargus)|camera"),
     "Needs a CUDA GPU": Reason(r"kp plan|tensorrt|trtexec|bench-gpu|Cuda|bf16-mixed"),
     "Needs a Jetson": Reason(r"sudo |/opt/kp|~/kp|nvpmodel"),
+    "Needs a Triton server": Reason(r"triton"),
     "Needs emulation": Reason(r"aarch64"),
     "Needs NVRTC": Reason(r"compile_cubin", _has_nvrtc),
     "Needs the full data sets": Reason(r"--data|--calibration"),
     "Needs the network": Reason(r"pip install|make (demo|wheelhouse)"),
-    "Takes hours": Reason(r"kp train|train_reference|make (fuzz|soak|nightly)"),
+    "Takes hours": Reason(r"kp(_cli)? train|train_reference|make (fuzz|soak|nightly)"),
     "Takes minutes": Reason(r"kp (export|bench|eval|tune)|make bench"),
 }
 """The titles of blocks that are not run."""
@@ -172,8 +173,12 @@ def runs(first_place: Path, request: pytest.FixtureRequest) -> Iterator[dict[str
     spawning = get_context("spawn")
     with ProcessPoolExecutor(2, spawning, max_tasks_per_child=1) as pool:
         futures: dict[str, Future[None]] = {}
-        for page in [page for page in RUN if page.name in began]:
-            chain = [page, *(next_page for next_page in asked if CONTINUES.get(next_page.name) == page.name)]
+        chains = [
+            [page, *(follower for follower in asked if CONTINUES.get(follower.name) == page.name)]
+            for page in RUN
+            if page.name in began
+        ]
+        for chain in sorted(chains, key=len, reverse=True):  # the longest begins first
             future = pool.submit(_run_pages, chain, first_place)
             futures |= {member.name: future for member in chain}
         yield futures
@@ -270,8 +275,8 @@ def _commands(lexer: shlex.shlex) -> Iterator[list[str]]:
 def _check_command(words: list[str], where: str) -> None:
     words = words[1:] if words[0] == "sudo" else words
     name = Path(words[0]).name
-    if name == "kp":
-        _check_kp(words[1:], where)
+    if name in ("kp", "torchrun"):
+        _check_kp(words[words.index("kp_cli" if name == "torchrun" else words[0]) + 1 :], where)
     elif name == "make":
         targets = [word for word in words[1:] if "=" not in word]
         known = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))

@@ -1,0 +1,321 @@
+"""`kp export --triton`: a bundle -> models in a repository of NVIDIA Triton.
+
+    REPO/<name>-images/               encoded images -> boxes and keypoints, by kp_runtime in the python backend
+    REPO/<name>-crops-onnx/           crops -> keypoints, by the onnxruntime backend
+    REPO/<name>-crops-sm87-trt10.3.0/ the same by the tensorrt backend, one for each GPU and TensorRT with a plan
+
+A model that is new comes whole, with its config.pbtxt; one that is there gets another version folder, and its
+config.pbtxt stays as it is. Both appear by one rename. docs/triton.md tells what is in them.
+"""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kp_export.pack import pack_bundle
+from kp_export.staging import locked, mend
+from kp_runtime.backend import CPU_ORDER, GOLDEN_NAME, ORDER
+from kp_runtime.errors import BundleError, ExportError
+from kp_runtime.spec import FileEntry, Manifest, ModelSpec
+from kp_runtime.triton_model import PROBE
+
+__all__ = ["TritonModel", "TritonReport", "pbtxt", "write_repository"]
+
+CONFIG_NAME = "config.pbtxt"
+_MOST_CROPS, _MOST_IMAGES = 32, 8
+_CROPS_DELAY_US, _IMAGES_DELAY_US = 2000, 5000
+_MODEL_PY = '''"""Written by kp export --triton; the model itself is kp_runtime.triton_model."""
+
+try:
+    from kp_runtime.triton_model import TritonPythonModel  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"the Python that Triton runs can't import kp_runtime ({error}); "
+        "install it there: pip install 'kp-edge[image,ort]' 'numpy<2'"
+    ) from None
+'''
+
+
+class Word(str):
+    """A value that stands in a config.pbtxt without quotes, such as `TYPE_FP32`."""
+
+
+@dataclass(frozen=True)
+class TritonModel:
+    """A model of the repository.
+
+    Attributes:
+        name: its folder's name, by which clients ask for it.
+        version: the newest one.
+        is_new: whether this export wrote it; false where the newest version holds the same already.
+        file: the bundle's file that runs; None where the engine is chosen when it opens.
+    """
+
+    name: str
+    version: int
+    is_new: bool
+    file: str | None
+
+
+@dataclass(frozen=True)
+class TritonReport:
+    """What was written, and what was left out and why."""
+
+    repository: Path
+    models: tuple[TritonModel, ...]
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A model to write: how it is called, its config, what fills its version and, beside that, its folder."""
+
+    name: str
+    config: dict[str, Any]
+    file: str | None
+    fill: Callable[[Path], object]
+    beside: Mapping[str, bytes]
+
+
+def write_repository(bundle: Path, repository: Path) -> TritonReport:
+    """Writes a bundle's models into a Triton model repository; other models in it stay untouched.
+
+    Args:
+        bundle: the bundle's folder.
+        repository: the folder that Triton's `--model-repository` names; made where it is missing.
+
+    Raises:
+        BundleError: the bundle can't be used.
+        ExportError: the bundle lacks a file that is needed, a model of the same name has another contract, or the
+            repository can't be written.
+    """
+    bundle, repository = bundle.resolve(), repository.resolve()
+    mend(bundle)
+    manifest = Manifest.read(bundle)
+    wanted, left_out = _wanted(bundle, manifest)
+    try:
+        repository.mkdir(parents=True, exist_ok=True)
+        with locked(repository / ".kp-export.lock", repository):
+            for each in wanted:  # before anything is written
+                _check_contract(repository / each.name, each.config)
+            models = tuple(_add(repository / each.name, each) for each in wanted)
+    except OSError as error:
+        raise ExportError(
+            f"can't write the model repository {repository}: {error.strerror or error}; what was there is whole"
+        ) from error
+    return TritonReport(repository, models, left_out)
+
+
+def _wanted(bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], tuple[str, ...]]:
+    """The models that a bundle gives, and why not others."""
+    runnable = {name: entry for name, entry in manifest.files.items() if entry.kind in ("onnx", "plan")}
+    if not runnable:
+        raise ExportError(f"{bundle} holds no ONNX file and no plan for Triton; make one first: kp export {bundle}")
+    if manifest.spec.box == "frame":
+        raise ExportError(f"{bundle} sees whole frames, not faces; there is no Triton model of such")
+    if GOLDEN_NAME not in manifest.files:
+        raise ExportError(
+            f"{bundle} has no {GOLDEN_NAME}, which the health check runs; kp export of its checkpoint makes it"
+        )
+    stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", manifest.spec.name).lstrip(".") or "model"
+    wanted = [_images(stem, bundle, manifest)]
+    left_out = []
+    onnx = {str(entry.precision): name for name, entry in runnable.items() if entry.kind == "onnx"}
+    best = next((onnx[precision] for precision in CPU_ORDER if precision in onnx), None)
+    if best:
+        wanted.append(_onnx(stem, bundle, manifest, best))
+    else:
+        left_out.append("no model of the onnxruntime backend: the bundle has no ONNX file for it")
+    plans, skipped = _plans(stem, bundle, manifest)
+    return wanted + plans, (*left_out, *skipped)
+
+
+def _images(stem: str, bundle: Path, manifest: Manifest) -> _Wanted:
+    """Encoded images -> keypoints in the python backend."""
+    points = manifest.spec.points
+    precisions = sorted({str(e.precision) for e in manifest.files.values() if e.kind in ("onnx", "plan")})
+    config = {
+        "name": f"{stem}-images",
+        "backend": "python",
+        "max_batch_size": _MOST_IMAGES,
+        "input": [{"name": "image", "data_type": Word("TYPE_STRING"), "dims": [1]}],
+        "output": [
+            {"name": "faces", "data_type": Word("TYPE_INT32"), "dims": [1]},
+            {"name": "boxes", "data_type": Word("TYPE_FP32"), "dims": [-1, 4]},
+            {"name": "keypoints", "data_type": Word("TYPE_FP32"), "dims": [-1, points, 2]},
+        ],
+        **_common(Word("KIND_CPU"), _IMAGES_DELAY_US),
+        "model_warmup": [
+            _warmup("probe", 1, "image", {"data_type": Word("TYPE_STRING"), "dims": [1], "input_data_file": "probe"})
+        ],
+        "parameters": _parameters(f"image -> {points} keypoints a face", backend="auto", detector="haar", threads=""),
+    }
+
+    def fill(version: Path) -> None:
+        pack_bundle(bundle, version / "bundle", precisions)
+        (version / "model.py").write_text(_MODEL_PY, encoding="utf-8")
+
+    probe = len(PROBE).to_bytes(4, "little") + PROBE  # as Triton keeps a string
+    return _Wanted(config["name"], config, None, fill, {"warmup/probe": probe})
+
+
+def _onnx(stem: str, bundle: Path, manifest: Manifest, file: str) -> _Wanted:
+    """Crops -> keypoints in the onnxruntime backend; an int8 file is for the CPU."""
+    kind = Word("KIND_CPU" if manifest.files[file].precision == "int8" else "KIND_AUTO")
+    config = _crops_config(f"{stem}-crops-onnx", "onnxruntime", "model.onnx", manifest.spec, _MOST_CROPS, kind)
+    return _crops(bundle, manifest, file, config)
+
+
+def _plans(stem: str, bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], list[str]]:
+    """Crops -> keypoints in the tensorrt backend: the best precision for each GPU and TensorRT."""
+    order = ORDER["tensorrt"]
+    plans = [(name, entry) for name, entry in manifest.files.items() if entry.kind == "plan"]
+    wanted: dict[str, _Wanted] = {}
+    left_out = []
+    for file, entry in sorted(plans, key=lambda plan: order.index(str(plan[1].precision))):
+        least, most, where = _plan_facts(bundle, file, entry)
+        name = f"{stem}-crops-{where}"
+        if least > 1:
+            left_out.append(f"{file}: it takes {least} faces or more, and Triton's batches may be smaller")
+        elif name in wanted:
+            left_out.append(f"{file}: {wanted[name].file} is for the same GPU and TensorRT")
+        else:
+            config = _crops_config(name, "tensorrt", "model.plan", manifest.spec, most, Word("KIND_GPU"))
+            wanted[name] = _crops(bundle, manifest, file, config)
+    return list(wanted.values()), left_out
+
+
+def _plan_facts(bundle: Path, file: str, entry: FileEntry) -> tuple[int, int, str]:
+    """Fewest and most faces of a plan, and where it runs: `sm87-trt10.3.0`."""
+    made = entry.made
+    try:
+        least, _, most = (int(size) for size in made["profile"])
+        numbers = re.findall(r"\d+", f"{made['compute_capability']}")
+        return least, most, f"sm{''.join(numbers)}-trt{re.sub('[^0-9.]', '', made['tensorrt'])}"
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{bundle}: the manifest lacks what {file} was made for ({error}); build it again") from error
+
+
+def _crops(bundle: Path, manifest: Manifest, file: str, config: dict[str, Any]) -> _Wanted:
+    """A model whose version is one file of the bundle."""
+
+    def fill(version: Path) -> None:
+        (version / config["default_model_filename"]).write_bytes(manifest.read_file(bundle, file))
+
+    return _Wanted(config["name"], config, file, fill, {})
+
+
+def _crops_config(name: str, backend: str, file: str, spec: ModelSpec, most: int, kind: Word) -> dict[str, Any]:
+    size, points = spec.size, spec.points
+    crop = {"data_type": Word("TYPE_UINT8"), "dims": [1, size, size]}
+    return {
+        "name": name,
+        "backend": backend,
+        "default_model_filename": file,
+        "max_batch_size": most,
+        "input": [{"name": "crops", **crop}],
+        "output": [{"name": "keypoints", "data_type": Word("TYPE_FP32"), "dims": [points, 2]}],
+        **_common(kind, _CROPS_DELAY_US),
+        "model_warmup": [
+            _warmup(f"{n} crops", n, "crops", {**crop, "zero_data": True}) for n in sorted({1, min(8, most), most})
+        ],
+        "parameters": _parameters(f"crops of {size} px -> {points} keypoints"),
+    }
+
+
+def _common(kind: Word, delay_us: int) -> dict[str, Any]:
+    """What all models have: instances, batching of requests that come together, the newest version alone."""
+    return {
+        "instance_group": [{"count": 1, "kind": kind}],
+        "dynamic_batching": {"max_queue_delay_microseconds": delay_us},
+        "version_policy": {"latest": {"num_versions": 1}},
+    }
+
+
+def _warmup(name: str, batch: int, tensor: str, value: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "batch_size": batch, "inputs": [{"key": tensor, "value": value}]}
+
+
+def _parameters(contract: str, **settings: str) -> list[dict[str, Any]]:
+    """The contract, by which a later export knows the model, and settings that a user may change."""
+    texts = {"kp_contract": contract, **settings}
+    return [{"key": key, "value": {"string_value": text}} for key, text in texts.items()]
+
+
+def pbtxt(message: Mapping[str, Any], indent: str = "") -> str:
+    """A message in protobuf's text format: a mapping is a message, a list of mappings a repeated one."""
+    lines = []
+    for key, value in message.items():
+        for each in value if isinstance(value, list) and value and isinstance(value[0], Mapping) else [value]:
+            if isinstance(each, Mapping):
+                lines.append(f"{indent}{key} {{\n{pbtxt(each, indent + '  ')}{indent}}}\n")
+            else:
+                lines.append(f"{indent}{key}: {_scalar(each)}\n")
+    return "".join(lines)
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, Word):
+        return str(value)
+    return json.dumps(value)  # numbers, true, lists of numbers, and quoted ASCII text are the same in both
+
+
+def _check_contract(folder: Path, config: dict[str, Any]) -> None:
+    """Refuses to add a version to a model that takes or gives something else."""
+    if not folder.exists():
+        return
+    contract = next(p["value"]["string_value"] for p in config["parameters"] if p["key"] == "kp_contract")
+    path = folder / CONFIG_NAME
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    if json.dumps(contract) not in text:
+        raise ExportError(
+            f"{folder} is there and is not a model of {contract!r}: its clients would get something else; "
+            "remove it, or name another repository"
+        )
+
+
+def _add(folder: Path, wanted: _Wanted) -> TritonModel:
+    """Adds a version to a model, or the whole model, by one rename."""
+    is_there = folder.exists()
+    stage = folder / ".new" if is_there else folder.with_name(f".{folder.name}.new")
+    versions = [int(path.name) for path in folder.glob("[1-9]*") if path.name.isdigit()]
+    newest = max(versions, default=0)
+    shutil.rmtree(stage, ignore_errors=True)  # of an export that was killed
+    try:
+        version = stage if is_there else stage / "1"
+        version.mkdir(parents=True)
+        wanted.fill(version)
+        if newest and _same(version, folder / str(newest)):
+            return TritonModel(wanted.name, newest, False, wanted.file)
+        for name, data in {} if is_there else {CONFIG_NAME: pbtxt(wanted.config).encode(), **wanted.beside}.items():
+            (stage / name).parent.mkdir(exist_ok=True)
+            (stage / name).write_bytes(data)
+        _sync(stage)
+        os.replace(stage, folder / str(newest + 1) if is_there else folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    return TritonModel(wanted.name, newest + 1, True, wanted.file)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether two folders hold the same files."""
+    names = [{str(p.relative_to(root)) for p in root.rglob("*") if p.is_file()} for root in (one, other)]
+    names[1] = {name for name in names[1] if "__pycache__" not in name}
+    _, different, unreadable = filecmp.cmpfiles(one, other, names[0], shallow=False)
+    return names[0] == names[1] and not different and not unreadable
+
+
+def _sync(folder: Path) -> None:
+    """Waits until all files are on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,192 @@
+"""What NVIDIA Triton's python backend runs: encoded images in, boxes and keypoints out.
+
+`kp export --triton` writes a model whose `model.py` imports `TritonPythonModel` from here. Requests that the server
+hands over together share one call of the network. `docs/triton.md` has the contract.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kp_runtime.backend import GOLDEN_NAME, GOLDEN_TOLERANCE_PX
+from kp_runtime.detect import Detector, HaarDetector, YuNetDetector
+from kp_runtime.errors import BackendError, KpError
+from kp_runtime.frame import as_frame, image_from_bytes
+from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
+from kp_runtime.golden import golden_from_bytes
+from kp_runtime.pipeline import checked_boxes, load
+from kp_runtime.preprocess_cpu import CpuCropper
+from kp_runtime.spec import Manifest
+
+__all__ = ["PROBE", "ImagesModel", "TritonPythonModel", "check_numpy"]
+
+PROBE = b"kp-health"
+"""Sent in place of an image it runs the golden crop: the answer is no face, or the error of what is wrong."""
+
+Faces = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""Boxes `(n, 4)` and keypoints `(n, points, 2)` of an image, float32, pixels of the image."""
+
+
+def check_numpy(version: str = np.__version__) -> None:
+    """Refuses numpy 2.
+
+    Raises:
+        BackendError: Triton's python backend reads the memory of numpy 2's arrays wrongly and says nothing.
+    """
+    if int(version.partition(".")[0]) >= 2:
+        raise BackendError(
+            f"numpy {version} is installed, with which Triton's python backend returns wrong numbers without an error; "
+            "install an older one for the Python that it runs: pip install 'numpy<2'"
+        )
+
+
+class ImagesModel:
+    """Encoded images to the boxes and keypoints of their faces, all crops in one call of the network.
+
+    Args:
+        bundle: the bundle's folder.
+        backend: as `load` takes it.
+        detector: `haar`, or the path of a YuNet model.
+        threads: of the engine on the CPU; None takes all cores.
+        faces: faces of a call for which everything is made ready at the start.
+
+    Raises:
+        KpError: the bundle, the engine or the detector can't be used.
+    """
+
+    def __init__(
+        self, bundle: Path, backend: str = "auto", detector: str = "haar", threads: int | None = None, faces: int = 8
+    ) -> None:
+        self._model = load(bundle, backend, threads)
+        self._backend = self._model.backend
+        self._backend.warmup(faces)
+        self._cropper = CpuCropper(self._backend.threads)
+        self._detector: Detector = HaarDetector() if detector == "haar" else YuNetDetector(detector)
+        data = Manifest.read(bundle).read_file(bundle, GOLDEN_NAME)
+        self._golden = golden_from_bytes(data, self._model.spec, GOLDEN_NAME)
+
+    @property
+    def report(self) -> str:
+        """What runs, as a line."""
+        report = self._backend.report
+        return f"{self._model.spec.name}: {report.file} on {report.backend}"
+
+    def __call__(self, calls: Sequence[Sequence[bytes]]) -> list[list[Faces] | KpError]:
+        """Answers each of several calls with the faces of its images, or the error of the first bad one.
+
+        An error of the network is everyone's.
+        """
+        answers: list[list[Faces] | KpError] = []
+        cut: list[tuple[list[Faces], int, Any]] = []  # whose answer, which image of it, its matrices
+        crops = []
+        for images in calls:
+            try:
+                looked = [self._crops(data, i) for i, data in enumerate(images)]
+            except KpError as error:
+                answers.append(error)
+                continue
+            answer: list[Faces] = []
+            for i, (boxes, matrices, found) in enumerate(looked):
+                answer.append((boxes.astype(np.float32), np.empty((0, self._model.spec.points, 2), np.float32)))
+                cut.append((answer, i, matrices))
+                crops.append(found)
+            answers.append(answer)
+        if not crops:
+            return answers
+        try:
+            xy_crop = self._backend.infer(np.concatenate(crops))
+        except KpError as error:
+            return [known if isinstance(known, KpError) else error for known in answers]
+        start = 0
+        for answer, i, matrices in cut:
+            part = xy_crop[start : start + len(matrices)]
+            answer[i] = answer[i][0], apply_matrix(invert_matrix(matrices), part).astype(np.float32)
+            start += len(matrices)
+        return answers
+
+    def _crops(self, data: bytes, index: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint8]]:
+        """Boxes, matrices and crops of an image's faces."""
+        spec = self._model.spec
+        if data == PROBE:
+            self._check()
+            return np.empty((0, 4)), np.empty((0, 2, 3)), np.empty((0, 1, spec.size, spec.size), np.uint8)
+        image = image_from_bytes(data, f"image {index}")
+        frame = as_frame(image)
+        boxes = checked_boxes(self._detector(frame), frame.size_hw)
+        matrices = matrices_from_boxes(boxes, spec.size, spec.margin)
+        return boxes, matrices, self._cropper.crops_from_frame(frame, matrices, spec.size)
+
+    def _check(self) -> None:
+        """Compares the golden crop's keypoints with what they must be."""
+        error = float(np.abs(self._backend.infer(self._golden.crops) - self._golden.keypoints).max())
+        if not error <= GOLDEN_TOLERANCE_PX[self._backend.report.precision]:
+            raise BackendError(f"a golden keypoint is {error:.3f} px from where it must be; restart the server")
+
+    def close(self) -> None:
+        """Frees what was kept."""
+        self._cropper.close()
+        self._model.close()
+
+
+class TritonPythonModel:
+    """The class that Triton's python backend looks for; one object an instance, each in a process of its own."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Loads the bundle that lies beside `model.py`.
+
+        Raises:
+            TritonModelException: with the one line that the server logs and answers.
+        """
+        import triton_python_backend_utils as triton
+
+        self._triton = triton
+        given = json.loads(args["model_config"])["parameters"]
+        settings = {name: value["string_value"] for name, value in given.items()}
+        try:
+            check_numpy()
+            self._images = ImagesModel(
+                Path(args["model_repository"]) / args["model_version"] / "bundle",
+                settings.get("backend", "auto"),
+                settings.get("detector", "haar"),
+                int(settings["threads"]) if settings.get("threads") else None,
+            )
+        except (KpError, ValueError, OSError) as error:
+            raise triton.TritonModelException(" ".join(str(error).split())) from None
+        triton.Logger.log_info(self._images.report)
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Answers requests that came together: each its own result or its own error."""
+        triton = self._triton
+        calls = []
+        for request in requests:
+            given = triton.get_input_tensor_by_name(request, "image").as_numpy()
+            calls.append([bytes(data) for data in given.reshape(-1)])
+        return [
+            triton.InferenceResponse(error=triton.TritonError(" ".join(str(answer).split())))
+            if isinstance(answer, KpError)
+            else triton.InferenceResponse([triton.Tensor(name, array) for name, array in _arrays(answer).items()])
+            for answer in self._images(calls)
+        ]
+
+    def finalize(self) -> None:
+        """Frees the engine."""
+        self._images.close()
+
+
+def _arrays(faces: Sequence[Faces]) -> dict[str, NDArray[Any]]:
+    """The output tensors of a call: images with fewer faces than another end in rows of NaN."""
+    counts = np.array([[len(boxes)] for boxes, _ in faces], np.int32)
+    most = int(counts.max(initial=0))
+    shape = faces[0][1].shape[1:]
+    boxes = np.full((len(faces), most, 4), np.nan, np.float32)
+    keypoints = np.full((len(faces), most, *shape), np.nan, np.float32)
+    for i, (own_boxes, own_keypoints) in enumerate(faces):
+        boxes[i, : len(own_boxes)] = own_boxes
+        keypoints[i, : len(own_keypoints)] = own_keypoints
+    return {"faces": counts, "boxes": boxes, "keypoints": keypoints}

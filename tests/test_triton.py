@@ -1,0 +1,309 @@
+"""Triton model repositories: what is written, whole or not at all; the model of images and the health check, without
+a server. `test_triton_server.py` has the server."""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+
+import kp_runtime
+from kp_export import triton
+from kp_export.triton import TritonModel, pbtxt, write_repository
+from kp_runtime import triton_health
+from kp_runtime.errors import BackendError, BundleError, ExportError, ImageError
+from kp_runtime.spec import Manifest, file_entry
+from kp_runtime.triton_health import check_triton
+from kp_runtime.triton_model import PROBE, ImagesModel, check_numpy
+from tests.models import tiny_bundle
+from tests.test_cli import kp
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def with_plan(bundle: Path, name: str, profile: tuple[int, int, int], precision: str = "fp16", **made: Any) -> None:
+    """Enters a file that stands for a plan in the manifest."""
+    (bundle / name).write_bytes(name.encode())
+    facts = {"profile": profile, "compute_capability": "8.7", "tensorrt": "10.3.0", **made}
+    entry = file_entry(bundle / name, "plan", precision=precision, made=facts)
+    manifest = Manifest.read(bundle)
+    dataclasses.replace(manifest, files=manifest.files | {name: entry}).write(bundle)
+
+
+@pytest.fixture
+def own(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that may be changed."""
+    return Path(shutil.copytree(bundle, tmp_path / "own"))
+
+
+# --- the repository
+
+
+def test_a_repository_holds_what_the_bundle_can(own: Path, tmp_path: Path) -> None:
+    with_plan(own, "model.fp16.sm87.trt10.3.0.plan", (1, 8, 16))
+    with_plan(own, "model.int8.sm87.trt10.3.0.plan", (1, 8, 16), "int8")
+    with_plan(own, "model.fp16.sm90.trt10.3.0.plan", (4, 4, 4), compute_capability="9.0")
+    report = write_repository(own, tmp_path / "repo")
+    assert report.models == (
+        TritonModel("tiny-images", 1, True, None),
+        TritonModel("tiny-crops-onnx", 1, True, "model.fp32.onnx"),
+        TritonModel("tiny-crops-sm87-trt10.3.0", 1, True, "model.int8.sm87.trt10.3.0.plan"),
+    )
+    assert [reason.split(":")[0] for reason in report.left_out] == [
+        "model.fp16.sm87.trt10.3.0.plan",
+        "model.fp16.sm90.trt10.3.0.plan",
+    ]
+    repo = tmp_path / "repo"
+    assert (repo / "tiny-crops-onnx/1/model.onnx").read_bytes() == (own / "model.fp32.onnx").read_bytes()
+    assert (repo / "tiny-crops-sm87-trt10.3.0/1/model.plan").read_bytes() == b"model.int8.sm87.trt10.3.0.plan"
+    config = (repo / "tiny-crops-sm87-trt10.3.0/config.pbtxt").read_text()
+    assert "max_batch_size: 16\n" in config
+    assert "kind: KIND_GPU\n" in config
+    assert sorted(p.name for p in (repo / "tiny-images/1/bundle").glob("*.onnx")) == ["model.fp32.onnx"]
+    assert not list(repo.rglob(".*"))
+
+
+def test_the_text_of_a_config() -> None:
+    message = {
+        "name": 'a "b"',
+        "max": 3,
+        "on": True,
+        "kind": triton.Word("KIND_CPU"),
+        "dims": [-1, 4],
+        "input": [{"name": "x"}, {"name": "y"}],
+        "policy": {"latest": {}},
+    }
+    assert pbtxt(message) == (
+        'name: "a \\"b\\""\nmax: 3\non: true\nkind: KIND_CPU\ndims: [-1, 4]\n'
+        'input {\n  name: "x"\n}\ninput {\n  name: "y"\n}\npolicy {\n  latest {\n  }\n}\n'
+    )
+
+
+def test_the_same_again_changes_nothing_and_another_adds_a_version(own: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    (repo / "other/1").mkdir(parents=True)
+    (repo / "other/1/model.onnx").write_bytes(b"other")
+    write_repository(own, repo)
+    mine = repo / "tiny-crops-onnx/config.pbtxt"
+    mine.write_text(mine.read_text().replace("count: 1", "count: 3"))
+    before = files_of(repo)
+    assert [model.is_new for model in write_repository(own, repo).models] == [False, False]
+    assert files_of(repo) == before
+    data = (own / "model.fp32.onnx").read_bytes() + b"\x72\x00"  # an empty field at the end
+    (own / "model.fp32.onnx").write_bytes(data)
+    manifest = Manifest.read(own)
+    entry = file_entry(own / "model.fp32.onnx", "onnx", precision="fp32")
+    dataclasses.replace(manifest, files=manifest.files | {"model.fp32.onnx": entry}).write(own)
+    assert [(model.version, model.is_new) for model in write_repository(own, repo).models] == [(2, True), (2, True)]
+    after = files_of(repo)
+    assert {name: after[name] for name in before} == before
+    assert after["tiny-crops-onnx/2/model.onnx"] == data
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_an_export_that_breaks_off_shows_nothing(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    repo = tmp_path / "repo"
+    if again:
+        write_repository(own, repo)
+        (own / "golden.npz").replace(own / "other.npz")
+        manifest = Manifest.read(own)
+        files = {name: entry for name, entry in manifest.files.items() if name != "golden.npz"}
+        (own / "other.npz").replace(own / "golden.npz")
+        files["golden.npz"] = dataclasses.replace(manifest.files["golden.npz"], made={"again": True})
+        dataclasses.replace(manifest, files=files).write(own)
+    before = files_of(repo)
+
+    def broken(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace" if not again else "fsync", broken)
+    with pytest.raises((ExportError, kp_runtime.KpError), match="No space left on device"):
+        write_repository(own, repo)
+    monkeypatch.undo()
+    assert {k: v for k, v in files_of(repo).items() if not k.startswith(".")} == before
+    assert next(model.version for model in write_repository(own, repo).models) == 1 + again
+
+
+def test_what_a_killed_export_left_is_cleared_away(own: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    (repo / ".tiny-images.new/1").mkdir(parents=True)
+    (repo / ".tiny-images.new/config.pbtxt").write_text("half")
+    write_repository(own, repo)
+    (repo / "tiny-images/.new").mkdir()
+    write_repository(own, repo)
+    assert not list(repo.rglob(".*"))
+    assert (repo / "tiny-images/config.pbtxt").read_text() != "half"
+
+
+def test_another_contract_is_refused_before_anything_is_written(own: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    other = tiny_bundle(tmp_path / "other", size=96)
+    write_repository(other, repo)
+    before = files_of(repo)
+    with pytest.raises(ExportError, match="tiny-crops-onnx is there and is not a model of 'crops of 64 px"):
+        write_repository(own, repo)
+    assert files_of(repo) == before
+
+
+def test_bundles_that_lack_something(own: Path, tmp_path: Path) -> None:
+    manifest = Manifest.read(own)
+    golden = {"golden.npz": manifest.files["golden.npz"]}
+    dataclasses.replace(manifest, files=golden).write(own)
+    with pytest.raises(ExportError, match="holds no ONNX file and no plan for Triton; make one first: kp export"):
+        write_repository(own, tmp_path / "repo")
+    dataclasses.replace(manifest, files={"model.fp32.onnx": manifest.files["model.fp32.onnx"]}).write(own)
+    with pytest.raises(ExportError, match=r"has no golden.npz, which the health check runs"):
+        write_repository(own, tmp_path / "repo")
+    dataclasses.replace(manifest, spec=dataclasses.replace(manifest.spec, box="frame")).write(own)
+    with pytest.raises(ExportError, match="sees whole frames"):
+        write_repository(own, tmp_path / "repo")
+    manifest.write(own)
+    with_plan(own, "x.plan", (1, 2, 4), tensorrt=None)
+    with pytest.raises(BundleError, match=r"lacks what x.plan was made for .*build it again"):
+        write_repository(own, tmp_path / "repo")
+    assert not (tmp_path / "repo").exists()
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
+    repo = tmp_path / "repo"
+    status, out, err = kp(capsys, "export", bundle, "--triton", repo)
+    assert (status, err) == (0, "")
+    assert out == f"{repo}/tiny-images: version 1\n{repo}/tiny-crops-onnx: version 1\n"
+    status, out, _ = kp(capsys, "export", bundle, "--triton", repo, "--json")
+    assert json.loads(out)["models"][1] == {
+        "name": "tiny-crops-onnx", "version": 1, "is_new": False, "file": "model.fp32.onnx",
+    }  # fmt: skip
+    status, _, err = kp(capsys, "export", tmp_path, "--triton", repo)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "is not a bundle" in err
+    (tmp_path / "file").write_text("")
+    status, _, err = kp(capsys, "export", bundle, "--triton", tmp_path / "file")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "can't write the model repository" in err
+
+
+# --- the model of images
+
+
+@pytest.fixture
+def images(bundle: Path) -> Iterator[ImagesModel]:
+    model = ImagesModel(bundle, threads=1)
+    yield model
+    model.close()
+
+
+def jpeg(image: np.ndarray) -> bytes:
+    data: bytes = cv2.imencode(".jpg", image)[1].tobytes()
+    return data
+
+
+def test_images_are_answered_as_one_by_one(images: ImagesModel, bundle: Path, astronaut: Path) -> None:
+    one = kp_runtime.image_from_file(astronaut)
+    pictures = [jpeg(one), jpeg(np.hstack([one, one])), jpeg(np.zeros((40, 30), np.uint8))]
+    model, detector = kp_runtime.load(bundle, threads=1), kp_runtime.HaarDetector()
+    answers = images([pictures[:2], [pictures[2]], [pictures[1]]])
+    found = [faces for answer in answers if not isinstance(answer, Exception) for faces in answer]
+    for data, (boxes, keypoints) in zip([*pictures, pictures[1]], found, strict=True):
+        image = kp_runtime.image_from_bytes(data)
+        wanted = model(image, detector(image))
+        assert (boxes == wanted.boxes_xyxy.astype(np.float32)).all()
+        assert np.abs(keypoints - wanted.xy).max(initial=0) < 1e-3
+    assert [len(boxes) for boxes, _ in found] == [1, 2, 0, 2]
+
+
+def test_a_bad_image_is_its_callers_alone(images: ImagesModel, astronaut: Path) -> None:
+    good = jpeg(kp_runtime.image_from_file(astronaut))
+    bad, fine, cut_off = images([[good, b"text"], [good], [good[:-100]]])
+    assert isinstance(bad, ImageError)
+    assert "image 1" in str(bad)
+    assert isinstance(cut_off, ImageError)
+    assert isinstance(fine, list)
+    assert fine[0][1].shape == (1, 68, 2)
+
+
+def test_the_probe_runs_the_network(images: ImagesModel) -> None:
+    ((boxes, keypoints),) = images([[PROBE]])[0]  # type: ignore[misc]
+    assert (boxes.shape, keypoints.shape) == ((0, 4), (0, 68, 2))
+    images._golden.keypoints[...] += 1
+    (error,) = images([[PROBE]])
+    assert isinstance(error, BackendError)
+    assert "1.000 px from where it must be; restart the server" in str(error)
+
+
+def test_numpy_2_is_refused() -> None:
+    check_numpy("1.26.4")
+    with pytest.raises(BackendError, match=r"numpy 2.1.0 .*wrong numbers without an error.*pip install 'numpy<2'"):
+        check_numpy("2.1.0")
+
+
+# --- the health check
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    """An HTTP server that answers with `status` and `body`, and keeps what it was asked."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.server.asked = self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))  # type: ignore[attr-defined]
+            self.send_response(self.server.status)  # type: ignore[attr-defined]
+            self.end_headers()
+            self.wfile.write(self.server.body)  # type: ignore[attr-defined]
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as listening:
+        listening.url = f"http://127.0.0.1:{listening.server_port}"  # type: ignore[attr-defined]
+        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield listening
+        listening.shutdown()
+        thread.join()
+
+
+def test_health_is_an_inference(server: Any) -> None:
+    server.status, server.body = 200, b'{"outputs": [{"name": "faces", "data": [0]}]}'
+    check_triton(server.url, "a b-images")
+    assert server.asked[0] == "/v2/models/a%20b-images/infer"
+    assert server.asked[1]["inputs"][0]["data"] == [PROBE.decode()] == [triton_health.PROBE]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (400, b'{"error": "unknown\\nmodel"}', "m at http://.* fails: unknown model; restart"),
+        (503, b"", "fails: HTTP status 503"),
+        (200, b"<html>", "gave no answer of m .*is it a Triton server"),
+        (200, b'{"outputs": [{"data": [3]}]}', "answers the probe with"),
+    ],
+)
+def test_a_server_that_is_not_well(
+    server: Any, capsys: pytest.CaptureFixture[str], status: int, body: bytes, message: str
+) -> None:
+    server.status, server.body = status, body
+    with pytest.raises(BackendError, match=message):
+        check_triton(server.url, "m")
+    assert triton_health.main([server.url, "m"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert triton_health.main(["http://127.0.0.1:9", "m", "--timeout", "5"]) == 1
+    assert "no answer of http://127.0.0.1:9" in capsys.readouterr().err
+    assert triton_health.main(["no url", "m"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
