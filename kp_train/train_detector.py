@@ -59,7 +59,7 @@ def train_detector(
 
     Raises:
         DataError: no faces to train or to validate on.
-        KpError: `run` holds another run, nothing to resume, or the weights are not finite.
+        KpError: `run` holds another run, nothing to resume, the run was interrupted, or the weights are not finite.
     """
     last = run / "state" / "last.state"
     begun = last.exists() or last.with_name("last.state.old").exists()
@@ -72,13 +72,11 @@ def train_detector(
     torch.manual_seed(config.seed)
     training, held_out = split_by_person(sources, config)
     if resume:
-        record = stored_record(run, sources, config, free=("steps",))
-        record["config"]["steps"] = config.steps
+        record = stored_record(run, sources, config, free=("steps",)) | {"config": config.to_json()}
+        if record.get("pictures_sha256") != pictures.sha256:
+            raise KpError(f"the run in {run} began with other pictures without faces; give the same --no-faces")
     else:
-        record = run_record(sources, training, held_out, config, {})
-    if resume and record.get("pictures_sha256") != pictures.sha256:
-        raise KpError(f"the run in {run} began with other pictures without faces; give the same --no-faces")
-    record["pictures_sha256"] = pictures.sha256
+        record = run_record(sources, training, held_out, config, {}) | {"pictures_sha256": pictures.sha256}
     with writing(run / "run.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -92,11 +90,17 @@ def train_detector(
         windows, config.batch_size, sampler=range(state.step * config.batch_size, len(windows)), num_workers=workers
     )
     checks = WindowDataset(held_out, [1.0] * len(held_out), pictures, config.seed, VALIDATION_WINDOWS)
-    for batch in loader:
-        state.learn(batch)
-        if state.step % keep_every == 0 or state.step == config.steps:
-            SafetensorsIO().save_checkpoint(state.content(), last)
-            say(f"step {state.step}/{config.steps}  held-out loss {state.loss(DataLoader(checks, 64)):.4f}")
+    try:
+        for batch in loader:
+            state.learn(batch)
+            if state.step % keep_every == 0 or state.step == config.steps:
+                SafetensorsIO().save_checkpoint(state.content(), last)
+                say(f"step {state.step}/{config.steps}  held-out loss {state.loss(DataLoader(checks, 64)):.4f}")
+    except KeyboardInterrupt as error:
+        raise KpError(
+            f"training stopped in step {state.step} of {config.steps}; the same command with --resume goes on from "
+            f"the state that is kept every {keep_every} steps"
+        ) from error
     return _write_checkpoint(state.mean_net, run, name, record)
 
 
