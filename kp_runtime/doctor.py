@@ -61,8 +61,8 @@ def diagnose(
     here = here or Surroundings.here()
     findings = [checks.computer(here), *checks.jetson(here)]
     step("GPU")
-    found, gpu = checks.gpu_found(here, here.ask("driver", seconds=seconds))
-    findings += [found, checks.cuda_python(here, gpu)]
+    gpus, gpu = checks.gpus_found(here, here.ask("driver", seconds=seconds))
+    findings += [*gpus, checks.cuda_python(here, gpu)]
     step("crops on the GPU")
     findings += [checks.nvrtc(gpu, here.ask("nvrtc", seconds=seconds))]
     findings += [checks.gpu_crops(here.ask("crops", seconds=seconds))] if gpu else []

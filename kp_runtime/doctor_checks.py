@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,7 +32,7 @@ __all__ = [
     "computer",
     "cuda_python",
     "gpu_crops",
-    "gpu_found",
+    "gpus_found",
     "jetson",
     "nvrtc",
     "onnxruntime",
@@ -162,30 +163,49 @@ def _jetpack(root: Path) -> str:
     return found[1] if found else "nvidia-jetpack is not installed"
 
 
-def gpu_found(here: Surroundings, answer: Answer) -> tuple[Finding, Gpu | None]:
-    """The line of the GPU, and the device where it answers."""
-    seen, kernel = _nvidia_hardware(here.root), _driver_version(here.root)
+def gpus_found(here: Surroundings, answer: Answer) -> tuple[list[Finding], Gpu | None]:
+    """A line for each GPU, the one that is used first, and that device where it answers."""
+    devices = answer.facts.get("devices")
+    if not devices:
+        return [_no_gpu(here, answer)], None
+    used = _gpu("GPU" if len(devices) == 1 else "GPU 0, used", devices[0], _versions(here, answer), PROBLEM)
+    others = [
+        _gpu(f"GPU {i}", device, f"CUDA_VISIBLE_DEVICES={i} takes this one", WARNING)
+        for i, device in enumerate(devices[1:], 1)
+    ]
+    return [used, *others], Gpu(devices[0]["capability"], answer.facts["cuda"] // 1000)
+
+
+def _gpu(subject: str, device: Mapping[str, Any], more: str, broken: str) -> Finding:
+    told = f"{device['name']}, compute capability {device['capability'] / 10:.1f}"
+    if device["status"]:
+        advice = "end other programs on it, see what nvidia-smi (tegrastats on a Jetson) says of it, or reboot"
+        return Finding(subject, broken, f"{told}; it can't be opened (CUDA error {device['status']}); {more}", advice)
+    free, total = (device[name] / 2**30 for name in ("free", "total"))
+    return Finding(subject, OK, f"{told}, {free:.1f} of {total:.1f} GiB free; {more}")
+
+
+def _no_gpu(here: Surroundings, answer: Answer) -> Finding:
+    """Why there is none."""
+    seen = _nvidia_hardware(here.root)
     if answer.broken or answer.state == "failed":
         advice = "see whether nvidia-smi (tegrastats on a Jetson) answers; reboot, or install the driver again"
-        return Finding("GPU", PROBLEM, f"the CUDA driver fails: {answer.text}", advice), None
+        return Finding("GPU", PROBLEM, f"the CUDA driver fails: {answer.text}", advice)
     if answer.state == "absent":
         if not seen:
-            return Finding("GPU", ABSENT, "no NVIDIA GPU and no CUDA driver"), None
+            return Finding("GPU", ABSENT, "no NVIDIA GPU and no CUDA driver")
         advice = "install NVIDIA's driver; in a container, start it with --gpus all (Jetson: --runtime nvidia)"
-        return Finding("GPU", WARNING, f"{seen}, but libcuda can't be loaded", advice), None
-    cuda, devices, status = answer.facts["cuda"], answer.facts["devices"], answer.facts["status"]
-    versions = f"driver {kernel or 'unknown'}, CUDA {cuda // 1000}.{cuda % 1000 // 10}"
-    if devices:
-        told = ", ".join(f"{d['name']}, compute capability {d['capability'] / 10:.1f}" for d in devices)
-        return Finding("GPU", OK, f"{told}; {versions}"), Gpu(devices[0]["capability"], cuda // 1000)
+        return Finding("GPU", WARNING, f"{seen}, but libcuda can't be loaded", advice)
+    versions = _versions(here, answer)
     hidden = here.environment.get("CUDA_VISIBLE_DEVICES")
     if hidden is not None:
         advice = "unset CUDA_VISIBLE_DEVICES to use the GPU"
-        return Finding("GPU", WARNING, f"none that CUDA_VISIBLE_DEVICES={hidden!r} shows; {versions}", advice), None
+        return Finding("GPU", WARNING, f"none that CUDA_VISIBLE_DEVICES={hidden!r} shows; {versions}", advice)
     if not seen:
-        return Finding("GPU", ABSENT, f"none; {versions}"), None
+        return Finding("GPU", ABSENT, f"none; {versions}")
     advice = "see what nvidia-smi says; kernel module and library must be of one version: reboot after an update"
-    return Finding("GPU", PROBLEM, f"{seen}, but CUDA finds no device (error {status}); {versions}", advice), None
+    text = f"{seen}, but CUDA finds no device (error {answer.facts['status']}); {versions}"
+    return Finding("GPU", PROBLEM, text, advice)
 
 
 def _nvidia_hardware(root: Path) -> str | None:
@@ -200,6 +220,12 @@ def _nvidia_hardware(root: Path) -> str | None:
         if vendor == "0x10de" and kind.startswith("0x03"):  # NVIDIA, a display controller
             return f"an NVIDIA GPU at PCI {folder.name}"
     return None
+
+
+def _versions(here: Surroundings, answer: Answer) -> str:
+    """The driver's, and the newest CUDA's that it runs."""
+    cuda = answer.facts["cuda"]
+    return f"driver {_driver_version(here.root) or 'unknown'}, CUDA {cuda // 1000}.{cuda % 1000 // 10}"
 
 
 def _driver_version(root: Path) -> str | None:

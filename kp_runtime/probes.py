@@ -115,11 +115,25 @@ def driver() -> Facts:
 
 
 def _device(cuda: ctypes.CDLL, index: int) -> Facts:
+    """A device; `status` is the error of opening it, with which nothing is known of its memory."""
     name, major, minor = ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_int()
+    context, free, total = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_size_t()
     cuda.cuDeviceGetName(name, len(name), index)
     cuda.cuDeviceGetAttribute(ctypes.byref(major), 75, index)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), 76, index)
-    return {"name": name.value.decode(errors="replace"), "capability": major.value * 10 + minor.value}
+    status = (
+        cuda.cuDevicePrimaryCtxRetain(ctypes.byref(context), index)
+        or cuda.cuCtxSetCurrent(context)
+        or cuda.cuMemGetInfo_v2(ctypes.byref(free), ctypes.byref(total))
+    )
+    cuda.cuDevicePrimaryCtxRelease_v2(index)
+    return {
+        "name": name.value.decode(errors="replace"),
+        "capability": major.value * 10 + minor.value,
+        "status": status,
+        "free": free.value,
+        "total": total.value,
+    }
 
 
 def nvrtc() -> Facts:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,7 +25,8 @@ from kp_runtime.spec import FileEntry, Manifest, file_entry
 
 CPU = ["CPUExecutionProvider"]
 GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", *CPU]
-ORIN = {"cuda": 12060, "status": 0, "devices": [{"name": "Orin", "capability": 87}]}
+DEVICE = {"name": "Orin", "capability": 87, "status": 0, "free": 5 << 30, "total": 15 << 29}
+ORIN = {"cuda": 12060, "status": 0, "devices": [DEVICE]}
 JETSON_FILES = {
     "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 1\n",
     "proc/device-tree/model": "NVIDIA Jetson Orin Nano",
@@ -138,7 +140,61 @@ def test_a_jetson_on_which_all_works(planned: Path, tmp_path: Path) -> None:
     assert (diagnosis.working, diagnosis.healthy) == (FOUR, True)
     assert about(diagnosis, "JetPack").found == "6.2+b77, L4T R36 (release), REVISION: 4.3, GCID: 1"
     assert about(diagnosis, "power mode").found == "pmode:0002, GPU up to 1020 MHz"
-    assert about(diagnosis, "GPU").found == "Orin, compute capability 8.7; driver unknown, CUDA 12.6"
+    text = "Orin, compute capability 8.7, 5.0 of 7.5 GiB free; driver unknown, CUDA 12.6"
+    assert about(diagnosis, "GPU").found == text
+
+
+BROKEN = DEVICE | {"name": "H200", "capability": 90, "status": 46}
+
+
+@pytest.mark.usefixtures("all_backends")
+def test_a_line_for_each_gpu(bundle: Path, tmp_path: Path) -> None:
+    """The first one is used; that another is busy is no problem."""
+    answers = {name: answer for name, answer in WITH_GPU.items() if name != "backend tensorrt"}
+    two = answers | {"driver": answered(**ORIN | {"devices": [DEVICE, BROKEN]})}
+    diagnosis = looked(bundle, tmp_path, two, ["cuda-bindings==12.9.0"])
+    assert about(diagnosis, "GPU 0, used").found.startswith("Orin, compute capability 8.7, 5.0 of 7.5 GiB free; driver")
+    other = about(diagnosis, "GPU 1")
+    assert other.status == "warning"
+    text = "H200, compute capability 9.0; it can't be opened (CUDA error 46); CUDA_VISIBLE_DEVICES=1 takes this one"
+    assert other.found == text
+    assert diagnosis.healthy
+    turned = answers | {"driver": answered(**ORIN | {"devices": [BROKEN, DEVICE]})}
+    diagnosis = looked(bundle, tmp_path, turned)
+    assert about(diagnosis, "GPU 0, used").status == "problem"
+    assert about(diagnosis, "GPU 1").status == "ok"
+    assert about(diagnosis, "NVRTC").found == "12.6, compiles for sm_90"  # judged for the one that is used
+    assert not diagnosis.healthy
+
+
+LIBCUDA = r"""
+#include <string.h>
+typedef unsigned long size;
+static int current = -1;
+int cuInit(unsigned flags) { return 0; }
+int cuDriverGetVersion(int *version) { *version = 12060; return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGetName(char *name, int length, int device) { strncpy(name, device ? "Two" : "One", length); return 0; }
+int cuDeviceGetAttribute(int *value, int what, int device) { *value = what == 75 ? 8 + device : 7 * !device; return 0; }
+int cuDevicePrimaryCtxRetain(void **context, int device) { *context = (void *)(device + 1L); return device ? 2 : 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return 0; }
+int cuCtxSetCurrent(void *context) { current = (int)(long)context - 1; return 0; }
+int cuMemGetInfo_v2(size *free, size *total) { *free = 5UL << 30; *total = 8UL << 30; return current != 0; }
+"""
+
+
+def test_the_driver_s_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a library in the driver's place, whose second GPU can't be opened."""
+    if (compiler := shutil.which("cc") or shutil.which("gcc")) is None:
+        pytest.skip("no C compiler")
+    (tmp_path / "cuda.c").write_text(LIBCUDA)
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", library, tmp_path / "cuda.c"], check=True)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    answer = ask("driver", seconds=60)
+    one = {"name": "One", "capability": 87, "status": 0, "free": 5 << 30, "total": 8 << 30}
+    two = {"name": "Two", "capability": 90, "status": 2, "free": 0, "total": 0}
+    assert answer == answered(cuda=12060, status=0, devices=[one, two])
 
 
 def test_a_container_that_hides_the_board(bundle: Path, tmp_path: Path) -> None:
