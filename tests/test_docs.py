@@ -78,7 +78,7 @@ NOT_RUN = {
     "Needs NVRTC": Reason(r"compile_cubin", _has_nvrtc),
     "Needs the full data sets": Reason(r"--data|--calibration"),
     "Needs the network": Reason(r"pip install|make (demo|wheelhouse)"),
-    "Takes hours": Reason(r"kp(_cli)? train|train_reference|make (fuzz|soak|nightly)"),
+    "Takes hours": Reason(r"kp train|train_reference|make (fuzz|soak|nightly)"),
     "Takes minutes": Reason(r"kp (export|bench|eval|tune)|make bench"),
 }
 """The titles of blocks that are not run."""
@@ -276,7 +276,7 @@ def _check_command(words: list[str], where: str) -> None:
     words = words[1:] if words[0] == "sudo" else words
     name = Path(words[0]).name
     if name in ("kp", "torchrun"):
-        _check_kp(words[words.index("kp_cli" if name == "torchrun" else words[0]) + 1 :], where)
+        _check_kp(words[words.index("kp") + 1 :], where)
     elif name == "make":
         targets = [word for word in words[1:] if "=" not in word]
         known = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
