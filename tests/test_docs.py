@@ -276,7 +276,7 @@ def _check_command(words: list[str], where: str) -> None:
     words = words[1:] if words[0] == "sudo" else words
     name = Path(words[0]).name
     if name in ("kp", "torchrun"):
-        _check_kp(words[words.index("kp") + 1 :], where)
+        _check_kp(words[[Path(word).name for word in words].index("kp") + 1 :], where)
     elif name == "make":
         targets = [word for word in words[1:] if "=" not in word]
         known = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
