@@ -96,7 +96,7 @@ def run_tune(
     Raises:
         InputError: settings that make no sense, or bundles whose models are of different kinds.
         ImageError: the photo can't be read or shows no face.
-        BackendError: no engine opens, or one failed.
+        BackendError: nothing runs here, or what ran failed later.
     """
     settings = settings or TuneSettings()
     _check(settings, bundles)
@@ -105,9 +105,6 @@ def run_tune(
     image = image_from_file(photo)
     boxes = _boxes(candidates[0].model, photo, detector, settings.faces)
     _find_rises(candidates, rise_of or _recorded(bundles[0]), partial(step, "accuracy"))
-    for i, candidate in enumerate(candidates):
-        candidate.model.warmup(settings.faces)
-        step("warming up", (i + 1) / len(candidates))
     measure = partial(_measure, image=image, boxes=boxes)
     measure(candidates, "turns", seconds=SCREENING_S, samples=10, step=partial(step, "a first look"))
     default = _default(candidates, bundles[0])
@@ -169,7 +166,7 @@ def _check(settings: TuneSettings, bundles: Sequence[Path]) -> None:
 def _open(
     bundles: Sequence[Path], settings: TuneSettings, step: Callable[[float], None]
 ) -> tuple[list[_Candidate], dict[str, str]]:
-    """Every file on every engine that runs it, with each number of threads; and what did not open."""
+    """Every file on every engine that runs it, with each number of threads, ready; and what does not run."""
     left_out = {name: "this machine has no NVIDIA driver" for name in settings.backends if name != "ort-cpu"}
     left_out = {} if has_driver() else left_out
     asked = []
@@ -184,8 +181,9 @@ def _open(
     candidates: list[_Candidate] = []
     for i, (bundle, name, entry, engine, threads) in enumerate(asked):
         try:
-            backend = open_backend(bundle / name, engine, threads=threads)
-            candidates.append(_Candidate(bundle, entry, Model(backend), threads))
+            model = Model(open_backend(bundle / name, engine, threads=threads))
+            model.warmup(settings.faces)
+            candidates.append(_Candidate(bundle, entry, model, threads))
         except BackendError as error:
             left_out[f"{bundle / name}, {_ran(engine, threads)}"] = str(error)
         step((i + 1) / len(asked))

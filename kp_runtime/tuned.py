@@ -27,7 +27,9 @@ from kp_runtime.spec import Manifest, read_plain, writing
 __all__ = ["Tuned", "TunedWarning", "open_tuned", "tuned_conditions", "tuned_from_file", "write_tuned"]
 
 SCHEMA = 1
-_LARGEST = 1 << 20
+_LARGEST, _LONGEST, _MOST = 1 << 20, 1000, 1 << 20
+"""Bytes of a settings file, characters of a text in it, and faces or threads."""
+
 AGAIN = "run kp tune here"
 
 
@@ -98,11 +100,18 @@ def tuned_from_file(path: Path) -> Tuned:
              "machine": dict}  # fmt: skip
     for name, kind in kinds.items():
         value = raw.get(name)
-        if type(value) is not kind and not (name in ("threads", "feeding") and value is None):
+        if not _fits(value, kind) and not (name in ("threads", "feeding") and value is None):
             raise InputError(f"{path} has a wrong {name}, {value!r:.40}; {AGAIN}")
-    if raw["backend"] not in BACKENDS or raw["faces"] < 1:
-        raise InputError(f"{path} names the engine {raw['backend']!r:.40} for {raw['faces']!r:.40} faces; {AGAIN}")
-    return Tuned(**{name: raw[name] for name in kinds})
+    if raw["backend"] not in BACKENDS:
+        raise InputError(f"{path} has a wrong backend, {raw['backend']!r:.40}; {AGAIN}")
+    return Tuned(**{name: raw.get(name) for name in kinds})
+
+
+def _fits(value: Any, kind: type) -> bool:
+    """Whether a field's value is of its kind, and of a size that makes sense."""
+    if isinstance(value, str):
+        return kind is str and len(value) <= _LONGEST and value.isprintable()
+    return type(value) is kind and (kind is not int or 1 <= value <= _MOST)
 
 
 def open_tuned(
@@ -149,7 +158,8 @@ def open_tuned(
         backend.settle(tuned.faces, tuned.feeding)
     if differs := changes(tuned.machine, tuned_conditions(backend)):
         warnings.warn(
-            f"{path} was tuned on another machine ({'; '.join(differs)}): it need not be the fastest here; {AGAIN}",
+            f"{path} was tuned on another machine ({'; '.join(differs):.500}): it need not be the fastest here; "
+            f"{AGAIN}",
             TunedWarning,
             stacklevel=3,
         )

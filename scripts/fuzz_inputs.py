@@ -206,6 +206,23 @@ def bench_case(folder: Path) -> Case:
     return case
 
 
+def tuned_case(folder: Path) -> Case:
+    """Settings of kp tune, up to the bundle that they name."""
+    from kp_runtime.spec import Manifest
+    from kp_runtime.tuned import Tuned, tuned_conditions, tuned_from_file
+
+    machine = tuned_conditions(SimpleNamespace(name="ort-cpu"))
+    tuned = Tuned("bundle", "model.onnx", "0" * 64, "ort-cpu", 2, 8, "by 4", machine)
+    document, path = json.loads(json.dumps(vars(tuned))), folder / "tuned.json"
+
+    def case(rng: random.Random) -> None:
+        path.write_bytes(mutated_document(rng, document))
+        read = tuned_from_file(path)
+        Manifest.read(path.parent / read.bundle)
+
+    return case
+
+
 def csv_case(folder: Path) -> Case:
     """A CSV of 68 points."""
     from kp_train.data import read_source

@@ -45,6 +45,7 @@ TARGETS = {
     "boxes": Target(inputs.boxes_case, 60),
     "frame": Target(inputs.frame_case, 60),
     "bench": Target(inputs.bench_case, 60),
+    "tuned": Target(inputs.tuned_case, 60),
     "csv": Target(inputs.csv_case, 40, slow_start=True),
     "pts": Target(inputs.pts_case, 40, slow_start=True),
     "training-image": Target(inputs.training_image_case, 40, slow_start=True),

@@ -116,7 +116,7 @@ def test_everything_is_measured_and_the_settings_open(
     result = run_tune(
         [bundle], astronaut, astronaut_box, settings, step=lambda phase, share: phases.update({phase: share})
     )
-    assert phases == dict.fromkeys(("opening", "accuracy", "warming up", "a first look", "measuring"), 1.0)
+    assert phases == dict.fromkeys(("opening", "accuracy", "a first look", "measuring"), 1.0)
     assert {(t.file, t.backend, t.threads) for t in result.trials} == {
         ("model.fp32.onnx", "ort-cpu", 1),
         ("model.int8.onnx", "ort-cpu", 1),
@@ -391,6 +391,13 @@ def test_settings_are_read_as_they_were_written(settings_of: Callable[..., Path]
     assert kp_runtime.load(elsewhere, tuned=path).backend.threads == 1
 
 
+def test_what_is_not_said_is_the_engines_own_choice(settings_of: Callable[..., Path], tmp_path: Path) -> None:
+    raw = json.loads(settings_of().read_text())
+    del raw["feeding"], raw["threads"]
+    (tmp_path / "short.json").write_text(json.dumps(raw))
+    assert kp_runtime.load(tuned=tmp_path / "short.json").backend.threads == usable_cores()
+
+
 def test_another_model_is_refused(settings_of: Callable[..., Path]) -> None:
     with pytest.raises(
         BundleError,
@@ -428,8 +435,12 @@ def test_settings_that_cannot_be_used_here(settings_of: Callable[..., Path]) -> 
         ({"threads": "two"}, "has a wrong threads, 'two'"),
         ({"threads": True}, "has a wrong threads, True"),
         ({"machine": []}, "has a wrong machine"),
-        ({"faces": 0}, "names the engine 'ort-cpu' for 0 faces"),
-        ({"backend": "cuda"}, "names the engine 'cuda'"),
+        ({"faces": 0}, "has a wrong faces, 0"),
+        ({"threads": 10**100}, "has a wrong threads, 1000"),
+        ({"backend": "cuda"}, "has a wrong backend, 'cuda'"),
+        ({"bundle": "a\0b"}, "has a wrong bundle, 'a"),
+        ({"bundle": "a" * 1001}, "has a wrong bundle, 'aaa"),
+        ({"bundle": "\ud800"}, "has a wrong bundle, "),
     ],
 )
 def test_settings_that_are_none(
