@@ -34,6 +34,7 @@ bench: $(BENCH_STAMP)
 .PHONY: bench-gpu
 bench-gpu: $(BENCH_STAMP)
 	$(BIN)/kp export $(BUNDLE) --fp16 --engine never --out $(EXPORTED)
+	-$(BIN)/kp plan $(EXPORTED) --precision fp16 --max-batch 256
 	$(BIN)/python -m benchmarks.gpu --bundle $(EXPORTED)
 	$(BIN)/python -m benchmarks.table
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -307,6 +308,20 @@ def test_no_memory_for_a_graph_s_session(bundle: Path) -> None:
         with pytest.warns(GraphWarning, match="CUDA graphs are off.* Failed to allocate memory"):
             check(model, cpu, 1, 2)
         check(model, cpu, 2, 2)
+
+
+@pytest.mark.usefixtures("cutting")
+def test_threads_share_a_model(driver: DriverDouble, bundle: Path) -> None:
+    wanted = [load(bundle, "ort-cpu")(picture(i), boxes_of(i, i % 3)).xy for i in range(12)]
+    with load(bundle, "ort-cuda") as model, ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            calls = [pool.submit(model, picture(i), boxes_of(i, i % 3)) for i in range(12)]
+            calls += [model.submit(picture(i), boxes_of(i, i % 3)) for i in range(12)]
+            for i, call in enumerate(calls):
+                assert np.abs(call.result(60).xy - wanted[i % 12]).max(initial=0) <= 1e-3
+        assert model.graphs.off is None
+        assert Session.open <= LANES * 3  # a lane's own, and one for 1 and for 2 faces
+    assert driver.memory == {}
 
 
 @pytest.mark.usefixtures("cutting")

@@ -369,7 +369,18 @@ def test_a_session_of_some_steps(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["doctor.log", "network.log", "summary.txt"]
 
 
-STEPS = ("doctor", "tests", "export", "crops", "end-to-end", "network")
+def test_a_session_tests_what_it_has_exported(tmp_path: Path) -> None:
+    exports = 'case "$*" in *" export "*) mkdir -p "$9"; touch "$9/manifest.json";; esac; echo "$KP_GPU_BUNDLE $*"'
+    done = session(tmp_path, exports)
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "out" / "a-bundle"
+    for step in ("plan", "tests", "network", "bench"):
+        assert (tmp_path / "out" / f"{step}.log").read_text().startswith(f"{made} ")
+    assert f"plan {made} --precision fp16 --max-batch 256" in (tmp_path / "out" / "plan.log").read_text()
+    assert f"bench {made} --batch 1" in (tmp_path / "out" / "bench.log").read_text()
+
+
+STEPS = ("doctor", "export", "plan", "tests", "crops", "end-to-end", "network", "bench")
 
 
 def test_code_of_pytorch_s_library() -> None:
