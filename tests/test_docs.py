@@ -48,7 +48,7 @@ from kp_train.synthetic import drawn_face, write_csv_source
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CONTINUES = {"export.md": "own_data.md"}
-"""The page that a reader of another page has read, and whose files he has."""
+"""The page that the readers of another one have read, and whose files they have."""
 
 EXITS = "Exits with "
 
