@@ -29,6 +29,7 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.start --bundle $(EXPORTED)
 	$(BIN)/python -m benchmarks.crop_path
 	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m benchmarks.scale
 
 # on a machine with a CUDA GPU; what can't run there is listed with its reason
 .PHONY: bench-gpu
@@ -37,6 +38,7 @@ bench-gpu: $(BENCH_STAMP)
 	-$(BIN)/kp plan $(EXPORTED) --precision fp16 --max-batch 256
 	$(BIN)/python -m benchmarks.gpu --bundle $(EXPORTED)
 	$(BIN)/python -m benchmarks.table
+	$(BIN)/python -m benchmarks.scale
 
 # the run-time on every Python from 3.10 to 3.13 that is here, with the oldest and the newest packages
 test-pythons: $(STAMP)
