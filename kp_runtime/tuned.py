@@ -111,7 +111,9 @@ def _fits(value: Any, kind: type) -> bool:
     """Whether a field's value is of its kind, and of a size that makes sense."""
     if isinstance(value, str):
         return kind is str and len(value) <= _LONGEST and value.isprintable()
-    return type(value) is kind and (kind is not int or 1 <= value <= _MOST)
+    if type(value) is int:
+        return kind is int and 1 <= value <= _MOST
+    return type(value) is kind
 
 
 def open_tuned(
