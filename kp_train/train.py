@@ -320,7 +320,8 @@ def stored_record(
     """
     try:
         stored: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        before, data = stored["config"], [(s["sha256"], s["weight"]) for s in stored["sources"]]
+        before = type(config)().to_json() | stored["config"]  # a setting that the run's release did not have
+        data = [(s["sha256"], s["weight"]) for s in stored["sources"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
     wanted = config.to_json()

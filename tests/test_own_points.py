@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kp_train.config import TrainConfig
 from kp_train.data import parse_source, read_source
 from kp_train.metrics import accuracy, nme_unit
 from kp_train.model import KeypointNet
+from kp_train.train import stored_record
 
 FIVE = np.array([[40.0, 40], [60, 40], [50, 55], [42, 70], [58, 70]], np.float32)
 
@@ -100,3 +102,12 @@ def test_results_of_other_points(tmp_path: Path) -> None:
     assert (tmp_path / "a.csv").read_text().startswith("image,point_0_x,point_0_y,point_1_x")
     with pytest.raises(InputError, match="68 points alone, not of 5"):
         faces_to_file([face], tmp_path / "a.json")
+
+
+def test_a_run_that_began_without_the_settings_goes_on(tmp_path: Path) -> None:
+    config = TrainConfig(lr=1e-3)
+    old = {key: value for key, value in config.to_json().items() if key not in ("points", "pairs")}
+    (tmp_path / "run.json").write_text(json.dumps({"config": old, "sources": []}))
+    assert stored_record(tmp_path, [], config)["config"] == old
+    with pytest.raises(KpError, match="points 68 -> 5"):
+        stored_record(tmp_path, [], replace(config, points=5))
