@@ -104,7 +104,8 @@ def tuned_from_file(path: Path) -> Tuned:
             raise InputError(f"{path} has a wrong {name}, {value!r:.40}; {AGAIN}")
     if raw["backend"] not in BACKENDS:
         raise InputError(f"{path} has a wrong backend, {raw['backend']!r:.40}; {AGAIN}")
-    return Tuned(**{name: raw.get(name) for name in kinds})
+    fields: dict[str, Any] = {name: raw.get(name) for name in kinds}
+    return Tuned(**fields)
 
 
 def _fits(value: Any, kind: type) -> bool:
