@@ -30,7 +30,7 @@ class Lane(ABC):
         spec: the model's contract.
         max_faces: most crops of one `enqueue`.
         batches: fewest and most crops that the engine takes at once; most None: any number.
-        stream: a stream that all lanes share, which stays open; None makes one for this lane.
+        stream: a stream that is somebody else's and stays open; None makes one for this lane.
 
     Attributes:
         stream: the `CUstream`'s handle.
