@@ -120,7 +120,8 @@ class ImagesModel:
         frame = as_frame(image)
         boxes = checked_boxes(self._detector(frame), frame.size_hw)
         matrices = matrices_from_boxes(boxes, spec.size, spec.margin)
-        return boxes, matrices, self._cropper.crops_from_frame(frame, matrices, spec.size)
+        crops = self._cropper.crops_from_frame(frame, matrices, spec.size)
+        return boxes, matrices, crops.copy()  # the next image uses the same memory
 
     def _check(self) -> None:
         """Compares the golden crop's keypoints with what they must be."""
