@@ -285,7 +285,7 @@ def _check_contract(folder: Path, config: dict[str, Any]) -> None:
 def _add(folder: Path, wanted: _Wanted) -> TritonModel:
     """Adds a version to a model, or the whole model, by one rename."""
     is_there = folder.exists()
-    stage = folder / ".new" if is_there else folder.with_name(f".{folder.name}.new")
+    stage = folder / ".new" if is_there else _beside(folder.parent) / f".{folder.name}.new"
     versions = [int(path.name) for path in folder.glob("[1-9]*") if path.name.isdigit()]
     newest = max(versions, default=0)
     shutil.rmtree(stage, ignore_errors=True)  # of an export that was killed
@@ -303,6 +303,13 @@ def _add(folder: Path, wanted: _Wanted) -> TritonModel:
     finally:
         shutil.rmtree(stage, ignore_errors=True)
     return TritonModel(wanted.name, newest + 1, True, wanted.file)
+
+
+def _beside(repository: Path) -> Path:
+    """Where a new model is made: a server that starts takes any folder in the repository for a model."""
+    parent = repository.parent
+    is_one_disk = parent.stat().st_dev == repository.stat().st_dev
+    return parent if is_one_disk and os.access(parent, os.W_OK) else repository
 
 
 def _same(one: Path, other: Path) -> bool:

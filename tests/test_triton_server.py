@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import socket
@@ -276,6 +277,18 @@ def test_a_new_version_is_served_when_it_is_loaded(server: Server, pictures: lis
     server.http.load_model(MODEL)
     assert [stats["version"] for stats in server.http.get_inference_statistics(MODEL)["model_stats"]] == ["2"]
     assert_close(server.ask("http", pictures[:1])["keypoints"], before["keypoints"], FP32_PX, "version 2 against 1")
+
+
+def test_numpy_2_is_refused(tmp_path: Path) -> None:
+    other = os.environ.get("KP_NUMPY_2", "")
+    if not other:
+        pytest.skip("KP_NUMPY_2 names no environment with numpy 2; make test-triton does")
+    repository = write_repository(BUNDLE, tmp_path / "models").repository
+    with serving(repository, tmp_path, PATH=f"{other}/bin:{os.environ['PATH']}") as (process, _, _, log):
+        assert process.wait(120) == 1
+    assert re.search(
+        r"load failed .*numpy 2\S+ is installed, .*wrong numbers without an error; .*numpy<2", log.read_text()
+    )
 
 
 def stubs_of(server: int) -> list[int]:
