@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,12 +25,13 @@ from kp_cli.options import (
     PublicKey,
     Threads,
     Tuned,
+    bundle_or_default,
     detector_from_name,
     load_model,
     note,
     note_boxes,
 )
-from kp_cli.report import frames_progress, print_json, print_run, print_times, progress
+from kp_cli.report import frames_progress, print_json, print_run, print_times, progress, share_progress
 from kp_runtime.errors import InputError, KpError
 
 
@@ -56,12 +58,20 @@ def predict(
     tuned: Tuned = None,
     public_key: PublicKey = None,
     times: Annotated[bool, typer.Option("--times", help="Print how long each stage took.")] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Very many photos, on Ray: local, auto or HOST:PORT (docs/batches.md)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find the keypoints of all faces on photos.
 
     Draws them and writes them down. Example: kp predict photo.jpg --format json --format pts
     """
+    if ray is not None:
+        if box or drawn or times or tuned or public_key or set(formats or []) - {"parquet"}:
+            raise InputError("--ray writes Parquet; leave out --box, --drawn, --times, --tuned, --public-key, --format")
+        return _predict_on_ray(photos, out, model, backend, threads or 1, detector, looks, mirror, ray, as_json)
     import numpy as np
 
     from kp_runtime.photos import check_formats, photos_from_paths, predict_photo, results_json, write_results
@@ -108,6 +118,59 @@ def predict(
             typer.echo(file)
     if failed:
         raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
+
+
+def _predict_on_ray(
+    photos: list[Path], out: Path, model: Path | None, backend: str, threads: int, detector: str, looks: int,
+    mirror: bool, address: str, as_json: bool,
+) -> None:  # fmt: skip
+    """`kp predict --ray`."""
+    from functools import partial
+
+    from kp_runtime.photos import photos_from_paths
+    from kp_runtime.pipeline import load
+    from kp_runtime.ray_batches import Tools, predict_batches
+    from kp_runtime.spec import sha256_of_file
+
+    paths = photos_from_paths(photos)
+    bundle = bundle_or_default(model).resolve()
+    if detector.count("="):
+        kind, _, file = detector.partition("=")
+        detector = f"{kind}={Path(file).resolve()}"
+    gpus = 0 if backend in ("auto", "ort-cpu") else 1
+    backend = "ort-cpu" if backend == "auto" else backend
+    if not gpus:
+        load(bundle, backend, threads)  # what is wrong with it is said here, before Ray is started
+    manifest = (bundle if bundle.is_dir() else bundle.parent) / "manifest.json"
+    settings = {
+        "model": bundle.name, "manifest_sha256": sha256_of_file(manifest), "backend": backend, "detector": detector,
+        "looks": looks, "mirror": mirror,
+    }  # fmt: skip
+    tools = Tools(
+        partial(load, bundle, backend, threads), partial(detector_from_name, detector), threads, gpus, looks, mirror
+    )
+    with share_progress() as bar:
+        tenths = {0}
+
+        def step(done: int, count: int) -> None:
+            bar("predicting", done / count)
+            if not sys.stderr.isatty() and done * 10 // count not in tenths:
+                tenths.add(done * 10 // count)
+                note(f"{done} of {count} photos")
+
+        result = predict_batches(paths, out, tools, settings, address=address, step=step)
+    if as_json:
+        print_json(dataclasses.asdict(result) | {"path": str(result.path)})
+    else:
+        if result.before:
+            note(f"{result.before} photos were done before")
+        typer.echo(f"{result.done} of {result.photos} photos, {result.faces} faces: {result.path}")
+    if result.stopped:
+        note("stopped; the same command goes on with what is left")
+        raise typer.Exit(130)  # as a shell reports Ctrl-C
+    if result.failed:
+        rest = f"; the others stand in {out / 'photos'}, column error" if len(result.failed) > 5 else ""
+        raise KpError(f"{len(result.failed)} of {result.photos} photos failed: " + "; ".join(result.failed[:5]) + rest)
 
 
 def put_effect(

@@ -41,6 +41,7 @@ __all__ = [
     "faces_from_file",
     "faces_to_file",
     "format_of",
+    "parquet_table",
     "pts_from_text",
     "pts_text",
     "with_sizes",
@@ -367,10 +368,11 @@ def _read_parquet(path: Path) -> list[LabelledFace]:
     ]
 
 
-def _write_parquet(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
-    pa, pq = _pyarrow()
+def parquet_table(faces: Sequence[LabelledFace]) -> Any:
+    """The `pyarrow.Table` that is written: columns image, face (its number on the image), box, keypoints."""
+    pa, _ = _pyarrow()
     numbers = pa.list_(pa.float32())
-    table = pa.table(
+    return pa.table(
         {
             "image": pa.array([face.image for face in faces], pa.string()),
             "face": pa.array(_face_numbers(faces), pa.int32()),
@@ -378,6 +380,11 @@ def _write_parquet(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
             "keypoints": pa.array([_rounded(face.xy) for face in faces], numbers),
         }
     )
+
+
+def _write_parquet(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
+    _, pq = _pyarrow()
+    table = parquet_table(faces)
     with writing(path) as temporary:
         pq.write_table(table, temporary)
     return [path]

@@ -1,0 +1,156 @@
+"""Many photos on Ray: each one once, whatever is killed. What starts Ray is skipped where it is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kp_runtime import BackendError, InputError, load
+from kp_runtime.interchange import faces_from_file
+from kp_runtime.photos import photos_from_paths, predict_photo, write_results
+from kp_runtime.ray_batches import Tools, predict_batches
+
+pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("ray") is None, reason="ray is not installed: pip install 'kp-edge[ray]'"
+    ),
+    pytest.mark.filterwarnings("ignore"),
+]
+PHOTOS = 40
+
+
+class Boxes:
+    """A detector: two boxes in each photo, none in a dark one."""
+
+    def __call__(self, image: np.ndarray, layout: str = "bgr") -> np.ndarray:
+        boxes = np.array([[20.0, 30.0, 80.0, 100.0], [40.5, 20.25, 90.0, 90.0]])
+        return boxes if image.mean() > 10 else boxes[:0]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Photos of noise, one dark and one that is none."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(1)
+    for i in range(PHOTOS - 1):
+        cv2.imwrite(str(folder / f"{i:03d}.png"), rng.integers(0, 255 if i else 5, (120, 110, 3), np.uint8))
+    (folder / "bad.jpg").write_text("no photo")
+    return photos_from_paths([folder])
+
+
+def faces_of(path: Path) -> dict[str, list[tuple[bytes, bytes]]]:
+    found: dict[str, list[tuple[bytes, bytes]]] = {}
+    for face in faces_from_file(path):
+        assert face.box_xyxy is not None
+        found.setdefault(face.image, []).append((face.xy.tobytes(), face.box_xyxy.tobytes()))
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_actor_loses_nothing(photos: list[Path], bundle: Path, tmp_path: Path) -> None:
+    """Each photo is in the result once, with the faces that `predict_photo` finds; then nothing is left to do."""
+    import pyarrow.parquet as pq
+
+    tools = Tools(partial(load, bundle, "ort-cpu", 1), Boxes)
+    killed: list[int] = []
+    lock = threading.Lock()
+
+    def kill_once(done: int, count: int) -> None:
+        with lock:
+            if not killed and done < count:
+                actors = _processes("ray::MapWorker(MapBatches(_Predictor))")
+                for pid in actors[:1]:
+                    os.kill(pid, signal.SIGKILL)
+                    killed.append(pid)
+
+    result = predict_batches(photos, tmp_path, tools, {"model": "a"}, step=kill_once)
+    assert killed, "no actor was there to be killed"
+    assert (result.photos, result.done, result.before, result.stopped) == (PHOTOS, PHOTOS, 0, False)
+    assert [text for text in result.failed if "bad.jpg is no image" in text] == list(result.failed)
+    assert len(result.failed) == 1
+    rows = Counter(pq.read_table(tmp_path / "photos", columns=["image"])["image"].to_pylist())
+    assert rows == Counter(map(str, photos))
+
+    model = load(bundle, "ort-cpu", 1)
+    alone = [predict_photo(model, path, detector=Boxes()) for path in photos if path.suffix == ".png"]
+    write_results(alone, tmp_path / "alone", ["parquet"])
+    assert faces_of(result.path) == faces_of(tmp_path / "alone" / "keypoints.parquet")
+    assert result.faces == 2 * (PHOTOS - 2)
+
+    again = predict_batches(photos, tmp_path, tools, {"model": "a"}, step=kill_once)
+    assert (again.done, again.before, again.faces) == (PHOTOS, PHOTOS, result.faces)
+    with pytest.raises(InputError, match=r"holds results of other settings \(model a -> b\)"):
+        predict_batches(photos, tmp_path, tools, {"model": "b"}, step=kill_once)
+
+
+def _processes(name: str) -> list[int]:
+    """This user's processes that begin so, by Linux's /proc: Ray names its workers by what they do."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if line.startswith(name):
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_readable_file_and_the_command_goes_on(
+    photos: list[Path], bundle: Path, tmp_path: Path
+) -> None:
+    command = [
+        sys.executable, "-m", "kp_cli", "predict", "--ray", "local", str(photos[0].parent), "--out", str(tmp_path),
+        "--model", str(bundle), "--json",
+    ]  # fmt: skip
+    first = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert first.stderr is not None
+    for line in first.stderr:
+        if line.endswith("photos\n"):
+            os.killpg(first.pid, signal.SIGINT)  # as a terminal does
+            break
+    printed, complaint = first.communicate(timeout=300)
+    assert "Traceback" not in complaint
+    before = json.loads(printed)
+    if before["done"] < PHOTOS:  # on a busy machine the line is read when all is done
+        assert first.returncode == 130, complaint
+    assert len(faces_of(tmp_path / "keypoints.parquet")) <= before["done"]
+
+    second = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    after = json.loads(second.stdout)
+    assert second.returncode == 1
+    assert "1 of 40 photos failed" in second.stderr
+    assert (after["photos"], after["done"]) == (PHOTOS, PHOTOS)
+    assert after["before"] > 0
+
+
+def test_no_cluster_is_one_line(photos: list[Path], bundle: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    tools = Tools(partial(load, bundle, "ort-cpu", 1), Boxes)
+    for wrong in (address, "nowhere"):
+        with pytest.raises(BackendError, match=f"no Ray cluster answers at {wrong} .*ray start --head"):
+            predict_batches(photos, tmp_path, tools, {}, address=wrong, step=lambda done, count: None)
+
+
+def test_a_photo_twice(photos: list[Path], bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="named twice"):
+        predict_batches(photos[:1] * 2, tmp_path, Tools(lambda: load(bundle), Boxes), {}, step=lambda done, count: None)
