@@ -71,7 +71,8 @@ def predict(
     if ray is not None:
         if box or drawn or times or tuned or public_key or set(formats or []) - {"parquet"}:
             raise InputError("--ray writes Parquet; leave out --box, --drawn, --times, --tuned, --public-key, --format")
-        return _predict_on_ray(photos, out, model, backend, threads or 1, detector, looks, mirror, ray, as_json)
+        _predict_on_ray(photos, out, model, backend, threads or 1, detector, looks, mirror, ray, as_json)
+        return
     import numpy as np
 
     from kp_runtime.photos import check_formats, photos_from_paths, predict_photo, results_json, write_results

@@ -179,7 +179,7 @@ def _run(ray: Any, photos: int, out: Path, tools: Tools) -> None:
         rows = rows.repartition(target_num_rows_per_block=max(1, min(1024, photos // 100)))
         rows = rows.map_batches(
             _Predictor,
-            fn_constructor_args=(tools, os.getcwd()),
+            fn_constructor_args=(tools, str(Path.cwd())),
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(min_size=1, max_size=most),
             num_cpus=tools.cpus,
