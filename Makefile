@@ -53,7 +53,7 @@ TRITON_VENV := build/triton
 TRITON_STAMP := $(TRITON_VENV)/.installed
 .PHONY: test-triton
 test-triton: $(TRITON_STAMP)
-	KP_ASTRONAUT="$(ASTRONAUT)" KP_NUMPY_2=$(CURDIR)/$(VENV) $(TRITON_VENV)/bin/python -m pytest tests/test_triton_server.py
+	KP_ASTRONAUT="$(ASTRONAUT)" KP_NUMPY_2="$(abspath $(VENV))" $(TRITON_VENV)/bin/python -m pytest tests/test_triton_server.py
 
 $(TRITON_STAMP): pyproject.toml | $(STAMP)
 	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(TRITON_VENV)
