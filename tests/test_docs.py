@@ -73,6 +73,7 @@ NOT_RUN = {
     "Needs a camera": Reason(r"kp run (0|rtsp:|\"nvargus)|camera"),
     "Needs a CUDA GPU": Reason(r"kp plan|tensorrt|trtexec|bench-gpu|Cuda|bf16-mixed"),
     "Needs a Jetson": Reason(r"sudo |/opt/kp|~/kp|nvpmodel"),
+    "Needs Ray": Reason(r"--ray "),
     "Needs a Triton server": Reason(r"triton"),
     "Needs emulation": Reason(r"aarch64"),
     "Needs NVRTC": Reason(r"compile_cubin", _has_nvrtc),
