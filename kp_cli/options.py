@@ -24,6 +24,7 @@ def stay_on(context: typer.Context, cores: str | None) -> str | None:
 
 
 DEFAULT_BUNDLE = Path("engines/resnet18-68")
+DEFAULT_DETECTOR = Path("engines/face-detector")
 ELSE_DEFAULT = "the default model when left out: KP_MODEL, the model wheel, the checkout's own."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own choice (all cores) when left out.")]
@@ -43,7 +44,7 @@ Mirror = Annotated[
 ]
 EFFECT_NAMES = "sunglasses, hat, moustache, mesh, blur, or a .toml file of your own (docs/filters.md)."
 Detector = Annotated[str, typer.Option(
-    metavar="NAME", help="haar, yunet=FILE, or own=BUNDLE of kp train-detector; docs/detectors.md says more."
+    metavar="NAME", help="haar, own, own=BUNDLE (of kp train-detector) or yunet=FILE; see docs/detectors.md."
 )]  # fmt: skip
 Data = Annotated[list[str], typer.Option(
     "--data", metavar="PATH[=WEIGHT]",
@@ -113,8 +114,8 @@ def detector_from_name(name: str, smallest: float = 0.05) -> Any:
     kind, _, path = name.partition("=")
     if name == "haar":
         return HaarDetector(smallest=smallest)
-    if kind == "own" and path:
-        return CenterDetector(path, smallest=smallest)
+    if kind == "own" and (path or name == kind):
+        return CenterDetector(path or Path(__file__).parents[1] / DEFAULT_DETECTOR, smallest=smallest)
     if kind == "yunet" and path:
         return YuNetDetector(path)
-    raise InputError(f"there is no detector {name!r}; choose from haar, yunet=FILE, own=BUNDLE")
+    raise InputError(f"there is no detector {name!r}; choose from haar, own, own=BUNDLE, yunet=FILE")

@@ -14,10 +14,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kp_runtime.center_detector import MODEL_NAME, CenterDetector, merged
 from kp_runtime.errors import BackendError, BundleError, ImageError, InputError, IntegrityError, SchemaError
-from kp_runtime.frame import Frame
+from kp_runtime.frame import Frame, image_from_file
+from kp_runtime.geometry import overlaps
 from kp_runtime.golden import GOLDEN_NAME
 from kp_runtime.spec import DetectorManifest, DetectorSpec, Manifest, file_entry
 
+SHIPPED = Path(__file__).resolve().parents[1] / "engines" / "face-detector"
 LEFT, TOP, RIGHT, LOW = REACH = (10.0, 12.0, 14.0, 16.0)
 """How far the box of each white pixel at a cell reaches."""
 
@@ -242,3 +244,14 @@ def test_bundles_of_models_and_detectors_are_not_mixed_up(bundle: Path, tmp_path
 def test_a_contract_that_can_not_be(field: str, value: object) -> None:
     with pytest.raises(BundleError, match="detector"):
         dataclasses.replace(DetectorSpec("x"), **{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not SHIPPED.is_dir(), reason="the shipped detector is not beside this checkout")
+def test_the_shipped_detector_finds_the_astronaut_at_any_size(astronaut: Path) -> None:
+    photo, face = image_from_file(astronaut), np.array([[181, 88, 269, 178]])  # read off the photograph
+    detector = CenterDetector(SHIPPED, threads=1)
+    for scale in (0.4, 1.0, 3.0):
+        boxes = detector(cv2.resize(photo, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA))
+        assert len(boxes) == 1
+        assert overlaps(boxes, face * scale)[0, 0] > 0.7
+    assert detector(np.full((300, 400, 3), 90, np.uint8)).shape == (0, 4)
