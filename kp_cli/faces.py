@@ -159,7 +159,8 @@ def _predict_on_ray(
                 tenths.add(done * 10 // count)
                 note(f"{done} of {count} photos")
 
-        result = predict_batches(paths, out, tools, settings, address=address, step=step)
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints warnings on stdout, which is for the result
+            result = predict_batches(paths, out, tools, settings, address=address, step=step)
     if as_json:
         print_json(dataclasses.asdict(result) | {"path": str(result.path)})
     else:

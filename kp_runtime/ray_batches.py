@@ -176,7 +176,7 @@ def _run(ray: Any, photos: int, out: Path, tools: Tools) -> None:
                 raise BackendError("the Ray cluster has no GPU; take --backend ort-cpu")
         rows = data.read_parquet(str(out / "state" / "photos.parquet"))
         # what is lost when a machine is: this many photos for each of its actors
-        rows = rows.repartition(target_num_rows_per_block=max(1, min(1024, photos // 100)))
+        rows = rows.repartition(target_num_rows_per_block=max(4, min(1024, photos // 100)))
         rows = rows.map_batches(
             _Predictor,
             fn_constructor_args=(tools, str(Path.cwd())),
@@ -185,7 +185,7 @@ def _run(ray: Any, photos: int, out: Path, tools: Tools) -> None:
             num_cpus=tools.cpus,
             num_gpus=tools.gpus or None,
         )
-        rows.write_parquet(str(out / "photos"), ray_remote_args={"num_cpus": 0.1})
+        rows.write_parquet(str(out / "photos"), ray_remote_args={"num_cpus": 0.1}, concurrency=most)
     finally:
         context.checkpoint_config = None
 
