@@ -47,7 +47,8 @@ def main() -> None:
     except KpError as error:
         _fail(str(error))
     except ImportError as error:
-        _fail(f"this command needs a package that is not here ({error}); run: pip install 'kp-edge[export]'")
+        tools = "kp-edge-tools " if error.name in ("kp_train", "kp_export") else ""
+        _fail(f"this command needs a package that is not here ({error}); run: pip install {tools}'kp-edge[export]'")
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
 

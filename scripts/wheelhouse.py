@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wheels import BUNDLE, build_model_wheel, build_project_wheel
+from wheels import BUNDLE, build_model_wheel, build_project_wheel, build_tools_wheel
 
 from kp_runtime.errors import ExportError, InputError, KpError
 from kp_runtime.spec import sha256_of_file
@@ -92,7 +92,7 @@ def fill_wheelhouse(name: str, out: Path, *, bundle: Path = BUNDLE, find_links: 
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         made = Path(temporary) / "made"
         folder = made / "wheels"
-        own = [build_project_wheel(folder), build_model_wheel(bundle, folder)]
+        own = [build_project_wheel(folder), build_tools_wheel(folder), build_model_wheel(bundle, folder)]
         pins = _resolve(target, own, find_links)
         if odd := [pin for pin in pins if OF_THE_BOARD.match(pin)]:
             raise ExportError(f"{odd[0]} would come too, which {name} brings itself or can't use; check the extras")
@@ -108,9 +108,9 @@ def fill_wheelhouse(name: str, out: Path, *, bundle: Path = BUNDLE, find_links: 
 
 def _resolve(target: Target, own: Sequence[Path], find_links: Path | None) -> list[str]:
     """Everything that the board needs beside `own`, as `name==version`."""
-    project, model = own
+    project, *others = own
     wanted = f"kp-edge[{','.join(target.extras)}] @ {project.resolve().as_uri()}\n"
-    wanted += f"kp-edge-model @ {model.resolve().as_uri()}\n"
+    wanted += "".join(f"{_distribution(wheel)} @ {wheel.resolve().as_uri()}\n" for wheel in others)
     with tempfile.TemporaryDirectory() as temporary:
         asked, held = Path(temporary) / "requirements.in", Path(temporary) / "constraints.txt"
         asked.write_text(wanted, encoding="utf-8")
@@ -153,10 +153,13 @@ def _check_complete(wheels: Sequence[Path], wanted: Sequence[Path | str]) -> Non
         raise ExportError(f"{len(wheels)} wheels are there of {len(wanted)}; remove the folder and run this again")
 
 
+def _distribution(wheel: Path) -> str:
+    return wheel.name.split("-")[0].replace("_", "-")
+
+
 def _requirement(wheel: Path) -> str:
     """A line of requirements.txt that takes this very file."""
-    name, version = wheel.name.split("-")[:2]
-    return f"{name.replace('_', '-')}=={version} \\\n    --hash=sha256:{sha256_of_file(wheel)}\n"
+    return f"{_distribution(wheel)}=={wheel.name.split('-')[1]} \\\n    --hash=sha256:{sha256_of_file(wheel)}\n"
 
 
 def _readme(name: str, target: Target, wheels: Sequence[Path]) -> str:

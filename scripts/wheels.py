@@ -1,10 +1,11 @@
-"""Builds the project's wheel and the default model's, the same bytes each time.
+"""Builds the project's two wheels and the default model's, the same bytes each time.
 
     python scripts/wheels.py --out dist
 
-Needs pip and setuptools, not torch. The model's wheel holds the int8 files of a full bundle, packed. Its
+Needs pip and setuptools, not torch. kp-edge is what runs a model, kp-edge-tools what trains, exports and builds
+plans: a checkout has both. The model's wheel holds the int8 files of a full bundle, packed. Its
 version is the project's with the packed manifest's sha256 as label, so other weights are another version.
-Both are built from copies: setuptools leaves files in the folder, and takes old ones from it.
+All are built from copies: setuptools leaves files in the folder, and takes old ones from it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import kp_runtime
@@ -22,10 +24,11 @@ from kp_export.pack import pack_bundle
 from kp_runtime.errors import ExportError, KpError
 from kp_runtime.spec import MANIFEST_NAME, sha256_of_file
 
-__all__ = ["BUNDLE", "build_model_wheel", "build_project_wheel", "main"]
+__all__ = ["BUNDLE", "build_model_wheel", "build_project_wheel", "build_tools_wheel", "main"]
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = ("pyproject.toml", "README.md", "LICENSE", "kp_runtime", "kp_train", "kp_export", "kp_cli")
+PROJECT = ("pyproject.toml", "README.md", "LICENSE", "kp_runtime", "kp_cli")
+TOOLS = ("LICENSE", "kp_train", "kp_export")
 BUNDLE = ROOT / "engines" / "resnet18-68"
 CARD = "MODEL_CARD.md"
 EARLIEST = "315532800"
@@ -39,12 +42,19 @@ def build_project_wheel(out: Path) -> Path:
         ExportError: pip or setuptools failed.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        source = Path(temporary)
-        for name in PROJECT:
-            if (ROOT / name).is_dir():
-                shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copyfile(ROOT / name, source / name)
+        return _wheel_from(_copied(PROJECT, Path(temporary)), out)
+
+
+def build_tools_wheel(out: Path) -> Path:
+    """Builds `kp-edge-tools` into the folder `out`.
+
+    Raises:
+        ExportError: pip or setuptools failed.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        source = _copied(TOOLS, Path(shutil.copytree(ROOT / "packaging" / "tools", Path(temporary) / "tools")))
+        (source / "VERSION").write_text(f"{kp_runtime.__version__}\n", encoding="utf-8")
+        (source / "REQUIREMENTS").write_text(f"kp-edge=={kp_runtime.__version__}\n", encoding="utf-8")
         return _wheel_from(source, out)
 
 
@@ -65,6 +75,16 @@ def build_model_wheel(bundle: Path, out: Path) -> Path:
         label = sha256_of_file(package / MANIFEST_NAME)[:12]
         (source / "VERSION").write_text(f"{kp_runtime.__version__}+m{label}\n", encoding="utf-8")
         return _wheel_from(source, out)
+
+
+def _copied(names: Sequence[str], folder: Path) -> Path:
+    """The folder, with these files and folders of the project in it."""
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
 
 
 def _wheel_from(source: Path, out: Path) -> Path:
@@ -90,13 +110,14 @@ def _wheel_from(source: Path, out: Path) -> Path:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Builds both and prints their paths and sizes."""
-    parser = argparse.ArgumentParser(description="Build the wheels of kp-edge and of its default model.")
+    """Builds them all and prints their paths and sizes."""
+    parser = argparse.ArgumentParser(description="Build the wheels of kp-edge, of its tools and of its default model.")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder to fill; dist when left out")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, help="a full bundle with an int8 file")
     asked = parser.parse_args(words)
     try:
-        wheels = build_project_wheel(asked.out), build_model_wheel(asked.bundle, asked.out)
+        own = build_project_wheel(asked.out), build_tools_wheel(asked.out)
+        wheels = *own, build_model_wheel(asked.bundle, asked.out)
     except (KpError, OSError) as error:
         sys.exit(f"wheels: {' '.join(str(error).split())}")
     for wheel in wheels:

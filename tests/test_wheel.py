@@ -1,5 +1,5 @@
 """The wheels that are installed on a board: one small, pure Python, and with no package but numpy unless asked for;
-one with the default model's data alone.
+one with what trains and exports; one with the default model's data alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from wheels import build_model_wheel, build_project_wheel
+from wheels import build_model_wheel, build_project_wheel, build_tools_wheel
 
 from kp_runtime.errors import BundleError, ExportError
 from kp_runtime.spec import Manifest
@@ -28,7 +28,8 @@ pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("pip", "setuptools"))), reason="pip and setuptools build the wheel"
 )
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("kp_runtime", "kp_train", "kp_export", "kp_cli")
+PACKAGES = ("kp_runtime", "kp_cli")
+TOOLS = ("kp_train", "kp_export")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 PIP = (sys.executable, "-m", "pip", "--isolated", "--quiet", "--disable-pip-version-check")
 EXTRAS = {
@@ -60,6 +61,11 @@ print(kp_runtime.__version__, len(names))
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_project_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def tools_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tools_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +116,24 @@ def test_wheel_is_small_and_pure(wheel: Path) -> None:
     assert wheel.stat().st_size < 300_000
 
 
-def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+def check_held(wheel: Path, packages: tuple[str, ...]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
-    files = [path for name in PACKAGES for path in (ROOT / name).rglob("*") if path.is_file()]
+    files = [path for name in packages for path in (ROOT / name).rglob("*") if path.is_file()]
     wanted = {str(path.relative_to(ROOT)) for path in files if path.suffix != ".pyc"}
-    assert "kp_runtime/py.typed" in held
     assert wanted == held, "name files that are not Python in pyproject.toml's package-data"
+    assert not wanted.isdisjoint({"kp_runtime/py.typed", "kp_export/tensorrt_operators.json"})
+
+
+def test_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+    check_held(wheel, PACKAGES)
+
+
+def test_the_tools_come_beside_the_run_time_of_their_version(tools_wheel: Path, metadata: Message) -> None:
+    check_held(tools_wheel, TOOLS)
+    found = metadata_of(tools_wheel)
+    assert (found["Name"], found["Version"]) == ("kp-edge-tools", metadata["Version"])
+    assert found.get_all("Requires-Dist") == [f"kp-edge=={metadata['Version']}"]
 
 
 @pytest.mark.parametrize("python", PYTHONS)
@@ -210,7 +227,9 @@ def test_a_wheel_that_can_not_be_built_is_said(tmp_path: Path, monkeypatch: pyte
     assert not list(tmp_path.glob("*.whl"))
 
 
-def test_installed_wheels_import_and_the_model_is_found(wheel: Path, model_wheel: Path, tmp_path: Path) -> None:
+def test_installed_wheels_import_and_the_model_is_found(
+    wheel: Path, tools_wheel: Path, model_wheel: Path, tmp_path: Path
+) -> None:
     target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
     tiny_bundle(elsewhere / "kp_model")  # must not be taken for the wheel's
 
@@ -230,6 +249,12 @@ def test_installed_wheels_import_and_the_model_is_found(wheel: Path, model_wheel
     assert (
         "BundleError: no model was named and there is no default one: run pip install 'kp-edge[model]'" in done.stderr
     )
+    done = python(
+        "import sys, kp_cli; sys.argv = ['kp', 'pack', 'x', '--precision', 'int8', '--out', 'y']; kp_cli.main()"
+    )
+    assert "No module named 'kp_export'); run: pip install kp-edge-tools 'kp-edge[export]'" in done.stderr
+    pip("install", "--no-deps", "--no-index", "--target", str(target), str(tools_wheel))
+    assert python("import kp_export.plan_bundle, kp_train.config").returncode == 0
     pip("install", "--no-deps", "--no-index", "--target", str(target), str(model_wheel))
     done = python(
         "import kp_runtime; model = kp_runtime.load(); print(model.spec.name, model.backend.report.precision)"

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import wheelhouse
 from wheelhouse import TARGETS, fill_wheelhouse, main
-from wheels import build_model_wheel, build_project_wheel
+from wheels import build_model_wheel, build_project_wheel, build_tools_wheel
 
 from kp_runtime.errors import ExportError, InputError
 from kp_runtime.spec import Manifest, file_entry
@@ -62,24 +62,25 @@ def offered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The project's wheel, and one of a bundle with a tiny int8 file."""
+def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """The project's wheels, and one of a bundle with a tiny int8 file."""
     out = tmp_path_factory.mktemp("own")
     bundle = tiny_bundle(out / "small")
     (bundle / "model.fp32.onnx").rename(bundle / "model.int8.onnx")
     entry = file_entry(bundle / "model.int8.onnx", "onnx", precision="int8")
     dataclasses.replace(Manifest.read(bundle), files={"model.int8.onnx": entry}).write(bundle)
-    return build_project_wheel(out), build_model_wheel(bundle, out)
+    return build_project_wheel(out), build_tools_wheel(out), build_model_wheel(bundle, out)
 
 
 @pytest.fixture(autouse=True)
-def built_once(own: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def built_once(own: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def copied(wheel: Path, out: Path) -> Path:
         out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.copy(wheel, out))
 
-    project, model = own
+    project, tools, model = own
     monkeypatch.setattr(wheelhouse, "build_project_wheel", lambda out: copied(project, out))
+    monkeypatch.setattr(wheelhouse, "build_tools_wheel", lambda out: copied(tools, out))
     monkeypatch.setattr(wheelhouse, "build_model_wheel", lambda bundle, out: copied(model, out))
 
 
