@@ -47,7 +47,7 @@ def main() -> None:
     except KpError as error:
         _fail(str(error))
     except ImportError as error:
-        tools = "kp-edge-tools " if error.name in ("kp_train", "kp_export") else ""
+        tools = "kp-edge-tools " if (error.name or "").partition(".")[0] in ("kp_train", "kp_export") else ""
         _fail(f"this command needs a package that is not here ({error}); run: pip install {tools}'kp-edge[export]'")
     except OSError as error:
         _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
