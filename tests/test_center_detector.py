@@ -246,7 +246,6 @@ def test_a_contract_that_can_not_be(field: str, value: object) -> None:
         dataclasses.replace(DetectorSpec("x"), **{field: value})  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(not SHIPPED.is_dir(), reason="the shipped detector is not beside this checkout")
 def test_the_shipped_detector_finds_the_astronaut_at_any_size(astronaut: Path) -> None:
     photo, face = image_from_file(astronaut), np.array([[181, 88, 269, 178]])  # read off the photograph
     detector = CenterDetector(SHIPPED, threads=1)

@@ -294,7 +294,7 @@ THREE = "left_eye = [1, 2]\nright_eye = [30, 2]\nmouth = [15, 30]\n"
 
 
 def test_the_example_of_the_page_works(tmp_path: Path, image: np.ndarray) -> None:
-    (text,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    (text,) = re.findall(r"my\.toml <<END\n(.*?)END\n", DOCS.read_text(encoding="utf-8"), re.DOTALL)
     assert 'image = "nose.png"' in text
     path = write_effect(tmp_path, text)
     effect = open_effect(path)
