@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from kp_runtime.cores import usable_cores
 from kp_runtime.detect import Detector
 from kp_runtime.errors import BackendError, DataError, InputError, KpError, MissingExtraError
 from kp_runtime.frame import import_cv2
@@ -37,6 +38,9 @@ from kp_runtime.spec import writing
 __all__ = ["BatchResult", "Tools", "predict_batches"]
 
 Step = Callable[[int, int], None]
+
+_RAYS_OWN = 2
+"""Cores that are left to Ray, for leaving out what is done and for reading and writing; with none it waits for ever."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,11 @@ def _run(ray: Any, photos: int, out: Path, tools: Tools) -> None:
     context.checkpoint_config = checkpoint.CheckpointConfig(
         "image", str(out / "state" / "done"), delete_checkpoint_on_success=False
     )
+    context.checkpoint_config.checkpoint_actor_pool_max_size = 1  # it holds a core
     try:
-        most = max(1, int(ray.cluster_resources().get("CPU", 1)) // tools.cpus)
+        most = (int(ray.cluster_resources().get("CPU", 0)) - _RAYS_OWN) // tools.cpus
+        if most < 1:
+            raise BackendError(f"the Ray cluster has too few cores: {_RAYS_OWN + tools.cpus} are needed at least")
         if tools.gpus:
             most = int(ray.cluster_resources().get("GPU", 0)) // tools.gpus
             if not most:
@@ -284,7 +291,7 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if address == "local":
-            ray.init(address="local", include_dashboard=False, **quiet)
+            ray.init(address="local", include_dashboard=False, num_cpus=usable_cores() + _RAYS_OWN, **quiet)
         else:
             _answers(address)
             ray.init(address=address, **quiet)
