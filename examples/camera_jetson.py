@@ -192,8 +192,7 @@ def run(options: argparse.Namespace) -> None:
     model.warmup()
     report = model.backend.report
     print(f"{report.file} on {report.backend}", file=sys.stderr)
-    detector = kp_runtime.YuNetDetector(options.yunet) if options.yunet else kp_runtime.HaarDetector()
-    follower = Follower(detector, options.detect_every)
+    follower = Follower(kp_runtime.load_detector(options.detector), options.detect_every)
     video = VideoFile(options.drawn) if options.drawn else None
     try:
         for sample in camera:
@@ -217,7 +216,7 @@ def main() -> None:
     parser.add_argument("--backend", default="auto", help="auto, tensorrt, ort-cpu, ...")
     parser.add_argument("--pipeline", default=JETSON_CAMERA, help="GStreamer's, with an appsink name=frames")
     parser.add_argument("--detect-every", type=int, default=15, metavar="N", help="frames from detection to detection")
-    parser.add_argument("--yunet", metavar="FILE", help="detect with this YuNet model instead of Haar")
+    parser.add_argument("--detector", default="auto", metavar="NAME", help="own=BUNDLE, haar, yunet=FILE or auto")
     parser.add_argument("--drawn", metavar="FILE", help="write a video with the points drawn, an .avi")
     options = parser.parse_args()
     if options.detect_every < 1:

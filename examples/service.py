@@ -41,11 +41,11 @@ import kp_runtime
 from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
 from kp_runtime.default_model import default_bundle
-from kp_runtime.detect import Detector
+from kp_runtime.detectors import detector_name
 from kp_runtime.prometheus import Metrics
 from kp_runtime.track import FindFaces
 
-BUNDLE_OF_THE_CHECKOUT = Path(__file__).resolve().parents[1] / "engines" / "resnet18-68"
+ENGINES_OF_THE_CHECKOUT = Path(__file__).resolve().parents[1] / "engines"
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 """How a JPEG and a PNG begin."""
 
@@ -57,7 +57,7 @@ class Settings:
     model: str | None = None  # a bundle; None: the installed default model, else the checkout's
     backend: str = "auto"
     public_key: str | None = None  # the PEM file of the key that must have signed the bundle
-    detector: str = "haar"  # or the path of a YuNet model
+    detector: str = "auto"  # own=BUNDLE, haar, yunet=FILE; auto: the project's own where it is there, else haar
     max_upload_mib: int = 8
     max_megapixels: int = 40  # a small file can be a huge image
     max_requests: int = 32  # being answered at once; one more is told to come back later
@@ -153,7 +153,7 @@ class Service:
     """Image bytes to keypoints; `answer` is called from many threads at once."""
 
     def __init__(self, settings: Settings) -> None:
-        bundle = settings.model or default_bundle(BUNDLE_OF_THE_CHECKOUT)
+        bundle = settings.model or default_bundle(ENGINES_OF_THE_CHECKOUT / "resnet18-68")
         model = kp_runtime.load(bundle, settings.backend, public_key=settings.public_key)
         model.warmup(settings.batch_faces)
         self.batching = BatchingBackend(model.backend, settings.wait_ms / 1000, settings.batch_faces)
@@ -162,8 +162,11 @@ class Service:
         self._model = self.metrics.model(shared) if self.metrics else shared
         # as many as there are cores: the others wait here, with their bytes still compressed
         self._detectors: queue.LifoQueue[FindFaces] = queue.LifoQueue()
+        named = detector_name(
+            settings.detector, checkout=ENGINES_OF_THE_CHECKOUT / "face-detector", public_key=settings.public_key
+        )
         for _ in range(usable_cores()):
-            detector = detector_from_name(settings.detector)
+            detector = kp_runtime.load_detector(named, threads=1, public_key=settings.public_key)
             self._detectors.put(self.metrics.detector(detector) if self.metrics else detector)
         size = model.spec.size
         self._crop = np.random.default_rng(68).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
@@ -194,11 +197,6 @@ class Service:
             raise kp_runtime.BackendError(f"a keypoint is {error:.3f} px from where it was at the start; restart")
         report, counted = self.batching.report, {"calls": self.batching.calls, "faces": self.batching.faces}
         return {"status": "ok", "backend": report.backend, "file": report.file, **counted}
-
-
-def detector_from_name(name: str) -> Detector:
-    """`haar`, or a YuNet detector by the path of its model."""
-    return kp_runtime.HaarDetector() if name == "haar" else kp_runtime.YuNetDetector(name)
 
 
 def metrics_or_none() -> Metrics | None:

@@ -9,7 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from kp_cli.options import DEFAULT_BUNDLE, ELSE_DEFAULT, Json, PublicKey, bundle_or_default, note, signature_told
+from kp_cli.options import (
+    CHECKOUT_DETECTOR,
+    DEFAULT_BUNDLE,
+    ELSE_DEFAULT,
+    Json,
+    PublicKey,
+    bundle_or_default,
+    note,
+    signature_told,
+)
 from kp_cli.report import build_progress, print_bundle, print_json, print_parity, progress
 from kp_runtime.errors import InputError
 
@@ -104,8 +113,9 @@ def export(
 def _write_triton(bundle: Path, repository: Path, tell: bool) -> dict[str, Any]:
     """Writes the model repository, and says what is in it where `tell`."""
     from kp_export.triton import write_repository
+    from kp_runtime.default_model import default_detector
 
-    report = write_repository(bundle, repository)
+    report = write_repository(bundle, repository, default_detector(CHECKOUT_DETECTOR))
     for reason in report.left_out:
         note(f"left out: {reason}")
     for model in report.models if tell else ():
@@ -212,10 +222,10 @@ def inspect(
     """
     from kp_runtime.errors import BundleError
     from kp_runtime.signing import signature_state
-    from kp_runtime.spec import Manifest
+    from kp_runtime.spec import any_manifest
 
     folder = bundle_or_default(bundle)
-    manifest = Manifest.read(folder, public_key)
+    manifest = any_manifest(folder, public_key)
     signature = "of the key that was given" if public_key else signature_state(folder)
     states: dict[str, str] = {}
     for name in manifest.files:

@@ -26,10 +26,11 @@ from kp_cli.options import (
     Threads,
     Tuned,
     bundle_or_default,
-    detector_from_name,
     load_model,
     note,
     note_boxes,
+    open_detector,
+    whole_detector_name,
 )
 from kp_cli.report import frames_progress, print_json, print_run, print_times, progress, share_progress
 from kp_runtime.errors import InputError, KpError
@@ -49,7 +50,7 @@ def predict(
         list[str] | None,
         typer.Option("--format", help="json, csv, pts, coco, parquet. Repeatable; json when left out."),
     ] = None,
-    detector: Detector = "haar",
+    detector: Detector = "auto",
     backend: Annotated[
         str, typer.Option(help="tensorrt, ort-tensorrt, ort-cuda or ort-cpu, and nothing else; auto takes the best.")
     ] = "auto",
@@ -87,7 +88,7 @@ def predict(
         raise InputError("two of the photos have the same name; predict them in two runs with their own --out")
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load_model(model, tuned, backend, threads, public_key), StageTimer()
-    finder = None if boxes is not None else detector_from_name(detector)
+    finder = None if boxes is not None else open_detector(detector, threads=threads, public_key=public_key)
     if finder is not None:
         note_boxes(opened.spec)
     results, failed = [], []
@@ -128,6 +129,7 @@ def _predict_on_ray(
     """`kp predict --ray`."""
     from functools import partial
 
+    from kp_runtime.detectors import load_detector
     from kp_runtime.photos import photos_from_paths
     from kp_runtime.pipeline import load
     from kp_runtime.ray_batches import Tools, predict_batches
@@ -135,9 +137,8 @@ def _predict_on_ray(
 
     paths = photos_from_paths(photos)
     bundle = bundle_or_default(model).resolve()
-    if detector.count("="):
-        kind, _, file = detector.partition("=")
-        detector = f"{kind}={Path(file).resolve()}"
+    kind, is_file, file = whole_detector_name(detector).partition("=")
+    detector = f"{kind}={Path(file).resolve()}" if is_file else kind
     gpus = 0 if backend in ("auto", "ort-cpu") else 1
     backend = "ort-cpu" if backend == "auto" else backend
     if not gpus:
@@ -148,8 +149,9 @@ def _predict_on_ray(
         "looks": looks, "mirror": mirror,
     }  # fmt: skip
     tools = Tools(
-        partial(load, bundle, backend, threads), partial(detector_from_name, detector), threads, gpus, looks, mirror
-    )
+        partial(load, bundle, backend, threads), partial(load_detector, detector, threads=threads), threads, gpus,
+        looks, mirror,
+    )  # fmt: skip
     with share_progress() as bar:
         tenths = {0}
 
@@ -182,7 +184,7 @@ def put_effect(
     model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
     looks: Looks = 1,
     mirror: Mirror = False,
-    detector: Detector = "haar",
+    detector: Detector = "auto",
     threads: Threads = None,
     tuned: Tuned = None,
     public_key: PublicKey = None,
@@ -201,7 +203,7 @@ def put_effect(
     if len(set(targets)) < len(targets):
         raise InputError("two of the photos have the same name; run kp filter twice with their own --out")
     opened = load_model(model, tuned, "auto", threads, public_key)
-    finder = detector_from_name(detector)
+    finder = open_detector(detector, threads=threads, public_key=public_key)
     results, failed = [], []
     for path, target in progress("drawing")(list(zip(paths, targets, strict=True))):
         try:
@@ -251,7 +253,7 @@ def run(
     smallest: Annotated[
         float, typer.Option(min=0.02, max=1.0, help="The smallest face, as a share of the frame's shorter side.")
     ] = 0.1,
-    detector: Detector = "haar",
+    detector: Detector = "auto",
     threads: Threads = None,
     tuned: Tuned = None,
     public_key: PublicKey = None,
@@ -284,7 +286,8 @@ def run(
     if opened.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
     note_boxes(opened.spec)
-    found, settings = detector_from_name(detector, smallest), TrackerSettings(detect_every=detect_every, smooth=smooth)
+    found = open_detector(detector, smallest=smallest, threads=threads, public_key=public_key)
+    settings = TrackerSettings(detect_every=detect_every, smooth=smooth)
     tracker = watch.tracker(opened, found, settings) if watch else Tracker(opened, found, settings)
     frames = open_source(source, rate=rate, patience=patience, stop=stop, say=note)
     window = Window(source) if show else None

@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from kp_cli.options import ELSE_DEFAULT, Cores, Detector, Json, Threads, bundle_or_default, detector_from_name, note
+from kp_cli.options import (
+    CHECKOUT_DETECTOR,
+    ELSE_DEFAULT,
+    Cores,
+    Detector,
+    Json,
+    Threads,
+    bundle_or_default,
+    note,
+    open_detector,
+)
 from kp_cli.report import (
     print_bench,
     print_comparison,
@@ -40,7 +50,7 @@ def bench(
     samples: Annotated[int, typer.Option(min=1, help="Least number of samples of each case.")] = 200,
     threads: Threads = None,
     cores: Cores = None,
-    detector: Detector = "haar",
+    detector: Detector = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the results, with every sample, to this JSON file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots and all numbers to this file.")] = None,
     compare: Annotated[
@@ -70,7 +80,7 @@ def bench(
 
     if compare is None and (new or anyway):
         raise InputError("--with and --compare-anyway go with --compare OLD")
-    if new and any((photo, batch, precision, threads, cores, out, detector != "haar", backend != "auto")):
+    if new and any((photo, batch, precision, threads, cores, out, detector != "auto", backend != "auto")):
         raise InputError("--with measures nothing: it goes with --compare, --compare-anyway, --html and --json alone")
     old = results_from_file(compare) if compare else None
     if new:
@@ -83,7 +93,7 @@ def bench(
             admit = gate(old, anyway)
             face = photo or _astronaut()
             result = run_bench(
-                bundle_or_default(bundle), face, detector_from_name(detector), settings, admit=admit, step=step
+                bundle_or_default(bundle), face, open_detector(detector), settings, admit=admit, step=step
             )
     comparison = compared(old, result, anyway=anyway) if old else None
     written = [] if out is None else [write_results(result, out)]
@@ -133,7 +143,7 @@ def tune(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="Least time that each of the best is measured.")] = 3.0,
     samples: Annotated[int, typer.Option(min=1, help="Least number of samples of each of them.")] = 200,
-    detector: Detector = "haar",
+    detector: Detector = "auto",
     out: Annotated[Path, typer.Option(help="File for the settings; NAME.tried.json beside it has the table.")] = Path(
         "tuned.json"
     ),
@@ -177,7 +187,7 @@ def tune(
     with share_progress() as step:
         bundles = [first, *(also or []), *([lite] if lite else [])]
         result: Tuning = run_tune(
-            bundles, photo or _astronaut(), detector_from_name(detector), settings, rise_of=rise_of, step=step
+            bundles, photo or _astronaut(), open_detector(detector), settings, rise_of=rise_of, step=step
         )
     written = write_tuning(result, out)
     if as_json:
@@ -212,7 +222,7 @@ def doctor(
         found = bundle_or_default(bundle)
     except KpError as error:  # a line of the report
         reason = str(error)
-    diagnosis = diagnose(found, reason, backend_seconds=timeout, step=tell_subject)
+    diagnosis = diagnose(found, reason, detector=CHECKOUT_DETECTOR, backend_seconds=timeout, step=tell_subject)
     if as_json:
         print_json(dataclasses.asdict(diagnosis) | {"healthy": diagnosis.healthy})
     else:

@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from kp_runtime.errors import InputError
-
 
 def stay_on(context: typer.Context, cores: str | None) -> str | None:
     """Keeps this thread, and what it starts, on the cores until the command is over; their numbers in order."""
@@ -24,7 +22,7 @@ def stay_on(context: typer.Context, cores: str | None) -> str | None:
 
 
 DEFAULT_BUNDLE = Path("engines/resnet18-68")
-DEFAULT_DETECTOR = Path("engines/face-detector")
+CHECKOUT_DETECTOR = Path(__file__).parents[1] / "engines" / "face-detector"
 ELSE_DEFAULT = "the default model when left out: KP_MODEL, the model wheel, the checkout's own."
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Threads = Annotated[int | None, typer.Option(help="Threads of the engine; its own choice (all cores) when left out.")]
@@ -44,7 +42,7 @@ Mirror = Annotated[
 ]
 EFFECT_NAMES = "sunglasses, hat, moustache, mesh, blur, or a .toml file of your own (docs/filters.md)."
 Detector = Annotated[str, typer.Option(
-    metavar="NAME", help="haar, own, own=BUNDLE (of kp train-detector) or yunet=FILE; see docs/detectors.md."
+    metavar="NAME", help="own=BUNDLE (of kp train-detector), haar, yunet=FILE; auto: the project's own, else haar."
 )]  # fmt: skip
 Data = Annotated[list[str], typer.Option(
     "--data", metavar="PATH[=WEIGHT]",
@@ -84,38 +82,43 @@ def bundle_or_default(named: Path | None) -> Path:
     return named or default_bundle(checkout=Path(__file__).parents[1] / DEFAULT_BUNDLE)
 
 
+@contextlib.contextmanager
+def warnings_told() -> Iterator[None]:
+    """Turns warnings into lines on stderr."""
+    import warnings
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        yield
+    for warning in told:
+        note(str(warning.message))
+
+
 def load_model(
     model: Path | None, tuned: Path | None, backend: str, threads: int | None, public_key: Path | None
 ) -> Any:
     """Opens a model as the options say; that settings were tuned elsewhere is a line on stderr."""
-    import warnings
-
     from kp_runtime.pipeline import load
 
     if tuned is None:
         return load(bundle_or_default(model), backend, threads, public_key=public_key)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        opened = load(model, backend, threads, public_key=public_key, tuned=tuned)
-    for warning in told:
-        note(str(warning.message))
-    return opened
+    with warnings_told():
+        return load(model, backend, threads, public_key=public_key, tuned=tuned)
 
 
-def detector_from_name(name: str, smallest: float = 0.05) -> Any:
-    """The face detector of a `--detector` option; `smallest` as the detectors take it, YuNet does not.
+def whole_detector_name(name: str, public_key: Path | None = None) -> str:
+    """A `--detector` with the file that it means; that `auto` takes Haar is a line on stderr."""
+    from kp_runtime.detectors import detector_name
 
-    Raises:
-        InputError: there is no such detector.
-    """
-    from kp_runtime.center_detector import CenterDetector
-    from kp_runtime.detect import HaarDetector, YuNetDetector
+    with warnings_told():
+        return detector_name(name, checkout=CHECKOUT_DETECTOR, public_key=public_key)
 
-    kind, _, path = name.partition("=")
-    if name == "haar":
-        return HaarDetector(smallest=smallest)
-    if kind == "own" and (path or name == kind):
-        return CenterDetector(path or Path(__file__).parents[1] / DEFAULT_DETECTOR, smallest=smallest)
-    if kind == "yunet" and path:
-        return YuNetDetector(path)
-    raise InputError(f"there is no detector {name!r}; choose from haar, own, own=BUNDLE, yunet=FILE")
+
+def open_detector(
+    name: str, *, smallest: float = 0.05, threads: int | None = None, public_key: Path | None = None
+) -> Any:
+    """Opens the face detector of a `--detector`; the rest as `kp_runtime.load_detector`."""
+    from kp_runtime.detectors import load_detector
+
+    named = whole_detector_name(name, public_key)
+    return load_detector(named, smallest=smallest, threads=threads, public_key=public_key)

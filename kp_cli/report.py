@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from kp_runtime.errors import BundleError
+from kp_runtime.spec import DetectorManifest
 
 __all__ = [
     "build_progress",
@@ -298,7 +299,13 @@ def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{bundle}: the manifest can't be shown as text ({error!r:.200}); use --json") from error
     spec = manifest.spec
-    typer.echo(f"{spec.name}: {spec.points} points, {spec.size} px crops, margin {spec.margin:g}, boxes {spec.box}")
+    if isinstance(manifest, DetectorManifest):
+        what = (
+            f"finds faces of {spec.least_px:g} to {spec.most_px:g} px, cells of {spec.stride} px, score {spec.score:g}"
+        )
+    else:
+        what = f"{spec.points} points, {spec.size} px crops, margin {spec.margin:g}, boxes {spec.box}"
+    typer.echo(f"{spec.name}: {what}")
     print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "layers", "hash"), rows)
     for line in lines:
         typer.echo("".join(c if c.isprintable() else "?" for c in line))  # a manifest may not steer the terminal

@@ -10,7 +10,17 @@ from typing import Annotated, Any
 
 import typer
 
-from kp_cli.options import Data, Detector, Json, Looks, Mirror, Threads, detector_from_name, signature_told
+from kp_cli.options import (
+    Data,
+    Detector,
+    Json,
+    Looks,
+    Mirror,
+    Threads,
+    open_detector,
+    signature_told,
+    whole_detector_name,
+)
 from kp_cli.report import print_accuracy, print_groups, print_json, progress
 from kp_runtime.errors import InputError
 
@@ -158,7 +168,7 @@ def evaluate(
     record: Annotated[
         str | None, typer.Option(metavar="NAME", help="Also keep the result in the bundle's manifest under this name.")
     ] = None,
-    detector: Detector = "haar",
+    detector: Detector = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
@@ -173,7 +183,7 @@ def evaluate(
     from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
 
-    if detector != "haar" and boxes is not Boxes.detector:
+    if detector != "auto" and boxes is not Boxes.detector:
         raise InputError("--detector goes with --boxes detector")
     if steady and boxes is Boxes.detector:
         raise InputError("--robustness shakes the boxes of the keypoints: leave out --boxes detector")
@@ -187,7 +197,8 @@ def evaluate(
     if split is Split.person:
         sources = [held_out_faces(source, opened.manifest) for source in sources]
     faces = [face for source in sources for face in source.faces]
-    finder = detector_from_name(detector) if boxes is Boxes.detector else None
+    named = whole_detector_name(detector) if boxes is Boxes.detector else None
+    finder = open_detector(named, threads=threads) if named else None
     result = measure(opened, faces, finder, track=progress("measuring"), looks=looks, mirror=mirror)
     more: dict[str, Any] = {"groups": [dataclasses.asdict(group) for group in groups(result)]}
     if steady:
@@ -210,6 +221,7 @@ def evaluate(
         rest = {
             "model": opened.name,
             "boxes": boxes.value,
+            "detector": named,
             "split": split.value,
             "missed": result.missed,
             "looks": looks,

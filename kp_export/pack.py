@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kp_export.staging import mend, staging
 from kp_runtime.errors import BundleError
-from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, file_entry, writing
+from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, any_manifest, file_entry, writing
 
 __all__ = ["pack_bundle"]
 
@@ -36,7 +36,7 @@ def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoin
     """
     bundle = bundle.resolve()
     mend(bundle)
-    manifest = Manifest.read(bundle)
+    manifest = any_manifest(bundle)
     kept = {
         name: entry
         for name, entry in manifest.files.items()
@@ -48,7 +48,7 @@ def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoin
     if missing := [precision for precision in precisions if precision not in have]:
         raise BundleError(f"{bundle} has no model of precision {missing[0]}, only {', '.join(have) or 'none'}")
     with staging(out.resolve()) as stage:
-        old = Manifest.read(stage).files if (stage / MANIFEST_NAME).exists() else {}
+        old = any_manifest(stage).files if (stage / MANIFEST_NAME).exists() else {}
         for name in {**old, **manifest.files}:
             if name not in kept:
                 (stage / name).unlink(missing_ok=True)

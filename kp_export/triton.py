@@ -25,7 +25,7 @@ from kp_export.staging import locked, mend
 from kp_runtime.backend import CPU_ORDER, GOLDEN_NAME, ORDER
 from kp_runtime.errors import BundleError, ExportError
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
-from kp_runtime.triton_model import PROBE
+from kp_runtime.triton_model import DETECTOR_FOLDER, PROBE
 
 __all__ = ["TritonModel", "TritonReport", "pbtxt", "write_repository"]
 
@@ -85,22 +85,23 @@ class _Wanted:
     beside: Mapping[str, bytes]
 
 
-def write_repository(bundle: Path, repository: Path) -> TritonReport:
+def write_repository(bundle: Path, repository: Path, detector: Path | None = None) -> TritonReport:
     """Writes a bundle's models into a Triton model repository; other models in it stay untouched.
 
     Args:
         bundle: the bundle's folder.
         repository: the folder that Triton's `--model-repository` names; made where it is missing.
+        detector: bundle of the face detector that goes along; without one the model looks for it where it runs.
 
     Raises:
-        BundleError: the bundle can't be used.
+        BundleError: a bundle can't be used.
         ExportError: the bundle lacks a file that is needed, a model of the same name has another contract, or the
             repository can't be written.
     """
     bundle, repository = bundle.resolve(), repository.resolve()
     mend(bundle)
     manifest = Manifest.read(bundle)
-    wanted, left_out = _wanted(bundle, manifest)
+    wanted, left_out = _wanted(bundle, manifest, detector)
     try:
         repository.mkdir(parents=True, exist_ok=True)
         with locked(repository / ".kp-export.lock", repository):
@@ -114,7 +115,7 @@ def write_repository(bundle: Path, repository: Path) -> TritonReport:
     return TritonReport(repository, models, left_out)
 
 
-def _wanted(bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], tuple[str, ...]]:
+def _wanted(bundle: Path, manifest: Manifest, detector: Path | None) -> tuple[list[_Wanted], tuple[str, ...]]:
     """The models that a bundle gives, and why not others."""
     runnable = {name: entry for name, entry in manifest.files.items() if entry.kind in ("onnx", "plan")}
     if not runnable:
@@ -126,7 +127,7 @@ def _wanted(bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], tuple[str,
             f"{bundle} has no {GOLDEN_NAME}, which the health check runs; kp export of its checkpoint makes it"
         )
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", manifest.spec.name).lstrip(".") or "model"
-    wanted = [_images(stem, bundle, manifest)]
+    wanted = [_images(stem, bundle, manifest, detector)]
     left_out = []
     onnx = {str(entry.precision): name for name, entry in runnable.items() if entry.kind == "onnx"}
     best = next((onnx[precision] for precision in CPU_ORDER if precision in onnx), None)
@@ -138,7 +139,7 @@ def _wanted(bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], tuple[str,
     return wanted + plans, (*left_out, *skipped)
 
 
-def _images(stem: str, bundle: Path, manifest: Manifest) -> _Wanted:
+def _images(stem: str, bundle: Path, manifest: Manifest, detector: Path | None) -> _Wanted:
     """Encoded images -> keypoints in the python backend."""
     points = manifest.spec.points
     precisions = sorted({str(e.precision) for e in manifest.files.values() if e.kind in ("onnx", "plan")})
@@ -156,11 +157,13 @@ def _images(stem: str, bundle: Path, manifest: Manifest) -> _Wanted:
         "model_warmup": [
             _warmup("probe", 1, "image", {"data_type": Word("TYPE_STRING"), "dims": [1], "input_data_file": "probe"})
         ],
-        "parameters": _parameters(f"image -> {points} keypoints a face", backend="auto", detector="haar", threads=""),
+        "parameters": _parameters(f"image -> {points} keypoints a face", backend="auto", detector="auto", threads=""),
     }
 
     def fill(version: Path) -> None:
         pack_bundle(bundle, version / "bundle", precisions)
+        if detector is not None:
+            pack_bundle(detector, version / DETECTOR_FOLDER, ["fp32"])
         (version / "model.py").write_text(_MODEL_PY, encoding="utf-8")
 
     probe = len(PROBE).to_bytes(4, "little") + PROBE  # as Triton keeps a string

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kp_runtime.center_detector import CenterDetector
     from kp_runtime.cuda_graphs import GraphReport, GraphWarning
     from kp_runtime.detect import HaarDetector, YuNetDetector
+    from kp_runtime.detectors import DetectorWarning, load_detector
     from kp_runtime.device_frame import DeviceFrame
     from kp_runtime.draw import draw_keypoints
     from kp_runtime.effects import open_effect
@@ -51,6 +52,7 @@ __all__ = [
     "BundleError",
     "CenterDetector",
     "DataError",
+    "DetectorWarning",
     "DeviceFrame",
     "ExportError",
     "Frame",
@@ -81,6 +83,7 @@ __all__ = [
     "image_from_bytes",
     "image_from_file",
     "load",
+    "load_detector",
     "open_effect",
 ]
 
@@ -88,6 +91,7 @@ _HOME = {
     "center_detector": ("CenterDetector",),
     "cuda_graphs": ("GraphReport", "GraphWarning"),
     "detect": ("HaarDetector", "YuNetDetector"),
+    "detectors": ("DetectorWarning", "load_detector"),
     "device_frame": ("DeviceFrame",),
     "draw": ("draw_keypoints",),
     "effects": ("open_effect",),

@@ -22,6 +22,7 @@ from kp_runtime.errors import BackendError, InputError
 from kp_runtime.frame import Frame, as_frame, import_cv2
 from kp_runtime.geometry import overlaps
 from kp_runtime.golden import GOLDEN_NAME, arrays_from_npz
+from kp_runtime.signing import PublicKey
 from kp_runtime.spec import DetectorManifest
 
 __all__ = ["CenterDetector", "Found", "merged"]
@@ -50,9 +51,11 @@ class CenterDetector:
         score: least score of a face, over 0 and under 1; the bundle's when None.
         smallest: longer side of the smallest box, as a share of the image's shorter side.
         threads: of the engine; all cores when None.
+        public_key: whose signature the bundle must have; see `signing.check_signature`.
 
     Raises:
         BundleError, IntegrityError: no detector's bundle there, or a file that is not the manifest's.
+        SignatureError: it is not signed by `public_key`.
         BackendError: ONNX Runtime refuses the file, or gives other cells than PyTorch did.
         InputError: `score` or `smallest` out of range.
     """
@@ -63,8 +66,9 @@ class CenterDetector:
         score: float | None = None,
         smallest: float = 0.05,
         threads: int | None = None,
+        public_key: PublicKey | None = None,
     ) -> None:
-        manifest = DetectorManifest.read(bundle)
+        manifest = DetectorManifest.read(bundle, public_key)
         self.spec = manifest.spec
         self.score = self.spec.score if score is None else score
         if not 0 < self.score < 1:

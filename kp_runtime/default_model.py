@@ -1,4 +1,4 @@
-"""The bundle that `load()` opens when none is named: `KP_MODEL`, else the installed model wheel."""
+"""The bundles that are opened when none is named: what `KP_MODEL` names, else the installed model wheel's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from kp_runtime.errors import BundleError
 from kp_runtime.spec import MANIFEST_NAME
 
-__all__ = ["MODEL_DISTRIBUTION", "MODEL_VARIABLE", "default_bundle"]
+__all__ = ["MODEL_DISTRIBUTION", "MODEL_VARIABLE", "default_bundle", "default_detector"]
 
 MODEL_VARIABLE = "KP_MODEL"
 MODEL_DISTRIBUTION = "kp-edge-model"
-MODEL_PACKAGE = "kp_model"
+MODEL_PACKAGE, DETECTOR_PACKAGE = "kp_model", "kp_face_detector"
 
 
 def default_bundle(checkout: Path | None = None) -> Path:
@@ -31,25 +31,38 @@ def default_bundle(checkout: Path | None = None) -> Path:
         if not Path(given).exists():
             raise BundleError(f"{MODEL_VARIABLE} names {given}, which is not there; set it to a bundle's folder")
         return Path(given)
-    if (installed := _installed_bundle()) is not None:
-        return installed
-    if checkout is not None and (checkout / MANIFEST_NAME).exists():
-        return checkout
+    if (found := _installed_or(MODEL_PACKAGE, checkout)) is not None:
+        return found
     raise BundleError(
         f"no model was named and there is no default one: run pip install 'kp-edge[model]', set {MODEL_VARIABLE} "
         "to a bundle's folder, or name a bundle"
     )
 
 
-def _installed_bundle() -> Path | None:
-    """The model wheel's folder by the record of installed packages: a folder of its name elsewhere is not one."""
+def default_detector(checkout: Path | None = None) -> Path | None:
+    """The folder of the project's own face detector: the model wheel's, else the one in the checkout, else None.
+
+    Raises:
+        BundleError: the model wheel is damaged.
+    """
+    return _installed_or(DETECTOR_PACKAGE, checkout)
+
+
+def _installed_or(package: str, checkout: Path | None) -> Path | None:
+    if (installed := _installed_bundle(package)) is not None:
+        return installed
+    return checkout if checkout is not None and (checkout / MANIFEST_NAME).exists() else None
+
+
+def _installed_bundle(package: str) -> Path | None:
+    """A folder of the model wheel by the record of installed packages: a folder of its name elsewhere is not one."""
     from importlib import metadata  # here, as it takes longer to import than all of this run-time's own modules
 
     try:
         wheel = metadata.distribution(MODEL_DISTRIBUTION)
     except metadata.PackageNotFoundError:
         return None
-    folder = Path(str(wheel.locate_file(MODEL_PACKAGE)))
+    folder = Path(str(wheel.locate_file(package)))
     if not (folder / MANIFEST_NAME).exists():
         raise BundleError(
             f"{MODEL_DISTRIBUTION} {wheel.version} is installed, but {folder} holds no {MANIFEST_NAME}; run: "

@@ -43,6 +43,7 @@ def diagnose(
     bundle: Path | None,
     no_bundle: str = "none was named",
     *,
+    detector: Path | None = None,
     here: Surroundings | None = None,
     seconds: float = 60.0,
     backend_seconds: float = 300.0,
@@ -53,6 +54,7 @@ def diagnose(
     Args:
         bundle: whose golden crop proves the backends; None where there is none, which is a problem.
         no_bundle: why there is none.
+        detector: a face detector's bundle beside the program's own source; see `detector_name`.
         here: what is looked at.
         seconds: time that each probe has.
         backend_seconds: time that each backend's inference has; a first start of TensorRT can take minutes.
@@ -74,6 +76,8 @@ def diagnose(
     findings += [checks.tensorrt(here, gpu, tensorrt)]
     step("OpenCV")
     findings += [checks.opencv(here, here.ask("module", "cv2", seconds=seconds))]
+    step("face detector")
+    findings += [checks.detector(here.ask("detector", str(detector or ""), seconds=seconds))]
     manifest, found = _bundle(bundle, no_bundle)
     findings += [found]
     working = []

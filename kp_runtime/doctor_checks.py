@@ -31,6 +31,7 @@ __all__ = [
     "Surroundings",
     "computer",
     "cuda_python",
+    "detector",
     "gpu_crops",
     "gpus_found",
     "jetson",
@@ -347,6 +348,18 @@ def tensorrt(here: Surroundings, gpu: Gpu | None, answers: Mapping[str, Answer])
         advice = f"pip uninstall -y {wheels.replace(' and ', ' ')}, then pip install {keep}"
         return Finding(subject, PROBLEM, f"{wheels} are not for one CUDA, the driver's", advice)
     return Finding(subject, OK, told)
+
+
+def detector(answer: Answer) -> Finding:
+    """Which face detector is used where none is named, and whether it can be."""
+    subject = "detector"
+    if answer.state == "absent":
+        return Finding(subject, ABSENT, answer.text)
+    if answer.state != "answered":
+        return Finding(subject, PROBLEM, answer.text, "name another one: kp predict --detector haar")
+    if missed := answer.facts["missed"]:
+        return Finding(subject, WARNING, missed, "KP_DETECTOR=haar, if that is what you want")
+    return Finding(subject, OK, answer.facts["name"])
 
 
 def opencv(here: Surroundings, answer: Answer) -> Finding:

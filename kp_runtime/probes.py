@@ -200,8 +200,21 @@ def backend(name: str, bundle: str) -> Facts:
     return dataclasses.asdict(report)
 
 
+def detector(checkout: str) -> Facts:
+    """The face detector that is used where none is named, opened; `missed` is why it is not the project's own."""
+    import warnings
+
+    from kp_runtime.detectors import detector_name, load_detector
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        name = detector_name("auto", checkout=Path(checkout) if checkout else None)
+    load_detector(name, threads=1)
+    return {"name": name, "missed": " ".join(str(warning.message) for warning in told)}
+
+
 PROBES: dict[str, Callable[..., Facts]] = {
-    probe.__name__: probe for probe in (driver, nvrtc, crops, onnxruntime, module, backend)
+    probe.__name__: probe for probe in (driver, nvrtc, crops, onnxruntime, module, detector, backend)
 }
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from kp_runtime.errors import InputError, KpError, MissingExtraError, SignatureError
-from kp_runtime.spec import SIGNATURE_NAME, Manifest, manifest_bytes, read_plain, writing
+from kp_runtime.spec import (
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    any_manifest_of_bytes,
+    manifest_bytes,
+    read_plain,
+    writing,
+)
 
 __all__ = ["PREFIX", "PublicKey", "check_signature", "is_signed", "new_key", "sign_bundle", "signature_state"]
 
@@ -85,7 +92,7 @@ def sign_bundle(bundle: str | os.PathLike[str], private_key: str | os.PathLike[s
     """
     key = _private_key(Path(private_key))
     data = manifest_bytes(bundle)
-    manifest = Manifest.from_bytes(data)
+    manifest = any_manifest_of_bytes(data, str(Path(bundle) / MANIFEST_NAME))
     for name in manifest.files:
         manifest.check_file(bundle, name)
     path = Path(bundle) / SIGNATURE_NAME

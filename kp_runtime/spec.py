@@ -37,6 +37,8 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "ModelSpec",
+    "any_manifest",
+    "any_manifest_of_bytes",
     "file_entry",
     "manifest_bytes",
     "read_plain",
@@ -216,23 +218,12 @@ class Manifest:
             SchemaError: the manifest is newer than this release.
             SignatureError: it is not signed by this key.
         """
-        data = manifest_bytes(bundle)
-        if public_key is not None:
-            from kp_runtime.signing import check_signature
-
-            check_signature(bundle, data, public_key)
-        return cls.from_bytes(data, str(Path(bundle) / MANIFEST_NAME))
+        return cls.from_bytes(_signed_bytes(bundle, public_key), str(Path(bundle) / MANIFEST_NAME))
 
     @classmethod
     def from_bytes(cls, data: bytes, origin: str = MANIFEST_NAME) -> Self:
         """The manifest of a file's bytes; `origin` stands in the messages."""
-        try:
-            raw = json.loads(data.decode())
-            _check_depth(raw)
-            json.dumps(raw, ensure_ascii=False).encode()  # half of a pair of code units is no character
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{origin} can't be read as JSON ({error}); make the bundle again") from error
-        return cls.from_json(raw, origin)
+        return cls.from_json(_decoded(data, origin), origin)
 
     @classmethod
     def from_json(cls, raw: Any, origin: str = MANIFEST_NAME) -> Self:
@@ -348,6 +339,19 @@ class DetectorManifest(Manifest):
     _TASK: ClassVar[str | None] = "face-boxes"
 
 
+def any_manifest(bundle: str | os.PathLike[str], public_key: str | os.PathLike[str] | bytes | None = None) -> Manifest:
+    """Reads and checks a bundle's manifest, of a keypoint model or of a detector; all else as `Manifest.read`."""
+    return any_manifest_of_bytes(_signed_bytes(bundle, public_key), str(Path(bundle) / MANIFEST_NAME))
+
+
+def any_manifest_of_bytes(data: bytes, origin: str) -> Manifest:
+    """`any_manifest` of a file's bytes; `origin` stands in the messages."""
+    raw = _decoded(data, origin)
+    spec = raw.get("spec") if isinstance(raw, dict) else None
+    kind = DetectorManifest if isinstance(spec, dict) and "task" in spec else Manifest
+    return kind.from_json(raw, origin)
+
+
 def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:
     """A bundle's manifest as it lies on the disk.
 
@@ -364,6 +368,27 @@ def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:
         ) from error
     except OSError as error:
         raise BundleError(f"{path} can't be read ({error.strerror}); make the bundle again") from error
+
+
+def _signed_bytes(bundle: str | os.PathLike[str], public_key: str | os.PathLike[str] | bytes | None) -> bytes:
+    """`manifest_bytes`, signed by the key where there is one."""
+    data = manifest_bytes(bundle)
+    if public_key is not None:
+        from kp_runtime.signing import check_signature
+
+        check_signature(bundle, data, public_key)
+    return data
+
+
+def _decoded(data: bytes, origin: str) -> Any:
+    """The JSON document of a manifest's bytes."""
+    try:
+        raw = json.loads(data.decode())
+        _check_depth(raw)
+        json.dumps(raw, ensure_ascii=False).encode()  # half of a pair of code units is no character
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{origin} can't be read as JSON ({error}); make the bundle again") from error
+    return raw
 
 
 def read_plain(path: Path, largest: int) -> bytes:

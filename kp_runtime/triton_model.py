@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend import GOLDEN_NAME, GOLDEN_TOLERANCE_PX
-from kp_runtime.detect import Detector, HaarDetector, YuNetDetector
+from kp_runtime.detectors import load_detector
 from kp_runtime.errors import BackendError, KpError
 from kp_runtime.frame import as_frame, image_from_bytes
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
@@ -24,10 +24,13 @@ from kp_runtime.pipeline import checked_boxes, load
 from kp_runtime.preprocess_cpu import CpuCropper
 from kp_runtime.spec import Manifest
 
-__all__ = ["PROBE", "ImagesModel", "TritonPythonModel", "check_numpy"]
+__all__ = ["DETECTOR_FOLDER", "PROBE", "ImagesModel", "TritonPythonModel", "check_numpy", "detector_of"]
 
 PROBE = b"kp-health"
 """Sent in place of an image it runs the golden crop: the answer is no face, or the error of what is wrong."""
+
+DETECTOR_FOLDER = "detector"
+"""Beside `bundle` in the folder of a version: the face detector of `auto` and `own`."""
 
 Faces = tuple[NDArray[np.float32], NDArray[np.float32]]
 """Boxes `(n, 4)` and keypoints `(n, points, 2)` of an image, float32, pixels of the image."""
@@ -46,13 +49,19 @@ def check_numpy(version: str = np.__version__) -> None:
         )
 
 
+def detector_of(version: Path, name: str) -> str:
+    """The detector that a setting means in a version's folder, as `load_detector` takes it."""
+    own = version / DETECTOR_FOLDER
+    return f"own={own}" if name in ("auto", "own") and own.exists() else name
+
+
 class ImagesModel:
     """Encoded images to the boxes and keypoints of their faces, all crops in one call of the network.
 
     Args:
         bundle: the bundle's folder.
         backend: as `load` takes it.
-        detector: `haar`, or the path of a YuNet model.
+        detector: as `load_detector` takes it.
         threads: of the engine on the CPU; None takes all cores.
         faces: faces of a call for which everything is made ready at the start.
 
@@ -61,13 +70,13 @@ class ImagesModel:
     """
 
     def __init__(
-        self, bundle: Path, backend: str = "auto", detector: str = "haar", threads: int | None = None, faces: int = 8
+        self, bundle: Path, backend: str = "auto", detector: str = "auto", threads: int | None = None, faces: int = 8
     ) -> None:
         self._model = load(bundle, backend, threads)
         self._backend = self._model.backend
         self._backend.warmup(faces)
         self._cropper = CpuCropper(self._backend.threads)
-        self._detector: Detector = HaarDetector() if detector == "haar" else YuNetDetector(detector)
+        self._detector = load_detector(detector, threads=threads)
         data = Manifest.read(bundle).read_file(bundle, GOLDEN_NAME)
         self._golden = golden_from_bytes(data, self._model.spec, GOLDEN_NAME)
 
@@ -149,12 +158,13 @@ class TritonPythonModel:
         self._triton = triton
         given = json.loads(args["model_config"])["parameters"]
         settings = {name: value["string_value"] for name, value in given.items()}
+        version = Path(args["model_repository"]) / args["model_version"]
         try:
             check_numpy()
             self._images = ImagesModel(
-                Path(args["model_repository"]) / args["model_version"] / "bundle",
+                version / "bundle",
                 settings.get("backend", "auto"),
-                settings.get("detector", "haar"),
+                detector_of(version, settings.get("detector", "auto")),
                 int(settings["threads"]) if settings.get("threads") else None,
             )
         except (KpError, ValueError, OSError) as error:

@@ -1,9 +1,9 @@
 """Measures what docs/video.md says of `kp run`: its speed beside each step alone, and jitter and lag of the smoothing.
 
-    python scripts/measure_video.py BUNDLE [--frames N] [--rounds N] [--threads N]
+    python scripts/measure_video.py BUNDLE [--frames N] [--rounds N] [--threads N] [--detector NAME]
 
 The picture is scikit-image's astronaut (NASA, public domain) on its cup of coffee, 1280 x 720 at 30 frames a
-second. Haar looks for faces of at least a tenth of the height, as kp run does.
+second. The detector looks for faces of at least a tenth of the height, as kp run does.
 
 Speed: the face wanders and grows; each step runs alone on the same frames, then all of them together, in
 turns, `--rounds` times each; and once with steps that wait instead of computing. Jitter: the same picture again
@@ -23,8 +23,9 @@ import cv2
 import numpy as np
 import skimage.data
 
+from kp_cli.options import open_detector
 from kp_cli.report import print_table
-from kp_runtime.detect import HaarDetector
+from kp_runtime.detect import Detector
 from kp_runtime.pipeline import Model, load
 from kp_runtime.track import Tracker, TrackerSettings
 from kp_runtime.video import draw_tracks, run_video
@@ -60,9 +61,8 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def speed(model: Model, frames: int, rounds: int) -> None:
+def speed(model: Model, detector: Detector, frames: int, rounds: int) -> None:
     """Prints frames a second of each step alone, and of the whole."""
-    detector = HaarDetector(smallest=0.1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         video = wandering(folder / "in.mp4", frames)
@@ -144,9 +144,9 @@ def overlap(frames: int = 200) -> None:
     print_table("steps that wait", ("ms of read, track, write", "slowest alone, frames/s", "whole", "ratio"), rows)
 
 
-def points(model: Model, frames: Iterator[np.ndarray], smooth: bool) -> np.ndarray:
+def points(model: Model, detector: Detector, frames: Iterator[np.ndarray], smooth: bool) -> np.ndarray:
     """The first track's points on every frame, `(frames, 68, 2)`."""
-    tracker = Tracker(model, HaarDetector(smallest=0.1), TrackerSettings(smooth=smooth))
+    tracker = Tracker(model, detector, TrackerSettings(smooth=smooth))
     return np.stack([tracker(image, i / RATE)[0].xy for i, image in enumerate(frames)]).astype(np.float64)
 
 
@@ -159,11 +159,11 @@ def noisy(places: np.ndarray) -> Iterator[np.ndarray]:
         yield np.clip(image + noise, 0, 255).astype(np.uint8)
 
 
-def steadiness(model: Model) -> None:
+def steadiness(model: Model, detector: Detector) -> None:
     """Prints jitter and lag with and without smoothing."""
     spread = {}
     for smooth in (False, True):
-        still = points(model, noisy(np.full(130, 380.0)), smooth)[30:]
+        still = points(model, detector, noisy(np.full(130, 380.0)), smooth)[30:]
         spread[smooth] = still.std(axis=0).mean() / FACE, np.linalg.norm(np.diff(still, axis=0), axis=-1).mean() / FACE
     rows = [
         (name, f"{spread[False][i]:.3%}", f"{spread[True][i]:.3%}", f"{spread[False][i] / spread[True][i]:.1f}")
@@ -173,7 +173,7 @@ def steadiness(model: Model) -> None:
     rows = []
     for swing, hertz in ((0.5, 0.5), (1.0, 0.5), (0.5, 1.0)):
         x = 380 + swing * FACE * np.sin(2 * np.pi * hertz * np.arange(90) / RATE)
-        raw, smoothed = (points(model, noisy(x), smooth)[30:, :, 0].mean(axis=1) for smooth in (False, True))
+        raw, smoothed = (points(model, detector, noisy(x), smooth)[30:, :, 0].mean(axis=1) for smooth in (False, True))
         t = np.arange(60) / RATE
         inside = t >= 0.3
         lags = np.arange(0, 0.25, 0.001)
@@ -188,13 +188,15 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--frames", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="threads of the engine, and of each OpenCV call")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each engine, and of each OpenCV call")
+    parser.add_argument("--detector", default="auto", help="as kp run takes it")
     args = parser.parse_args()
     cv2.setNumThreads(args.threads)
     model = load(args.bundle, threads=args.threads)
-    steadiness(model)
+    detector = open_detector(args.detector, smallest=0.1, threads=args.threads)
+    steadiness(model, detector)
     overlap()
-    speed(model, args.frames, args.rounds)
+    speed(model, detector, args.frames, args.rounds)
 
 
 if __name__ == "__main__":

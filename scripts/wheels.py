@@ -3,14 +3,15 @@
     python scripts/wheels.py --out dist
 
 Needs pip and setuptools, not torch. kp-edge is what runs a model, kp-edge-tools what trains, exports and builds
-plans: a checkout has both. The model's wheel holds the int8 files of a full bundle, packed. Its
-version is the project's with the packed manifest's sha256 as label, so other weights are another version.
+plans: a checkout has both. The model's wheel holds the int8 files of a full bundle and the face detector's, packed.
+Its version is the project's with the sha256 of both packed manifests as label, so other weights are another version.
 All are built from copies: setuptools leaves files in the folder, and takes old ones from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -30,6 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = ("pyproject.toml", "README.md", "LICENSE", "kp_runtime", "kp_cli")
 TOOLS = ("LICENSE", "kp_train", "kp_export")
 BUNDLE = ROOT / "engines" / "resnet18-68"
+DETECTOR = ROOT / "engines" / "face-detector"
 CARD = "MODEL_CARD.md"
 EARLIEST = "315532800"
 """The first second that a zip file can name, 1980: what a wheel holds decides its bytes, not when it was made."""
@@ -58,8 +60,8 @@ def build_tools_wheel(out: Path) -> Path:
         return _wheel_from(source, out)
 
 
-def build_model_wheel(bundle: Path, out: Path) -> Path:
-    """Builds `kp-edge-model` into the folder `out`, from the int8 files of a full bundle.
+def build_model_wheel(bundle: Path, out: Path, detector: Path = DETECTOR) -> Path:
+    """Builds `kp-edge-model` into the folder `out`, from the int8 files of a full bundle and a detector's bundle.
 
     Raises:
         BundleError: the bundle has no int8 file, or a file is not the manifest's.
@@ -67,12 +69,14 @@ def build_model_wheel(bundle: Path, out: Path) -> Path:
     """
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(shutil.copytree(ROOT / "packaging" / "model", Path(temporary) / "model"))
-        package = source / "kp_model"
-        shutil.rmtree(package / "__pycache__", ignore_errors=True)
-        pack_bundle(bundle, package, ["int8"])
-        if (bundle / CARD).exists():
-            shutil.copyfile(bundle / CARD, package / CARD)
-        label = sha256_of_file(package / MANIFEST_NAME)[:12]
+        manifests = hashlib.sha256()
+        for package, full, precision in (("kp_model", bundle, "int8"), ("kp_face_detector", detector, "fp32")):
+            shutil.rmtree(source / package / "__pycache__", ignore_errors=True)
+            pack_bundle(full, source / package, [precision])
+            if (full / CARD).exists():
+                shutil.copyfile(full / CARD, source / package / CARD)
+            manifests.update((source / package / MANIFEST_NAME).read_bytes())
+        label = manifests.hexdigest()[:12]
         (source / "VERSION").write_text(f"{kp_runtime.__version__}+m{label}\n", encoding="utf-8")
         return _wheel_from(source, out)
 

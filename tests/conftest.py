@@ -11,6 +11,7 @@ import pytest
 from tests.models import tiny_bundle
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+DETECTOR = Path(__file__).resolve().parents[1] / "engines" / "face-detector"
 
 
 @pytest.fixture
@@ -22,6 +23,13 @@ def rng() -> np.random.Generator:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with the tiny graph; tests that change it copy it first."""
     return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture
+def own_detector(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project's own detector's bundle; `auto` is this one."""
+    monkeypatch.setenv("KP_DETECTOR", f"own={DETECTOR}")
+    return DETECTOR
 
 
 @pytest.fixture(scope="session")

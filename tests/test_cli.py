@@ -101,7 +101,7 @@ def test_without_a_bundle_it_is_the_default_one(
 def test_predict_with_boxes_needs_no_detector(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(faces, "detector_from_name", None)
+    monkeypatch.setattr(faces, "open_detector", None)
     words = (
         "predict",
         astronaut,
@@ -169,7 +169,7 @@ def test_two_photos_of_one_name_are_not_mixed_up(
         (("predict", "{photo}", "--format", "xml"), "there is no format 'xml'"),
         (("predict", "{photo}", "--detector", "yunet=none.onnx"), "there is no YuNet model at none.onnx"),
         (("predict", "{photo}", "--detector", "own=nowhere"), "nowhere is not a bundle"),
-        (("predict", "{photo}", "--detector", "own="), "there is no detector 'own='; choose from haar"),
+        (("predict", "{photo}", "--detector", "own="), "there is no detector 'own='; choose from auto"),
         (("predict", "{photo}", "--model", "nowhere"), "is not a bundle"),
         (("bench", "{bundle}/model.fp32.onnx"), "give its folder, not"),
         (("eval", "{bundle}", "--data", "x", "--detector", "own=d"), "--detector goes with --boxes detector"),

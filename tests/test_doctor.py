@@ -22,6 +22,7 @@ from kp_runtime.doctor_checks import Finding, Surroundings
 from kp_runtime.gpu_code import GpuCode, gpu_code_from_library
 from kp_runtime.probes import Answer, answer_from_command, ask
 from kp_runtime.spec import FileEntry, Manifest, file_entry
+from tests.conftest import DETECTOR
 
 CPU = ["CPUExecutionProvider"]
 GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", *CPU]
@@ -50,6 +51,7 @@ PLAIN = {
     "module tensorrt_lean": ABSENT,
     "module tensorrt_dispatch": ABSENT,
     "module cv2": answered(version="4.12.0", file="cv2.py"),
+    "detector": answered(name="own=wheel", missed=""),
     "backend ort-cpu": answered(file="model.onnx", golden_error_px=0.25),
 }
 WITH_GPU = PLAIN | {
@@ -93,7 +95,8 @@ def looked(
         (root / name).write_text(text)
 
     def answer(*words: str, seconds: float) -> Answer:
-        return answers[" ".join(words if words[0] != "backend" else words[:2])]
+        told = {"backend": 2, "detector": 1}  # paths come behind
+        return answers[" ".join(words[: told.get(words[0])])]
 
     versions = dict(package.split("==") for package in packages)
     here = Surroundings(root, versions, [str(folder) for folder in folders], environment or {}, numpy, answer)
@@ -288,6 +291,30 @@ def test_numpy_2_beside_a_system_s_opencv(bundle: Path, tmp_path: Path) -> None:
     finding = about(looked(bundle, tmp_path, answers, numpy="2.1.0"), "OpenCV")
     assert (finding.status, finding.advice) == ("problem", "pip install 'numpy<2'")
     assert "numpy is 2.1.0" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("answer", "status", "found"),
+    [
+        (answered(name="own=wheel", missed=""), "ok", "own=wheel"),
+        (answered(name="haar", missed="Haar, since …"), "warning", "Haar, since"),
+        (Answer("failed", "own=x is damaged"), "problem", "own=x is damaged"),
+        (Answer("absent", "OpenCV is not installed"), "absent", "OpenCV"),
+    ],
+)
+def test_the_face_detector(bundle: Path, tmp_path: Path, answer: Answer, status: str, found: str) -> None:
+    finding = about(looked(bundle, tmp_path, PLAIN | {"detector": answer}), "detector")
+    assert finding.status == status
+    assert found in finding.found
+
+
+def test_the_detector_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KP_DETECTOR", f"own={DETECTOR}")
+    assert ask("detector", "", seconds=60) == answered(name=f"own={DETECTOR}", missed="")
+    monkeypatch.setenv("KP_DETECTOR", "own=nowhere")
+    answer = ask("detector", "", seconds=60)
+    assert answer.state == "failed"
+    assert "nowhere is not a bundle" in answer.text
 
 
 def test_an_opencv_that_hides_another(bundle: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from kp_runtime.spec import ModelSpec
 from tests.tolerances import FP32_PX, assert_close
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("own_detector")
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ async def client_of(app: Any) -> AsyncIterator[Any]:
 
 def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path) -> None:
     image = kp_runtime.image_from_file(astronaut)
-    wanted = kp_runtime.load(bundle)(image, kp_runtime.HaarDetector()(image)).to_json()
+    wanted = kp_runtime.load(bundle)(image, kp_runtime.load_detector()(image)).to_json()
     jpeg = cv2.imencode(".jpg", image)[1].tobytes()
     plain = cv2.imencode(".png", np.zeros((40, 30), np.uint8))[1].tobytes()
     bmp = cv2.imencode(".bmp", image)[1].tobytes()
@@ -304,7 +305,7 @@ def test_requests_over_a_socket_share_one_call(
 ) -> None:
     image = kp_runtime.image_from_file(astronaut)[:256, 80:336]
     photos = [np.roll(image, 9 * i, axis=1) for i in range(6)]
-    model, detector = kp_runtime.load(bundle), kp_runtime.HaarDetector()
+    model, detector = kp_runtime.load(bundle), kp_runtime.load_detector()
     wanted = [model(photo, detector(photo)) for photo in photos]
     together = sum(map(len, wanted)) + 1  # and the face of the health check
     bomb = cv2.imencode(".png", np.zeros((2000, 2000), np.uint8))[1].tobytes()

@@ -22,6 +22,7 @@ from tests.rclpy_double import Header, Image
 
 ROOT = Path(__file__).resolve().parents[1]
 CAMERA = ROOT / "examples" / "camera_jetson.py"
+pytestmark = pytest.mark.usefixtures("own_detector")
 
 
 @pytest.fixture
@@ -257,7 +258,7 @@ def test_the_node_answers_each_image(ros: Any, bundle: Path, astronaut: Path, mo
     assert [(field.name, field.offset, field.datatype, field.count) for field in cloud.fields] == [
         ("u", 0, 7, 1), ("v", 4, 7, 1),
     ]  # fmt: skip
-    wanted = kp_runtime.load(bundle)(image, kp_runtime.HaarDetector()(image)).xy
+    wanted = kp_runtime.load(bundle)(image, kp_runtime.load_detector()(image)).xy
     assert (cloud.height, cloud.width, cloud.point_step, cloud.row_step) == (len(wanted), 68, 8, 544)
     assert np.array_equal(np.frombuffer(cloud.data, np.float32).reshape(-1, 68, 2), wanted)
     assert (nobody.height, nobody.width, nobody.data) == (0, 68, b"")

@@ -20,6 +20,8 @@ from kp_export.pack import pack_bundle
 from kp_export.plan_bundle import add_plan
 from kp_runtime import load
 from kp_runtime.backend_ort import OrtCpuBackend
+from kp_runtime.center_detector import CenterDetector
+from kp_runtime.detectors import detector_name, load_detector
 from kp_runtime.errors import (
     BackendError,
     BundleError,
@@ -36,6 +38,7 @@ from tests.models import SIZE, tiny_bundle
 from tests.test_export import small_checkpoint
 
 MODEL = "model.fp32.onnx"
+ENGINES = Path(__file__).resolve().parents[1] / "engines"
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +298,25 @@ def test_commands_sign_and_show(
     assert (status, out) == (1, "")
     assert err.startswith("kp: ")
     assert "is no signature of this manifest" in err
+
+
+def test_a_detector_is_signed_shown_and_asked_for_like_a_model(
+    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, theirs = keys / "ours.pub.pem", keys / "theirs.pub.pem"
+    detector = tmp_path / "detector"
+    pack_bundle(ENGINES / "face-detector", detector, ["fp32"])
+    assert {path.name for path in detector.iterdir()} == {"manifest.json", "model.fp32.onnx", "golden.npz"}
+    with pytest.raises(SignatureError, match="is not signed"):
+        load_detector(f"own={detector}", public_key=ours)
+    assert kp(capsys, monkeypatch, "sign", detector, "--key", keys / "ours.pem")[0] == 0
+    status, out, _ = kp(capsys, monkeypatch, "inspect", detector, "--public-key", ours)
+    assert status == 0
+    assert "face-detector: finds faces of 22 to 72 px" in out
+    assert detector_name("auto", checkout=detector, public_key=ours) == f"own={detector}"
+    assert isinstance(load_detector(f"own={detector}", public_key=ours), CenterDetector)
+    with pytest.raises(SignatureError, match="another key signed it"):
+        load_detector(f"own={detector}", public_key=theirs)
 
 
 @pytest.mark.parametrize("words", [(), ("bundle",), ("--key", "a.pem"), ("bundle", "--new-key", "a.pem")])

@@ -22,9 +22,10 @@ from kp_export import triton
 from kp_export.triton import TritonModel, pbtxt, write_repository
 from kp_runtime import triton_health
 from kp_runtime.errors import BackendError, BundleError, ExportError, ImageError
-from kp_runtime.spec import Manifest, file_entry
+from kp_runtime.spec import DetectorManifest, Manifest, file_entry
 from kp_runtime.triton_health import check_triton
-from kp_runtime.triton_model import PROBE, ImagesModel, check_numpy
+from kp_runtime.triton_model import PROBE, ImagesModel, check_numpy, detector_of
+from tests.conftest import DETECTOR
 from tests.models import tiny_bundle
 from tests.test_cli import kp
 
@@ -184,6 +185,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path:
     assert (status, err) == (0, "")
     assert out == f"{repo}/tiny-images: version 1\n{repo}/tiny-crops-onnx: version 1\n"
     status, out, _ = kp(capsys, "export", bundle, "--triton", repo, "--json")
+    version = repo / "tiny-images" / "1"
+    assert DetectorManifest.read(version / "detector").spec == DetectorManifest.read(DETECTOR).spec
+    assert detector_of(version, "auto") == detector_of(version, "own") == f"own={version / 'detector'}"
+    assert (detector_of(version, "haar"), detector_of(repo, "auto")) == ("haar", "auto")
     assert json.loads(out)["models"][1] == {
         "name": "tiny-crops-onnx", "version": 1, "is_new": False, "file": "model.fp32.onnx",
     }  # fmt: skip
@@ -200,7 +205,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path:
 
 
 @pytest.fixture
-def images(bundle: Path) -> Iterator[ImagesModel]:
+def images(bundle: Path, own_detector: Path) -> Iterator[ImagesModel]:
     model = ImagesModel(bundle, threads=1)
     yield model
     model.close()
@@ -215,7 +220,7 @@ def test_images_are_answered_as_one_by_one(images: ImagesModel, bundle: Path, as
     one = kp_runtime.image_from_file(astronaut)
     two, dark = np.hstack([one, one]), (one * 0.6).astype(np.uint8)
     pictures = [jpeg(picture) for picture in (two, dark, np.zeros((40, 30), np.uint8), one)]
-    model, detector = kp_runtime.load(bundle, threads=1), kp_runtime.HaarDetector()
+    model, detector = kp_runtime.load(bundle, threads=1), kp_runtime.load_detector()
     answers = images([pictures[:2], [pictures[2]], [pictures[3]]])
     found = [faces for answer in answers if not isinstance(answer, Exception) for faces in answer]
     for data, (boxes, keypoints) in zip(pictures, found, strict=True):
@@ -223,7 +228,9 @@ def test_images_are_answered_as_one_by_one(images: ImagesModel, bundle: Path, as
         wanted = model(image, detector(image))
         assert (boxes == wanted.boxes_xyxy.astype(np.float32)).all()
         assert np.abs(keypoints - wanted.xy).max(initial=0) < 1e-3
-    assert [len(boxes) for boxes, _ in found] == [2, 1, 0, 1]
+    two_faces, *rest = [len(boxes) for boxes, _ in found]
+    assert two_faces >= 2
+    assert rest == [1, 0, 1]
 
 
 def test_a_bad_image_is_its_callers_alone(images: ImagesModel, astronaut: Path) -> None:

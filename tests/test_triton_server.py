@@ -41,6 +41,7 @@ grpc_client = pytest.importorskip("tritonclient.grpc", reason=WHY)
 
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLE = ROOT / "engines" / "resnet18-68-lite"
+DETECTOR = ROOT / "engines" / "face-detector"
 MODEL = "resnet18-68-lite-images"
 HOME = Path(pytriton.__file__).parent / "tritonserver"
 
@@ -139,7 +140,7 @@ def until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     place = tmp_path_factory.mktemp("triton")
     bundle = Path(shutil.copytree(BUNDLE, place / "bundle"))
-    repository = write_repository(bundle, place / "models").repository
+    repository = write_repository(bundle, place / "models", DETECTOR).repository
     with serving(repository, place) as (process, http, grpc, log):
         until_ready(process, http, log)
         urls = f"127.0.0.1:{http}", f"127.0.0.1:{grpc}"
@@ -160,7 +161,7 @@ def pictures(astronaut: Path) -> list[bytes]:
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_answers_are_those_of_kp_runtime(server: Server, pictures: list[bytes], protocol: str, batch: int) -> None:
-    model, detector = kp_runtime.load(server.bundle), kp_runtime.HaarDetector()
+    model, detector = kp_runtime.load(server.bundle), kp_runtime.CenterDetector(DETECTOR)
     found = server.ask(protocol, pictures[:batch])
     wanted = [model(image, detector(image)) for image in map(kp_runtime.image_from_bytes, pictures[:batch])]
     counts = [len(each) for each in wanted]
@@ -272,7 +273,9 @@ def test_a_new_version_is_served_when_it_is_loaded(server: Server, pictures: lis
     manifest = Manifest.read(server.bundle)
     manifest.files["golden.npz"] = file_entry(server.bundle / "golden.npz", "golden")
     manifest.write(server.bundle)
-    versions = {model.name: model.version for model in write_repository(server.bundle, server.repository).models}
+    versions = {
+        model.name: model.version for model in write_repository(server.bundle, server.repository, DETECTOR).models
+    }
     assert versions[MODEL] == 2
     server.http.load_model(MODEL)
     assert [stats["version"] for stats in server.http.get_inference_statistics(MODEL)["model_stats"]] == ["2"]

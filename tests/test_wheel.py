@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from wheels import build_model_wheel, build_project_wheel, build_tools_wheel
 
 from kp_runtime.errors import BundleError, ExportError
-from kp_runtime.spec import Manifest
+from kp_runtime.spec import any_manifest
 from tests.models import tiny_bundle
 
 # not imported: setuptools refuses to be where the standard library's distutils was imported before
@@ -174,21 +174,18 @@ def test_every_bound_of_the_run_time_can_be_tested(metadata: Message, python: st
             assert len(least) == 1, f"[{extra}] {requirement} has no lower bound that noxfile.py could pin"
 
 
-def test_the_model_wheel_is_the_packed_bundle_and_nothing_else(model_wheel: Path, tmp_path: Path) -> None:
+def test_the_model_wheel_is_the_packed_bundles_and_nothing_else(model_wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(model_wheel) as archive:
         archive.extractall(tmp_path)
-    folder = tmp_path / "kp_model"
-    manifest = Manifest.read(folder)
-    assert {path.name for path in folder.iterdir()} == {
-        *manifest.files,
-        "manifest.json",
-        "MODEL_CARD.md",
-        "__init__.py",
-    }
-    assert {entry.kind for entry in manifest.files.values()} == {"onnx", "golden", "report"}
-    for name in manifest.files:
-        manifest.check_file(folder, name)
-    others = {path.name.partition(".dist-info")[0] for path in tmp_path.iterdir()} - {"kp_model"}
+    for package, kinds in (("kp_model", {"onnx", "golden", "report"}), ("kp_face_detector", {"onnx", "golden"})):
+        folder = tmp_path / package
+        manifest = any_manifest(folder)
+        held = {path.name for path in folder.iterdir()}
+        assert held == {*manifest.files, "manifest.json", "MODEL_CARD.md", "__init__.py"}
+        assert {entry.kind for entry in manifest.files.values()} == kinds
+        for name in manifest.files:
+            manifest.check_file(folder, name)
+    others = {path.name.partition(".dist-info")[0] for path in tmp_path.iterdir()} - {"kp_model", "kp_face_detector"}
     assert others == {"-".join(model_wheel.name.split("-")[:2])}
 
 
@@ -200,10 +197,10 @@ def test_the_model_wheel_names_its_licence_its_weights_and_no_package(model_whee
     assert "**Licence: the weights are for research that is not commercial**" in str(found.get_payload())
     assert found.get_all("Requires-Dist") is None
     with zipfile.ZipFile(model_wheel) as archive:
-        manifest = archive.read("kp_model/manifest.json")
+        manifests = b"".join(archive.read(f"{name}/manifest.json") for name in ("kp_model", "kp_face_detector"))
         (licence,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/LICENSE")]
     assert "research that is not commercial" in licence
-    assert found["Version"] == f"{metadata['Version']}+m{hashlib.sha256(manifest).hexdigest()[:12]}"
+    assert found["Version"] == f"{metadata['Version']}+m{hashlib.sha256(manifests).hexdigest()[:12]}"
     (wanted,) = requirements(metadata, "model")
     assert found["Version"] in wanted.specifier
 
@@ -257,6 +254,7 @@ def test_installed_wheels_import_and_the_model_is_found(
     assert "x is not a bundle" in python(pack).stderr
     pip("install", "--no-deps", "--no-index", "--target", str(target), str(model_wheel))
     done = python(
-        "import kp_runtime; model = kp_runtime.load(); print(model.spec.name, model.backend.report.precision)"
+        "import kp_runtime; model = kp_runtime.load(); print(model.spec.name, model.backend.report.precision); "
+        "print(kp_runtime.load_detector().spec.name)"
     )
-    assert done.stdout.split() == ["resnet18-68", "int8"], done.stderr
+    assert done.stdout.split() == ["resnet18-68", "int8", "face-detector"], done.stderr

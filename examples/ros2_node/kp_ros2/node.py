@@ -8,8 +8,8 @@ Why this type   it is in every ROS 2, holds all faces of an image in one stamped
 What it needs   ROS 2 (Humble or newer), and in the Python that it runs with: pip install 'kp-edge[ort]'
 How to run      colcon build --packages-select kp_ros2, then
                 ros2 run kp_ros2 keypoints --ros-args -p bundle:=BUNDLE -r image:=/camera/image_raw
-Parameters      bundle; backend; yunet: path of a YuNet model, else Haar; luma_range: of the YUV encodings,
-                `limited` as most cameras send, or `full`
+Parameters      bundle; backend; detector: `own=BUNDLE`, `haar`, `yunet=FILE`, or `auto`; luma_range: of the YUV
+                encodings, `limited` as most cameras send, or `full`
 What was run    here, the tests against a thin double of rclpy. Not run: ROS itself, colcon
 """
 
@@ -92,11 +92,11 @@ class KeypointsNode(Node):  # type: ignore[misc]
         super().__init__("kp_keypoints")
         bundle = self.declare_parameter("bundle", "").value
         backend = self.declare_parameter("backend", "auto").value
-        yunet = self.declare_parameter("yunet", "").value
+        detector = self.declare_parameter("detector", "auto").value
         self._luma_range = self.declare_parameter("luma_range", "limited").value
         self._model = kp_runtime.load(bundle or None, backend)
         self._model.warmup()
-        self._detector = kp_runtime.YuNetDetector(yunet) if yunet else kp_runtime.HaarDetector()
+        self._detector = kp_runtime.load_detector(detector)
         self._publisher = self.create_publisher(PointCloud2, "keypoints", 10)
         # as sensors publish, and the newest image alone: one that waited is old
         newest = QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT)

@@ -1,0 +1,1 @@
+"""The face detector's bundle: data for `kp_runtime.load_detector()`."""
