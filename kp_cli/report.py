@@ -325,7 +325,8 @@ def _provenance(manifest: Any) -> list[str]:
     for source in training.get("sources", []):
         lines.append(f"trained on {source.get('trained_on')} faces of {source.get('name')} ({source.get('sha256')})")
     if training:
-        lines.append(f"trained by revision {training.get('git_revision')}, best epoch {training.get('best_epoch')}")
+        epoch = f", best epoch {training['best_epoch']}" if "best_epoch" in training else ""
+        lines.append(f"trained by revision {training.get('git_revision')}{epoch}")
     for data, measured in manifest.accuracy.items():
         if {"nme", "failures", "faces"} <= set(measured):
             numbers = f"NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"
