@@ -4,7 +4,7 @@
 |---|---|---|
 | `pts` | a folder of iBUG `.pts` files, one a face, or one such file | 1 |
 | `coco` | JSON of COCO's keypoint task: category `face` with 68 named points | 0 |
-| `csv` | a header line, then image, 136 numbers, or with face and box between, as `kp predict` writes it | 0 |
+| `csv` | a header line or none, then image, 136 numbers, or with face and box between, as `kp predict` writes it | 0 |
 | `parquet` | columns image, face, box (4 numbers), keypoints (136 numbers) | 0 |
 
 In memory an integer is a pixel's centre and pixels count from 0; numbers are kept to a thousandth of
@@ -18,7 +18,6 @@ import importlib
 import io
 import itertools
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +40,7 @@ __all__ = [
     "faces_from_file",
     "faces_to_file",
     "format_of",
+    "is_header",
     "parquet_table",
     "pts_from_text",
     "pts_text",
@@ -210,7 +210,8 @@ def pts_text(xy: NDArray[np.floating]) -> str:
 def _read_pts(path: Path) -> list[LabelledFace]:
     if path.is_file():
         return [_pts_face(path, path.stem)]
-    return [_pts_face(file, file.relative_to(path).with_suffix("").as_posix()) for file in sorted(path.rglob("*.pts"))]
+    files = sorted(file for file in path.rglob("*.pts") if file.is_file())
+    return [_pts_face(file, file.relative_to(path).with_suffix("").as_posix()) for file in files]
 
 
 def _pts_face(file: Path, name: str) -> LabelledFace:
@@ -306,7 +307,7 @@ def _read_csv(path: Path) -> list[LabelledFace]:
     faces = []
     try:
         for number, row in enumerate(csv.reader(io.StringIO(_text(path), newline="")), start=1):
-            if not row or (number == 1 and not _is_number(row[-1])):
+            if not row or (number == 1 and is_header(row)):
                 continue
             where = f"{path}, line {number}"
             box = _box(row[2:6], where) if len(row) == 6 + 2 * POINTS else None
@@ -316,11 +317,9 @@ def _read_csv(path: Path) -> list[LabelledFace]:
     return faces
 
 
-def _is_number(cell: str) -> bool:
-    try:
-        return math.isfinite(float(cell))
-    except ValueError:
-        return False
+def is_header(row: Sequence[str]) -> bool:
+    """Whether the first line of a CSV of faces is a header: where an image's name would be, nothing has a suffix."""
+    return not row or not Path(row[0]).suffix
 
 
 def _write_csv(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
@@ -399,7 +398,7 @@ def _pyarrow() -> tuple[Any, Any]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # Excel begins a file with a mark
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
 

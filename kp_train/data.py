@@ -26,15 +26,15 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from kp_runtime.errors import DataError
+from kp_runtime.frame import IMAGE_SUFFIXES
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
-from kp_runtime.interchange import pts_from_text
+from kp_runtime.interchange import is_header, pts_from_text
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import ModelSpec, sha256_of_file
 from kp_train.augment import Augment
+from kp_train.metrics import nme_unit
 
 __all__ = ["Face", "FaceDataset", "Source", "is_held_out", "luma_from_file", "parse_source", "read_pts", "read_source"]
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,9 @@ def _read_csv(path: Path, weight: float, points: int) -> Source:
     faces: list[Face] = []
     images: Path | None = None
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.reader(file), start=1):
-                header = number == 1 and Path(row[0] if row else "").suffix.lower() not in IMAGE_SUFFIXES
-                if header or not row:
+                if not row or (number == 1 and is_header(row)):
                     continue
                 xy = _points_of_row(path, number, row, points)
                 images = images or _image_folder(path, row[0])
@@ -144,6 +143,9 @@ def _checked(xy: NDArray[np.float32], where: str) -> NDArray[np.float32]:
         raise DataError(f"{where}: a coordinate is not finite; correct it or remove the face")
     if np.ptp(xy, axis=0).max() < 1:
         raise DataError(f"{where}: all points lie on one spot; correct them or remove the face")
+    if nme_unit(xy[None])[0] < 1:
+        what = "outer eye corners lie on one spot" if len(xy) == POINTS else "points lie on one level or upright line"
+        raise DataError(f"{where}: its {what}, so there is no size to count its NME in; correct or remove the face")
     return xy
 
 
@@ -157,7 +159,7 @@ def _image_folder(path: Path, name: str) -> Path:
 
 
 def _read_pts_folder(path: Path, weight: float, points: int) -> Source:
-    labels = sorted(path.rglob("*.pts"))
+    labels = sorted(p for p in path.rglob("*.pts") if p.is_file())
     if not labels:
         raise DataError(f"{path} has no .pts files in it or below it; give the folder that holds the labelled photos")
     digest = hashlib.sha256()

@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kp_runtime.errors import DataError
+from kp_runtime.frame import IMAGE_SUFFIXES
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, matrices_from_boxes
-from kp_train.data import IMAGE_SUFFIXES, Face, luma_from_file
+from kp_train.data import Face, luma_from_file
 
 __all__ = ["WINDOW", "Pictures", "WindowDataset", "read_pictures"]
 
@@ -55,7 +56,7 @@ def read_pictures(folders: Sequence[Path]) -> Pictures:
     """
     files: list[Path] = []
     for folder in folders:
-        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
         if not found:
             raise DataError(f"{folder} has no pictures ({', '.join(IMAGE_SUFFIXES)}); give a folder that holds some")
         files += found

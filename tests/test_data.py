@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from kp_runtime.errors import DataError
 from kp_runtime.frame import as_frame, image_from_file
@@ -14,6 +15,7 @@ from kp_runtime.geometry import boxes_from_points, matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import ModelSpec
 from kp_train.data import FaceDataset, is_held_out, luma_from_file, parse_source, read_pts, read_source
+from kp_train.face_windows import read_pictures
 from kp_train.synthetic import drawn_face, write_csv_source
 
 
@@ -59,7 +61,8 @@ def break_row(path: Path, change: object) -> None:
         (lambda cells: cells[:-2], r"line 3 \(person0_1.png\).* got 134 numbers"),
         (lambda cells: [*cells[:5], "left", *cells[6:]], r"line 3 .*not a number"),
         (lambda cells: [*cells[:5], "nan", *cells[6:]], r"line 3 .*not finite"),
-        (lambda cells: [cells[0], *["7"] * 136], r"line 3 .*on one spot"),
+        (lambda cells: [cells[0], *["7"] * 136], r"line 3 .*all points lie on one spot"),
+        (lambda cells: [*cells[:91], *cells[73:75], *cells[93:]], r"line 3 .*outer eye corners lie on one spot"),
     ],
 )
 def test_a_bad_csv_row_is_named(csv_source: Path, change: object, message: str) -> None:
@@ -78,6 +81,27 @@ def test_a_csv_without_a_header_loses_no_row(csv_source: Path) -> None:
     whole = read_source(csv_source).faces
     csv_source.write_text("\n".join(csv_source.read_text().splitlines()[1:]) + "\n")
     assert [face.image for face in read_source(csv_source).faces] == [face.image for face in whole]
+
+
+@pytest.mark.parametrize("suffix", ["webp", "tif", "tiff"])
+def test_the_first_row_is_a_face_whatever_its_photos_suffix(
+    tmp_path: Path, rng: np.random.Generator, suffix: str
+) -> None:
+    image, xy = drawn_face(rng)
+    Image.fromarray(image).save(tmp_path / f"ada_1.{suffix}")
+    (tmp_path / "faces.csv").write_text(f"ada_1.{suffix}," + ",".join(map(str, xy.ravel())), encoding="utf-8-sig")
+    (tmp_path / "ada_1.pts").write_text(pts_text(xy))
+    for path in (tmp_path / "faces.csv", tmp_path):
+        assert [face.image.name for face in read_source(path).faces] == [f"ada_1.{suffix}"]
+
+
+def test_folders_named_as_labels_and_pictures_are_no_files(csv_source: Path) -> None:
+    folder = csv_source.parent / "training"
+    (folder / "x.pts").mkdir()
+    (folder / "x.jpg").mkdir()
+    with pytest.raises(DataError, match=r"no \.pts files"):
+        read_source(folder)
+    assert len(read_pictures([folder]).lumas) == 6
 
 
 def test_16_bit_photos_are_refused(tmp_path: Path) -> None:

@@ -62,6 +62,14 @@ def test_pts_names_and_pixels_from_one(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("header", ["," + ",".join(map(str, range(136))), "image,x0", ""])
+def test_every_header_line_of_a_csv_is_none_of_its_faces(tmp_path: Path, header: str, encoding: str) -> None:
+    rows = [f"{face.image}," + ",".join(map(str, face.xy.ravel())) for face in FACES[:2]]
+    (tmp_path / "f.csv").write_text("\n".join([header, *rows] if header else rows), encoding=encoding)
+    assert [face.image for face in faces_from_file(tmp_path / "f.csv")] == ["a.jpg", "a.jpg"]
+
+
 def test_coco_is_what_its_tools_expect(tmp_path: Path) -> None:
     (path,) = faces_to_file(FACES, tmp_path / "c.json")
     document = json.loads(path.read_text())
@@ -113,7 +121,7 @@ def _coco(**changes: object) -> str:
         ("a.pts", "n_points: 68\n{\n1 2\n}", "expected 68 points, got 1"),
         ("a.pts", "n_points: 68\n{\n" + "1 x\n" * 68 + "}", "a coordinate is not a number"),
         ("a.csv", "image,x\na.jpg,1,2\n", "line 2: expected 68 points, got 1"),
-        ("a.csv", "a.jpg" + ",nan" * 136, "holds no labelled face"),
+        ("a.csv", "a.jpg" + ",nan" * 136, "line 1: a coordinate is not finite"),
         ("a.csv", "image,x\na.jpg" + ",inf" * 136, "line 2: a coordinate is not finite"),
         ("a.csv", "image,x\na.jpg,0,1,2,3,b" + ",1" * 136, "line 2: a number of the box is none"),
         ("a.csv", "image,x\n", "holds no labelled face"),

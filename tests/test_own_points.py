@@ -48,6 +48,13 @@ def test_labels_have_the_number_that_was_asked_for(tmp_path: Path) -> None:
             read_source(source, points=98)
 
 
+def test_points_on_one_line_have_no_size_and_are_refused(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a_0.png"), np.zeros((90, 90), np.uint8))
+    (tmp_path / "a_0.pts").write_text(pts_text(np.array([[20.0, 30], [44, 30]])))
+    with pytest.raises(DataError, match=r"a_0\.pts: its points lie on one level or upright line, so there is no size"):
+        read_source(tmp_path, points=2)
+
+
 def test_pairs_say_how_a_face_is_mirrored() -> None:
     assert mirror_from_pairs("", 68) is MIRROR
     assert mirror_from_pairs("", 5) is None
