@@ -40,7 +40,7 @@ def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoin
     kept = {
         name: entry
         for name, entry in manifest.files.items()
-        if entry.precision in precisions
+        if (entry.kind in ("onnx", "plan") and entry.precision in precisions)
         or entry.kind in ("golden", "report")
         or (checkpoint and entry.kind == "checkpoint")
     }

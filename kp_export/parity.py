@@ -76,7 +76,7 @@ class Parity:
 
     Attributes:
         file: the file's name.
-        precision: of the file.
+        precision: of the file; which of `LIMITS` holds for it.
         faces: number of faces compared.
         origin: where the faces are from.
         mean_px, p50_px, p99_px, max_px: over all points of all faces.

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from kp_export.bundle import predict_from_net
 from kp_export.parity import LIMITS, FaceSet, Parity, Predict, check_parity, parity
-from kp_runtime.backend_ort import OrtCpuBackend
+from kp_runtime.backend import open_backend
 from kp_runtime.errors import BackendError, BundleError, DataError, MissingExtraError, ParityError
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
@@ -177,20 +177,20 @@ def _verdict(
 ) -> FileVerdict:
     entry = manifest.files[name]
     required = named or entry.kind == "onnx"
-    if entry.kind == "plan":
-        reason = "not run: this release has no TensorRT backend; what was compared is the ONNX files"
-        return FileVerdict(name, entry, "not run", reason, required)
-    if entry.precision is None or entry.precision not in LIMITS:
+    plan = entry.kind == "plan"
+    limits = "int8-trt" if plan and entry.precision == "int8" else str(entry.precision)
+    if limits not in LIMITS:
         reason = f"not run: no limit is known for precision {entry.precision}; export the bundle again"
         return FileVerdict(name, entry, "not run", reason, required)
     try:
-        # not open_backend: it refuses a file over its golden crop, and here the distances are the answer
-        keypoints = _keypoints(OrtCpuBackend(bundle / name, manifest.spec).infer, faces, track)
-    except MissingExtraError:
-        raise
+        # without the golden crop: a file that strays is measured here, not refused
+        backend = open_backend(bundle / name, "tensorrt" if plan else "ort-cpu", golden=False)
+        keypoints = _keypoints(backend.infer, faces, track)
     except BackendError as error:
+        if isinstance(error, MissingExtraError) and not plan:
+            raise
         return FileVerdict(name, entry, "not run", f"not run: {error}", required)
-    report = parity(_replay(reference), _replay(keypoints), faces, file=name, precision=entry.precision)
+    report = parity(_replay(reference), _replay(keypoints), faces, file=name, precision=limits)
     try:
         check_parity(report, manifest.spec.size)
     except ParityError as error:

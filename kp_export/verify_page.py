@@ -114,7 +114,7 @@ def _table(verification: Verification) -> str:
     )
     start = f"<th>file</th>{_cells('th class=text', ('verdict', 'precision'))}"
     head = f"<tr>{start}{_cells('th', ('faces', *columns))}</tr>"
-    precisions = dict.fromkeys(file.entry.precision or "" for file in verification.files if file.parity)
+    precisions = dict.fromkeys(file.parity.precision for file in verification.files if file.parity)
     limits = "; ".join(f"{name}: {_limit(LIMITS[name])}" for name in precisions)
     return (
         f"<h2>Distance to PyTorch, in pixels of the crop</h2>\n<div class=wide><table>{head}"

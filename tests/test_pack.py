@@ -24,7 +24,7 @@ def full(bundle: Path, tmp_path: Path) -> Path:
     manifest = Manifest.read(folder)
     more = {
         "model.int8.onnx": file_entry(folder / "model.int8.onnx", "onnx", precision="int8"),
-        "checkpoint.safetensors": file_entry(folder / "checkpoint.safetensors", "checkpoint"),
+        "checkpoint.safetensors": file_entry(folder / "checkpoint.safetensors", "checkpoint", precision="int8"),
         "parity.json": file_entry(folder / "parity.json", "report"),
     }
     dataclasses.replace(manifest, files=manifest.files | more).write(folder)

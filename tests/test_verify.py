@@ -21,6 +21,7 @@ from kp_export.bundle import export_bundle
 from kp_export.parity import FaceSet, bundled_faces, faces_from_sources
 from kp_export.verify import check_verification, verification_json, verify_bundle
 from kp_export.verify_page import verification_page
+from kp_runtime.backend import Backend, open_backend
 from kp_runtime.errors import BundleError, DataError, IntegrityError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_train.data import read_source
@@ -153,23 +154,49 @@ def test_a_file_of_another_hash_is_refused(copied: Path, faces: FaceSet) -> None
     assert verify_bundle(copied, faces, files=[FP32]).passed
 
 
-def test_a_plan_is_not_run_and_never_passes(copied: Path, faces: FaceSet) -> None:
+def test_a_plan_that_can_not_run_here_never_passes(
+    copied: Path, faces: FaceSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: False)
     (copied / PLAN).write_bytes(b"a plan")
     replace(copied, PLAN, kind="plan", precision="fp16")
     everything = verify_bundle(copied, faces)
     plan = everything.files[-1]
     assert (plan.file, plan.verdict, plan.parity) == (PLAN, "not run", None)
-    assert plan.reason.startswith("not run: this release has no TensorRT backend")
+    assert plan.reason.startswith("not run: this machine has no NVIDIA driver")
     assert everything.passed  # the ONNX files are what could be compared
     alone = verify_bundle(copied, faces, files=[PLAN])
     assert not alone.passed
-    with pytest.raises(ParityError, match=r"\.plan was not run: this release has no TensorRT"):
+    with pytest.raises(ParityError, match=r"\.plan was not run: this machine has no NVIDIA driver"):
         check_verification(alone)
     manifest = Manifest.read(copied)
     files = {name: entry for name, entry in manifest.files.items() if entry.kind != "onnx"}
     dataclasses.replace(manifest, files=files).write(copied)
     with pytest.raises(ParityError, match=r"no file of .* could be compared on this machine"):
         check_verification(verify_bundle(copied, faces))
+
+
+@pytest.mark.parametrize(("precision", "limits"), [("fp16", "fp16"), ("int8", "int8-trt")])
+def test_a_plan_that_runs_is_held_to_its_limits(
+    copied: Path, faces: FaceSet, monkeypatch: pytest.MonkeyPatch, precision: str, limits: str
+) -> None:
+    """ONNX Runtime stands for the plan's engine: what is tested is which engine is asked for, and the verdict."""
+    opened = []
+
+    def engine(path: Path, name: str, *, golden: bool) -> Backend:
+        opened.append((path.name, name, golden))
+        return open_backend(copied / FP32, "ort-cpu", golden=golden)
+
+    monkeypatch.setattr("kp_export.verify.open_backend", engine)
+    (copied / PLAN).write_bytes(b"a plan")
+    replace(copied, PLAN, kind="plan", precision=precision)
+    good = verify_bundle(copied, faces, files=[PLAN])
+    assert opened == [(PLAN, "tensorrt", False)]
+    assert good.passed
+    assert good.files[0].parity is not None
+    assert good.files[0].parity.precision == limits
+    damage(copied, FP32, lambda weights: weights * np.float32(1.5))
+    assert verify_bundle(copied, faces, files=[PLAN]).files[0].verdict == "failed"
 
 
 def test_an_onnx_file_that_can_not_be_run_is_no_pass(copied: Path, faces: FaceSet) -> None:
