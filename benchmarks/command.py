@@ -16,7 +16,6 @@ from kp_runtime.cores import usable_cores
 from kp_runtime.errors import InputError, KpError
 
 __all__ = [
-    "checked_threads",
     "finish",
     "markdown_table",
     "parser",
@@ -37,13 +36,6 @@ def parser(description: str | None, *, bundle: bool = True) -> argparse.Argument
         )
     made.add_argument("--out", type=Path, help="results file; one in benchmarks/results/ when left out")
     return made
-
-
-def checked_threads(threads: int) -> int:
-    """The number of threads, or the error that says what this machine has."""
-    if not 1 <= threads <= usable_cores():
-        raise InputError(f"threads must be 1 to {usable_cores()}, the cores of this machine; got {threads}")
-    return threads
 
 
 def finish(record: Record, out: Path | None) -> None:

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import checked_threads, finish, parser, print_table, run
+from benchmarks.command import finish, parser, print_table, run
 from benchmarks.engines import OPENVINO, ORT, Candidate, Infer, LeftOut, candidates_from_bundle, why
 from benchmarks.faces import varied_crops
 from benchmarks.record import record_from
+from kp_runtime.cores import checked_threads
 from kp_runtime.errors import InputError, KpError
 from kp_runtime.spec import Manifest
 from kp_runtime.timing import Ratio, TimeSummary, measure_in_turns, ratio_of_medians, summary_from_turns

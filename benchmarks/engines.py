@@ -112,7 +112,7 @@ def _on_file(
         return LeftOut(engine, precision, None, reason)
     path, sha256 = manifest.check_file(bundle, file), manifest.files[file].sha256
     if engine == ORT:
-        backend = functools.cache(lambda: open_backend(path, threads=threads))
+        backend = functools.cache(lambda: open_backend(path, "ort-cpu", threads=threads))
         return Candidate(engine, precision, file, sha256, _ort_ready(backend), lambda n: _feeding(backend(), n))
     ready = openvino_ready(path, threads, hint="bf16" if precision == "bf16" else "f32")
     return Candidate(engine, precision, file, sha256, ready)

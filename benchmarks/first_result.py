@@ -36,7 +36,7 @@ def with_kp(file: str, threads: int) -> dict[str, float]:
     import kp_runtime
 
     imported = time.perf_counter()
-    model = kp_runtime.load(file, threads=threads)
+    model = kp_runtime.load(file, "ort-cpu", threads=threads)
     loaded = time.perf_counter()
     frame = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
     ready = time.perf_counter()

@@ -4,9 +4,8 @@
 
 The profiler writes a time for each node and call; the profile itself costs some microseconds a node,
 so the sums lie above the times of `compare_engines`; and a batch is one call here, while `kp_runtime`
-may feed it in parts. Each file has one session with the options of
-`kp_runtime`; batch sizes take turns in it, and a turn's first call is left out. The last line of
-stdout is one JSON document.
+may feed it in parts and stops its threads' spinning after a call. Each file has one session; batch sizes
+take turns in it, and a turn's first call is left out. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import checked_threads, finish, parser, print_table, run
+from benchmarks.command import finish, parser, print_table, run
 from benchmarks.faces import varied_crops
 from benchmarks.record import record_from
+from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.spec import Manifest
 

@@ -38,7 +38,8 @@ from threading import Barrier
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import checked_threads, run
+from benchmarks.command import run
+from kp_runtime.cores import checked_threads
 from kp_runtime.errors import InputError, KpError
 from kp_runtime.pipeline import Model, load
 

@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.command import checked_threads, finish, parser, print_table, run
+from benchmarks.command import finish, parser, print_table, run
 from benchmarks.record import median_of, record_from
 from kp_runtime.backend import open_backend
+from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.timing import Ratio
 
@@ -79,7 +80,7 @@ def measure_start(
     """
     if runs < 2:
         raise InputError(f"runs must be 2 or more, got {runs}")
-    opened = open_backend(bundle, threads=threads)
+    opened = open_backend(bundle, "ort-cpu", threads=threads)
     file = str((bundle / opened.report.file).resolve())
     child = [sys.executable, "-m", "benchmarks.first_result"]
     kinds = {

@@ -16,13 +16,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.cores import checked_cores, on_cores, usable_cores
+from kp_runtime.cores import checked_cores, checked_threads, on_cores, usable_cores
 from kp_runtime.cuda_driver import CudaDriver, has_driver
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.golden import GOLDEN_NAME, golden_from_bytes
 from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec
 
-__all__ = ["BACKENDS", "GOLDEN_NAME", "Backend", "BackendReport", "open_backend"]
+__all__ = ["BACKENDS", "GOLDEN_NAME", "Backend", "BackendReport", "open_backend", "warmup_sizes"]
 
 BACKENDS = ("tensorrt", "ort-tensorrt", "ort-cuda", "ort-cpu")
 AUTO = ("tensorrt", "ort-cuda", "ort-cpu")
@@ -120,12 +120,9 @@ class Backend(ABC):
         Raises:
             BackendError: `faces` is under 1, or the engine failed.
         """
-        if faces < 1:
-            raise BackendError(f"warmup needs the number of faces of a call, 1 or more; got {faces}")
-        size = self.spec.size
+        sizes, size = warmup_sizes(faces), self.spec.size
         crops = np.random.default_rng(0).integers(0, 256, (faces, 1, size, size), dtype=np.uint8)
-        sizes = [1 << i for i in range(faces.bit_length()) if 1 << i < faces]
-        for n in (*sizes, faces):
+        for n in sizes:
             self.infer(crops[:n])
             while not self._settled(n):
                 self.infer(crops[:n])
@@ -197,8 +194,7 @@ def open_backend(
         raise BackendError(f"there is no precision {precision!r}; choose auto or {', '.join(PRECISIONS)}")
     chosen = None if cores is None else checked_cores(cores)
     most = usable_cores() if chosen is None else len(chosen)
-    if threads is not None and not 1 <= threads <= most:
-        raise BackendError(f"threads must be 1 to {most}, the cores that this process may use; got {threads}")
+    checked_threads(threads, most)
     path = Path(bundle)
     folder = path.parent if path.is_file() else path
     manifest = Manifest.read(folder, public_key)
@@ -216,7 +212,26 @@ def open_backend(
             return opened
         except BackendError as error:
             rejected.append(f"{engine}: {error}")
-    return _opened(engines[-1], asked, rejected)
+    try:
+        return _opened(engines[-1], asked, rejected)
+    except BackendError as error:
+        has_plan = any(entry.kind == "plan" for entry in manifest.files.values())
+        if not rejected or not (has_plan or has_driver()):
+            raise
+        raise BackendError(
+            f"no engine runs {asked.folder} here: {'; '.join([*rejected, f'{engines[-1]}: {error}'])}"
+        ) from error
+
+
+def warmup_sizes(faces: int) -> list[int]:
+    """1, 2, 4, … and `faces`: the sizes of calls that a warm-up runs.
+
+    Raises:
+        BackendError: `faces` is under 1.
+    """
+    if faces < 1:
+        raise BackendError(f"warmup needs the number of faces of a call, 1 or more; got {faces}")
+    return [*(1 << i for i in range(faces.bit_length()) if 1 << i < faces), faces]
 
 
 @dataclass(frozen=True)

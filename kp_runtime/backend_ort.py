@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
-from kp_runtime.errors import BackendError, KpError, MissingExtraError
+from kp_runtime.errors import BackendError, KpError, missing_or_broken, reason_of
 from kp_runtime.feeding import WAYS, Feeder, Way
 from kp_runtime.spec import ModelSpec
 
@@ -65,7 +65,7 @@ class OrtCpuBackend(Backend):
         except KpError:  # the file was changed before a second session was made of it
             raise
         except Exception as error:  # onnxruntime's exceptions share no base of their own
-            reason = str(error).strip().splitlines()[-1]
+            reason = reason_of(error)
             raise BackendError(f"ONNX Runtime failed on {len(crops)} crops: {reason}; try fewer at once") from error
         return keypoints
 
@@ -143,7 +143,7 @@ def open_session(model: Path, read: Callable[[], bytes], threads: int) -> Any:
     except KpError:  # it is not the file of the manifest
         raise
     except Exception as error:  # onnxruntime's exceptions share no base of their own
-        reason = str(error).strip().splitlines()[-1]
+        reason = reason_of(error)
         raise BackendError(
             f"ONNX Runtime {ort.__version__} can't open {model}: {reason}; update onnxruntime or export again"
         ) from error
@@ -161,5 +161,10 @@ def import_onnxruntime(extra: str, purpose: str) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingExtraError("onnxruntime", extra, purpose) from error
+        raise missing_or_broken(error, "onnxruntime", "onnxruntime", extra, purpose) from error
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise BackendError(
+            f"ONNX Runtime is not whole: {list(onnxruntime.__path__)} holds none, as after an uninstall of one of two "
+            "wheels; remove that folder, then install one wheel again"
+        )
     return onnxruntime

@@ -18,12 +18,12 @@ import contextlib
 import io
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kp_runtime.backend_ort import check_contract, import_onnxruntime
+from kp_runtime.cubin import cache_folder
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend, Lane
 from kp_runtime.errors import BackendError
@@ -59,10 +59,10 @@ class OrtGpuBackend(DeviceBackend):
         self._sessions = _Sessions(ort, model, driver, self.provider, self.provider_options(entry))
         self._run_options = ort.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        with contextlib.redirect_stdout(io.StringIO()):  # both print
-            if hasattr(ort, "preload_dlls"):
+        if hasattr(ort, "preload_dlls"):
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
                 ort.preload_dlls()  # CUDA and cuDNN as pip installs them
-            first = self._sessions.take()
+        first = self._sessions.take()
         check_contract(first.session, spec, "the ONNX file")
         _check_placement(first.session, self.provider)
         self._sessions.give(first)
@@ -106,7 +106,7 @@ class OrtTensorRtBackend(OrtGpuBackend):
         """One profile for all batches; engines are kept in the user's cache folder, one folder a file."""
         size, (least, most) = self.spec.size, self.batches
         shapes = {"min": least, "opt": 8, "max": most}
-        folder = Path(os.environ.get("KP_CACHE") or Path.home() / ".cache" / "kp-edge") / "ort-tensorrt" / entry.sha256
+        folder = cache_folder() / "ort-tensorrt" / entry.sha256
         return super().provider_options(entry) | {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(folder),

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend_ort import open_session
-from kp_runtime.cores import usable_cores
-from kp_runtime.detect import largest_first
-from kp_runtime.errors import BackendError, InputError
+from kp_runtime.cores import checked_threads
+from kp_runtime.detect import check_smallest, largest_first
+from kp_runtime.errors import BackendError, InputError, reason_of
 from kp_runtime.frame import Frame, as_frame, import_cv2
 from kp_runtime.geometry import overlaps
 from kp_runtime.golden import GOLDEN_NAME, arrays_from_npz
@@ -35,7 +35,7 @@ _SAME = 0.35
 """Boxes that overlap by more are of one face."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Found:
     """Boxes `(n, 4)` float64, tight around the 68 points, pixels of the image; and their scores `(n,)`, 0 to 1."""
 
@@ -58,6 +58,7 @@ class CenterDetector:
         SignatureError: it is not signed by `public_key`.
         BackendError: ONNX Runtime refuses the file, or gives other cells than PyTorch did.
         InputError: `score` or `smallest` out of range.
+        MissingExtraError: OpenCV or ONNX Runtime is not installed.
     """
 
     def __init__(
@@ -73,13 +74,10 @@ class CenterDetector:
         self.score = self.spec.score if score is None else score
         if not 0 < self.score < 1:
             raise InputError(f"a detector's score must be over 0 and under 1, got {score}")
-        if not 0 < smallest <= 1:
-            raise InputError(
-                f"the smallest face is a share of the image's shorter side, over 0 and up to 1; got {smallest}"
-            )
+        check_smallest(smallest)
         self._smallest, self._model = smallest, Path(bundle) / MODEL_NAME
         self._session = open_session(
-            self._model, lambda: manifest.read_file(bundle, MODEL_NAME), threads or usable_cores()
+            self._model, lambda: manifest.read_file(bundle, MODEL_NAME), checked_threads(threads)
         )
         self._check(manifest.read_file(bundle, GOLDEN_NAME), str(Path(bundle) / GOLDEN_NAME))
 
@@ -110,8 +108,9 @@ class CenterDetector:
         try:
             cells: Any = self._session.run(["cells"], {"image": np.ascontiguousarray(luma)[None, None]})[0]
         except Exception as error:  # onnxruntime's exceptions share no base of their own
-            reason = str(error).strip().splitlines()[-1]
-            raise BackendError(f"ONNX Runtime failed on {self._model}: {reason}; export the detector again") from error
+            raise BackendError(
+                f"ONNX Runtime failed on {self._model}: {reason_of(error)}; export the detector again"
+            ) from error
         wanted = (1, 5, *(-(-side // self.spec.stride) for side in luma.shape))
         if cells.shape != wanted or cells.dtype != np.float32:
             raise BackendError(

@@ -13,9 +13,9 @@ import os
 import re
 from collections.abc import Collection, Iterator
 
-from kp_runtime.errors import InputError
+from kp_runtime.errors import BackendError, InputError
 
-__all__ = ["checked_cores", "cores_from_text", "on_cores", "usable_cores"]
+__all__ = ["checked_cores", "checked_threads", "cores_from_text", "on_cores", "usable_cores"]
 
 
 def usable_cores() -> int:
@@ -38,6 +38,18 @@ def checked_cores(cores: Collection[int]) -> frozenset[int]:
             f"got {sorted(chosen)}"
         )
     return chosen
+
+
+def checked_threads(threads: int | None, most: int | None = None) -> int:
+    """How many threads: as many as there are usable cores, or `most`, when None.
+
+    Raises:
+        BackendError: under 1, or more than these.
+    """
+    most = usable_cores() if most is None else most
+    if threads is not None and not 1 <= threads <= most:
+        raise BackendError(f"threads must be 1 to {most}, the cores that this process may use; got {threads}")
+    return most if threads is None else threads
 
 
 def cores_from_text(text: str) -> frozenset[int]:

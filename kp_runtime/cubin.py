@@ -24,12 +24,19 @@ _HEAD = b"kp-cubin sha256 "
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept: `$KP_CACHE`, or `kp-edge` in the user's cache folder."""
+    """Where compiled kernels and engines are kept: `$KP_CACHE`, or `kp-edge` in the user's cache folder.
+
+    Raises:
+        BackendError: the user has no home, and neither variable is set.
+    """
     if given := os.environ.get("KP_CACHE"):
         return Path(given)
     if os.name == "nt":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home()) / "kp-edge"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kp-edge"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kp-edge"
+    except RuntimeError as error:
+        raise BackendError("this user has no home; set KP_CACHE to a folder for what is compiled") from error
 
 
 def cubin_from_source(source: str, arch: str, name: str, folder: Path | None = None) -> bytes:
@@ -54,7 +61,7 @@ def cubin_from_source(source: str, arch: str, name: str, folder: Path | None = N
     digest = hashlib.sha256("\0".join((source, *OPTIONS)).encode()).hexdigest()[:16]
     try:
         entry = (folder or cache_folder()) / f"{name}.{arch}.nvrtc{version}.{digest}.cubin"
-    except RuntimeError:  # a user without a home
+    except BackendError:  # a user without a home
         return _compiled(nvrtc, source, arch, name, version)
     if (kept := _kept(entry)) is not None:
         return kept

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from kp_runtime.errors import BackendError, MissingExtraError
+from kp_runtime.errors import BackendError, missing_or_broken
 
 __all__ = ["CudaDriver", "Memory", "bindings", "has_driver", "stream_handle"]
 
@@ -35,7 +35,7 @@ def bindings(name: str) -> Any:
     try:
         return importlib.import_module(f"cuda.bindings.{name}")
     except ImportError as error:
-        raise MissingExtraError("cuda-python", "cuda12", PURPOSE) from error
+        raise missing_or_broken(error, "cuda", "cuda-python", "cuda12", PURPOSE) from error
 
 
 class CudaDriver:

@@ -8,6 +8,8 @@ gives boxes in that one convention.
 from __future__ import annotations
 
 import os
+import threading
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.errors import BackendError
+from kp_runtime.errors import BackendError, InputError, reason_of
 from kp_runtime.frame import Frame, as_frame, import_cv2
 
-__all__ = ["BoxMap", "Detector", "HaarDetector", "YuNetDetector", "largest_first", "map_from_pairs"]
+__all__ = ["BoxMap", "Detector", "HaarDetector", "YuNetDetector", "check_smallest", "largest_first", "map_from_pairs"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,35 @@ def map_from_pairs(detected: NDArray[np.floating], wanted: NDArray[np.floating])
 
 
 class Detector(Protocol):
-    """Finds the faces of an image."""
+    """Finds the faces of an image. Those of this project may be shared between threads."""
 
     def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
         """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
         ...
 
 
-class HaarDetector:
+class _OpenCvDetector(ABC):
+    """A detector of OpenCV's, which keeps what it works on: threads take turns."""
+
+    BOX_MAP: BoxMap
+
+    def __init__(self) -> None:
+        self._cv2 = import_cv2()
+        self._turn = threading.Lock()
+
+    def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
+        """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
+        frame = as_frame(image, layout)
+        with self._turn:
+            boxes = self.raw(frame)
+        return largest_first(self.BOX_MAP.apply(boxes), frame)
+
+    @abstractmethod
+    def raw(self, frame: Frame) -> NDArray[np.float64]:
+        """The detector's own boxes, `(n, 4)` x0, y0, x1, y1; one thread at a time."""
+
+
+class HaarDetector(_OpenCvDetector):
     """OpenCV's frontal face cascade (Viola and Jones 2001), the file that OpenCV 4 carries.
 
     Args:
@@ -70,12 +93,17 @@ class HaarDetector:
 
     Raises:
         BackendError: this OpenCV has no cascades (OpenCV 5 dropped them).
+        InputError: an argument is out of range.
     """
 
     BOX_MAP = BoxMap(dx=0.0057, dy=0.1518, width=0.8605, height=0.8288)
 
     def __init__(self, scale: float = 1.1, neighbors: int = 5, smallest: float = 0.05) -> None:
-        self._cv2 = cv2 = import_cv2()
+        super().__init__()
+        check_smallest(smallest)
+        if not (scale > 1 and neighbors >= 0):
+            raise InputError(f"scale must be over 1 and neighbors 0 or more; got {scale} and {neighbors}")
+        cv2 = self._cv2
         self._scale, self._neighbors, self._smallest = scale, neighbors, smallest
         if not hasattr(cv2, "CascadeClassifier"):
             raise BackendError(
@@ -88,10 +116,6 @@ class HaarDetector:
         self._cascade = cv2.CascadeClassifier(str(path))
         if self._cascade.empty():
             raise BackendError(f"OpenCV can't read the cascade {path}; install opencv-data or opencv-python-headless")
-
-    def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
-        """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
-        return _mapped(self, as_frame(image, layout))
 
     def raw(self, frame: Frame) -> NDArray[np.float64]:
         """The cascade's own boxes, `(n, 4)` x0, y0, x1, y1."""
@@ -108,7 +132,7 @@ _YUNET_LEAST = 64
 """Least side of YuNet's input: up to 32 px its coarsest map has one row, and OpenCV 4.14 reads unset memory."""
 
 
-class YuNetDetector:
+class YuNetDetector(_OpenCvDetector):
     """YuNet (Wu et al. 2023) through OpenCV; the model file is the user's (`docs/detectors.md`).
 
     Args:
@@ -117,30 +141,34 @@ class YuNetDetector:
 
     Raises:
         BackendError: OpenCV can't read the file, or it is another network.
+        InputError: `score` is out of range.
     """
 
     BOX_MAP = BoxMap(dx=0.0038, dy=0.1268, width=1.0507, height=0.7675)
 
     def __init__(self, model: str | os.PathLike[str], score: float = 0.6) -> None:
-        self._cv2 = cv2 = import_cv2()
+        super().__init__()
+        if not 0 < score < 1:
+            raise InputError(f"a detector's score must be over 0 and under 1, got {score}")
+        cv2 = self._cv2
         if not Path(model).is_file():
             raise BackendError(f"there is no YuNet model at {model}; docs/detectors.md says where it is published")
         try:
             self._net: Any = cv2.FaceDetectorYN.create(str(model), "", (320, 320), score)
         except cv2.error as error:
-            raise BackendError(f"OpenCV can't read {model} as a YuNet model: {str(error).splitlines()[0]}") from error
+            raise BackendError(f"OpenCV can't read {model} as a YuNet model: {reason_of(error)}") from error
         self._model = model
-
-    def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
-        """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
-        return _mapped(self, as_frame(image, layout))
 
     def raw(self, frame: Frame) -> NDArray[np.float64]:
         """The network's own boxes, `(n, 4)` x0, y0, x1, y1."""
         cv2 = self._cv2
-        code = {"gray": "GRAY2BGR", "rgb": "RGB2BGR", "bgra": "BGRA2BGR", "rgba": "RGBA2BGR"}.get(frame.layout)
-        bgr = frame.data if code is None else cv2.cvtColor(frame.data, getattr(cv2, f"COLOR_{code}"))
         height, width = frame.size_hw
+        if frame.layout == "bgr":
+            bgr: Any = frame.data
+        elif frame.layout in ("rgb", "bgra", "rgba"):
+            bgr = cv2.cvtColor(frame.data, getattr(cv2, f"COLOR_{frame.layout.upper()}2BGR"))
+        else:
+            bgr = cv2.cvtColor(frame.luma(0, 0, width, height), cv2.COLOR_GRAY2BGR)
         if min(height, width) < _YUNET_LEAST:
             low, right = max(0, _YUNET_LEAST - height), max(0, _YUNET_LEAST - width)
             bgr = cv2.copyMakeBorder(bgr, 0, low, 0, right, cv2.BORDER_CONSTANT)
@@ -148,15 +176,20 @@ class YuNetDetector:
             self._net.setInputSize((bgr.shape[1], bgr.shape[0]))
             _, faces = self._net.detect(bgr)
         except cv2.error as error:
-            raise BackendError(f"OpenCV can't run {self._model} as YuNet: {str(error).splitlines()[0]}") from error
+            raise BackendError(f"OpenCV can't run {self._model} as YuNet: {reason_of(error)}") from error
         boxes = np.asarray([] if faces is None else faces[:, :4], np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return boxes
 
 
-def _mapped(detector: HaarDetector | YuNetDetector, frame: Frame) -> NDArray[np.float64]:
-    """The detector's boxes in the keypoint convention."""
-    return largest_first(detector.BOX_MAP.apply(detector.raw(frame)), frame)
+def check_smallest(smallest: float) -> None:
+    """Refuses what is no share of the image's shorter side.
+
+    Raises:
+        InputError: `smallest` is not over 0 and up to 1.
+    """
+    if not 0 < smallest <= 1:
+        raise InputError(f"the smallest face is a share of the shorter side, over 0 and up to 1; got {smallest}")
 
 
 def largest_first(boxes: NDArray[np.float64], frame: Frame) -> NDArray[np.float64]:

@@ -72,12 +72,14 @@ def detector_name(name: str, *, checkout: Path | None = None, public_key: Public
     Warns:
         DetectorWarning: `auto` means Haar here.
     """
-    given = os.environ.get(DETECTOR_VARIABLE, "auto") if name == "auto" else name
+    said = os.environ.get(DETECTOR_VARIABLE) if name == "auto" else None
+    given = said or name
     kind, _, path = given.partition("=")
     if given == "haar" or (kind in ("own", "yunet") and path):
         return given
     if given not in ("auto", "own"):
-        raise InputError(f"there is no detector {given!r}; choose from {DETECTORS}")
+        origin = f" ({DETECTOR_VARIABLE} names it)" if said else ""
+        raise InputError(f"there is no detector {given!r}{origin}; choose from {DETECTORS}")
     bundle = default_detector(checkout)
     get = "run pip install 'kp-edge[model]'"
     if given == "own":

@@ -33,6 +33,8 @@ __all__ = [
     "ParityError",
     "SchemaError",
     "SignatureError",
+    "missing_or_broken",
+    "reason_of",
 ]
 
 
@@ -91,3 +93,18 @@ class ExportError(KpError, RuntimeError):
 
 class ParityError(ExportError):
     """A file's keypoints are further from PyTorch's than its tolerance allows."""
+
+
+def missing_or_broken(error: ImportError, module: str, package: str, extra: str, purpose: str) -> BackendError:
+    """The error to raise where a module can't be imported: it is not installed, or it is and does not load."""
+    if isinstance(error, ModuleNotFoundError) and (error.name or module).partition(".")[0] == module:
+        return MissingExtraError(package, extra, purpose)
+    return BackendError(
+        f"{purpose} needs the package {package}, which is here but can't be loaded: {reason_of(error)}; "
+        "kp doctor says what does not fit"
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says, as part of a line."""
+    return " ".join(str(error).split())[:400] or type(error).__name__

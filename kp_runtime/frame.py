@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from kp_runtime.errors import ImageError, MissingExtraError
+from kp_runtime.errors import ImageError, missing_or_broken, reason_of
 
 __all__ = [
     "CHANNELS",
@@ -92,7 +92,7 @@ class Scratch:
         return block[:wanted].view(dtype).reshape(shape)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """A host image: `data` uint8 in the given `layout`; not copied.
 
@@ -212,7 +212,7 @@ def image_from_bytes(data: bytes, origin: str = "the image") -> NDArray[np.uint8
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
             raise ImageError(f"{origin} has more pixels than are taken; OPENCV_IO_MAX_IMAGE_PIXELS sets it") from error
-        raise ImageError(f"{origin} can't be decoded: {str(error).strip().splitlines()[-1]}") from error
+        raise ImageError(f"{origin} can't be decoded: {reason_of(error)}") from error
     if image is None:
         raise ImageError(f"{origin} is no image that OpenCV can decode (JPEG, PNG, BMP, TIFF, WebP)")
     if image.dtype != np.uint8:
@@ -239,5 +239,6 @@ def import_cv2() -> Any:
     try:
         import cv2
     except ImportError as error:
-        raise MissingExtraError("opencv-python-headless", "image", "cropping and drawing on the CPU") from error
+        purpose = "cropping and drawing on the CPU"
+        raise missing_or_broken(error, "cv2", "opencv-python-headless", "image", purpose) from error
     return cv2

@@ -21,7 +21,7 @@ _LARGEST_ARRAY = 32 << 20
 """In bytes, unpacked; sixteen of the largest crops are half of it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Golden:
     """Crops `(n, 1, size, size)` uint8, and PyTorch's keypoints of them, `(n, 68, 2)`, pixels of the crop."""
 

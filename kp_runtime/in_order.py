@@ -60,7 +60,10 @@ class InOrder:
             except BaseException as raised:  # it is the future's
                 error = raised
         if at + 1 < len(self._line):
-            self._line[at + 1].submit(self._step, future, steps, at + 1, value, error)
+            try:
+                self._line[at + 1].submit(self._step, future, steps, at + 1, value, error)
+            except RuntimeError:  # the interpreter ends and takes no more: whoever waits is answered from here
+                self._step(future, steps, at + 1, value, error)
             return
         self._room.release()
         if error is None:

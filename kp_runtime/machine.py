@@ -166,7 +166,7 @@ def _versions() -> dict[str, str | None]:
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name, module in modules.items():
         try:
-            versions[name] = str(importlib.import_module(module).__version__)
+            versions[name] = getattr(importlib.import_module(module), "__version__", None)
         except ImportError:
             versions[name] = None
     return versions

@@ -73,6 +73,7 @@ class Model:
 
     def warmup(self, faces: int = 1) -> None:
         """Makes calls with up to `faces` faces find everything ready: see `Backend.warmup`, `CudaPipeline.warmup`."""
+        self._check_open()
         (self._gpu or self.backend).warmup(faces)
 
     def __call__(
@@ -241,8 +242,11 @@ class Model:
             frame = as_frame(image, layout)
         boxes = checked_boxes(boxes_xyxy, frame.size_hw)
         shape = len(boxes), self.spec.points, 2
-        if out is not None and (out.shape != shape or out.dtype != np.float32):
-            raise InputError(f"out must be float32 {shape}, got {out.dtype} {out.shape}")
+        if out is not None and not (
+            isinstance(out, np.ndarray) and out.shape == shape and out.dtype == np.float32 and out.flags.writeable
+        ):
+            got = f"{out.dtype} {out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
+            raise InputError(f"out must be a writable float32 array {shape}, got {got}")
         return frame, boxes
 
 

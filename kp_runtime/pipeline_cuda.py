@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kp_runtime.backend import warmup_sizes
 from kp_runtime.cuda_driver import CudaDriver, Memory
 from kp_runtime.cuda_graphs import GraphReport, GraphSwitch, canary_fault, captured, destroy
 from kp_runtime.device_backend import DeviceBackend, Lane
@@ -124,14 +125,12 @@ class CudaPipeline:
             return lane.timed(frame, faces, stage)
 
     def warmup(self, faces: int) -> None:
-        """Opens all lanes with room for `faces`, and captures the graphs of 1, 2, 4, … and `faces` for BGR frames.
+        """Opens all lanes with room for `faces`; captures graphs of the largest of 1, 2, 4, … and `faces` BGR faces.
 
         Raises:
             BackendError: `faces` is under 1, or CUDA or the engine failed.
         """
-        if faces < 1:
-            raise BackendError(f"warmup needs the number of faces of a call, 1 or more; got {faces}")
-        sizes = sorted({min(1 << i, faces) for i in range(faces.bit_length() + 1)})
+        sizes = warmup_sizes(faces)[::-1]  # a lane keeps the first graphs
         with self._warming, contextlib.ExitStack() as lanes:  # two that wait for each other's lanes would wait for ever
             for lane in [lanes.enter_context(self._lane(faces)) for _ in range(self._most)]:
                 for n in sizes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,9 +77,14 @@ class CpuCropper:
             crops_from_frame(frame, crop_from_image[part], size, crops[part], self._scratch())
 
         first, *others = [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
+        under_way: list[Future[None]] = []
         with on_cores(self._cores):
-            under_way = [self._workers().submit(cut, part) for part in others]
             try:
+                with self._lock:  # the threads are not ended in between
+                    if self._pool is None:
+                        self._pool = ThreadPoolExecutor(self._most - 1, "kp-crops")
+                    for part in others:
+                        under_way.append(self._pool.submit(cut, part))
                 cut(first)
             finally:
                 failures = [future.exception() for future in under_way]  # waits: they write to `crops`
@@ -101,9 +106,3 @@ class CpuCropper:
         if found is None:
             found = self._own.scratch = Scratch()
         return found
-
-    def _workers(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._most - 1, "kp-crops")
-            return self._pool

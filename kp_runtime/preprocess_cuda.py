@@ -132,7 +132,7 @@ def check_frame(frame: DeviceFrame, driver: CudaDriver) -> None:
 def _on_another(device: int | None, driver: CudaDriver) -> ImageError:
     return ImageError(
         f"the frame is on CUDA device {device}, its crops are cut on {driver.device_id}; "
-        f"copy it there, or crop with device_id={device}"
+        f"copy it there, or start the process with CUDA_VISIBLE_DEVICES={device}"
     )
 
 
@@ -154,15 +154,21 @@ class CropKernels:
         given = cubin if cubin is not None else os.environ.get("KP_CUBIN") or None
         image = np.frombuffer(compile_cubin(driver.arch) if given is None else _cubin_bytes(given), np.uint8)
         driver.make_current()
+        what_to_do = f"compile it for {driver.arch} with this release, or unset KP_CUBIN"
+        if given is None:
+            what_to_do = "clear the kernel cache (KP_CACHE, else ~/.cache/kp-edge) and start again"
         try:
             self._module = driver.call("cuModuleLoadData", image.ctypes.data)
-            self._kernels = {
-                n: driver.call("cuModuleGetFunction", self._module, b"kp_crops_v2_%d" % n) for n in (1, 3, 4)
-            }
+            try:
+                self._kernels = {
+                    n: driver.call("cuModuleGetFunction", self._module, b"kp_crops_v2_%d" % n) for n in (1, 3, 4)
+                }
+            except BackendError:
+                driver.call("cuModuleUnload", self._module)
+                raise
         except BackendError as error:
             raise BackendError(
-                f"the compiled kernel can't be used on this {driver.arch} GPU ({error}); compile it for "
-                f"{driver.arch} with this release, or unset KP_CUBIN"
+                f"the compiled kernel can't be used on this {driver.arch} GPU ({error}); {what_to_do}"
             ) from error
 
     def launch(self, bytes_a_pixel: int, n: int, image: int, faces: int, size: int, out: int, stream: Any) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kp_runtime.errors import BackendError, KpError, MissingExtraError
+from kp_runtime.errors import BackendError, KpError, MissingExtraError, reason_of
 
 __all__ = ["PROBES", "Answer", "answer_from_command", "ask"]
 
@@ -221,16 +221,15 @@ PROBES: dict[str, Callable[..., Facts]] = {
 def _answer(probe: str, *arguments: str) -> Answer:
     try:
         return Answer("answered", facts=PROBES[probe](*arguments))
-    except (MissingExtraError, ModuleNotFoundError) as error:
-        return Answer("absent", _line(error))
+    except MissingExtraError as error:
+        return Answer("absent", reason_of(error))
     except KpError as error:
-        return Answer("failed", _line(error))
+        return Answer("failed", reason_of(error))
     except Exception as error:  # whatever a library raises
-        return Answer("failed", f"{type(error).__name__}: {_line(error)}")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
+        # a package that lacks one of its own is not absent
+        absent = isinstance(error, ModuleNotFoundError) and error.name in (None, probe, *arguments)
+        text = reason_of(error)
+        return Answer("absent", text) if absent else Answer("failed", f"{type(error).__name__}: {text}")
 
 
 if __name__ == "__main__":

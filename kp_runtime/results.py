@@ -15,7 +15,7 @@ from kp_runtime.scheme68 import regions_of
 __all__ = ["Keypoints"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Keypoints:
     """The keypoints of all faces of one image.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import sys
 import urllib.error
@@ -43,13 +44,14 @@ def check_triton(url: str, model: str, seconds: float = 10.0) -> None:
     try:
         with urllib.request.urlopen(request, timeout=seconds) as answer:
             (output,) = json.load(answer)["outputs"]
+            data = output["data"]
     except urllib.error.HTTPError as error:
         raise BackendError(f"{model} at {url} fails: {_reason(error)}; restart the server") from error
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise BackendError(f"no answer of {url} within {seconds:g} s ({error}); start the server") from error
     except (KeyError, TypeError, ValueError) as error:
         raise BackendError(f"{url} gave no answer of {model} ({error!r}); is it a Triton server?") from error
-    if output.get("data") != [0]:
+    if data != [0]:
         raise BackendError(f"{model} at {url} answers the probe with {output}; is it a model of kp export --triton?")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from kp_runtime.backend import BACKENDS, Backend, open_backend
 from kp_runtime.bench_compare import changes, machine_conditions
 from kp_runtime.device_backend import DeviceBackend
-from kp_runtime.errors import BackendError, BundleError, InputError
+from kp_runtime.errors import BackendError, BundleError, InputError, MissingExtraError
 from kp_runtime.machine import machine_from_system
 from kp_runtime.spec import Manifest, read_plain, writing
 
@@ -155,6 +155,8 @@ def open_tuned(
     try:
         backend = open_backend(folder / tuned.file, tuned.backend, "auto", tuned.threads, public_key, golden=golden,
                                cores=cores)  # fmt: skip
+    except MissingExtraError:
+        raise
     except BackendError as error:
         raise BackendError(f"the settings of {path} can't be used here: {error}; {AGAIN}") from error
     if tuned.feeding is not None:

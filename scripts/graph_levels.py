@@ -59,8 +59,8 @@ def record(out: Path, photo: Path, bundle: Path) -> None:
     for precision in PRECISIONS:
         for name, session in sessions(bundle, precision).items():
             results[name] = np.concatenate([session.run(None, {"crops": crop[None]})[0] for crop in crops])
-        with writing(out) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **results)  # type: ignore[arg-type]
+    with writing(out) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **results)  # type: ignore[arg-type]
 
 
 def compare(here: Path, there: Path) -> None:

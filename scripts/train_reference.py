@@ -2,9 +2,9 @@
 
     python scripts/train_reference.py --data training_frames_keypoints.csv --data photos_68 --out runs/reference
 
-Three parts: `ideas` (one change each against the base, at 112 px), `final` (both models, three
-seeds each), `table` (the Markdown table of all runs, by NME on the held-out people alone). Each run is
-a folder; one that is finished is kept, one that was cut off is resumed, so the same command goes on
+Two parts: `ideas` (one change each against the base, at 112 px) and `final` (both models, three
+seeds each); after each run the Markdown table of all of them is written, by NME on the held-out people
+alone. Each run is a folder; one that is finished is kept, one that was cut off is resumed, so the same command goes on
 after a kill. The test rows are not read here: `kp eval` measures the chosen models on them at the end.
 
 Made for a CUDA GPU (`--precision bf16-mixed --workers 14`); it runs on a CPU too, for days.

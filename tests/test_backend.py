@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import gc
 import re
+import shutil
 import sys
 import threading
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 
 from kp_runtime.backend import GOLDEN_NAME, BackendReport, open_backend
 from kp_runtime.cores import usable_cores
-from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError
+from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError, missing_or_broken
 from kp_runtime.feeding import TRIES
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints
@@ -268,3 +270,34 @@ def test_threads_of_a_dropped_backend_end(bundle: Path) -> None:
     while any(thread.name.startswith("kp-faces") for thread in threading.enumerate()):
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_auto_keeps_the_reasons_of_every_engine(bundle: Path, tmp_path: Path) -> None:
+    """A bundle with a plan alone, where no GPU is: that it holds no ONNX file is half of the story."""
+    copied = Path(shutil.copytree(bundle, tmp_path / "planned"))
+    (copied / MODEL).unlink()
+    manifest = Manifest.read(copied)
+    manifest.files.pop(MODEL)
+    manifest.write(copied)
+    add_file(copied, "model.plan", b"plan", "plan", precision="fp16")
+    with pytest.raises(BackendError, match=r"no engine runs .* here: tensorrt: .*no NVIDIA driver.*ort-cpu: .*no ONNX"):
+        open_backend(copied)
+
+
+def test_an_onnxruntime_that_is_not_whole(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_over = types.ModuleType("onnxruntime")
+    left_over.__path__ = ["site-packages/onnxruntime"]
+    monkeypatch.setitem(sys.modules, "onnxruntime", left_over)
+    with pytest.raises(BackendError, match=r"site-packages/onnxruntime.* holds none.*remove that folder"):
+        open_backend(bundle)
+
+
+def test_a_package_that_does_not_load_is_not_called_missing() -> None:
+    said = "cv2", "opencv-python-headless", "image", "cropping"
+    absent = missing_or_broken(ModuleNotFoundError("No module named 'cv2'", name="cv2"), *said)
+    assert isinstance(absent, MissingExtraError)
+    for error in (ImportError("libGL.so.1: cannot open"), ModuleNotFoundError("No module named 'x'", name="x")):
+        broken = missing_or_broken(error, *said)
+        assert not isinstance(broken, MissingExtraError)
+        assert "is here but can't be loaded: " in str(broken)
+        assert "pip install" not in str(broken)

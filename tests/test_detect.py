@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,7 @@ import pytest
 
 from kp_runtime import detect
 from kp_runtime.detect import BoxMap, HaarDetector, YuNetDetector, map_from_pairs
-from kp_runtime.errors import BackendError, ImageError, MissingExtraError
+from kp_runtime.errors import BackendError, ImageError, InputError, MissingExtraError
 from kp_runtime.frame import as_frame, image_from_file
 from tests.conftest import SHARED
 from tests.models import tiny_graph
@@ -96,6 +97,25 @@ def test_a_box_that_a_model_would_refuse_is_left_out(monkeypatch: pytest.MonkeyP
 def test_bad_image_is_refused() -> None:
     with pytest.raises(ImageError, match="must be uint8"):
         HaarDetector()(np.zeros((50, 50, 3)))  # type: ignore[arg-type]
+
+
+def test_threads_may_share_a_detector(photo: np.ndarray) -> None:
+    detector, pictures = HaarDetector(), [photo, photo[60:320, 100:360]]
+    wanted = [detector(picture) for picture in pictures]
+
+    def agrees(i: int) -> bool:
+        return np.array_equal(detector(pictures[i % 2]), wanted[i % 2])
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(agrees, range(24)))
+
+
+@pytest.mark.parametrize("wrong", [{"smallest": 7}, {"smallest": 0}, {"scale": 1.0}, {"neighbors": -1}])
+def test_arguments_out_of_range(wrong: dict[str, float]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(wrong))}.* got"):
+        HaarDetector(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="score must be over 0 and under 1, got 5"):
+        YuNetDetector("any.onnx", score=5)
 
 
 def test_yunet_file_is_missing(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_other_names_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> 
         load_detector(name)
     if name:
         monkeypatch.setenv("KP_DETECTOR", name)
-        with pytest.raises(InputError, match=f"there is no detector '{name}'"):
+        with pytest.raises(InputError, match=rf"there is no detector '{name}' \(KP_DETECTOR names it\)"):
             load_detector()
 
 
@@ -82,6 +82,17 @@ def test_the_variable_says_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("KP_DETECTOR", "yunet=nowhere.onnx")
     with pytest.raises(BackendError, match="no YuNet model at nowhere"):
         load_detector()
+
+
+def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KP_DETECTOR", "")
+    assert detector_name("auto", checkout=SHIPPED) == f"own={SHIPPED}"
+
+
+@pytest.mark.parametrize("threads", [0, -3, 9999])
+def test_threads_that_are_not_there(threads: int) -> None:
+    with pytest.raises(BackendError, match=f"threads must be 1 to .* got {threads}"):
+        load_detector(f"own={SHIPPED}", threads=threads)
 
 
 def test_settings_reach_the_network(monkeypatch: pytest.MonkeyPatch) -> None:

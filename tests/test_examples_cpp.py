@@ -126,7 +126,8 @@ def test_another_machine_is_refused(
 ) -> None:
     wanted = f"model.fp16.sm87.trt10.3.0.plan {reason}; build one here: kp plan BUNDLE --precision fp16 --max-batch 4"
     # a plan that would be refused when it is loaded: the machine is looked at first
-    assert refusal(program, plan_bundle("changed"), **machine) == wanted
+    bundle = plan_bundle("changed")
+    assert refusal(program, bundle, **machine) == f"{bundle}: {wanted}"
 
 
 @pytest.mark.parametrize(
@@ -177,8 +178,8 @@ def test_manifests_that_are_not_taken(program: Path, plan_bundle: Callable[..., 
 
     assert with_("{").endswith("make the bundle again")
     assert with_("[]").endswith("make the bundle again")
-    assert with_(json.dumps(raw | {"schema": 2})) == "its schema is 2, this program reads 1"
-    assert "it has no plan; build one here: kp plan" in with_(json.dumps(raw | {"files": {}}))
+    assert with_(json.dumps(raw | {"schema": 2})) == f"{bundle}: its schema is 2, this program reads 1"
+    assert f"{bundle}: it has no plan; build one here: kp plan" in with_(json.dumps(raw | {"files": {}}))
     assert "it names the file ../a.plan" in with_(json.dumps(raw | {"files": {"../a.plan": raw["files"][name]}}))
     for version in ("", "10.x", "9999999.1", "-1"):
         raw["files"][name]["made"]["tensorrt"] = version

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future
 
@@ -84,6 +86,19 @@ def test_cancelled_tasks_leave_their_room() -> None:
     gate.set()
     assert [line.submit(lambda i=i: i).result(WAIT) for i in range(5)] == list(range(5))
     line.close()
+
+
+AT_THE_END = """
+import threading, time
+from kp_runtime.in_order import InOrder
+future = InOrder(2, 4).submit(lambda: time.sleep(0.5), lambda _: 1)
+threading.Thread(target=lambda: print(future.result(20))).start()
+"""
+
+
+def test_a_task_between_two_steps_when_the_program_ends() -> None:
+    done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "1\n", done.stderr
 
 
 def test_a_closed_line() -> None:

@@ -129,8 +129,13 @@ def test_out_is_the_result_and_may_be_used_again(model: Model, image: np.ndarray
     assert result.xy is out
     assert np.array_equal(out, model(image, [BOX]).xy)
     for wrong in (np.zeros((2, 68, 2), np.float32), np.zeros((1, 68, 2))):
-        with pytest.raises(InputError, match=r"out must be float32 \(1, 68, 2\), got float"):
+        with pytest.raises(InputError, match=r"out must be a writable float32 array \(1, 68, 2\), got float"):
             model(image, [BOX], out=wrong)
+    locked = np.empty((1, 68, 2), np.float32)
+    locked.flags.writeable = False
+    for wrong in ([1], locked):
+        with pytest.raises(InputError, match="out must be a writable float32 array"):
+            model(image, [BOX], out=wrong)  # type: ignore[arg-type]
 
 
 def test_a_second_look_is_a_call_with_the_box_of_the_points(model: Model, image: np.ndarray) -> None:

@@ -177,6 +177,11 @@ def test_warmup_opens_lanes_and_captures(model: Model, cpu: Model, driver: Drive
         model.warmup(0)
 
 
+def test_warmup_keeps_the_largest_graphs(model: Model) -> None:
+    model.warmup(16)
+    assert model.graphs.captured == tuple((3, n) for n in (2, 4, 8, 16) for _ in range(LANES))
+
+
 @pytest.mark.parametrize(
     ("trait", "message"),
     [
@@ -249,7 +254,7 @@ def test_out_is_the_result(model: Model) -> None:
     assert first.xy is out
     assert np.array_equal(out, model(picture(0), boxes_of(0, 2)).xy)
     assert model.submit(picture(1), boxes_of(1, 2), out=out).result(60).xy is out
-    with pytest.raises(InputError, match=r"out must be float32 \(1, 68, 2\)"):
+    with pytest.raises(InputError, match=r"out must be a writable float32 array \(1, 68, 2\)"):
         model(picture(0), boxes_of(0, 1), out=out)
 
 

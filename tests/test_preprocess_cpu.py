@@ -151,6 +151,24 @@ def test_callers_of_one_cropper_do_not_disturb_each_other(bgr: np.ndarray) -> No
     cropper.close()
 
 
+def test_a_cropper_that_is_closed_beside_calls(bgr: np.ndarray) -> None:
+    cropper, frame, ended = CpuCropper(2), Frame(bgr, "bgr"), threading.Event()
+    right = crops_from_frame(frame, grid(8), 64)
+
+    def close() -> None:
+        while not ended.wait(0.0005):
+            cropper.close()
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    try:
+        assert all(np.array_equal(cropper.crops_from_frame(frame, grid(8), 64), right) for _ in range(300))
+    finally:
+        ended.set()
+        closing.join()
+        cropper.close()
+
+
 @pytest.mark.parametrize("bad", [0, 30])
 def test_a_part_that_fails_is_the_callers_error(bad: int, bgr: np.ndarray) -> None:
     cropper, matrices = CpuCropper(2), grid(32)

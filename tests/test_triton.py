@@ -8,6 +8,7 @@ import http.server
 import json
 import os
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -296,6 +297,7 @@ def test_health_is_an_inference(server: Any) -> None:
         (503, b"", "fails: HTTP status 503"),
         (200, b"<html>", "gave no answer of m .*is it a Triton server"),
         (200, b'{"outputs": [{"data": [3]}]}', "answers the probe with"),
+        (200, b'{"outputs": ["x"]}', "gave no answer of m"),
     ],
 )
 def test_a_server_that_is_not_well(
@@ -306,6 +308,24 @@ def test_a_server_that_is_not_well(
         check_triton(server.url, "m")
     assert triton_health.main([server.url, "m"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_server_that_speaks_something_else(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            caller, _ = listening.accept()
+            with caller:
+                caller.recv(4096)
+                caller.sendall(b"\0\0\x18\4")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert triton_health.main([f"http://127.0.0.1:{listening.getsockname()[1]}", "m"]) == 1
+        thread.join()
+    err = capsys.readouterr().err
+    assert "no answer of http" in err
+    assert err.count("\n") == 1
 
 
 def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,7 +81,7 @@ class Network {
         input_ = device_memory(most_ * crop_bytes());
         output_ = device_memory(most_ * result_bytes());
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "create a stream");
-        check(cudaMemset(input_.get(), 0, most_ * crop_bytes()), "clear memory");
+        check(cudaMemsetAsync(input_.get(), 0, most_ * crop_bytes(), stream_), "clear memory");
     }
     ~Network() { cudaStreamDestroy(stream_); }
     Network(const Network&) = delete;

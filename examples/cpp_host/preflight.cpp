@@ -74,11 +74,11 @@ std::vector<char> checked_bytes(const std::filesystem::path& path, const ordered
 
 Plan plan_of(const std::filesystem::path& bundle, const ordered_json& manifest, const Machine& machine) {
     if (const auto schema = manifest.at("schema").get<int>(); schema != kSchema)
-        throw Refused("its schema is " + std::to_string(schema) + ", this program reads " + std::to_string(kSchema));
+        throw Refused(bundle.string() + ": its schema is " + std::to_string(schema) + ", this program reads " + std::to_string(kSchema));
     std::string reasons, rebuild = "kp plan BUNDLE --precision fp16";
     for (const auto& [name, entry] : manifest.at("files").items()) {
         if (entry.at("kind") != "plan") continue;
-        if (name.find_first_of("/\\") != std::string::npos) throw Refused("it names the file " + name);
+        if (name.find_first_of("/\\") != std::string::npos) throw Refused(bundle.string() + ": it names the file " + name);
         const auto& made = entry.at("made");
         const auto reason = mismatch(made, machine);
         if (reason.empty()) {
@@ -91,7 +91,7 @@ Plan plan_of(const std::filesystem::path& bundle, const ordered_json& manifest, 
         if (reasons.empty()) rebuild = made.value("rebuild", rebuild);
         reasons += (reasons.empty() ? "" : "; ") + name + " " + reason;
     }
-    throw Refused((reasons.empty() ? "it has no plan" : reasons) + "; build one here: " + rebuild);
+    throw Refused(bundle.string() + ": " + (reasons.empty() ? "it has no plan" : reasons) + "; build one here: " + rebuild);
 }
 
 }  // namespace

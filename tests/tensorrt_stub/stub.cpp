@@ -49,7 +49,7 @@ cudaError_t cudaFree(void* memory) {
     std::free(memory);
     return cudaSuccess;
 }
-cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
     std::memset(memory, value, bytes);
     return cudaSuccess;
 }
