@@ -136,11 +136,14 @@ def train_detector(
     Example: kp train-detector --data faces.csv --data photos_68 --no-faces textures --out runs/detector
     """
     from kp_export.detector_bundle import export_detector
+    from kp_runtime.spec import DetectorSpec
     from kp_train.config import DetectorConfig
     from kp_train.data import parse_source
     from kp_train.face_windows import read_pictures
     from kp_train.train_detector import train_detector as run
 
+    if score is not None:
+        DetectorSpec(name, score=score)  # refused now, not after the training
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     config = dataclasses.replace(DetectorConfig(), **{key: value for key, value in given.items() if value is not None})
     run(

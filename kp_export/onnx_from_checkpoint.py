@@ -64,7 +64,7 @@ def onnx_from_checkpoint(
         path,
         names=("crops", "keypoints"),
         dynamic={0: torch.export.Dim("batch", min=1, max=4096)},
-        graph="resnet18_68",
+        graph="keypoints",
         metadata=metadata,
     )
 

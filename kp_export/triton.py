@@ -183,7 +183,11 @@ def _plans(stem: str, bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], 
     plans = [(name, entry) for name, entry in manifest.files.items() if entry.kind == "plan"]
     wanted: dict[str, _Wanted] = {}
     left_out = []
-    for file, entry in sorted(plans, key=lambda plan: order.index(str(plan[1].precision))):
+    for file, entry in plans:
+        if entry.precision not in order:
+            left_out.append(f"{file}: no plan can have precision {entry.precision}, only {', '.join(order)}")
+    known = [plan for plan in plans if plan[1].precision in order]
+    for file, entry in sorted(known, key=lambda plan: order.index(str(plan[1].precision))):
         least, most, where = _plan_facts(bundle, file, entry)
         name = f"{stem}-crops-{where}"
         if least > 1:

@@ -18,10 +18,9 @@ from torchvision.transforms import v2
 
 from kp_runtime.errors import KpError
 from kp_runtime.scheme68 import MIRROR, POINTS
+from kp_train.config import AUGMENTS
 
-__all__ = ["AUGMENTS", "Augment", "MirrorFace", "augment_from_name", "mirror_from_pairs"]
-
-AUGMENTS = ("faces", "light", "crop", "none")
+__all__ = ["Augment", "MirrorFace", "augment_from_name", "mirror_from_pairs"]
 
 
 class MirrorFace(v2.Transform):  # type: ignore[misc]

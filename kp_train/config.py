@@ -8,7 +8,10 @@ from typing import Any
 
 from kp_runtime.errors import KpError
 
-__all__ = ["RECIPES", "DetectorConfig", "TrainConfig", "recipe"]
+__all__ = ["AUGMENTS", "RECIPES", "DetectorConfig", "TrainConfig", "recipe"]
+
+AUGMENTS = ("faces", "light", "crop", "none")
+"""How crops are varied, see `TrainConfig.augment`."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,15 @@ class TrainConfig:
         _check(self.reduce >= 1 and self.size % self.reduce == 0, "reduce", self.reduce, "a divisor of size")
         _check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
         _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _check(self.box in ("keypoints", "frame"), "box", self.box, "keypoints or frame")
+        _check(self.optimizer in ("adamw", "adam"), "optimizer", self.optimizer, "adamw or adam")
         _check(0 < self.lr < 1, "lr", self.lr, "over 0 and under 1")
+        _check(0 < self.warmup < 1, "warmup", self.warmup, "over 0 and under 1")
+        _check(0 <= self.weight_decay < 1, "weight_decay", self.weight_decay, "0 to under 1")
+        _check(0 < self.beta < 100, "beta", self.beta, "over 0 and under 100")
         _check(0 <= self.ema < 1, "ema", self.ema, "0 (off) to under 1")
+        _check(self.patience >= 0, "patience", self.patience, "0 (off) or more")
+        _check(self.augment in AUGMENTS, "augment", self.augment, f"one of {', '.join(AUGMENTS)}")
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")
 
     def to_json(self) -> dict[str, Any]:

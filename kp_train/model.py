@@ -101,8 +101,9 @@ def load_backbone_weights(net: KeypointNet, weights: str) -> str:
         raise KpError(
             f"the weights {weights} can't be had here ({error}); use --weights none to train from scratch"
         ) from error
-    if "conv1.weight" not in state:
-        raise KpError(f"{weights} is no torchvision ResNet-18: it has no conv1.weight")
+    first = state.get("conv1.weight") if isinstance(state, dict) else None
+    if not isinstance(first, Tensor) or first.ndim != 4:
+        raise KpError(f"{weights} is no torchvision ResNet-18: it has no conv1.weight of 4 dimensions")
     state = {name: value for name, value in state.items() if not name.startswith("fc.")}
     if state["conv1.weight"].shape[1] == 3:
         state["conv1.weight"] = state["conv1.weight"].sum(dim=1, keepdim=True) / _GREY_STD

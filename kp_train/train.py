@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
 import shutil
@@ -42,8 +41,6 @@ from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet, load_backbone_weights
 
 __all__ = ["run_record", "split_by_person", "stored_record", "train"]
-
-log = logging.getLogger(__name__)
 
 
 class KeypointModule(L.LightningModule):
@@ -239,6 +236,11 @@ def train(
     beginning = {"settings": config.to_json(), "data": [(s.sha256, s.weight) for s in sources], "state": resume}
     trainer.callbacks.append(Together(beginning, resume))  # type: ignore[attr-defined]
     sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
+    if len(sampler) < trainer.world_size:
+        raise DataError(
+            f"the weights draw {len(sampler)} faces in an epoch for {trainer.world_size} workers; "
+            "give larger ones behind --data, or more faces"
+        )
     loaders = Loaders(train_set, val_set, sampler, config.batch_size, workers)
     try:
         trainer.fit(module, datamodule=loaders, ckpt_path=str(last) if resume else None)

@@ -121,8 +121,9 @@ def test_the_person_split_takes_people_never_trained_on(source: Source) -> None:
     held = held_out_faces(source, manifest)
     assert 0 < len(held.faces) < len(source.faces)
     assert all(is_held_out(face.person, 0.3) for face in held.faces)
-    with pytest.raises(DataError, match="does not say which people"):
-        held_out_faces(source, dataclasses.replace(manifest, training={}))
+    for training in ({}, {"held_out": 5}, {"held_out": {"val_fraction": "x"}}):
+        with pytest.raises(DataError, match="does not say which people"):
+            held_out_faces(source, dataclasses.replace(manifest, training=training))
     none = dataclasses.replace(source, faces=tuple(f for f in source.faces if f not in held.faces))
     with pytest.raises(DataError, match="no face of a person that was held out"):
         held_out_faces(none, manifest)

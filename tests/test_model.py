@@ -87,6 +87,9 @@ def test_weights_that_can_not_be_had(
     whole = resnet18().state_dict()
     for other in (
         {"other": torch.zeros(1)},
+        torch.zeros(3),
+        {"conv1.weight": 1},
+        {"conv1.weight": torch.zeros(64, 3)},
         {"conv1.weight": whole["conv1.weight"]},
         whole | {"layer5.weight": torch.zeros(1)},
         whole | {"layer1.0.conv1.weight": torch.zeros(64, 64, 1, 1)},

@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kp_runtime.errors import DataError, KpError
 from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint
-from kp_train.config import RECIPES, recipe
-from kp_train.data import FaceDataset, is_held_out, read_source
+from kp_train.config import RECIPES, TrainConfig, recipe
+from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
 from kp_train.loaders import SourceSampler
 from kp_train.synthetic import write_csv_source
 from kp_train.train import train
@@ -129,6 +129,25 @@ def test_what_lightning_refuses_is_one_line(faces: Path, tmp_path: Path, option:
 def test_a_run_killed_in_its_first_epoch_can_start_again(faces: Path, tmp_path: Path) -> None:
     (tmp_path / "r" / "state" / "last.state.new").mkdir(parents=True)
     assert run(faces, tmp_path / "r", epochs=1).is_file()
+
+
+@pytest.mark.parametrize("source", ["{}=0.001", "{}=0.0001"])
+def test_weights_that_draw_no_face(faces: Path, tmp_path: Path, source: str) -> None:
+    with pytest.raises(DataError, match="draw 0 faces in an epoch for 1 workers; give larger ones behind --data"):
+        train(
+            [parse_source(source.format(faces))], recipe("default", size=64), tmp_path / "r",
+            weights="none", accelerator="cpu", progress=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"optimizer": "sgd"}, {"box": "foo"}, {"beta": -1.0}, {"warmup": 3.0}, {"patience": -1}, {"augment": "much"},
+     {"weight_decay": -0.1}],
+)  # fmt: skip
+def test_settings_that_are_none(setting: dict[str, object]) -> None:
+    with pytest.raises(KpError, match=f"the setting {next(iter(setting))} must be"):
+        TrainConfig(**setting)  # type: ignore[arg-type]
 
 
 def test_too_few_people_to_hold_any_out(tmp_path: Path) -> None:

@@ -231,6 +231,16 @@ def test_it_learns_drawn_faces(source: Path, tmp_path: Path) -> None:
     assert found >= 17
 
 
+def test_the_command_refuses_a_score_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", tmp_path / "nothing", "--out", tmp_path / "d", "--score", 2]
+    monkeypatch.setattr("sys.argv", ["kp", "train-detector", *map(str, words)])
+    with pytest.raises(SystemExit):
+        kp_cli.main()
+    assert "score between 0 and 1" in capsys.readouterr().err
+
+
 def test_the_command_trains_and_exports(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                         capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     words = ["--data", source, "--out", tmp_path / "d", "--steps", 1, "--batch-size", 2, "--threads", 1]

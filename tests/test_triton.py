@@ -35,7 +35,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def with_plan(bundle: Path, name: str, profile: tuple[int, int, int], precision: str = "fp16", **made: Any) -> None:
+def with_plan(
+    bundle: Path, name: str, profile: tuple[int, int, int], precision: str | None = "fp16", **made: Any
+) -> None:
     """Enters a file that stands for a plan in the manifest."""
     (bundle / name).write_bytes(name.encode())
     facts = {"profile": profile, "compute_capability": "8.7", "tensorrt": "10.3.0", **made}
@@ -57,6 +59,8 @@ def test_a_repository_holds_what_the_bundle_can(own: Path, tmp_path: Path) -> No
     with_plan(own, "model.fp16.sm87.trt10.3.0.plan", (1, 8, 16))
     with_plan(own, "model.int8.sm87.trt10.3.0.plan", (1, 8, 16), "int8")
     with_plan(own, "model.fp16.sm90.trt10.3.0.plan", (4, 4, 4), compute_capability="9.0")
+    with_plan(own, "model.int8-trt.sm87.trt10.3.0.plan", (1, 8, 16), "int8-trt")
+    with_plan(own, "model.sm87.trt10.3.0.plan", (1, 8, 16), None)
     report = write_repository(own, tmp_path / "repo")
     assert report.models == (
         TritonModel("tiny-images", 1, True, None),
@@ -64,6 +68,8 @@ def test_a_repository_holds_what_the_bundle_can(own: Path, tmp_path: Path) -> No
         TritonModel("tiny-crops-sm87-trt10.3.0", 1, True, "model.int8.sm87.trt10.3.0.plan"),
     )
     assert [reason.split(":")[0] for reason in report.left_out] == [
+        "model.int8-trt.sm87.trt10.3.0.plan",
+        "model.sm87.trt10.3.0.plan",
         "model.fp16.sm87.trt10.3.0.plan",
         "model.fp16.sm90.trt10.3.0.plan",
     ]
