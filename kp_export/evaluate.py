@@ -93,7 +93,7 @@ def held_out_faces(source: Source, manifest: Manifest) -> Source:
     """
     held_out = manifest.training.get("held_out")
     fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
-    if type(fraction) not in (int, float):
+    if not isinstance(fraction, int | float):
         raise DataError("the model's manifest does not say which people were held out; leave out --split person")
     faces = tuple(face for face in source.faces if is_held_out(face.person, fraction))
     if not faces:
