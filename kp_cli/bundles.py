@@ -59,8 +59,9 @@ def export(
     A file that does not predict what PyTorch does fails the export and changes nothing. Where TensorRT is
     installed, plans are built too.
     """
+    own = checkpoint.parent if checkpoint.is_file() else checkpoint
     if triton and not (fp16 or int8 or calibration or out or data or engine is not Engine.auto):
-        written = _write_triton(checkpoint if checkpoint.is_dir() else checkpoint.parent, triton, not as_json)
+        written = _write_triton(own, triton, not as_json)
         if as_json:
             print_json(written)
         return
@@ -73,10 +74,8 @@ def export(
     from kp_export.bundle import export_bundle
     from kp_export.staging import mend
     from kp_runtime.spec import Manifest
-    from kp_train.checkpoint import CHECKPOINT_NAME
     from kp_train.data import parse_source
 
-    own = checkpoint.parent if checkpoint.name == CHECKPOINT_NAME else checkpoint
     points = 68
     if data or calibration:
         mend(own)
@@ -152,7 +151,7 @@ def verify(
     sources = [parse_source(text, spec.points) for text in data or []]
     faces = faces_from_sources(sources, spec) if sources else bundled_faces(spec)
     result = verify_bundle(bundle, faces, files=file or (), track=progress("comparing"))
-    page = None if out is None else verification_page(result, out / "verify.html")
+    page = None if out is None else out / "verify.html"
     if as_json:
         print_json(verification_json(result) | {"page": page, "signature": signature})
     else:
@@ -160,7 +159,9 @@ def verify(
         for verdict in result.files:
             typer.echo(f"{verdict.file}: {verdict.verdict}" + (f", {verdict.reason}" if verdict.reason else ""))
         typer.echo(f"signature: {signature}")
-        if page is not None:
+    if page is not None:  # after the numbers were printed
+        verification_page(result, page)
+        if not as_json:
             typer.echo(page)
     check_verification(result)
 

@@ -72,20 +72,23 @@ def predict(
     if ray is not None:
         if box or drawn or times or tuned or public_key or set(formats or []) - {"parquet"}:
             raise InputError("--ray writes Parquet; leave out --box, --drawn, --times, --tuned, --public-key, --format")
-        _predict_on_ray(photos, out, model, backend, threads or 1, detector, looks, mirror, ray, as_json)
+        _predict_on_ray(photos, out, model, backend, threads, detector, looks, mirror, ray, as_json)
         return
     import numpy as np
 
     from kp_runtime.photos import check_formats, photos_from_paths, predict_photo, results_json, write_results
     from kp_runtime.timing import StageTimer
 
+    if box and detector != "auto":
+        raise InputError("--box is instead of detecting: leave out --detector")
+    if times and as_json:
+        raise InputError("--times prints a table: leave out --json")
     check_formats(formats or [])
     paths = photos_from_paths(photos)
     if len(paths) > 1 and (box or drawn):
         raise InputError(f"--box and --drawn go with one photo, got {len(paths)}")
     targets = [drawn or out / f"{path.stem}_keypoints.jpg" for path in paths]
-    if len(set(targets)) < len(targets):
-        raise InputError("two of the photos have the same name; predict them in two runs with their own --out")
+    _check_targets(paths, targets)
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load_model(model, tuned, backend, threads, public_key), StageTimer()
     finder = None if boxes is not None else open_detector(detector, threads=threads, public_key=public_key)
@@ -116,14 +119,22 @@ def predict(
             typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}")
         if times:
             print_times("stages of a photo", timer.summaries())
-        for file in [*written, *(p.drawn for p in results if p.drawn)][-8:]:
+        for file in [*(p.drawn for p in results if p.drawn), *written][-8:]:
             typer.echo(file)
     if failed:
         raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
 
 
+def _check_targets(photos: list[Path], drawn: list[Path]) -> None:
+    """Refuses pictures that would replace each other, or one of the photos."""
+    if len(set(drawn)) < len(drawn):
+        raise InputError("two of the photos have the same name; take them in two runs with their own --out")
+    if replaced := {path.resolve() for path in drawn} & {path.resolve() for path in photos}:
+        raise InputError(f"the drawn picture would replace the photo {min(replaced)}; name another place")
+
+
 def _predict_on_ray(
-    photos: list[Path], out: Path, model: Path | None, backend: str, threads: int, detector: str, looks: int,
+    photos: list[Path], out: Path, model: Path | None, backend: str, threads: int | None, detector: str, looks: int,
     mirror: bool, address: str, as_json: bool,
 ) -> None:  # fmt: skip
     """`kp predict --ray`."""
@@ -135,7 +146,7 @@ def _predict_on_ray(
     from kp_runtime.ray_batches import Tools, predict_batches
     from kp_runtime.spec import sha256_of_file
 
-    paths = photos_from_paths(photos)
+    paths, threads = photos_from_paths(photos), 1 if threads is None else threads
     bundle = bundle_or_default(model).resolve()
     kind, is_file, file = whole_detector_name(detector).partition("=")
     detector = f"{kind}={Path(file).resolve()}" if is_file else kind
@@ -200,8 +211,7 @@ def put_effect(
     put = open_effect(effect)
     paths = photos_from_paths(photos)
     targets = [out / f"{path.stem}_{Path(effect).stem}.jpg" for path in paths]
-    if len(set(targets)) < len(targets):
-        raise InputError("two of the photos have the same name; run kp filter twice with their own --out")
+    _check_targets(paths, targets)
     opened = load_model(model, tuned, "auto", threads, public_key)
     finder = open_detector(detector, threads=threads, public_key=public_key)
     results, failed = [], []
@@ -290,10 +300,11 @@ def run(
     settings = TrackerSettings(detect_every=detect_every, smooth=smooth)
     tracker = watch.tracker(opened, found, settings) if watch else Tracker(opened, found, settings)
     frames = open_source(source, rate=rate, patience=patience, stop=stop, say=note)
-    window = Window(source) if show else None
+    window = Window(frames.name) if show else None
     with contextlib.ExitStack() as stack:
         if watch and address:
-            note(f"metrics: http://{address[0]}:{stack.enter_context(watch.served(*address))}/metrics")
+            host = f"[{address[0]}]" if ":" in address[0] else address[0]
+            note(f"metrics: http://{host}:{stack.enter_context(watch.served(*address))}/metrics")
         sinks = open_sinks(
             wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live,
             points=opened.spec.points,

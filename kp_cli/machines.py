@@ -96,14 +96,15 @@ def bench(
                 bundle_or_default(bundle), face, open_detector(detector), settings, admit=admit, step=step
             )
     comparison = compared(old, result, anyway=anyway) if old else None
-    written = [] if out is None else [write_results(result, out)]
-    written += [] if html is None else [bench_page(result, html, comparison)]
     if as_json:
         print_json(json_from_bench(result) | ({"comparison": dataclasses.asdict(comparison)} if comparison else {}))
-        return
-    print_bench(result)
-    print_comparison(comparison)
-    for path in written:
+    else:
+        print_bench(result)
+        print_comparison(comparison)
+    # after the numbers are seen: a folder that can't be written does not lose them
+    written = [] if out is None else [write_results(result, out)]
+    written += [] if html is None else [bench_page(result, html, comparison)]
+    for path in written if not as_json else ():
         typer.echo(path)
 
 
@@ -189,12 +190,12 @@ def tune(
         result: Tuning = run_tune(
             bundles, photo or _astronaut(), open_detector(detector), settings, rise_of=rise_of, step=step
         )
-    written = write_tuning(result, out)
     if as_json:
         print_json(json_from_tuning(result))
     else:
         print_tuning(result)
-        for path in written:
+    for path in write_tuning(result, out):  # after the numbers were printed, as in kp bench
+        if not as_json:
             typer.echo(path)
     check_chosen(result)
 

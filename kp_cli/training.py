@@ -80,8 +80,11 @@ def train(
     """Train on photos with 68 points; go on after a kill.
 
     Example: kp train --data training_frames_keypoints.csv --data photos_68=1.5 --out runs/first
+
     On several devices or machines: torchrun --nproc-per-node gpu --no-python kp train … (docs/training.md)
     """
+    if pairs and points is None:
+        raise InputError("--pairs goes with --points; the pairs of the 68 points are known")
     _quiet_training()
     from lightning.pytorch.utilities import rank_zero_only
 
@@ -215,11 +218,7 @@ def evaluate(
         manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
         with signature_told(bundle):
             dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
-    pictures = []
-    if out is not None:
-        from kp_export.pictures import error_curve, worst_faces
-
-        pictures = [error_curve(result, opened.name, out / "error_curve.png"), worst_faces(result, out / "worst.png")]
+    names = [] if out is None else [out / "error_curve.png", out / "worst.png"]
     if as_json:
         rest = {
             "model": opened.name,
@@ -230,12 +229,17 @@ def evaluate(
             "looks": looks,
             "mirror": mirror,
         }
-        print_json(rest | dataclasses.asdict(result.accuracy) | more | {"pictures": [str(p) for p in pictures]})
-        return
-    print_accuracy(opened.name, result)
-    print_groups(more)
-    for picture in pictures:
-        typer.echo(picture)
+        print_json(rest | dataclasses.asdict(result.accuracy) | more | {"pictures": [str(name) for name in names]})
+    else:
+        print_accuracy(opened.name, result)
+        print_groups(more)
+    if names:  # after the numbers were printed
+        from kp_export.pictures import error_curve, worst_faces
+
+        error_curve(result, opened.name, names[0])
+        worst_faces(result, names[1])
+        for name in names if not as_json else ():
+            typer.echo(name)
 
 
 def _quiet_training() -> None:

@@ -106,6 +106,7 @@ def faces_from_file(path: Path, kind: str | None = None) -> list[LabelledFace]:
     """
     read, _ = _format(kind or format_of(path))
     try:
+        path.stat()  # a folder that is not there is no empty one
         faces = read(path)
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from error
@@ -220,6 +221,8 @@ def _pts_face(file: Path, name: str) -> LabelledFace:
 
 
 def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
+    if not faces:
+        return []
     if path.suffix.lower() == ".pts":
         if len(faces) > 1:
             raise InputError(f"{path} can hold one face, not {len(faces)}; name a folder")
@@ -242,7 +245,7 @@ def _read_coco(path: Path) -> list[LabelledFace]:
         document = json.loads(_text(path))
         images = {image["id"]: image for image in document["images"]}
         names = {c["id"]: c.get("keypoints") for c in document["categories"] if "keypoints" in c}
-        annotations = document["annotations"]
+        annotations = list(document["annotations"])
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is no JSON ({str(error)[:80]}); is it cut off?") from error
     except (KeyError, TypeError) as error:
@@ -265,7 +268,7 @@ def _read_coco(path: Path) -> list[LabelledFace]:
             faces.append(LabelledFace(str(image["file_name"]), xy, corners, size))
         except DataError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DataError(f"{where} lacks or has a wrong {str(error)[:80]}") from error
     return faces
 
@@ -405,7 +408,7 @@ def _text(path: Path) -> str:
 
 def _write(path: Path, text: str) -> Path:
     with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no text
     return path
 
 

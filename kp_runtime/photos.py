@@ -104,9 +104,12 @@ def predict_photo(
             picture = draw(image, keypoints.xy)
         cv2 = import_cv2()
         try:
-            encoded = cv2.imencode(drawn.suffix, picture)[1]
+            done, encoded = cv2.imencode(drawn.suffix, picture)
         except cv2.error as error:
             raise ImageError(f"OpenCV can't write a picture as {drawn.name!r}; use .jpg or .png") from error
+        if not done:
+            height, width = picture.shape[:2]
+            raise ImageError(f"OpenCV can't write a picture of {width} x {height} px as {drawn.name!r}; use .png")
         with writing(drawn) as temporary:
             temporary.write_bytes(encoded.tobytes())
     return Photo(path, keypoints, drawn)

@@ -60,6 +60,8 @@ class Metrics:
         self._seconds = client.Histogram(
             "kp_stage_seconds", "Time of a stage's runs", ["stage"], buckets=BUCKETS_S, registry=registry
         )
+        self._dropped: Callable[[], int] | None = None
+        registry.register(self)
         self.timer: StageTimer = _HistogramTimer(self._seconds)
 
     def model(self, model: Model) -> FindPoints:
@@ -116,14 +118,15 @@ class Metrics:
             self._queue.labels(name).set_function(length)
 
     def dropped(self, count: Callable[[], int]) -> None:
-        """Shows what `count` gives as `kp_frames_dropped_total`; once for a registry."""
+        """Shows what `count` gives as `kp_frames_dropped_total`; given again, the new one."""
+        self._dropped = count
+
+    def collect(self) -> Iterator[Any]:
+        """What is counted elsewhere, as the registry asks for it."""
         from prometheus_client.core import CounterMetricFamily
 
-        class Dropped:
-            def collect(self) -> Iterator[Any]:
-                yield CounterMetricFamily("kp_frames_dropped", "Frames of a live source left out", value=count())
-
-        self.registry.register(Dropped())
+        if self._dropped is not None:
+            yield CounterMetricFamily("kp_frames_dropped", "Frames of a live source left out", value=self._dropped())
 
     def page(self) -> tuple[bytes, str]:
         """The metrics as Prometheus reads them, and the content type."""
@@ -138,10 +141,9 @@ class Metrics:
         """
         try:
             server, thread = self._client.start_http_server(port, host, self.registry)
-        except OSError as error:
-            raise InputError(
-                f"metrics can't be served at {host}:{port} ({error.strerror or error}); name another port"
-            ) from error
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"metrics can't be served at {host}:{port} ({reason}); name another port") from error
         try:
             yield server.server_port
         finally:

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -459,7 +460,9 @@ def writing(path: Path) -> Iterator[Path]:
     A block that raises, or a process that is killed, leaves the old file whole. A full disk or
     a folder that can't be written becomes a `KpError` that names the path.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if not path.name:
+        raise KpError(f"can't write {path}: it is a folder; name a file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

@@ -193,7 +193,7 @@ def run_video(
     Args:
         source: of `video_source.open_source`.
         tracker: a fresh one.
-        sinks: of `video_sink.open_sinks`; they are closed in any case.
+        sinks: of `video_sink.open_sinks`; they are closed in any case, and leave older files alone where no frame came.
         draw: gives the picture of a frame and its tracks; `draw_effect(…)` for an effect.
         window: a `Window` that shows the frames.
         stop: set it to end the run: no more is read, what was read is finished.
@@ -226,7 +226,7 @@ def run_video(
                 picture = draw(frame.image, tracks) if pictures else None
             yield frame, tracks, picture
 
-    begin, frames = time.perf_counter(), 0
+    begin, came, frames = time.perf_counter(), 0, 0
     read = Ahead(_until(source, stop, stage), room, newest=source.live)
     found = Ahead(tracked(), room)
     drawn = Ahead(pictured(), room)
@@ -236,6 +236,7 @@ def run_video(
     failures: list[KpError] = []
     try:
         for frame, tracks, picture in drawn:
+            came += 1
             with stage("write"):
                 for sink in sinks:
                     sink.write(frame, tracks, picture)
@@ -248,10 +249,10 @@ def run_video(
     finally:
         for ahead in (read, found, drawn):
             ahead.close()
-        failures += _closed(sinks)
+        failures += _closed(sinks, keep=came > 0)
         if window is not None:
             window.close()
-    files = tuple(sink.path for sink in sinks if sink.path.exists())
+    files = tuple(sink.path for sink in sinks if came and sink.path.exists())
     if failures:
         kept = f"; {frames} frames are in {', '.join(map(str, files))}" if files else ""
         failures[0].args = (f"{'; '.join(map(str, failures))}{kept}",)
@@ -270,12 +271,12 @@ def _until(source: Source, stop: threading.Event, stage: Callable[[str], Any]) -
         yield frame
 
 
-def _closed(sinks: Sequence[Sink]) -> list[KpError]:
+def _closed(sinks: Sequence[Sink], keep: bool) -> list[KpError]:
     """Closes all sinks, and gives what went wrong."""
     failures = []
     for sink in sinks:
         try:
-            sink.close()
+            sink.close(keep)
         except KpError as error:
             failures.append(error)
     return failures

@@ -1,7 +1,7 @@
 """What is written of a moving picture: the annotated video, and a row a face as JSON Lines or Parquet.
 
 Every sink writes beside its target and takes the target's name when it is closed, whatever ended the run; so
-a file of that name is always whole.
+a file of that name is always whole. Where no frame came through, an older file of that name stays.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Sink(Protocol):
         """Takes one frame; `drawn` is `(h, w, 3)` uint8 BGR and given where `pictures` is true."""
         ...
 
-    def close(self) -> None:
-        """Finishes the file and gives it its name."""
+    def close(self, keep: bool = True) -> None:
+        """Finishes the file and gives it its name, or removes what there is of it."""
         ...
 
 
@@ -63,12 +63,17 @@ def open_sinks(
     except OSError as error:
         raise KpError(f"can't write into {out}: {error.strerror or error}; name another folder with --out") from error
     sinks: list[Sink] = []
-    for name in dict.fromkeys(formats):
-        path = out / f"{stem}_keypoints{FORMATS[name]}"
-        if name in _CODECS:
-            sinks.append(VideoSink(path, _CODECS[name], rate, size_hw, by_clock=live))
-        else:
-            sinks.append(LinesSink(path) if name == "jsonl" else ParquetSink(path, points))
+    try:
+        for name in dict.fromkeys(formats):
+            path = out / f"{stem}_keypoints{FORMATS[name]}"
+            if name in _CODECS:
+                sinks.append(VideoSink(path, _CODECS[name], rate, size_hw, by_clock=live))
+            else:
+                sinks.append(LinesSink(path) if name == "jsonl" else ParquetSink(path, points))
+    except BaseException:
+        for sink in sinks:
+            sink.close(keep=False)
+        raise
     return sinks
 
 
@@ -102,7 +107,10 @@ class VideoSink:
         self._writer: Any = cv2.VideoWriter(str(self._temporary), fourcc, rate, (size_hw[1], size_hw[0]))
         if not self._writer.isOpened():
             self._temporary.unlink(missing_ok=True)
-            raise KpError(f"can't write the video {path}; check the folder, or take another --format")
+            raise KpError(
+                f"can't write the video {path} of {size_hw[1]} x {size_hw[0]} px; check the folder, or take another "
+                "--format"
+            )
 
     def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
         """Adds a frame."""
@@ -111,13 +119,16 @@ class VideoSink:
             self._writer.write(drawn)
         self._written += times
 
-    def close(self) -> None:
+    def close(self, keep: bool = True) -> None:
         """Finishes the video, and looks whether it is there: OpenCV does not tell of a full disk."""
         self._writer.release()
+        if not keep:
+            self._temporary.unlink(missing_ok=True)
+            return
         check = self._cv2.VideoCapture(str(self._temporary))
         there = int(check.get(self._cv2.CAP_PROP_FRAME_COUNT)) if check.isOpened() else 0
         check.release()
-        _rename(self._temporary, self.path)
+        _end(self._temporary, self.path, keep)
         if there < self._written:
             raise KpError(f"{self.path} has {there} of the {self._written} frames written to it; is the disk full?")
 
@@ -145,14 +156,14 @@ class LinesSink:
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
-    def close(self) -> None:
+    def close(self, keep: bool = True) -> None:
         """Finishes the file."""
         try:
             self._file.close()
         except OSError as error:
             raise _unwritable(self.path, error) from error
         finally:
-            _rename(self._temporary, self.path)
+            _end(self._temporary, self.path, keep)
 
 
 class ParquetSink:
@@ -190,7 +201,7 @@ class ParquetSink:
         if len(self._rows) >= _ROWS_AT_ONCE:
             self._flush()
 
-    def close(self) -> None:
+    def close(self, keep: bool = True) -> None:
         """Writes the last rows and the file's end."""
         try:
             self._flush()
@@ -198,7 +209,7 @@ class ParquetSink:
         except OSError as error:
             raise _unwritable(self.path, error) from error
         finally:
-            _rename(self._temporary, self.path)
+            _end(self._temporary, self.path, keep)
 
     def _flush(self) -> None:
         try:
@@ -220,8 +231,12 @@ def _row(frame: VideoFrame, track: Track) -> dict[str, Any]:
     }
 
 
-def _rename(temporary: Path, path: Path) -> None:
+def _end(temporary: Path, path: Path, keep: bool) -> None:
+    """Gives the file its name, or removes it."""
     try:
+        if not keep:
+            temporary.unlink(missing_ok=True)
+            return
         os.replace(temporary, path)
     except OSError as error:
         raise KpError(f"can't write {path}: {error.strerror or error}; what was written is {temporary}") from error

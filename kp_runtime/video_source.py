@@ -96,8 +96,10 @@ def open_source(
     """
     if rate is not None and not (math.isfinite(rate) and 0 < rate <= 1000):
         raise InputError(f"the frame rate must be over 0 and at most 1000 a second, got {rate:g}")
-    path = Path(text)
-    if path.is_dir():
+    if not text.strip():
+        raise InputError("the source has no name; give a video, a folder, a camera's index, an address or a pipeline")
+    path = Path("." if "!" in text else text)  # a pipeline may be longer than any file's name
+    if "!" not in text and path.is_dir():
         return FolderSource(path, rate)
     if path.is_file():
         if path.suffix.lower() in IMAGE_SUFFIXES:
@@ -108,6 +110,7 @@ def open_source(
         return LiveSource(name, opener, rate=rate, patience=patience, stop=stop or threading.Event(), say=say)
 
     cv2 = import_cv2()
+    text = text.removeprefix("/dev/video") or text
     if text.isascii() and text.isdigit():
         index = int(text)
         if index > 99:

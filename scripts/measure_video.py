@@ -127,7 +127,7 @@ class Waiting:
         """Nothing."""
         time.sleep(self._write_s)
 
-    def close(self) -> None:
+    def close(self, keep: bool = True) -> None:
         """Nothing."""
 
 

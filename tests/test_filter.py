@@ -127,7 +127,7 @@ class Kept:
     def write(self, frame: object, tracks: tuple[object, ...], drawn: np.ndarray) -> None:
         self.frames.append((tracks, drawn))
 
-    def close(self) -> None:
+    def close(self, keep: bool = True) -> None:
         pass
 
 

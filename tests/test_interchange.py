@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -161,3 +162,24 @@ def test_parquet_without_pyarrow_says_how_to_get_it(tmp_path: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match=r"kp-edge\[parquet\]"):
         faces_to_file(FACES, tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"annotations": 5}, {"images": [{"id": 1, "file_name": "a", "height": float("inf")}]}]
+)
+def test_coco_files_with_odd_values(changed: dict[str, object], tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    faces_to_file(FACES[:1], path, "coco")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(DataError, match=r"a\.json"):
+        faces_from_file(path, "coco")
+
+
+def test_a_photo_whose_name_is_no_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff\xfe.jpg")
+    faces_to_file([made_up(name, 0)], tmp_path / "a.csv")
+    assert faces_from_file(tmp_path / "a.csv")[0].image == r"\udcff\udcfe.jpg"
+
+
+def test_no_faces_make_no_pts_file(tmp_path: Path) -> None:
+    assert faces_to_file([], tmp_path / "none.pts") == []

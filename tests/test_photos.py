@@ -155,3 +155,12 @@ def test_unknown_format(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no format 'xml'; choose from json, csv, pts, coco, parquet"):
         write_results([], tmp_path / "out", ["json", "xml"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["wide.jpg", "a.pbm"])
+def test_a_picture_that_the_format_can_not_hold(name: str, model: Model, tmp_path: Path) -> None:
+    wide = tmp_path / "wide.png"
+    cv2.imwrite(str(wide), np.zeros((8, 66_000 if name == "wide.jpg" else 40), np.uint8))
+    with pytest.raises(ImageError, match=rf"OpenCV can't write a picture .*{name}"):
+        predict_photo(model, wide, boxes_xyxy=np.array([[0, 0, 8, 8]]), drawn=tmp_path / name)
+    assert not (tmp_path / name).exists()

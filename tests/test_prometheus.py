@@ -170,3 +170,16 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
         MissingExtraError, match=r"needs the package prometheus_client.*pip install 'kp-edge\[metrics\]'"
     ):
         Metrics()
+
+
+def test_a_second_run_takes_the_place_of_the_first() -> None:
+    metrics = Metrics()
+    metrics.dropped(lambda: 3)
+    metrics.dropped(lambda: 5)
+    lines = metrics.page()[0].decode().splitlines()
+    assert [line for line in lines if line.startswith("kp_frames_dropped_total")] == ["kp_frames_dropped_total 5.0"]
+
+
+def test_a_host_that_can_not_be() -> None:
+    with pytest.raises(InputError, match=r"metrics can't be served at a\.\.b:0"), Metrics().served("a..b", 0):
+        raise AssertionError

@@ -317,7 +317,7 @@ def test_reading_tracking_and_writing_overlap() -> None:
             if frame.index == 0:
                 together.wait(30)
 
-        def close(self) -> None:
+        def close(self, keep: bool = True) -> None:
             pass
 
     # frame 6 is read while frame 3 is tracked and frame 0 written, or the barrier breaks
@@ -445,3 +445,22 @@ def test_drawing_leaves_the_frame_alone_and_shows_the_id() -> None:
     assert image.max() == 40
     assert np.abs(drawn[8:24, 36:60].astype(int) - 40).max() > 50
     assert draw_tracks(image, []) is not image
+
+
+def test_a_run_without_a_frame_leaves_an_older_result_alone(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    source, stop = FileSource(video(tmp_path / "a.avi", 5)), threading.Event()
+    formats = "avi", "jsonl", "parquet"
+    first = run_video(source, one_face(), sinks_for(source, tmp_path, *formats))
+    before = {path: path.read_bytes() for path in first.files}
+    assert len(before) == 3
+    stop.set()
+    assert run_video(source, one_face(), sinks_for(source, tmp_path, *formats), stop=stop).files == ()
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_sink_that_can_not_be_opened_leaves_nothing_of_the_others(tmp_path: Path) -> None:
+    with pytest.raises(KpError, match=r"can't write the video .*of 90000 x 16 px"):
+        open_sinks(["jsonl", "mp4"], tmp_path, "wide", rate=30, size_hw=(16, 90_000), live=False)
+    assert not list(tmp_path.iterdir())
