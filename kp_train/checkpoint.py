@@ -20,14 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kp_runtime.errors import BundleError, IntegrityError
+from kp_runtime.errors import BundleError, IntegrityError, KpError
 from kp_runtime.spec import DetectorManifest, Manifest, file_entry, writing
 from kp_train.detector_net import DetectorNet
 from kp_train.model import KeypointNet
 
 __all__ = [
     "CHECKPOINT_NAME",
+    "LAST_STATE",
     "SafetensorsIO",
+    "check_finite",
+    "check_start",
+    "has_begun",
     "load_checkpoint",
     "load_detector",
     "save_checkpoint",
@@ -135,6 +139,39 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
             temporary.chmod(0o644)  # safetensors writes for the owner alone
         except SafetensorError as error:  # what a full disk is to safetensors
             raise OSError(str(error)) from error
+
+
+LAST_STATE = Path("state", "last.state")
+"""The training state that a run goes on from, in the run's folder."""
+
+
+def has_begun(run: Path) -> bool:
+    """Whether a run has a state to go on from; one that was killed while it wrote has the one before."""
+    last = run / LAST_STATE
+    return last.exists() or last.with_name(f"{last.name}.old").exists()
+
+
+def check_start(run: Path, resume: bool) -> None:
+    """Checks that a run can begin in this folder, or go on where `resume`.
+
+    Raises:
+        KpError: nothing to resume, or another run is there.
+    """
+    begun = has_begun(run)
+    if resume and not begun:
+        raise KpError(f"there is nothing to resume in {run}: it has no {LAST_STATE}; leave out --resume")
+    if not resume and (begun or (run / CHECKPOINT_NAME).exists()):
+        raise KpError(f"{run} already holds a run; add --resume to go on with it, or name another folder with --out")
+
+
+def check_finite(net: nn.Module, lr: float) -> None:
+    """Checks the weights that a run ended with.
+
+    Raises:
+        KpError: one is infinite or not a number; the advice names the run's learning rate.
+    """
+    if not all(bool(torch.isfinite(p).all()) for p in net.parameters()):
+        raise KpError(f"the trained weights are not finite; lower --lr (was {lr:g}) and train again")
 
 
 class SafetensorsIO(CheckpointIO):

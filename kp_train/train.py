@@ -32,7 +32,16 @@ from kp_runtime.errors import DataError, KpError
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import Manifest, ModelSpec, writing
 from kp_train.augment import augment_from_name, mirror_from_pairs
-from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint, save_checkpoint
+from kp_train.checkpoint import (
+    CHECKPOINT_NAME,
+    LAST_STATE,
+    SafetensorsIO,
+    check_finite,
+    check_start,
+    has_begun,
+    load_checkpoint,
+    save_checkpoint,
+)
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, FaceDataset, Source, is_held_out
 from kp_train.loaders import Loaders, SourceSampler
@@ -201,15 +210,10 @@ def train(
         KpError: `run` holds another run, nothing to resume, the workers do not fit together, or the run
             was interrupted (its message says how to go on).
     """
-    states = run / "state"
-    last = states / "last.state"
-    begun = last.exists() or last.with_name("last.state.old").exists()
+    last = run / LAST_STATE
     elastic = torch.distributed.is_torchelastic_launched()
-    resume = resume or (begun and elastic)
-    if resume and not begun:
-        raise KpError(f"there is nothing to resume in {run}: it has no {last.relative_to(run)}; leave out --resume")
-    if not resume and (begun or (run / CHECKPOINT_NAME).exists()):
-        raise KpError(f"{run} already holds a run; add --resume to go on with it, or name another folder with --out")
+    resume = resume or (elastic and has_begun(run))
+    check_start(run, resume)
     trainer = _trainer(config, run, devices, accelerator, strategy, progress)
     L.seed_everything(config.seed, workers=True, verbose=False)
     spec = ModelSpec(
@@ -227,7 +231,7 @@ def train(
         start = _start_weights(module.net, train_set, weights, init)
         record = run_record(sources, training, held_out, config, start)
         if trainer.is_global_zero:
-            shutil.rmtree(states, ignore_errors=True)  # of a run that was killed in its first epoch
+            shutil.rmtree(last.parent, ignore_errors=True)  # of a run that was killed in its first epoch
             run.mkdir(parents=True, exist_ok=True)
             with writing(run / "run.json") as temporary:
                 temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -257,7 +261,7 @@ def train(
             raise
         raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error
     if trainer.is_global_zero:
-        _write_checkpoint(states / "best.state", run, spec, record, trainer)
+        _write_checkpoint(last.with_name("best.state"), run, spec, record, trainer)
     return run / CHECKPOINT_NAME
 
 
@@ -265,10 +269,11 @@ def _trainer(
     config: TrainConfig, run: Path, devices: str, accelerator: str, strategy: str, progress: bool
 ) -> L.Trainer:
     """Lightning's trainer, made first: what it does not understand fails before an image is read."""
-    best = ModelCheckpoint(run / "state", "best", monitor="val_loss", enable_version_counter=False)
-    newest = ModelCheckpoint(run / "state", "last", every_n_epochs=1, save_top_k=1, enable_version_counter=False)
+    states = (run / LAST_STATE).parent
+    best = ModelCheckpoint(states, "best", monitor="val_loss", enable_version_counter=False)
+    newest = ModelCheckpoint(states, LAST_STATE.stem, every_n_epochs=1, save_top_k=1, enable_version_counter=False)
     for callback in (best, newest):
-        callback.FILE_EXTENSION = ".state"
+        callback.FILE_EXTENSION = LAST_STATE.suffix
     each, nodes = _devices_and_nodes(devices)
     callbacks: list[Callback] = [best, newest, LearningRateMonitor("step")]
     if not progress:
@@ -423,12 +428,7 @@ def _write_checkpoint(state: Path, run: Path, spec: ModelSpec, record: dict[str,
     content = SafetensorsIO().load_checkpoint(state)
     net = KeypointNet(spec.size, points=spec.points)
     net.load_state_dict({k.removeprefix("net."): v for k, v in content["state_dict"].items()})
-    with torch.no_grad():
-        finite = all(bool(torch.isfinite(p).all()) for p in net.parameters())
-    if not finite:
-        raise KpError(
-            f"the trained weights are not finite; lower --lr (was {record['config']['lr']:g}) and train again"
-        )
+    check_finite(net, record["config"]["lr"])
     measured = {k: float(v) for k, v in trainer.callback_metrics.items()}
     record = record | {"best_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": measured}
     manifest = Manifest(spec=spec, training=record)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from kp_runtime.errors import KpError
 from kp_runtime.spec import DetectorManifest, DetectorSpec, writing
-from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, save_detector
+from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, check_finite, check_start, save_detector
 from kp_train.config import DetectorConfig
 from kp_train.data import Source
 from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
@@ -61,12 +61,8 @@ def train_detector(
         DataError: no faces to train or to validate on.
         KpError: `run` holds another run, nothing to resume, the run was interrupted, or the weights are not finite.
     """
-    last = run / "state" / "last.state"
-    begun = last.exists() or last.with_name("last.state.old").exists()
-    if resume and not begun:
-        raise KpError(f"there is nothing to resume in {run}: it has no {last.relative_to(run)}; leave out --resume")
-    if not resume and (begun or (run / CHECKPOINT_NAME).exists()):
-        raise KpError(f"{run} already holds a run; add --resume to go on with it, or name another folder with --out")
+    last = run / LAST_STATE
+    check_start(run, resume)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
@@ -176,10 +172,7 @@ class _State:
 
 
 def _write_checkpoint(net: DetectorNet, run: Path, name: str, record: dict[str, Any]) -> Path:
-    if not all(bool(torch.isfinite(p).all()) for p in net.parameters()):
-        raise KpError(
-            f"the trained weights are not finite; lower --lr (was {record['config']['lr']:g}) and train again"
-        )
+    check_finite(net, record["config"]["lr"])
     spec = DetectorSpec(name=name, stride=STRIDE, least_px=LEAST_PX, most_px=MOST_PX)
     save_detector(run, net, DetectorManifest(spec=spec, training=record))
     return run / CHECKPOINT_NAME

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from kp_export.evaluate import evaluate, open_model
-from kp_train.checkpoint import CHECKPOINT_NAME
+from kp_train.checkpoint import CHECKPOINT_NAME, has_begun
 from kp_train.config import recipe
 from kp_train.data import Source, is_held_out, parse_source
 from kp_train.train import train
@@ -80,7 +80,7 @@ def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace)
         config = recipe("default", precision=args.precision, val_fraction=VAL_FRACTION, **run.changes)
         train(
             weighted(sources, run.photos), config, folder, name=run.name.rpartition("-")[0], weights="none",
-            init=None if run.init is None else out / run.init, resume=(folder / "state" / "last.state").exists(),
+            init=None if run.init is None else out / run.init, resume=has_begun(folder),
             devices="1", accelerator=args.accelerator, workers=args.workers, picture_every=50, progress=False,
         )  # fmt: skip
     model = open_model(folder)

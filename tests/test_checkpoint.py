@@ -12,7 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
-from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint, save_checkpoint
+from kp_train.checkpoint import (
+    CHECKPOINT_NAME,
+    SafetensorsIO,
+    check_finite,
+    check_start,
+    has_begun,
+    load_checkpoint,
+    save_checkpoint,
+)
 from kp_train.model import KeypointNet
 
 
@@ -157,3 +165,24 @@ def test_two_kills_in_a_row_lose_no_state(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(KeyboardInterrupt):
         io.save_checkpoint({"epoch": 2}, tmp_path / "s.state")
     assert io.load_checkpoint(tmp_path / "s.state")["epoch"] == 1
+
+
+def test_a_state_that_a_kill_left_beside_its_place_is_a_run_begun(tmp_path: Path) -> None:
+    check_start(tmp_path, resume=False)
+    with pytest.raises(KpError, match=r"nothing to resume .* it has no state/last\.state; leave out --resume"):
+        check_start(tmp_path, resume=True)
+    (tmp_path / "state" / "last.state.old").mkdir(parents=True)
+    assert has_begun(tmp_path)
+    check_start(tmp_path, resume=True)
+    with pytest.raises(KpError, match="already holds a run; add --resume"):
+        check_start(tmp_path, resume=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float) -> None:
+    net = torch.nn.Linear(2, 2)
+    check_finite(net, 0.1)
+    with torch.no_grad():
+        net.weight[0, 0] = value
+    with pytest.raises(KpError, match=r"not finite; lower --lr \(was 0\.1\)"):
+        check_finite(net, 0.1)
