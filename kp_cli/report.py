@@ -111,6 +111,11 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, default=str))
 
 
+def _harmless(text: Any) -> str:
+    """Text of a file that somebody else may have made: it may not steer the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(text))
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """A table on stdout; the first column is text, the others are numbers."""
     from rich.console import Console
@@ -120,7 +125,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*map(_harmless, row))
     # a table that is cut at 80 columns in a log helps nobody
     Console(width=None if Console().is_terminal else 170, markup=False).print(table)
 
@@ -308,7 +313,7 @@ def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:
     typer.echo(f"{spec.name}: {what}")
     print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "layers", "hash"), rows)
     for line in lines:
-        typer.echo("".join(c if c.isprintable() else "?" for c in line))  # a manifest may not steer the terminal
+        typer.echo(_harmless(line))
 
 
 def _file_rows(manifest: Any, states: dict[str, str]) -> list[tuple[str, ...]]:

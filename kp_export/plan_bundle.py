@@ -52,7 +52,8 @@ def add_plan(
     mend(bundle)
     source = f"model.{ONNX_OF[precision]}.onnx"
     if source not in Manifest.read(bundle).files:
-        raise BackendError(f"{bundle} has no {source} to build the plan from; kp export makes it")
+        switch = "" if precision == "fp32" else f" --{precision}"
+        raise BackendError(f"{bundle} has no {source} to build the plan from; make it with: kp export {bundle}{switch}")
     trt = trt if trt is not None else tensorrt_module()
     device = device or cuda_device()
     name = plan_name(precision, device, trt.__version__)

@@ -169,7 +169,7 @@ def test_a_manifest_that_can_not_be_shown(fields: dict[str, Any]) -> None:
 
 def test_a_manifest_does_not_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     training = {"sources": [{"name": "\x1b[2J\u202e"}], "git_revision": "\x07"}
-    files = {"model.onnx": FileEntry("[/red]" * 9, 1, "[/red]")}
+    files = {"model.onnx": FileEntry("[/red]" * 9, 1, "[/red]", made={"layers": {"\x1b[31m\x1b]0;": 3}})}
     print_bundle("b", Manifest(SPEC, files, training=training), {"model.onnx": "ok"})
     out = capsys.readouterr().out
     assert "[/red]" in out
