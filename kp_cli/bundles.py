@@ -58,6 +58,8 @@ def export(
 
     A file that does not predict what PyTorch does fails the export and changes nothing. Where TensorRT is
     installed, plans are built too.
+
+    Example: kp export runs/first --fp16 --int8 --calibration faces.csv --out out/first
     """
     own = checkpoint.parent if checkpoint.is_file() else checkpoint
     if triton and not (fp16 or int8 or calibration or out or data or engine is not Engine.auto):
@@ -139,6 +141,8 @@ def verify(
     """Compare a bundle's files with PyTorch on your faces.
 
     Exit status 1 where a file is over its limits.
+
+    Example: kp verify out/resnet18-68 --data faces.csv --out out/verified
     """
     from kp_export.parity import bundled_faces, faces_from_sources
     from kp_export.verify import check_verification, verification_json, verify_bundle
@@ -178,7 +182,10 @@ def plan(
     dla_core: Annotated[int | None, typer.Option(help="Build for this DLA core; one batch size alone.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Build a TensorRT plan on the device that will run it."""
+    """Build a TensorRT plan on the device that will run it.
+
+    Example: kp plan out/resnet18-68 --precision fp16 --max-batch 8
+    """
     from kp_export.plan_bundle import add_plan
     from kp_export.plan_from_onnx import PlanOptions
 
@@ -199,6 +206,7 @@ def pack(
     out: Annotated[Path, typer.Option(help="The bundle to write; may be the same folder.")],
     precision: Annotated[list[str], typer.Option(help="fp32, fp16, int8 or int8-trt. Repeatable.")],
     checkpoint: Annotated[bool, typer.Option("--checkpoint", help="Keep the checkpoint too.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Copy a bundle with only the models that a device runs.
 
@@ -209,6 +217,9 @@ def pack(
     with signature_told(out, bundle):
         manifest = pack_bundle(bundle, out, precision, checkpoint=checkpoint)
     size = sum(entry.bytes for entry in manifest.files.values())
+    if as_json:
+        print_json({"bundle": str(out), "files": list(manifest.files), "bytes": size})
+        return
     typer.echo(f"{out}: {', '.join(manifest.files)}, {size / 1e6:.1f} MB")
 
 
@@ -220,6 +231,8 @@ def inspect(
     """Show what a bundle holds, whether its hashes hold and whether it is signed.
 
     Exit status 1 where a hash does not hold, or --public-key is not the signer's.
+
+    Example: kp inspect out/resnet18-68
     """
     from kp_runtime.errors import BundleError
     from kp_runtime.signing import signature_state

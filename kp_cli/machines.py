@@ -215,6 +215,8 @@ def doctor(
     work. Each is tried in a process of its own: one that crashes or hangs is a line of the report.
 
     Exit status 0 where at least one backend works and there is no problem; warnings do not count. Else 1.
+
+    Example: kp doctor out/resnet18-68
     """
     from kp_runtime.doctor import diagnose
 

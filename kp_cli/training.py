@@ -182,6 +182,8 @@ def evaluate(
 
     Also by region, face size and turn of the head, and the original project's loss; --out adds the error
     curve and the worst faces.
+
+    Example: kp eval runs/first --data faces.csv --split person --out out/first
     """
     from kp_export.evaluate import evaluate as measure
     from kp_export.evaluate import held_out_faces, open_model

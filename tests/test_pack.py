@@ -11,6 +11,7 @@ from kp_export.pack import pack_bundle
 from kp_runtime import load
 from kp_runtime.errors import BundleError, IntegrityError
 from kp_runtime.spec import Manifest, file_entry
+from tests.test_cli import kp
 
 
 @pytest.fixture
@@ -71,3 +72,11 @@ def test_a_changed_file_is_not_packed(full: Path, tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="the file was changed"):
         pack_bundle(full, tmp_path / "slim", ["int8"])
     assert not (tmp_path / "slim").exists()
+
+
+def test_the_command_says_what_it_packed(capsys: pytest.CaptureFixture[str], full: Path, tmp_path: Path) -> None:
+    status, out, _ = kp(capsys, "pack", full, "--precision", "int8", "--out", tmp_path / "slim", "--json")
+    assert status == 0
+    said = json.loads(out)
+    assert set(said["files"]) == set(Manifest.read(tmp_path / "slim").files)
+    assert said["bytes"] == sum((tmp_path / "slim" / name).stat().st_size for name in said["files"])
