@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops import generalized_box_iou_loss
 
-__all__ = ["LEAST_PX", "MOST_PX", "STRIDE", "ConvLayer", "DetectorNet", "cell_centres", "detector_loss"]
+__all__ = ["LEAST_PX", "MOST_PX", "STRIDE", "ConvLayer", "DetectorNet", "detector_loss"]
 
 STRIDE = 8
 LEAST_PX, MOST_PX = 22.0, 72.0
@@ -78,7 +78,7 @@ class ConvLayer(nn.Module):
         return F.relu(x + y if self.adds else y)
 
 
-def cell_centres(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def _cell_centres(rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """The cells' places in pixels: x `(1, columns)` and y `(rows, 1)`."""
     return torch.arange(columns)[None] * float(STRIDE), torch.arange(rows)[:, None] * float(STRIDE)
 
@@ -92,7 +92,7 @@ def detector_loss(raw: Tensor, boxes_xyxy: Tensor, clean: Tensor, doubt: bool) -
         clean: `(n,)` bool, whether the image holds no other face.
         doubt: leave those cells alone that may be another face's, once the network knows what a face is.
     """
-    xs, ys = cell_centres(*raw.shape[2:])
+    xs, ys = _cell_centres(*raw.shape[2:])
     x0, y0, x1, y1 = (side[:, None, None] for side in boxes_xyxy.unbind(1))
     width, height = x1 - x0, y1 - y0
     longer = torch.maximum(width, height)
