@@ -34,6 +34,9 @@ GOLDEN_TOLERANCE = 0.01
 _SAME = 0.35
 """Boxes that overlap by more are of one face."""
 
+_INSIDE = 0.8
+"""A box that has more of the smaller one's area in common with a better one is none: no face lies in another."""
+
 
 @dataclass(frozen=True, eq=False)
 class Found:
@@ -151,6 +154,8 @@ class CenterDetector:
 def merged(boxes_xyxy: NDArray[np.float64], scores: NDArray[np.float64]) -> Found:
     """One box for each group that overlaps its best one: their mean, weighted by the scores; best first.
 
+    Of two such boxes, one in the other, only the better is kept.
+
     Args:
         boxes_xyxy: `(n, 4)`, each with an area.
         scores: `(n,)`, over 0.
@@ -161,7 +166,9 @@ def merged(boxes_xyxy: NDArray[np.float64], scores: NDArray[np.float64]) -> Foun
     best: list[float] = []
     while len(boxes):
         same = overlaps(boxes[:1], boxes)[0] > _SAME
-        faces.append(np.average(boxes[same], axis=0, weights=weights[same]))
-        best.append(float(weights[0]))
+        face = np.average(boxes[same], axis=0, weights=weights[same])
+        if not faces or (overlaps(face[None], np.array(faces), of_smaller=True) <= _INSIDE).all():
+            faces.append(face)
+            best.append(float(weights[0]))
         boxes, weights = boxes[~same], weights[~same]
     return Found(np.array(faces).reshape(-1, 4), np.array(best))

@@ -140,13 +140,16 @@ def invert_matrix(matrix: FloatArray) -> NDArray[np.float64]:
     return np.array(rows, np.float64).reshape(np.shape(matrix))
 
 
-def overlaps(boxes_xyxy: FloatArray, others_xyxy: FloatArray) -> NDArray[np.float64]:
-    """Intersection over union of each box `(n, 4)` with each other one `(m, 4)`, `(n, m)` float64."""
+def overlaps(boxes_xyxy: FloatArray, others_xyxy: FloatArray, of_smaller: bool = False) -> NDArray[np.float64]:
+    """Intersection over union of each box `(n, 4)` with each other one `(m, 4)`, `(n, m)` float64.
+
+    With `of_smaller` the intersection over the smaller of the two areas: 1 where one box lies in the other.
+    """
     boxes, others = np.asarray(boxes_xyxy, np.float64)[:, None], np.asarray(others_xyxy, np.float64)[None]
     low, high = np.maximum(boxes[..., :2], others[..., :2]), np.minimum(boxes[..., 2:], others[..., 2:])
     common = np.clip(high - low, 0, None).prod(axis=-1)
     areas = [(b[..., 2:] - b[..., :2]).prod(axis=-1) for b in (boxes, others)]
-    shares: NDArray[np.float64] = common / (areas[0] + areas[1] - common)
+    shares: NDArray[np.float64] = common / (np.minimum(*areas) if of_smaller else areas[0] + areas[1] - common)
     return shares
 
 

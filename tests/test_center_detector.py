@@ -106,16 +106,22 @@ def test_levels_end_where_the_largest_face_fits(bundle: Path) -> None:
 def slowly_merged(boxes: np.ndarray, scores: np.ndarray) -> list[np.ndarray]:
     """The same rule box by box in plain numbers."""
 
+    def area(box: np.ndarray) -> float:
+        return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
+
+    def common(a: np.ndarray, b: np.ndarray) -> float:
+        return area(np.array([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])]))
+
     def share(a: np.ndarray, b: np.ndarray) -> float:
-        wide = max(0.0, min(a[2], b[2]) - max(a[0], b[0]))
-        high = max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-        return wide * high / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - wide * high)
+        return common(a, b) / (area(a) + area(b) - common(a, b))
 
     left = sorted(range(len(boxes)), key=lambda i: -scores[i])
-    result = []
+    result: list[np.ndarray] = []
     while left:
         group = [i for i in left if share(boxes[left[0]], boxes[i]) > 0.35]
-        result.append(sum(boxes[i] * scores[i] for i in group) / sum(scores[i] for i in group))
+        face = sum(boxes[i] * scores[i] for i in group) / sum(scores[i] for i in group)
+        if all(common(face, better) <= 0.8 * min(area(face), area(better)) for better in result):
+            result.append(face)
         left = [i for i in left if i not in group]
     return result
 
@@ -128,6 +134,13 @@ def test_merging_follows_the_rule() -> None:
     assert 1 < len(found.scores) < 60
     assert np.allclose(found.boxes_xyxy, slowly_merged(boxes, scores))
     assert (np.diff(found.scores) <= 0).all()
+
+
+def test_a_face_has_no_other_face_in_it() -> None:
+    face, around, beside = [40.0, 40, 60, 60], [0.0, 0, 100, 100], [55.0, 40, 75, 60]
+    found = merged(np.array([around, face, beside]), np.array([0.7, 0.9, 0.8]))
+    assert found.boxes_xyxy.tolist() == [face, beside]
+    assert merged(np.array([around, face]), np.array([0.9, 0.7])).boxes_xyxy.tolist() == [around]
 
 
 def test_no_boxes_merge_into_none() -> None:
