@@ -4,8 +4,9 @@
 
 A 1920 x 1080 BGR frame, one box or 32, crops of 224 and 112 px, and a backend that answers at once.
 Beside it the chain that one would write by hand: slice, cvtColor, warpAffine; it averages nothing,
-so it reads a large face at a fraction of its pixels. OpenCV has one thread in all of it. The last
-line of stdout is one JSON document.
+so it reads a large face at a fraction of its pixels. OpenCV has one thread in all of it; many boxes
+are cut on one thread of ours, and again on as many as there are cores. The last line of stdout is one
+JSON document.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks.command import finish, parser, print_table, run
 from benchmarks.faces import portrait
 from benchmarks.record import record_from
 from kp_runtime.backend import Backend
+from kp_runtime.cores import usable_cores
 from kp_runtime.frame import import_cv2
 from kp_runtime.pipeline import Model
 from kp_runtime.spec import ModelSpec
@@ -53,6 +55,7 @@ class CropPathCase:
         faces: boxes a call.
         box: their side in pixels of the frame.
         size: side of the crop.
+        threads: that cut them; by hand it is one.
         total: a call of `Model` with a backend that answers at once.
         crop: its stage from frame and boxes to crops.
         map_back: its stage from keypoints of the crops to keypoints of the frame.
@@ -66,6 +69,7 @@ class CropPathCase:
     faces: int
     box: int
     size: int
+    threads: int
     total: TimeSummary
     crop: TimeSummary
     map_back: TimeSummary
@@ -88,8 +92,9 @@ class InstantBackend(Backend):
 
     name = "instant"
 
-    def __init__(self, spec: ModelSpec, faces: int) -> None:
+    def __init__(self, spec: ModelSpec, faces: int, threads: int) -> None:
         super().__init__(spec)
+        self.threads = threads
         self._keypoints = np.random.default_rng(0).uniform(0, spec.size, (faces, spec.points, 2)).astype(np.float32)
 
     def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -104,18 +109,19 @@ class Scene:
         faces: number of boxes.
         box: their side in pixels.
         size: side of the crop.
+        threads: most that cut them.
     """
 
-    def __init__(self, frame: NDArray[np.uint8], faces: int, box: int, size: int) -> None:
-        self.faces, self.box, self.size = faces, box, size
+    def __init__(self, frame: NDArray[np.uint8], faces: int, box: int, size: int, threads: int = 1) -> None:
+        self.faces, self.box, self.size, self.threads = faces, box, size, threads
         self.frame, self.boxes_xyxy = frame, spread_boxes(faces, box, frame.shape[:2])
         self.timer = StageTimer()
-        self._model = Model(InstantBackend(ModelSpec("instant", size=size), faces))
+        self._model = Model(InstantBackend(ModelSpec("instant", size=size), faces, threads))
 
     @property
     def name(self) -> str:
         """What tells one scene from another."""
-        return f"{self.faces} x {self.box} px to {self.size} px"
+        return f"{self.faces} x {self.box} px to {self.size} px on {self.threads}"
 
     def total(self) -> object:
         """The whole call."""
@@ -225,6 +231,7 @@ def _case(scene: Scene, turns: dict[str, Any], calls: int) -> CropPathCase:
         scene.faces,
         scene.box,
         scene.size,
+        scene.threads,
         summary_from_turns(turns[f"{scene.name} total"]),
         summary_from_turns(crop),
         summary_from_turns(back),
@@ -260,6 +267,7 @@ def print_crop_path(result: CropPath) -> None:
     rows = [
         (
             f"{c.faces} x {c.box} px to {c.size} px",
+            c.threads,
             *(f"{t.p50_ms * 1e3:.0f}" for t in (c.total, c.crop, c.map_back, c.by_hand)),
             f"{c.crop_over_by_hand.value:.2f}",
             f"{c.crop_over_by_hand.low:.2f} to {c.crop_over_by_hand.high:.2f}",
@@ -269,7 +277,17 @@ def print_crop_path(result: CropPath) -> None:
         )
         for c in result.cases
     ]
-    columns = ("boxes", "total µs", "crop", "map back", "by hand", "crop / by hand", "95% interval", "total p99")
+    columns = (
+        "boxes",
+        "threads",
+        "total µs",
+        "crop",
+        "map back",
+        "by hand",
+        "crop / by hand",
+        "95% interval",
+        "total p99",
+    )
     print_table("everything but the network", (*columns, "peak kB", "growth kB"), rows)
 
 
@@ -279,7 +297,12 @@ def main() -> None:
     made.add_argument("--seconds", type=float, default=0.4, help="least time measured for each case")
     args = made.parse_args()
     frame = wide_frame()
-    scenes = [Scene(frame, faces, box, size) for size in SIZES for faces, box in BOXES]
+    scenes = [
+        Scene(frame, faces, box, size, threads)
+        for size in SIZES
+        for faces, box in BOXES
+        for threads in sorted({1, usable_cores() if faces > 1 else 1})
+    ]
     result = measure_crop_path(scenes, seconds=args.seconds)
     print_crop_path(result)
     settings = {"seconds": args.seconds, "opencv_threads": 1, "frame_hw": FRAME_HW}

@@ -67,21 +67,22 @@ class Way:
     def __str__(self) -> str:
         often = "each frame" if self.every == 1 else f"every {self.every}th"
         where = "; network on a GPU" if self.host_only else ""
-        return f"{self.decode}, {self.detect.split()[0]} {often}, {self.faces} face{'s' * (self.faces != 1)}{where}"
+        faces = f"{self.faces} face{'s' * (self.faces != 1)}"
+        return f"{self.decode}, {self.detect.split()[0]} detector {often}, {faces}{where}"
 
 
 WAYS = (
-    Way("JPEG 720p", "Haar 720p", 1, 1, 1),
+    Way("JPEG 720p", "own 720p", 1, 1, 1),
     Way("JPEG 720p", "YuNet 720p", 1, 1, 1),
-    Way("H.264 720p", "Haar 720p", 30, 1, 2),
-    Way("H.264 720p", "YuNet 720p", 30, 1, 2),
-    Way("H.264 720p", "YuNet 720p", 30, 4, 2),
-    Way("H.264 1080p", "YuNet 1080p", 30, 1, 2),
-    Way("H.264 720p", "YuNet 720p", 30, 1, 2, True),
-    Way("H.264 720p", "YuNet 720p", 30, 4, 2, True),
+    Way("JPEG 720p", "Haar 720p", 1, 1, 1),
+    Way("H.264 720p", "own 720p", 30, 1, 2),
+    Way("H.264 720p", "own 720p", 30, 4, 2),
+    Way("H.264 1080p", "own 1080p", 30, 1, 2),
+    Way("H.264 720p", "own 720p", 30, 1, 2, True),
+    Way("H.264 720p", "own 720p", 30, 4, 2, True),
 )
 STREAM = WAYS[3]
-"""The way of the streams that are counted: what `kp run --detector yunet=FILE` does."""
+"""The way of the streams that are counted: what `kp run` does."""
 
 
 class Costs:

@@ -29,6 +29,7 @@ from benchmarks.faces import picture, portrait, varied_crops
 from benchmarks.record import Record, record_from
 from kp_runtime.backend import Backend, open_backend
 from kp_runtime.bench import StagedCalls
+from kp_runtime.center_detector import CenterDetector
 from kp_runtime.detect import HaarDetector, YuNetDetector
 from kp_runtime.errors import KpError
 from kp_runtime.frame import as_frame, image_from_file, import_cv2
@@ -38,6 +39,7 @@ from kp_runtime.timing import StageTimer, TimeSummary, measure_in_turns, summary
 
 __all__ = ["Case", "Stages", "cases_of", "measure_stages", "print_stages", "scene"]
 
+DETECTOR = Path(__file__).resolve().parents[1] / "engines" / "face-detector"
 SIZES_HW = ((720, 1280), (1080, 1920))
 BATCHES = (1, 8)
 RATE, CLIP_FRAMES = 30, 150
@@ -108,6 +110,8 @@ def cases_of(backend: Backend, yunet: Path | None, folder: Path, left_out: dict[
             yield Planned("decode", f"H.264 {lines}", 0, clip.stat().st_size / CLIP_FRAMES, frames_of(clip))
         except KpError as error:
             left_out[f"H.264 {lines}"] = str(error)
+        own = CenterDetector(DETECTOR, smallest=0.1, threads=1)
+        yield Planned("detect", f"own {lines}", 0, None, partial(own, frame))
         yield Planned("detect", f"Haar {lines}", 0, None, partial(HaarDetector(smallest=0.1), frame))
         if yunet is not None:
             yield Planned("detect", f"YuNet {lines}", 0, None, partial(YuNetDetector(yunet), frame))

@@ -156,6 +156,7 @@ def _crop_path(record: Record) -> Iterable[str]:
         (
             f"{case['faces']} x {case['box']} px",
             f"{case['size']} px",
+            case["threads"],
             *(f"{case[stage]['p50_ms'] * 1e3:.0f}" for stage in ("total", "crop", "map_back", "by_hand")),
             *_ratio_cells(case["crop_over_by_hand"]),
             f"{case['peak_kb']:.0f}",
@@ -163,7 +164,17 @@ def _crop_path(record: Record) -> Iterable[str]:
         )
         for case in record.measured["cases"]
     ]
-    columns = ("boxes", "crop", "total", "crop stage", "map back", "by hand", "crop / by hand", "95% interval")
+    columns = (
+        "boxes",
+        "crop",
+        "threads",
+        "total",
+        "crop stage",
+        "map back",
+        "by hand",
+        "crop / by hand",
+        "95% interval",
+    )
     yield markdown_table((*columns, "peak kB a call", "kB left by calls"), rows)
 
 

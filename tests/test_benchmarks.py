@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import table
-from benchmarks.command import checked_threads, finish, run
+from benchmarks.command import finish, run
 from benchmarks.compare_engines import Comparison, compare, print_comparison
 from benchmarks.crop_path import CropPath, Scene, crops_by_hand, measure_crop_path, print_crop_path, stage_turns
 from benchmarks.engines import OPENVINO, ORT, Candidate, LeftOut, bf16_blocker, candidates_from_bundle, openvino_ready
@@ -21,6 +21,7 @@ from benchmarks.faces import varied_crops
 from benchmarks.profile_batches import Profile, print_profile, profile_bundle, profile_file
 from benchmarks.record import RESULTS, Record, median_of, read_record, read_records, record_from, write_record
 from benchmarks.start import Start, measure_start, print_start, run_process, summaries_from_samples
+from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BackendError, InputError, KpError
 from kp_runtime.frame import as_frame
 from kp_runtime.geometry import matrices_from_boxes
@@ -77,7 +78,7 @@ def comparison(crops: np.ndarray) -> Comparison:
 
 def small_scenes() -> list[Scene]:
     frame = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
-    return [Scene(frame, faces, 20, 32) for faces in (1, 9)]
+    return [Scene(frame, faces, 20, 32, threads) for faces, threads in ((1, 1), (9, 2))]
 
 
 def test_docs_show_the_results() -> None:

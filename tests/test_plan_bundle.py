@@ -54,7 +54,9 @@ def test_a_failed_build_leaves_the_bundle_and_its_log(copied: Path) -> None:
 
 def test_what_is_missing_is_named(copied: Path) -> None:
     trt = tensorrt_double("11.4.0")
-    with pytest.raises(BackendError, match=r"has no model\.int8-trt\.onnx to build the plan from; make it with: kp export .* --int8"):
+    with pytest.raises(
+        BackendError, match=r"has no model\.int8-trt\.onnx to build the plan from; make it with: kp export .* --int8"
+    ):
         add_plan(copied, "int8", trt=trt, device=ORIN)
     with pytest.raises(ExportError, match="must be one of fp32, fp16, int8, got 'bf16'"):
         add_plan(copied, "bf16", trt=trt, device=ORIN)

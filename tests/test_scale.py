@@ -34,7 +34,7 @@ def stages_record(**ms: float) -> Record:
     known = {"decode": 2.0, "detect": 60.0, "crop": 0.5, "network": 8.0} | ms
     cases = [
         case("decode", "H.264 720p", known["decode"], size=10_000.0),
-        case("detect", "YuNet 720p", known["detect"]),
+        case("detect", "own 720p", known["detect"]),
         *(case("crop", "112 px", known["crop"] * n, n) for n in (1, 8)),
         *(case("network", "int8", known["network"] * n, n) for n in (1, 8)),
     ]
@@ -78,7 +78,7 @@ def test_a_gpu_that_was_measured_has_its_row() -> None:
 
 def test_what_a_frame_costs() -> None:
     costs = Costs(stages_record())
-    way = Way("H.264 720p", "YuNet 720p", 30, 4, 2)
+    way = Way("H.264 720p", "own 720p", 30, 4, 2)
     assert costs.stages(way) == pytest.approx({"decode": 2, "detect": 2, "crop": 4, "network": 64})
     gpu = dataclasses.replace(way, host_only=True)
     assert costs.stages(gpu)["network"] == 0
@@ -153,6 +153,7 @@ def test_what_cannot_be_measured_is_left_out(
     planned = list(cases_of(open_backend(bundle, "ort-cpu", threads=1), None, tmp_path, left_out))
     assert [(p.stage, p.what, p.faces) for p in planned] == [
         ("decode", "JPEG 120p", 0),
+        ("detect", "own 120p", 0),
         ("detect", "Haar 120p", 0),
         *((stage, what, faces) for faces in (1, 8) for stage, what in (("crop", "64 px"), ("network", "fp32"))),
     ]
