@@ -11,7 +11,6 @@ import typer
 
 from kp_cli.options import (
     CHECKOUT_DETECTOR,
-    DEFAULT_BUNDLE,
     ELSE_DEFAULT,
     Json,
     PublicKey,
@@ -126,7 +125,7 @@ def _write_triton(bundle: Path, repository: Path, tell: bool) -> dict[str, Any]:
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's folder.")] = DEFAULT_BUNDLE,
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle's folder; " + ELSE_DEFAULT)] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(metavar="PATH", help="Your own labelled faces; scikit-image's when left out. Repeatable."),
@@ -151,6 +150,7 @@ def verify(
     from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
 
+    bundle = bundle_or_default(bundle)
     spec, signature = Manifest.read(bundle).spec, signature_state(bundle)
     sources = [parse_source(text, spec.points) for text in data or []]
     faces = faces_from_sources(sources, spec) if sources else bundled_faces(spec)
@@ -171,7 +171,7 @@ def verify(
 
 
 def plan(
-    bundle: Annotated[Path, typer.Argument(help="A bundle with ONNX files.")] = DEFAULT_BUNDLE,
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle with ONNX files; " + ELSE_DEFAULT)] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8: the ONNX file that is built.")] = "fp16",
     min_batch: Annotated[int, typer.Option(help="Fewest faces a call.")] = 1,
     opt_batch: Annotated[int, typer.Option(help="The batch size that kernels are chosen for.")] = 8,
@@ -189,6 +189,7 @@ def plan(
     from kp_export.plan_bundle import add_plan
     from kp_export.plan_from_onnx import PlanOptions
 
+    bundle = bundle_or_default(bundle)
     options = PlanOptions(
         min_batch, opt_batch, max_batch, workspace_mib, version_compatible, hardware_compatible, dla_core
     )

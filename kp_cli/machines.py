@@ -46,8 +46,12 @@ def bench(
         str,
         typer.Option(help="tensorrt, ort-tensorrt, ort-cuda or ort-cpu; auto takes each file's best that works here."),
     ] = "auto",
-    seconds: Annotated[float, typer.Option(min=0.0, help="Least time that each case is measured.")] = 3.0,
-    samples: Annotated[int, typer.Option(min=1, help="Least number of samples of each case.")] = 200,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="Least time that each case is measured; 3 when left out.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Least number of samples of each case; 200 when left out.")
+    ] = None,
     threads: Threads = None,
     cores: Cores = None,
     detector: Detector = "auto",
@@ -80,14 +84,21 @@ def bench(
 
     if compare is None and (new or anyway):
         raise InputError("--with and --compare-anyway go with --compare OLD")
-    if new and any((photo, batch, precision, threads, cores, out, detector != "auto", backend != "auto")):
+    given = (bundle, photo, batch, precision, seconds, samples, threads, cores, out)
+    if new and (detector != "auto" or backend != "auto" or any(value is not None for value in given)):
         raise InputError("--with measures nothing: it goes with --compare, --compare-anyway, --html and --json alone")
     old = results_from_file(compare) if compare else None
     if new:
         result = results_from_file(new)
     else:
         settings = BenchSettings(
-            tuple(batch or (1, 8)), seconds, samples, threads, tuple(precision or ()), cores, backend
+            tuple(batch or BenchSettings.batches),
+            BenchSettings.seconds if seconds is None else seconds,
+            BenchSettings.samples if samples is None else samples,
+            threads,
+            tuple(precision or ()),
+            cores,
+            backend,
         )
         with share_progress() as step:
             admit = gate(old, anyway)

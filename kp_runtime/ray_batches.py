@@ -28,7 +28,7 @@ import numpy as np
 
 from kp_runtime.cores import usable_cores
 from kp_runtime.detect import Detector
-from kp_runtime.errors import BackendError, DataError, InputError, KpError, MissingExtraError
+from kp_runtime.errors import BackendError, DataError, InputError, KpError, MissingExtraError, reason_of
 from kp_runtime.frame import import_cv2
 from kp_runtime.interchange import LabelledFace, parquet_table
 from kp_runtime.photos import predict_photo
@@ -93,7 +93,8 @@ def predict_batches(
     """Finds the keypoints of all faces on photos, or goes on with it.
 
     Args:
-        photos: the photos; every machine of a cluster must see them, and `out`, under the same names.
+        photos: the photos; every machine of a cluster must see them, and `out`, under the same paths. In the
+            results they have their whole paths.
         out: the folder of the results.
         tools: what each actor opens.
         settings: what decides the results, as plain data; a run goes on only with the same ones.
@@ -107,7 +108,7 @@ def predict_batches(
         InputError: a photo twice, or `out` holds results of other settings.
     """
     ray = _ray()
-    names = [str(photo) for photo in photos]
+    names = [str(photo.absolute()) for photo in photos]
     if len(set(names)) < len(names):
         raise InputError("a photo is named twice; name each one once")
     _same_settings(out, settings)
@@ -138,9 +139,9 @@ def predict_batches(
 class _Predictor:
     """An actor: photos' names in, a row a photo out."""
 
-    def __init__(self, tools: Tools, folder: str) -> None:
+    def __init__(self, tools: Tools) -> None:
         import_cv2().setNumThreads(tools.cpus)
-        self.tools, self.folder = tools, Path(folder)
+        self.tools = tools
         self.model, self.detector = tools.model(), tools.detector()
 
     def __call__(self, batch: Any) -> Any:
@@ -154,7 +155,7 @@ class _Predictor:
         tools = self.tools
         try:
             found = predict_photo(
-                self.model, self.folder / name, detector=self.detector, looks=tools.looks, mirror=tools.mirror
+                self.model, Path(name), detector=self.detector, looks=tools.looks, mirror=tools.mirror
             ).keypoints
         except (KpError, OSError) as error:
             return {"image": name, "error": " ".join(str(error).split()), "boxes": [], "keypoints": []}
@@ -186,7 +187,7 @@ def _run(ray: Any, photos: int, out: Path, tools: Tools) -> None:
         rows = rows.repartition(target_num_rows_per_block=max(4, min(1024, photos // 100)))
         rows = rows.map_batches(
             _Predictor,
-            fn_constructor_args=(tools, str(Path.cwd())),
+            fn_constructor_args=(tools,),
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(min_size=1, max_size=most),
             num_cpus=tools.cpus,
@@ -203,6 +204,8 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
     if path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(before, dict):
+                raise ValueError("no JSON object")
         except ValueError as error:
             raise DataError(f"{path} can't be read ({error}); begin anew with another --out") from error
         if odd := [
@@ -229,8 +232,14 @@ def _marks(out: Path) -> list[Path]:
 
 def _done(out: Path) -> set[str]:
     """The photos that are marked as done."""
-    pq = importlib.import_module("pyarrow.parquet")
-    return {name for path in _marks(out) for name in pq.read_table(path, columns=["image"])["image"].to_pylist()}
+    pa, pq = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    done: set[str] = set()
+    for path in _marks(out):
+        try:
+            done.update(pq.read_table(path, columns=["image"])["image"].to_pylist())
+        except (pa.ArrowException, KeyError) as error:
+            raise DataError(f"{path} can't be read ({reason_of(error)}); begin anew with another --out") from error
+    return done
 
 
 def _collect(out: Path, names: Sequence[str], before: int, stopped: bool) -> BatchResult:
@@ -261,14 +270,17 @@ def _collect(out: Path, names: Sequence[str], before: int, stopped: bool) -> Bat
 @contextlib.contextmanager
 def _told(out: Path, photos: int, step: Step) -> Iterator[None]:
     """Tells `step` how far Ray is, each time that it has marked more."""
-    pq = importlib.import_module("pyarrow.parquet")
+    pa, pq = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     over = threading.Event()
 
     def look() -> None:
         seen: dict[Path, int] = {}
         told = 0
         while not over.wait(0.2):
-            seen |= {path: pq.read_metadata(path).num_rows for path in _marks(out) if path not in seen}
+            for path in _marks(out):
+                if path not in seen:
+                    with contextlib.suppress(OSError, pa.ArrowException):  # still being written
+                        seen[path] = pq.read_metadata(path).num_rows
             if (done := sum(seen.values())) > told:
                 step(done, photos)
                 told = done

@@ -189,7 +189,9 @@ def test_two_photos_of_one_name_are_not_mixed_up(
         (("bench", "{bundle}", "--precision", "int8"), "no ONNX file or TensorRT plan of precision int8, only fp32"),
         (("bench", "{bundle}", "--with", "x"), "go with --compare OLD"),
         (("bench", "{bundle}", "--compare-anyway"), "go with --compare OLD"),
-        (("bench", "{bundle}", "--compare", "x", "--with", "y", "--batch", "1"), "--with measures nothing"),
+        (("bench", "{bundle}", "--compare", "x", "--with", "y"), "--with measures nothing"),
+        (("bench", "--compare", "x", "--with", "y", "--batch", "1"), "--with measures nothing"),
+        (("bench", "--compare", "x", "--with", "y", "--samples", "7"), "--with measures nothing"),
         (("bench", "{bundle}", "--compare", "nowhere.json"), "nowhere.json can't be read"),
         (("bench", "{bundle}", "--compare", "{bundle}/manifest.json"), "is no results file of kp bench"),
         (("inspect", "nowhere"), "is not a bundle"),
@@ -306,7 +308,7 @@ def test_bench_of_two_files_measures_nothing(
     capsys: pytest.CaptureFixture[str], bench_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kp_runtime.bench.run_bench", None)
-    words = ("bench", "nowhere", "--compare", bench_file, "--with", bench_file, "--html", tmp_path / "p.html")
+    words = ("bench", "--compare", bench_file, "--with", bench_file, "--html", tmp_path / "p.html")
     status, out, _ = kp(capsys, *words)
     assert status == 0
     for text in ("network alone", "stages of a photo", "fresh processes", "against the older results", "interleaved"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_runtime import BackendError, InputError, load
+from kp_runtime import BackendError, DataError, InputError, load, ray_batches
 from kp_runtime.interchange import faces_from_file
 from kp_runtime.photos import photos_from_paths, predict_photo, write_results
 from kp_runtime.ray_batches import Tools, predict_batches
@@ -157,3 +158,44 @@ def test_no_cluster_is_one_line(photos: list[Path], bundle: Path, tmp_path: Path
 def test_a_photo_twice(photos: list[Path], bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="named twice"):
         predict_batches(photos[:1] * 2, tmp_path, Tools(lambda: load(bundle), Boxes), {}, step=lambda done, count: None)
+
+
+def never(done: int, count: int) -> None:
+    raise AssertionError("nothing was to be done")
+
+
+def test_a_photo_of_the_same_name_elsewhere_is_another(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done is remembered by whole paths: without Ray, from marks like its own."""
+    out, listed = tmp_path / "out", []
+    tools = Tools(partial(load, bundle, "ort-cpu", 1), Boxes)
+    monkeypatch.setattr(ray_batches, "_write_list", lambda names, out: listed.extend(names))
+    monkeypatch.setattr(ray_batches, "_cluster", lambda ray, address: contextlib.nullcontext())
+    monkeypatch.setattr(ray_batches, "_run", lambda *args: mark(out, listed))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        result = predict_batches([Path("x.jpg")], out, tools, {}, step=lambda done, count: None)
+        assert (result.done, result.before) == (1, 0)
+    assert listed == [str(tmp_path / "a" / "x.jpg"), str(tmp_path / "b" / "x.jpg")]
+    assert predict_batches([Path("x.jpg")], out, tools, {}, step=never).before == 1
+
+
+def mark(out: Path, names: list[str]) -> None:
+    """Results and marks of photos without a face, as a run leaves them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for folder in (out / "photos", out / "state" / "done"):
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = [{"image": name, "error": None, "boxes": [], "keypoints": []} for name in names[-1:]]
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{len(names)}.parquet")
+
+
+@pytest.mark.parametrize(("name", "text"), [("settings.json", "[]"), ("done/a.parquet", "")])
+def test_a_damaged_state(name: str, text: str, bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "state" / "done").mkdir(parents=True)
+    (tmp_path / "state" / name).write_text(text)
+    with pytest.raises(DataError, match=f"{Path(name).name} can't be read .*; begin anew with another --out"):
+        predict_batches([Path("x.jpg")], tmp_path, Tools(lambda: load(bundle), Boxes), {}, step=never)
