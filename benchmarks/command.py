@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, Record, write_record
-from kp_cli.report import print_table
+from kp_cli.report import one_line_errors, print_table
 from kp_runtime.cores import usable_cores
-from kp_runtime.errors import InputError, KpError
+from kp_runtime.errors import InputError
 
 __all__ = [
     "finish",
@@ -73,9 +73,6 @@ def with_made_part(text: str, begin: str, end: str, made: str) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a benchmark; a `KpError` becomes one line on stderr and exit status 1."""
-    try:
+    """Runs a benchmark; errors become one line on stderr and exit status 1."""
+    with one_line_errors("benchmarks"):
         main()
-    except KpError as error:
-        print("benchmarks: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(1)

@@ -1,4 +1,4 @@
-"""The calls that `benchmarks.gpu` times, each checked before it is timed.
+"""The calls that `benchmarks.gpu` times, each compared with PyTorch on the CPU before it is timed.
 
 Each maker returns a `Ready`, whose `run` comes back when the GPU is done, or raises what the engine
 raises. Makers take a device's name, so that the tests run PyTorch's and ONNX Runtime's on a CPU; **none of
@@ -8,7 +8,7 @@ them has been run on a GPU yet.**
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ Keypoints = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Ready:
-    """A call whose result was checked.
+    """A call whose result was compared.
 
     Attributes:
         run: does the work `repeats` times and returns when all of it is done.
@@ -317,14 +317,17 @@ def kp_network(
 def kp_end_to_end(
     bundle: Path, backend: str, frame: NDArray[np.uint8], boxes_xyxy: NDArray[np.float64], wanted: Keypoints
 ) -> Ready:
-    """`kp_runtime` from a frame in the host's memory to keypoints of the frame."""
+    """`kp_runtime` from a frame in the host's memory to keypoints of the frame; `wanted` are PyTorch's."""
     model = load(bundle, backend)
     model.warmup(len(boxes_xyxy))
 
     def run() -> Keypoints:
         return model(frame, boxes_xyxy).xy
 
-    return Ready(run, distance_px=float(np.linalg.norm(run() - wanted, axis=-1).max()))
+    found, matrices = run(), matrices_from_boxes(boxes_xyxy, model.spec.size, model.spec.margin)
+    seen, expected = (apply_matrix(matrices, xy).astype(np.float32) for xy in (found, wanted))
+    ready = _checked(run, seen, expected, model.backend.report.precision.partition("-")[0])
+    return replace(ready, distance_px=float(np.linalg.norm(found - wanted, axis=-1).max()))
 
 
 def torch_end_to_end(
@@ -337,7 +340,10 @@ def torch_end_to_end(
     *,
     compiled: bool,
 ) -> Ready:
-    """The plain way: upload, grey, `grid_sample` (which averages nothing), the network in fp16, download."""
+    """The plain way: upload, grey, `grid_sample`, the network in fp16, download.
+
+    Its crops are others, since it averages nothing; how far its keypoints are off is told, and nothing is refused.
+    """
     import torch
     from torch.nn import functional as F
 

@@ -11,7 +11,7 @@ except ImportError:
     sys.exit("kp: the command needs typer and rich, which are not installed; run: pip install 'kp-edge[cli]'")
 
 from kp_cli import bundles, faces, machines, training
-from kp_runtime.errors import KpError
+from kp_cli.report import fail, one_line_errors
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -40,19 +40,12 @@ app.command()(machines.doctor)
 
 
 def main() -> None:
-    """Runs the command; a `KpError` becomes one line on stderr and exit status 1."""
+    """Runs the command; errors that a user can do something about become one line on stderr and exit status 1."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see kp_runtime.backend_ort.import_onnxruntime
     try:
-        app()
-    except KpError as error:
-        _fail(str(error))
+        with one_line_errors("kp"):
+            app()
     except ImportError as error:
         tools = "kp-edge-tools " if (error.name or "").partition(".")[0] in ("kp_train", "kp_export") else ""
-        _fail(f"this command needs a package that is not here ({error}); run: pip install {tools}'kp-edge[export]'")
-    except OSError as error:
-        _fail(f"{error.filename or 'the system'}: {error.strerror or error}")
-
-
-def _fail(text: str) -> None:
-    print("kp: " + " ".join(text.split()), file=sys.stderr)
-    sys.exit(1)
+        wanted = f"pip install {tools}'kp-edge[export]'"
+        fail("kp", f"this command needs a package that is not here ({error}); run: {wanted}")

@@ -7,11 +7,11 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
-from kp_runtime.errors import BundleError
+from kp_runtime.errors import BundleError, KpError
 from kp_runtime.spec import DetectorManifest
 
 __all__ = [
@@ -104,6 +104,23 @@ def frames_progress(text: str, total: int | None) -> Iterator[Callable[[int], No
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as bar:
         task, begin = bar.add_task(text, total=total, rate=0.0), time.perf_counter()
         yield lambda frames: bar.update(task, completed=frames, rate=frames / (time.perf_counter() - begin))
+
+
+@contextlib.contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Ends the program with one line on stderr and exit status 1 at a `KpError`, or at an error of the system."""
+    try:
+        yield
+    except KpError as error:
+        fail(program, str(error))
+    except OSError as error:
+        fail(program, f"{error.filename or 'the system'}: {error.strerror or error}")
+
+
+def fail(program: str, text: str) -> NoReturn:
+    """Prints one line on stderr and exits with 1."""
+    print(f"{program}: " + " ".join(text.split()), file=sys.stderr)
+    sys.exit(1)
 
 
 def print_json(value: Any) -> None:

@@ -304,7 +304,8 @@ def _anchor(name: str, place: Any, origin: str) -> tuple[float, float]:
             f"or the mean of {', '.join(n for n, indices in ANCHORS.items() if len(indices) > 1)}"
         )
     numbers = list(place) if isinstance(place, (list, tuple, np.ndarray)) else []
-    if len(numbers) != 2 or not all(isinstance(v, (int, float)) and abs(v) <= _FARTHEST for v in numbers):
+    real = all(isinstance(v, (int, float, np.integer, np.floating)) and not isinstance(v, bool) for v in numbers)
+    if len(numbers) != 2 or not real or not all(abs(v) <= _FARTHEST for v in numbers):
         raise InputError(f"{origin}: the anchor {name} must be [x, y] in pixels of the picture, got {place!r}")
     return float(numbers[0]), float(numbers[1])
 

@@ -53,7 +53,7 @@ class Track:
     Attributes:
         id: the same number as long as the face is followed.
         box_xyxy: `(4,)` float64, where the points were looked for, pixels of the image.
-        xy: `(68, 2)` float32, pixels of the image, smoothed where the tracker smooths.
+        xy: `(points, 2)` float32, pixels of the image, smoothed where the tracker smooths.
         lost_score: `disagreement` of the two looks; above the tracker's limit the face is lost.
     """
 
@@ -246,7 +246,7 @@ def disagreement(
     """Mean distance between the points of two looks, in longer sides of the first look's box.
 
     Args:
-        xy: `(n, 68, 2)` of the first look, pixels of the image.
+        xy: `(n, points, 2)` of the first look, pixels of the image.
         second_xy: the same of the second.
         boxes_xyxy: `(n, 4)` of the first.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
+from kp_cli.report import one_line_errors
 from kp_runtime.detect import HaarDetector, YuNetDetector, map_from_pairs
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points, overlaps
@@ -54,4 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("fit_box_maps"):
+        main()

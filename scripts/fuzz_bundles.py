@@ -7,6 +7,7 @@ reads them, and checks what it got. A case raises a `KpError` or returns.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -88,6 +89,40 @@ def bundle_case(folder: Path) -> Case:
             victim.write_bytes(mutated_bytes(rng, data))
         model = load(bundle, threads=1)
         assert np.allclose(model.backend.infer(np.zeros((1, 1, 64, 64), np.uint8)), want)
+
+    return case
+
+
+def detector_case(folder: Path) -> Case:
+    """A face detector's bundle: its manifest, and its files with the manifest made to fit them."""
+    import shutil
+
+    from kp_runtime.center_detector import CenterDetector
+    from kp_runtime.spec import DetectorManifest
+
+    shutil.copytree(ROOT / "engines/face-detector", folder / "b")
+    page, bundle = folder / "b/manifest.json", folder / "b"
+    document = json.loads(page.read_text(encoding="utf-8"))
+    names = [name for name, entry in document["files"].items() if entry["kind"] in ("onnx", "golden")]
+    whole = {name: (bundle / name).read_bytes() for name in names}
+    image = np.random.default_rng(0).integers(0, 256, (48, 64), np.uint8)
+
+    def case(rng: random.Random) -> None:
+        if rng.random() < 0.6:
+            page.write_bytes(mutated_document(rng, document))
+            DetectorManifest.read(bundle)
+            return
+        name = rng.choice(names)
+        data = mutated_bytes(rng, whole[name])
+        try:
+            (bundle / name).write_bytes(data)
+            entry = document["files"][name] | {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+            page.write_text(json.dumps(document | {"files": document["files"] | {name: entry}}), encoding="utf-8")
+            boxes = CenterDetector(bundle, threads=1)(image)
+            assert boxes.ndim == 2
+            assert np.isfinite(boxes).all()
+        finally:
+            (bundle / name).write_bytes(whole[name])
 
     return case
 

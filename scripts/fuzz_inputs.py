@@ -250,6 +250,64 @@ def _points_csv(folder: Path) -> str:
     return "image," + ",".join(f"v{i}" for i in range(136)) + f"\na.png,{numbers}\na.png,{numbers}\n"
 
 
+def labels_case(folder: Path) -> Case:
+    """Labels of every format that kp convert reads."""
+    from kp_runtime.interchange import LabelledFace, faces_from_file, faces_to_file
+    from kp_train.synthetic import mean_shape
+
+    xy = (mean_shape() * 10 + 20).astype(np.float32)
+    faces = [LabelledFace(f"{name}.png", xy, np.array([5.0, 5, 40, 40]), (48, 40)) for name in "ab"]
+    suffixes = {"coco": "json", "csv": "csv", "parquet": "parquet", "pts": "pts"}
+    kinds = list(suffixes)
+    paths = {kind: folder / f"labels.{suffix}" for kind, suffix in suffixes.items()}
+    for kind, path in paths.items():
+        faces_to_file(faces[:1] if kind == "pts" else faces, path, kind)
+    seeds = {kind: path.read_bytes() for kind, path in paths.items()}
+
+    def case(rng: random.Random) -> None:
+        kind = rng.choice(kinds)
+        if kind == "coco":
+            data = mutated_document(rng, json.loads(seeds[kind]))
+        elif kind == "parquet":
+            data = mutated_bytes(rng, seeds[kind])
+        else:
+            data = mutated_text(rng, seeds[kind].decode(), ",\n" if kind == "csv" else " \n")
+        paths[kind].write_bytes(data)
+        found = faces_from_file(paths[kind], kind)
+        assert all(face.xy.shape == (68, 2) and np.isfinite(face.xy).all() for face in found)
+        if rng.random() < 0.2:
+            faces_to_file(found, folder / "again.csv", "csv")
+
+    return case
+
+
+def effect_case(folder: Path) -> Case:
+    """An effect of one's own: its TOML and its picture, put on a face."""
+    import cv2
+
+    from kp_runtime.effects import picture_from_toml
+    from kp_train.synthetic import drawn_face
+
+    image, xy = drawn_face(np.random.default_rng(0), (96, 80))
+    picture = cv2.imencode(".png", np.full((12, 16, 4), 128, np.uint8))[1].tobytes()
+    names = ("left_eye_0", "right_eye_0", "mouth")
+    path, places = folder / "effect.toml", [2.0, 3.0, 13.5, 3.0, 8.0, 11.0]
+
+    def case(rng: random.Random) -> None:
+        what, numbers = rng.randrange(3), list(places)
+        for _ in range(rng.choice((0, 1, 2)) if what == 0 else 0):
+            numbers[rng.randrange(6)] = hostile_number(rng)
+        anchors = (f"{name} = [{numbers[2 * i]}, {numbers[2 * i + 1]}]" for i, name in enumerate(names))
+        text = "\n".join(('image = "a.png"', f'map = "{rng.choice(("mesh", "similarity"))}"', "[anchors]", *anchors))
+        (folder / "a.png").write_bytes(mutated_bytes(rng, picture) if what == 1 else picture)
+        path.write_bytes(mutated_text(rng, text, " \n=,") if what == 2 else text.encode())
+        drawn = picture_from_toml(path)(image, xy[None])
+        assert drawn.shape == image.shape
+        assert drawn.dtype == np.uint8
+
+    return case
+
+
 def pts_case(folder: Path) -> Case:
     """An iBUG .pts file."""
     from kp_train.data import read_pts

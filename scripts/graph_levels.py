@@ -10,7 +10,7 @@ run on one thread.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from kp_cli.report import one_line_errors
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
@@ -88,5 +89,23 @@ def measure(photo: Path, bundle: Path) -> None:
             print(f"{name:16} {median:8.2f} ms  x {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})", flush=True)
 
 
+def main() -> None:
+    """Runs one of the commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    for name, run, files in (
+        ("record", record, ("out", "photo", "bundle")),
+        ("compare", compare, ("here", "there")),
+        ("time", measure, ("photo", "bundle")),
+    ):
+        command = commands.add_parser(name, help=run.__doc__)
+        command.set_defaults(run=run)
+        for file in files:
+            command.add_argument(file, type=Path)
+    args = vars(parser.parse_args())
+    args.pop("run")(**args)
+
+
 if __name__ == "__main__":
-    {"record": record, "compare": compare, "time": measure}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    with one_line_errors("graph_levels"):
+        main()

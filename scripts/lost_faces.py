@@ -27,7 +27,7 @@ import numpy as np
 import skimage
 from rich.progress import track
 
-from kp_cli.report import print_table
+from kp_cli.report import one_line_errors, print_table
 from kp_export.evaluate import held_out_faces
 from kp_runtime.detect import YuNetDetector
 from kp_runtime.frame import Frame
@@ -221,4 +221,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("lost_faces"):
+        main()

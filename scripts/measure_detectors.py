@@ -21,9 +21,10 @@ import cv2
 import numpy as np
 from rich.progress import track
 
-from kp_cli.report import print_table
+from kp_cli.report import one_line_errors, print_table
 from kp_runtime.center_detector import CenterDetector
 from kp_runtime.detect import HaarDetector, YuNetDetector
+from kp_runtime.errors import InputError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_train.data import is_held_out, luma_from_file, parse_source
@@ -81,6 +82,8 @@ def main() -> None:
     cv2.setNumThreads(1)
     faces = [face for source in map(parse_source, args.data) for face in source.faces]
     faces = [face for face in faces if args.held_out is None or is_held_out(face.person, args.held_out)]
+    if not faces:
+        raise InputError("no face is left to measure on; name other data, or a larger share with --held-out")
     detectors: dict[str, Callable[[Frame], np.ndarray]] = {"Haar": HaarDetector()}
     if args.yunet:
         detectors["YuNet"] = YuNetDetector(args.yunet)
@@ -120,4 +123,5 @@ def others(boxes: np.ndarray, truth: np.ndarray) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("measure_detectors"):
+        main()

@@ -24,7 +24,7 @@ import numpy as np
 import skimage.data
 
 from kp_cli.options import open_detector
-from kp_cli.report import print_table
+from kp_cli.report import one_line_errors, print_table
 from kp_runtime.detect import Detector
 from kp_runtime.pipeline import Model, load
 from kp_runtime.track import Tracker, TrackerSettings
@@ -200,4 +200,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("measure_video"):
+        main()

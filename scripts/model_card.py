@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kp_cli.report import one_line_errors
 from kp_runtime.errors import KpError
 from kp_runtime.spec import Manifest
 
@@ -117,4 +118,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("model_card"):
+        main()

@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from kp_cli.report import one_line_errors
 from kp_export.evaluate import evaluate, open_model
+from kp_runtime.errors import InputError
 from kp_train.checkpoint import CHECKPOINT_NAME, has_begun
 from kp_train.config import recipe
 from kp_train.data import Source, is_held_out, parse_source
@@ -119,6 +121,19 @@ def table(results: list[dict[str, Any]], names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def change_from_text(text: str) -> tuple[str, Any]:
+    """A setting and its value, of `NAME=JSON`.
+
+    Raises:
+        InputError: no JSON behind the name.
+    """
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError as error:
+        raise InputError(f"--change takes NAME=JSON, such as beta=0.02 or 'augment=\"light\"', got {text!r}") from error
+
+
 def main() -> None:
     """Runs the parts that were asked for, and prints the table of what is finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,7 +150,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     sources = [parse_source(text) for text in args.data]
-    changes = {name: json.loads(value) for name, _, value in (text.partition("=") for text in args.change)}
+    changes = dict(map(change_from_text, args.change))
     runs = ideas(args.idea_epochs) if args.part != "final" else []
     runs += final(args.epochs, args.seeds, changes, args.photos) if args.part != "ideas" else []
     results = []
@@ -147,4 +162,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("train_reference"):
+        main()

@@ -70,6 +70,16 @@ def test_anchors_land_on_the_face(picture: Picture, degrees: float, scale: float
     assert (np.linalg.det(matrix[:, :2]) < 0) == mirror
 
 
+def test_places_of_numpy() -> None:
+    bgra, names = np.zeros((9, 9, 4), np.uint8), ("left_eye", "right_eye", "mouth")
+    places = np.array([[2, 2], [7, 2], [4, 8]])
+    for numbers in (places, places.astype(np.float32), places.tolist()):
+        effect = Picture(bgra, dict(zip(names, numbers, strict=True)))
+        assert np.array_equal(effect.picture_xy, places)
+    with pytest.raises(InputError, match=r"the anchor mouth must be \[x, y\]"):
+        Picture(bgra, dict(zip(names, [[2, 2], [7, 2], [True, 8]], strict=True)))
+
+
 @pytest.mark.parametrize("mirror", [False, True])
 def test_what_is_drawn_is_where_the_anchors_are(mirror: bool) -> None:
     """Dots at the anchors of a picture are found again, by their centres of mass, where the face has these points."""

@@ -46,6 +46,7 @@ from kp_runtime.backend import BACKENDS
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.gpu_code import gpu_code_from_library
+from kp_runtime.pipeline import load
 from kp_runtime.preprocess_cuda import CropKernels
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import save_checkpoint
@@ -212,10 +213,11 @@ def test_our_backends(bundle: Path, crops: np.ndarray) -> None:
     with pytest.raises(BackendError, match="ort-cpu takes no crops in the device's memory"):
         kp_network(bundle, "ort-cpu", crops, tiny_keypoints(crops))
     boxes = np.array([[20.0, 20, 80, 80]])
-    model_xy = kp_end_to_end(bundle, "ort-cpu", FRAME, boxes, np.zeros((1, 68, 2), np.float32)).run()
-    assert isinstance(model_xy, np.ndarray)
-    ready = kp_end_to_end(bundle, "ort-cpu", FRAME, boxes, model_xy + np.float32([3, 4]))
-    assert ready.distance_px == pytest.approx(5, abs=1e-3)
+    model_xy = load(bundle, "ort-cpu")(FRAME, boxes).xy
+    ready = kp_end_to_end(bundle, "ort-cpu", FRAME, boxes, model_xy + np.float32([0.03, 0.04]))
+    assert ready.distance_px == pytest.approx(0.05, abs=1e-3)
+    with pytest.raises(BackendError, match="wrong: a keypoint is"):
+        kp_end_to_end(bundle, "ort-cpu", FRAME, boxes, model_xy + 1)
 
 
 def test_our_backends_on_the_device(crops: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import train_reference
 
+from kp_runtime.errors import InputError
 from kp_train.synthetic import write_csv_source
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -55,3 +56,9 @@ def test_every_idea_is_a_valid_setting() -> None:
     assert len({run.name for run in runs}) == len(runs) > 10
     for run in runs:
         train_reference.recipe("default", **run.changes)
+
+
+def test_a_change_that_is_none() -> None:
+    assert train_reference.change_from_text("beta=0.02") == ("beta", 0.02)
+    with pytest.raises(InputError, match=r"--change takes NAME=JSON, .* got 'beta'"):
+        train_reference.change_from_text("beta")
