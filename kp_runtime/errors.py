@@ -33,8 +33,6 @@ __all__ = [
     "ParityError",
     "SchemaError",
     "SignatureError",
-    "missing_or_broken",
-    "reason_of",
 ]
 
 
