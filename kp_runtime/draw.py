@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kp_runtime.frame import import_cv2
+from kp_runtime.errors import InputError
+from kp_runtime.frame import bgr_copy, import_cv2
 from kp_runtime.scheme68 import CONTOURS, POINTS
 
-__all__ = ["draw_boxes", "draw_keypoints"]
+__all__ = ["draw_keypoints", "put_boxes", "put_keypoints"]
 
 _SHIFT = 4  # OpenCV's drawing takes positions in sixteenths of a pixel
 _LINE, _POINT = (208, 224, 64), (255, 255, 255)
@@ -17,22 +18,35 @@ _LINE, _POINT = (208, 224, 64), (255, 255, 255)
 def draw_keypoints(
     image: NDArray[np.uint8], xy: ArrayLike, *, lines: bool = True, color: tuple[int, int, int] = _LINE
 ) -> NDArray[np.uint8]:
-    """Draws contours and points.
+    """Draws contours and points on a copy of an image.
 
     Args:
-        image: `(h, w, 3)` uint8 BGR, or grey `(h, w)`; not changed.
+        image: `(h, w, 3)` uint8 BGR, with a fourth channel that is left out, or grey; not changed.
         xy: `(n, 68, 2)` float, pixels of the image; `n` may be 0. Of another number of points, only points are drawn.
         lines: draw the contours too.
         color: of the contours, BGR.
 
     Returns:
         `(h, w, 3)` uint8 BGR, a new array.
+
+    Raises:
+        ImageError: not an image.
+        InputError: not points, or points that are not finite.
     """
-    cv2 = import_cv2()
-    canvas = cv2.cvtColor(image, cv2.COLOR_GRAY2BGR) if image.ndim == 2 else image[:, :, :3].copy()
-    points = np.asarray(xy, np.float64)
+    canvas = bgr_copy(image)
+    put_keypoints(canvas, xy, lines=lines, color=color)
+    return canvas
+
+
+def put_keypoints(
+    canvas: NDArray[np.uint8], xy: ArrayLike, *, lines: bool = True, color: tuple[int, int, int] = _LINE
+) -> None:
+    """Draws contours and points on `(h, w, 3)` uint8 BGR itself; see `draw_keypoints`."""
+    cv2, points = import_cv2(), np.asarray(xy, np.float64)
     if points.size == 0:
-        return canvas
+        return
+    if points.ndim not in (2, 3) or points.shape[-1] != 2 or not np.isfinite(points).all():
+        raise InputError(f"keypoints must be finite numbers (n, {POINTS}, 2), got shape {points.shape}")
     for face in points.reshape(-1, *points.shape[-2:]):
         # no thicker on a face that is larger than the picture
         extent = min(float(np.ptp(face, axis=0).max()), max(canvas.shape))
@@ -44,15 +58,12 @@ def draw_keypoints(
         radius = max(1.0, extent / 110)
         for x, y in fixed.tolist():
             cv2.circle(canvas, (x, y), round(radius * 2**_SHIFT), _POINT, -1, cv2.LINE_AA, _SHIFT)
-    return canvas
 
 
-def draw_boxes(image: NDArray[np.uint8], boxes_xyxy: ArrayLike) -> NDArray[np.uint8]:
-    """Draws boxes `(n, 4)` on a copy of a BGR image."""
+def put_boxes(canvas: NDArray[np.uint8], boxes_xyxy: ArrayLike) -> None:
+    """Draws boxes `(n, 4)`, finite pixels, on `(h, w, 3)` uint8 BGR itself."""
     cv2 = import_cv2()
-    canvas = image.copy()
     for box in np.asarray(boxes_xyxy, np.float64).reshape(-1, 4):
         x0, y0, x1, y1 = np.rint(np.clip(box, -(2**20), 2**20)).astype(int).tolist()
         width = max(1, round(min(x1 - x0, canvas.shape[1]) / 150))
         cv2.rectangle(canvas, (x0, y0), (x1, y1), (96, 96, 240), width, cv2.LINE_AA)
-    return canvas

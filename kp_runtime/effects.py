@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.errors import ImageError, InputError, MissingExtraError
-from kp_runtime.frame import as_frame, import_cv2
+from kp_runtime.frame import bgr_copy, import_cv2
 from kp_runtime.geometry import apply_matrix, invert_matrix
 from kp_runtime.point_maps import is_mirrored, mesh_positions, similarity_from_points, triangles_from_points
 from kp_runtime.scheme68 import CONTOURS, POINTS, REGIONS, mean_shape, point_names
@@ -122,7 +122,7 @@ class Picture:
             ImageError: not an image.
             InputError: not points of faces.
         """
-        canvas = _canvas(image)
+        canvas = bgr_copy(image)
         for face in _faces(xy):
             self._draw(canvas, face)
         return canvas
@@ -200,7 +200,7 @@ class Blur:
             ImageError: not an image.
             InputError: not points of faces.
         """
-        canvas = _canvas(image)
+        canvas = bgr_copy(image)
         for face in _faces(xy):
             self._hide(canvas, face_outline(face))
         return canvas
@@ -317,14 +317,6 @@ def _check_spread(xy: NDArray[np.float64], origin: str) -> None:
     along, across = np.linalg.svd(xy - xy.mean(axis=0), compute_uv=False)
     if across <= _THIN * along:
         raise InputError(f"{origin}: the anchors lie on one line; add one beside it, such as mouth or nose_base_2")
-
-
-def _canvas(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A copy of an image, `(h, w, 3)` uint8 BGR."""
-    frame = as_frame(image)
-    if frame.layout == "gray":
-        return np.repeat(frame.data[:, :, None], 3, axis=2)
-    return frame.data[:, :, :3].copy()
 
 
 def _faces(xy: ArrayLike) -> NDArray[np.float64]:

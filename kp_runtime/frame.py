@@ -25,6 +25,7 @@ __all__ = [
     "Frame",
     "Scratch",
     "as_frame",
+    "bgr_copy",
     "check_layout",
     "image_from_bytes",
     "image_from_file",
@@ -175,6 +176,18 @@ def as_frame(image: Frame | NDArray[Any], layout: str = "bgr") -> Frame:
     if image.ndim == 3 and image.shape[2] in (3, 4):
         return Frame(image, layout + ("a" if image.shape[2] == 4 else ""))
     raise ImageError(f"an image must be (h, w), (h, w, 3) or (h, w, 4), got shape {image.shape}")
+
+
+def bgr_copy(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy of an image that `as_frame` takes as BGR or grey, `(h, w, 3)` uint8 BGR.
+
+    Raises:
+        ImageError: as `as_frame`.
+    """
+    frame = as_frame(image)
+    if frame.layout == "gray":
+        return np.repeat(frame.data[:, :, None], 3, axis=2)
+    return frame.data[:, :, :3].copy()
 
 
 def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.detect import Detector
-from kp_runtime.draw import draw_boxes, draw_keypoints
+from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.errors import ImageError, InputError
-from kp_runtime.frame import IMAGE_SUFFIXES, image_from_file, import_cv2
+from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
 from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
 from kp_runtime.pipeline import Model
@@ -99,7 +99,9 @@ def predict_photo(
     keypoints = model(image, boxes_xyxy, timer=timer, looks=looks, mirror=mirror)
     if drawn is not None:
         if draw is None:
-            picture = draw_keypoints(draw_boxes(image, keypoints.boxes_xyxy), keypoints.xy)
+            picture = bgr_copy(image)
+            put_boxes(picture, keypoints.boxes_xyxy)
+            put_keypoints(picture, keypoints.xy)
         else:
             picture = draw(image, keypoints.xy)
         cv2 = import_cv2()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.draw import draw_boxes, draw_keypoints
+from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.effects import Effect
 from kp_runtime.errors import BackendError, ImageError, KpError
 from kp_runtime.frame import import_cv2
@@ -162,14 +162,15 @@ class Window:
 
 def draw_tracks(image: NDArray[np.uint8], tracks: Sequence[Track]) -> NDArray[np.uint8]:
     """Boxes, ids and points on a copy of a `(h, w, 3)` uint8 BGR image."""
+    cv2, canvas = import_cv2(), image.copy()
     if not tracks:
-        return image.copy()
-    cv2 = import_cv2()
-    canvas = draw_boxes(image, [track.box_xyxy for track in tracks])
+        return canvas
+    put_boxes(canvas, [track.box_xyxy for track in tracks])
     for track in tracks:
         x, y = np.rint(np.clip(track.box_xyxy[:2], -(2**20), 2**20)).astype(int).tolist()
         cv2.putText(canvas, str(track.id), (x, y - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (96, 96, 240), 2, cv2.LINE_AA)
-    return draw_keypoints(canvas, np.stack([track.xy for track in tracks]))
+    put_keypoints(canvas, np.stack([track.xy for track in tracks]))
+    return canvas
 
 
 def draw_effect(effect: Effect) -> Callable[[NDArray[np.uint8], Sequence[Track]], NDArray[np.uint8]]:

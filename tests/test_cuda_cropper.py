@@ -95,7 +95,7 @@ def test_streams_of_other_libraries(driver: DriverDouble, rng: np.random.Generat
 
 def test_a_frame_on_another_device(driver: DriverDouble) -> None:
     frame = DeviceFrame(1, (10, 10), 10, "gray", device_id=1)
-    with pytest.raises(ImageError, match=r"frame is on CUDA device 1, its crops are cut on 0; .*CUDA_VISIBLE_DEVICES=1"):
+    with pytest.raises(ImageError, match=r"on CUDA device 1, its crops are cut on 0; .*CUDA_VISIBLE_DEVICES=1"):
         CudaCropper(cubin=b"cubin").crops_from_frame(frame, np.zeros((1, 2, 3)), SIZE, 1, 0)
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kp_runtime.draw import draw_boxes, draw_keypoints
+from kp_runtime.draw import draw_keypoints, put_boxes
+from kp_runtime.errors import InputError
 from kp_train.synthetic import mean_shape
 
 FACE = mean_shape() * 60 + (100, 120)
@@ -31,7 +32,7 @@ def test_contours_can_be_left_out_and_coloured(image: np.ndarray) -> None:
     assert (points[:, :, 0] == points[:, :, 2]).all()
 
 
-@pytest.mark.parametrize("shape", [(240, 200), (240, 200, 3), (240, 200, 4)])
+@pytest.mark.parametrize("shape", [(240, 200), (240, 200, 1), (240, 200, 3), (240, 200, 4)])
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_any_image_and_any_number_of_faces(shape: tuple[int, ...], n: int) -> None:
     image = np.full(shape, 40, np.uint8)
@@ -48,8 +49,15 @@ def test_tiny_and_huge_faces(scale: float, image: np.ndarray) -> None:
 
 
 def test_boxes(image: np.ndarray) -> None:
-    drawn = draw_boxes(image, [[20, 30, 120, 150], [-1e9, -5, 1e9, 500]])
+    drawn = image.copy()
+    put_boxes(drawn, [[20, 30, 120, 150], [-1e9, -5, 1e9, 500]])
     assert (drawn[30, 20:121] != 40).any(axis=1).all()
     assert (drawn[60:140, 40:100] == 40).all()
+    put_boxes(image, [])
     assert (image == 40).all()
-    assert np.array_equal(draw_boxes(image, []), image)
+
+
+@pytest.mark.parametrize("points", [FACE * np.nan, FACE * np.inf, FACE[:, :1], FACE[0]])
+def test_points_that_are_none(points: np.ndarray, image: np.ndarray) -> None:
+    with pytest.raises(InputError, match="keypoints must be finite numbers"):
+        draw_keypoints(image, points)
