@@ -140,7 +140,7 @@ def first_place(tmp_path_factory: pytest.TempPathFactory, astronaut: Path) -> Pa
     _write_pts(place / "photos_68")
     for name in ("examples", "scripts", "packaging"):
         (place / name).symlink_to(ROOT / name)
-    for bundle in ("engines/resnet18-68", "engines/resnet18-68-lite"):
+    for bundle in ("engines/resnet18-68", "engines/resnet18-68-lite", "engines/face-detector"):
         shutil.copytree(ROOT / bundle, place / bundle)
     shutil.copytree(place / "engines" / "resnet18-68", place / "out" / "resnet18-68", copy_function=os.link)
     return place

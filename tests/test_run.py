@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,8 @@ import numpy as np
 import pytest
 
 from kp_cli.report import frames_progress
+from kp_runtime.video import run_video
+from kp_runtime.video_source import FileSource, FolderSource
 from tests.test_cli import kp
 from tests.test_video import folder_of_frames, levels, one_face, sinks_for, video
 
@@ -146,9 +149,6 @@ def test_progress_tells_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_parquet_holds_what_json_lines_hold(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    from kp_runtime.video import run_video
-    from kp_runtime.video_source import FolderSource
-
     source = FolderSource(folder_of_frames(tmp_path / "frames"))
     run = run_video(source, one_face(), sinks_for(source, tmp_path, "jsonl", "parquet"))
     lines = [json.loads(line) for line in run.files[0].read_text().splitlines()]
@@ -160,6 +160,19 @@ def test_parquet_holds_what_json_lines_hold(tmp_path: Path) -> None:
         assert (row["time"], row["frame"], row["track"]) == (line["time"], line["frame"], line["track"])
         for name in ("box_xyxy", "keypoints_xy", "lost_score"):
             np.testing.assert_allclose(row[name], line[name], rtol=1e-6)
+
+
+def test_a_run_without_a_frame_leaves_an_older_result_alone(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    source, stop = FileSource(video(tmp_path / "a.avi", 5)), threading.Event()
+    formats = "avi", "jsonl", "parquet"
+    first = run_video(source, one_face(), sinks_for(source, tmp_path, *formats))
+    before = {path: path.read_bytes() for path in first.files}
+    assert len(before) == 3
+    stop.set()
+    assert run_video(source, one_face(), sinks_for(source, tmp_path, *formats), stop=stop).files == ()
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_parquet_file_without_faces_is_whole(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ TESTS = Path(__file__).resolve().parent
 ALLOWED = {"cv2", "kp_runtime", "numpy", "onnx", "onnxruntime", "pytest", "kp_train.synthetic"}
 """What the lean environments of noxfile.py have; kp_train.synthetic draws faces with OpenCV alone."""
 
-NOT_OF_THE_RUN_TIME = {"test_readme.py", "test_runtime_list.py"}
+NOT_OF_THE_RUN_TIME = {"test_imports.py", "test_readme.py", "test_runtime_list.py"}
 """These need no package, and test nothing that runs on a board."""
 
 

@@ -447,19 +447,6 @@ def test_drawing_leaves_the_frame_alone_and_shows_the_id() -> None:
     assert draw_tracks(image, []) is not image
 
 
-def test_a_run_without_a_frame_leaves_an_older_result_alone(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
-    source, stop = FileSource(video(tmp_path / "a.avi", 5)), threading.Event()
-    formats = "avi", "jsonl", "parquet"
-    first = run_video(source, one_face(), sinks_for(source, tmp_path, *formats))
-    before = {path: path.read_bytes() for path in first.files}
-    assert len(before) == 3
-    stop.set()
-    assert run_video(source, one_face(), sinks_for(source, tmp_path, *formats), stop=stop).files == ()
-    assert {path: path.read_bytes() for path in before} == before
-    assert not list(tmp_path.glob(".*"))
-
-
 def test_a_sink_that_can_not_be_opened_leaves_nothing_of_the_others(tmp_path: Path) -> None:
     with pytest.raises(KpError, match=r"can't write the video .*of 90000 x 16 px"):
         open_sinks(["jsonl", "mp4"], tmp_path, "wide", rate=30, size_hw=(16, 90_000), live=False)
