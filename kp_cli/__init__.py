@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 
 app.command()(training.train)
+app.command()(training.refit)
 app.command()(training.train_detector)
 app.command("eval")(training.evaluate)
 app.command()(bundles.export)

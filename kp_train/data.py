@@ -223,12 +223,20 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         faces: the labelled faces.
         spec: the contract: size, margin and what a box is.
         augment: how crops are varied; `None` gives the plain crop of the run-time.
+        boxes_xyxy: `(n, 4)` boxes of the faces, pixels of the images; those of their points when None.
     """
 
-    def __init__(self, faces: Sequence[Face], spec: ModelSpec, augment: Augment | None = None) -> None:
+    def __init__(
+        self,
+        faces: Sequence[Face],
+        spec: ModelSpec,
+        augment: Augment | None = None,
+        boxes_xyxy: NDArray[np.float64] | None = None,
+    ) -> None:
         self.faces = faces
         self.spec = spec
         self.augment = augment
+        self._boxes = boxes_xyxy
         self._lumas = [luma_from_file(face.image) for face in faces]
 
     def __len__(self) -> int:
@@ -244,7 +252,10 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def _item(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         luma, xy, spec = self._lumas[index], self.faces[index].xy, self.spec
-        box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(xy)
+        if self._boxes is not None:
+            box = self._boxes[index]
+        else:
+            box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(xy)
         jitter = self.augment.draw_jitter((luma.shape[0], luma.shape[1])) if self.augment else {}
         matrix = matrices_from_boxes(box[None], spec.size, spec.margin, **jitter)[0]
         image = tv_tensors.Image(torch.from_numpy(crop_from_luma(luma, matrix, spec.size))[None])

@@ -1,0 +1,229 @@
+"""The last layer of a trained network solved anew, in closed form, on boxes as they come in use.
+
+Training sees boxes that err by more than most detectors' do, and its last layer answers for all of them. Here the
+layers below stay as they are, and the last one becomes the best linear map from their 512 features to the points:
+ridge regression (Hoerl and Kennard 1970) towards the weights that training found, re-weighted a few times so
+that it is the mean distance that falls and not its square (iteratively re-weighted least squares). Half a minute of
+looking at each face does what epochs of small steps did not.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kp_runtime.errors import DataError, InputError, KpError
+from kp_runtime.frame import Frame
+from kp_runtime.geometry import boxes_from_points, overlaps
+from kp_runtime.spec import Manifest
+from kp_train.augment import augment_from_name, mirror_from_pairs
+from kp_train.checkpoint import CHECKPOINT_NAME, has_begun, load_checkpoint, save_checkpoint
+from kp_train.data import Face, FaceDataset, Source, is_held_out, luma_from_file
+from kp_train.metrics import nme_unit
+from kp_train.model import KeypointNet
+
+__all__ = ["Refit", "refit", "solved_head"]
+
+Boxes = Callable[[Frame], NDArray[np.float64]]
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+
+EXACT, FOUND, JITTERED = "keypoints", "detector", "jittered"
+"""Boxes that each face is seen in: of its points, of the detector, and as in training."""
+
+STRENGTHS = (1e-1, 1e-2, 1e-3)
+"""Pulls towards the old weights, in mean squares of the features; held-out faces choose."""
+
+_ROUNDS = 6
+_LEAST = 0.01  # an NME under which a face counts no more
+_SAME = 0.25  # overlap from which on a detector's box is of the labelled face
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What a refit did.
+
+    Attributes:
+        strength: that was chosen.
+        faces: that it was solved on, each in all kinds of boxes.
+        before: NME of held-out faces with the old last layer, by kind of box, a fraction.
+        after: the same with the new one.
+    """
+
+    strength: float
+    faces: int
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Faces in one kind of box: features `(n, 513)` float64, the last one 1; points `(n, k, 2)` px of the crop."""
+
+    features: Tensor
+    xy: Tensor
+    unit: Tensor
+    weight: Tensor
+
+
+def refit(
+    bundle: Path,
+    sources: Sequence[Source],
+    run: Path,
+    detector: Boxes,
+    *,
+    track: Callable[[str], Track] = lambda text: lambda items: items,
+) -> Refit:
+    """Solves the last layer of a bundle's checkpoint anew and writes the result as a run's checkpoint.
+
+    Args:
+        bundle: what was trained; people whom its manifest holds out are not solved on, and choose the strength.
+        sources: labelled faces, counted by their weights.
+        run: the folder to write.
+        detector: finds boxes `(n, 4)` on a grey frame.
+        track: gives a text's wrapper of long loops.
+
+    Raises:
+        BundleError, IntegrityError: no checkpoint there.
+        InputError: the model sees whole photos.
+        DataError: no faces to solve on or to choose by, or an image can't be read.
+        KpError: `run` holds a run, or no strength is better than the old weights.
+    """
+    net, manifest = load_checkpoint(bundle)
+    if has_begun(run) or (run / CHECKPOINT_NAME).exists():
+        raise KpError(f"{run} already holds a run; name another folder with --out")
+    if manifest.spec.box != "keypoints":
+        raise InputError("this model sees whole photos, not face boxes; kp refit is for models of face crops")
+    fraction, config = _held_out_fraction(bundle, manifest), manifest.training["config"]
+    mirror = mirror_from_pairs(config.get("pairs", ""), net.points)
+    faces = [(face, s.weight) for s in sources for face in s.faces if not is_held_out(face.person, fraction)]
+    others = [(face, 1.0) for s in sources for face in s.faces if is_held_out(face.person, fraction)]
+    if not faces or not others:
+        raise DataError(
+            f"{len(faces)} faces to solve on and {len(others)} of held-out people to choose by; give the data that the "
+            "model was trained on"
+        )
+    body = copy.deepcopy(net.backbone)
+    head, body.fc = body.fc, nn.Identity()
+    looker = _Looker(net, body.eval(), manifest, detector, track)
+    jitter = augment_from_name("faces", mirror)
+    solved_on = [looker.exact(faces), looker.found(faces), looker.exact(faces, jitter)]
+    held_out = {EXACT: looker.exact(others), FOUND: looker.found(others), JITTERED: looker.exact(others, jitter)}
+    old = torch.cat([head.weight, head.bias[:, None]], dim=1).detach().double()
+    before = {kind: _nme(net, seen, old) for kind, seen in held_out.items()}
+    best, strength, after = old, 0.0, before
+    for tried in STRENGTHS:
+        new = solved_head(net, old, solved_on, tried)
+        nme = {kind: _nme(net, seen, new) for kind, seen in held_out.items()}
+        if sum(nme.values()) < sum(after.values()):
+            best, strength, after = new, tried, nme
+    if best is old:
+        raise KpError("no last layer is better on the held-out faces than the one there is; nothing was written")
+    with torch.no_grad():
+        net.backbone.fc.weight.copy_(best[:, :-1])
+        net.backbone.fc.bias.copy_(best[:, -1])
+    result = Refit(strength, len(faces), before, after)
+    record = {
+        "start_sha256": manifest.files[CHECKPOINT_NAME].sha256,
+        "sources": [{"name": s.path.name, "sha256": s.sha256, "weight": s.weight} for s in sources],
+        **vars(result),
+    }
+    save_checkpoint(run, net, Manifest(spec=manifest.spec, training=manifest.training | {"refit": record}))
+    return result
+
+
+def solved_head(net: KeypointNet, old: Tensor, seen: Sequence[_Seen], strength: float) -> Tensor:
+    """Weights and bias `(2 * points, 513)` float64 that bring the mean NME down.
+
+    Args:
+        net: whose units the weights answer in.
+        old: weights that the new ones are pulled to.
+        seen: what to solve on.
+        strength: of the pull, times the mean square of a feature.
+    """
+    features, xy = torch.cat([s.features for s in seen]), torch.cat([s.xy for s in seen])
+    unit, weight = torch.cat([s.unit for s in seen]), torch.cat([s.weight for s in seen])
+    missing, count = net.encode(xy) - features @ old.T, len(features)
+    share, new = weight / unit**2, old
+    for _ in range(_ROUNDS):
+        share = share / share.mean()
+        weighted = (features * share[:, None]).T
+        square = weighted @ features / count
+        pull = strength * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
+        new = old + torch.linalg.solve(square + pull, weighted @ missing / count).T
+        # a squared distance over the distance is the distance; faces that fit, or never will, count less
+        share = weight / unit**2 / (_distances(net, features, xy, new) / unit + _LEAST)
+    return new
+
+
+def _distances(net: KeypointNet, features: Tensor, xy: Tensor, weights: Tensor) -> Tensor:
+    """Mean distance of each face's points, px of the crop."""
+    distances: Tensor = (net.decode(features @ weights.T) - xy).norm(dim=-1).mean(dim=1)
+    return distances
+
+
+def _nme(net: KeypointNet, seen: _Seen, weights: Tensor) -> float:
+    return float((_distances(net, seen.features, seen.xy, weights) / seen.unit).mean())
+
+
+def _held_out_fraction(bundle: Path, manifest: Manifest) -> float:
+    held_out, config = manifest.training.get("held_out"), manifest.training.get("config")
+    fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
+    if not isinstance(fraction, int | float) or not isinstance(config, dict):
+        raise DataError(f"the manifest of {bundle} does not say which people were held out; train it with kp train")
+    return float(fraction)
+
+
+class _Looker:
+    """Runs all but the last layer on faces."""
+
+    def __init__(
+        self, net: KeypointNet, body: nn.Module, manifest: Manifest, detector: Boxes, track: Callable[[str], Track]
+    ) -> None:
+        self._net, self._body, self._spec = net, body, manifest.spec
+        self._detector, self._track = detector, track
+
+    def exact(self, faces: Sequence[tuple[Face, float]], jitter: Any = None) -> _Seen:
+        """In the boxes of their points, or shaken from there."""
+        kept = FaceDataset([face for face, _ in faces], self._spec, jitter)
+        return self._seen(kept, [weight for _, weight in faces], JITTERED if jitter else EXACT)
+
+    def found(self, faces: Sequence[tuple[Face, float]]) -> _Seen:
+        """In the detector's boxes; faces that it misses are left out."""
+        kept, boxes = [], []
+        for face, weight in self._track("finding faces")(faces):
+            box = boxes_from_points(face.xy)
+            found = self._detector(Frame(luma_from_file(face.image), "gray"))
+            scores = overlaps(found, box[None])[:, 0] if len(found) else np.zeros(1)
+            if scores.max() > _SAME:
+                kept.append((face, weight))
+                boxes.append(found[scores.argmax()])
+        if not kept:
+            raise DataError(f"the detector found none of {len(faces)} faces; take another one")
+        shown = FaceDataset([face for face, _ in kept], self._spec, boxes_xyxy=np.stack(boxes))
+        return self._seen(shown, [weight for _, weight in kept], FOUND)
+
+    @torch.inference_mode()
+    def _seen(self, faces: FaceDataset, weights: Sequence[float], kind: str) -> _Seen:
+        features, points = [], []
+        starts = range(0, len(faces), _BATCH)
+        for start in self._track(f"looking, {kind}")(starts):
+            # a face's shaking depends on its place alone
+            batch = [
+                faces[i, i] if kind == JITTERED else faces[i] for i in range(start, min(start + _BATCH, len(faces)))
+            ]
+            crops = self._net.normalise(torch.stack([crop for crop, _ in batch]), torch.float32)
+            features.append(self._body(crops.contiguous(memory_format=torch.channels_last)).double())
+            points.append(torch.stack([xy for _, xy in batch]).double())
+        seen, xy = torch.cat(features), torch.cat(points)
+        unit = torch.from_numpy(nme_unit(xy.numpy()))
+        ones = torch.ones(len(seen), 1, dtype=torch.float64)
+        return _Seen(torch.cat([seen, ones], dim=1), xy, unit, torch.tensor(weights, dtype=torch.float64))

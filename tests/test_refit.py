@@ -1,0 +1,138 @@
+"""The last layer solved anew: the algebra by known answers, the command on drawn faces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kp_runtime.errors import BundleError, DataError, InputError, KpError
+from kp_runtime.frame import Frame
+from kp_runtime.geometry import boxes_from_points
+from kp_runtime.spec import Manifest, ModelSpec
+from kp_train.checkpoint import load_checkpoint, save_checkpoint
+from kp_train.config import TrainConfig
+from kp_train.data import Source, luma_from_file, read_source
+from kp_train.model import KeypointNet
+from kp_train.refit import _Seen, refit, solved_head
+from kp_train.synthetic import mean_shape, write_csv_source
+from tests.test_cli import kp
+
+TRAINING = {"config": TrainConfig(size=64).to_json(), "held_out": {"val_fraction": 0.3}}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return read_source(write_csv_source(tmp_path_factory.mktemp("faces"), people=30, each=2))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that answers the mean face, whatever it sees."""
+    torch.manual_seed(1)
+    net = KeypointNet(64).eval()
+    net.start_from_mean(torch.from_numpy(mean_shape() * 22 + 32).float())
+    folder = tmp_path_factory.mktemp("run")
+    save_checkpoint(folder, net, Manifest(ModelSpec("x", size=64), training=TRAINING))
+    return folder
+
+
+class Detector:
+    """Boxes of the points, off a little; of every tenth photo none."""
+
+    def __init__(self, source: Source) -> None:
+        self._boxes = {luma_from_file(f.image).tobytes(): boxes_from_points(f.xy) for f in source.faces[1:]}
+        self.asked = 0
+
+    def __call__(self, frame: Frame) -> np.ndarray:
+        self.asked += 1
+        box = self._boxes.get(frame.data.tobytes())
+        return np.empty((0, 4)) if box is None or self.asked % 10 == 0 else np.stack([box + 2, box + 500])
+
+
+def seen(features: torch.Tensor, xy: torch.Tensor) -> _Seen:
+    one = torch.ones(len(features), dtype=torch.float64)
+    return _Seen(torch.cat([features, one[:, None]], dim=1), xy, 20 * one, one)
+
+
+def test_a_linear_map_is_found() -> None:
+    """From points that are one, whatever the weights began with; a strong pull leaves these as they were."""
+    torch.manual_seed(0)
+    net = KeypointNet(64)
+    truth, old = torch.randn(136, 13, dtype=torch.float64), torch.zeros(136, 13, dtype=torch.float64)
+    data = seen(features := torch.randn(200, 12, dtype=torch.float64), torch.empty(0))
+    data = seen(features, net.decode(data.features @ truth.T))
+    assert torch.allclose(solved_head(net, old, [data], 1e-9), truth, atol=1e-5)
+    assert solved_head(net, old, [data], 1e9).abs().max() < 1e-6
+
+
+def test_faces_that_are_labelled_wrongly_hardly_count() -> None:
+    """A tenth of the faces lies far off: least squares would go a tenth of the way."""
+    torch.manual_seed(0)
+    net = KeypointNet(64)
+    truth, old = torch.randn(136, 4, dtype=torch.float64), torch.zeros(136, 4, dtype=torch.float64)
+    features = torch.randn(400, 3, dtype=torch.float64)
+    right = net.decode(seen(features, torch.empty(0)).features @ truth.T)
+    wrong = right.clone()
+    wrong[::10] += 30
+    found = solved_head(net, old, [seen(features, wrong)], 1e-9)
+    off = (net.decode(seen(features, right).features @ found.T) - right).norm(dim=-1)
+    assert off.max() < 1.5
+
+
+def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path) -> None:
+    result = refit(run, [source], tmp_path / "new", Detector(source))
+    assert all(result.after[kind] < 0.9 * result.before[kind] for kind in ("keypoints", "detector", "jittered"))
+    old, new = load_checkpoint(run), load_checkpoint(tmp_path / "new")
+    changed = {name for name, value in new[0].state_dict().items() if not torch.equal(value, old[0].state_dict()[name])}
+    assert changed == {"backbone.fc.weight", "backbone.fc.bias"}
+    record = new[1].training["refit"]
+    assert record["start_sha256"] == old[1].files["checkpoint.safetensors"].sha256
+    assert record["strength"] == result.strength
+    assert {k: v for k, v in new[1].training.items() if k != "refit"} == old[1].training
+    refit(run, [source], tmp_path / "again", Detector(source))
+    again = load_checkpoint(tmp_path / "again")[0].backbone.fc
+    assert torch.allclose(again.weight, new[0].backbone.fc.weight, atol=1e-4)  # threads add in any order
+    with pytest.raises(KpError, match="already holds a run; name another folder"):
+        refit(run, [source], tmp_path / "new", Detector(source))
+
+
+def test_what_can_not_be_refitted(source: Source, run: Path, tmp_path: Path) -> None:
+    detector, net = Detector(source), load_checkpoint(run)[0]
+    with pytest.raises(BundleError, match="there is no checkpoint at"):
+        refit(tmp_path / "nowhere", [source], tmp_path / "a", detector)
+    save_checkpoint(tmp_path / "frame", net, Manifest(ModelSpec("x", size=64, box="frame"), training=TRAINING))
+    with pytest.raises(InputError, match="this model sees whole photos"):
+        refit(tmp_path / "frame", [source], tmp_path / "a", detector)
+    save_checkpoint(tmp_path / "unknown", net, Manifest(ModelSpec("x", size=64)))
+    with pytest.raises(DataError, match="does not say which people were held out"):
+        refit(tmp_path / "unknown", [source], tmp_path / "a", detector)
+    one = Source(source.path, 1.0, source.faces[:1], source.sha256)
+    with pytest.raises(DataError, match="give the data that the model was trained on"):
+        refit(run, [one], tmp_path / "a", detector)
+    with pytest.raises(DataError, match="the detector found none of"):
+        refit(run, [source], tmp_path / "a", lambda frame: np.empty((0, 4)))
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_command(
+    source: Source,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("kp_cli.training.open_detector", lambda name, threads: Detector(source))
+    words = ("refit", run, "--data", source.path, "--out")
+    status, printed, _ = kp(capsys, *words, tmp_path / "a")
+    assert status == 0
+    assert "NME of held-out people" in printed
+    assert f"next: kp export {tmp_path / 'a'} --fp16" in printed
+    status, printed, _ = kp(capsys, *words, tmp_path / "b", "--json")
+    assert json.loads(printed)["after"].keys() == {"keypoints", "detector", "jittered"}
+    assert kp(capsys, *words, tmp_path / "b")[2] == (
+        f"kp: {tmp_path / 'b'} already holds a run; name another folder with --out\n"
+    )
