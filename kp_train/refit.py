@@ -136,7 +136,8 @@ def refit(
         "sources": [{"name": s.path.name, "sha256": s.sha256, "weight": s.weight} for s in sources],
         **vars(result),
     }
-    save_checkpoint(run, net, Manifest(spec=manifest.spec, training=manifest.training | {"refit": record}))
+    training = manifest.training | {"refit": record}
+    save_checkpoint(run, net, Manifest(spec=manifest.spec, training=training, licence=manifest.licence))
     return result
 
 

@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     net = KeypointNet(64).eval()
     net.start_from_mean(torch.from_numpy(mean_shape() * 22 + 32).float())
     folder = tmp_path_factory.mktemp("run")
-    save_checkpoint(folder, net, Manifest(ModelSpec("x", size=64), training=TRAINING))
+    save_checkpoint(folder, net, Manifest(ModelSpec("x", size=64), training=TRAINING, licence={"code": "MIT"}))
     return folder
 
 
@@ -92,6 +92,7 @@ def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path) -> None
     record = new[1].training["refit"]
     assert record["start_sha256"] == old[1].files["checkpoint.safetensors"].sha256
     assert record["strength"] == result.strength
+    assert new[1].licence == {"code": "MIT"}
     assert {k: v for k, v in new[1].training.items() if k != "refit"} == old[1].training
     refit(run, [source], tmp_path / "again", Detector(source))
     again = load_checkpoint(tmp_path / "again")[0].backbone.fc
