@@ -80,7 +80,7 @@ NOT_RUN = {
     "Needs the full data sets": Reason(r"--data|--calibration"),
     "Needs the network": Reason(r"pip install|make (demo|wheelhouse)"),
     "Takes hours": Reason(r"kp train|train_reference|make (fuzz|soak|nightly)"),
-    "Takes minutes": Reason(r"kp (export|bench|eval|tune)|make bench"),
+    "Takes minutes": Reason(r"kp (export|bench|eval|tune|refit)|make bench"),
 }
 """The titles of blocks that are not run."""
 
