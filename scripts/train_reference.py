@@ -3,9 +3,10 @@
     python scripts/train_reference.py --data training_frames_keypoints.csv --data photos_68 --out runs/reference
 
 Two parts: `ideas` (one change each against the base, at 112 px) and `final` (both models, three
-seeds each); after each run the Markdown table of all of them is written, by NME on the held-out people
-alone. Each run is a folder; one that is finished is kept, one that was cut off is resumed, so the same command goes on
-after a kill. The test rows are not read here: `kp eval` measures the chosen models on them at the end.
+seeds each, and each with its last layer solved anew, as `kp refit`); after each run the Markdown table of all of them
+is written, by NME on the held-out people alone. Each run is a folder; one that is finished is kept, one that was cut
+off is resumed, so the same command goes on after a kill. The test rows are not read here: `kp eval` measures the
+chosen models on them at the end.
 
 Made for a CUDA GPU (`--precision bf16-mixed --workers 14`); it runs on a CPU too, for days.
 """
@@ -14,21 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kp_cli.options import open_detector
 from kp_cli.report import one_line_errors
 from kp_export.evaluate import evaluate, open_model
-from kp_runtime.errors import InputError
+from kp_runtime.errors import InputError, KpError
 from kp_train.checkpoint import CHECKPOINT_NAME, has_begun
 from kp_train.config import recipe
 from kp_train.data import Source, is_held_out, parse_source
+from kp_train.refit import refit
 from kp_train.train import train
 
 VAL_FRACTION = 0.1
+MODELS = ("resnet18-68-lite", "resnet18-68")
 
 
 @dataclass(frozen=True)
@@ -74,9 +78,6 @@ def final(epochs: int, seeds: list[int], changes: dict[str, Any], photos: float)
 def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Trains a run, or goes on with it, and measures it on the held-out people of each source."""
     folder = out / run.name
-    measured = folder / "held_out.json"
-    if measured.is_file():
-        return json.loads(measured.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     if not (folder / CHECKPOINT_NAME).is_file():
         print(f"== {run.name}: {run.changes}", flush=True)
         config = recipe("default", precision=args.precision, val_fraction=VAL_FRACTION, **run.changes)
@@ -85,14 +86,36 @@ def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace)
             init=None if run.init is None else out / run.init, resume=has_begun(folder),
             devices="1", accelerator=args.accelerator, workers=args.workers, picture_every=50, progress=False,
         )  # fmt: skip
-    model = open_model(folder)
-    result: dict[str, Any] = {"run": run.name, "changes": run.changes, "photos": run.photos, "init": run.init}
-    for source in sources:
-        faces = [face for face in source.faces if is_held_out(face.person, VAL_FRACTION)]
-        if faces:
-            result[source.path.name] = evaluate(model, faces).accuracy.nme
-    measured.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return result
+    return measure(run, sources, folder)
+
+
+def finish_refit(run: Run, sources: list[Source], out: Path) -> dict[str, Any] | None:
+    """Solves the last layer of a finished run anew and measures that too; None where no last layer is better."""
+    model, _, seed = run.name.rpartition("-")
+    refitted = replace(run, name=f"{model}-refitted-{seed}")
+    folder = out / refitted.name
+    if not (folder / CHECKPOINT_NAME).is_file():
+        print(f"== {refitted.name}", flush=True)
+        try:
+            refit(out / run.name, weighted(sources, run.photos), folder, open_detector("auto"))
+        except KpError as error:
+            print(f"not refitted: {error}", flush=True)
+            return None
+    return measure(refitted, sources, folder)
+
+
+def measure(run: Run, sources: list[Source], folder: Path) -> dict[str, Any]:
+    """NME of a run on the held-out people of each source, once."""
+    measured = folder / "held_out.json"
+    if not measured.is_file():
+        model = open_model(folder)
+        result: dict[str, Any] = {"run": run.name, "changes": run.changes, "photos": run.photos, "init": run.init}
+        for source in sources:
+            faces = [face for face in source.faces if is_held_out(face.person, VAL_FRACTION)]
+            if faces:
+                result[source.path.name] = evaluate(model, faces).accuracy.nme
+        measured.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return json.loads(measured.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
 def weighted(sources: list[Source], photos: float) -> list[Source]:
@@ -112,7 +135,7 @@ def table(results: list[dict[str, Any]], names: list[str]) -> str:
         lines.append(
             f"| {result['run']} | {text} | " + " | ".join(f"{result.get(n, np.nan):.2%}" for n in names) + " |"
         )
-    for model in ("resnet18-68-lite", "resnet18-68"):
+    for model in [name + kind for name in MODELS for kind in ("", "-refitted")]:
         seeds = [r for r in results if r["run"].rpartition("-")[0] == model]
         if len(seeds) > 1:
             spread = [[r.get(name, np.nan) for r in seeds] for name in names]
@@ -156,6 +179,8 @@ def main() -> None:
     results = []
     for run in runs:
         results.append(finish(run, sources, args.out, args))
+        if run.name.rpartition("-")[0] in MODELS and (refitted := finish_refit(run, sources, args.out)):
+            results.append(refitted)
         text = table(results, [source.path.name for source in sources])
         (args.out / "runs.md").write_text(text, encoding="utf-8")
     print(text)

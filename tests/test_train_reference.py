@@ -28,17 +28,24 @@ def test_runs_are_measured_kept_and_put_in_a_table(
     monkeypatch.setattr(sys, "argv", command)
     train_reference.main()
     first = capsys.readouterr().out
-    names = ["resnet18-68-lite-7", "resnet18-68-7"]
+    names = ["resnet18-68-lite-7", "resnet18-68-lite-refitted-7", "resnet18-68-7", "resnet18-68-refitted-7"]
     for name in names:
         measured = json.loads((out / name / "held_out.json").read_text())
         assert f"| {name} |" in first
         assert f"{measured[data.name]:.2%}" in first
-    record = json.loads((out / names[1] / "run.json").read_text())
+    assert json.loads((out / names[1] / "manifest.json").read_text())["training"]["refit"]["faces"] > 0
+    record = json.loads((out / names[2] / "run.json").read_text())
     assert record["start"]["training"]["config"]["seed"] == 7  # began at the small model of its seed
     made = [(out / name / "checkpoint.safetensors").stat().st_mtime_ns for name in names]
     train_reference.main()  # everything is finished: nothing is trained again
     assert capsys.readouterr().out.endswith(first[first.index("| run |") :])
     assert made == [(out / name / "checkpoint.safetensors").stat().st_mtime_ns for name in names]
+
+
+def test_a_run_that_cannot_be_refitted_is_said_and_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_reference.finish_refit(train_reference.Run("resnet18-68-9"), [], tmp_path) is None
+    assert "not refitted: " in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_tells_the_spread_over_seeds() -> None:
