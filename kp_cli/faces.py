@@ -89,28 +89,34 @@ def predict(
         raise InputError(f"--box and --drawn go with one photo, got {len(paths)}")
     targets = [drawn or out / f"{path.stem}_keypoints.jpg" for path in paths]
     _check_targets(paths, targets)
+    if "pts" in (formats or []):
+        _check_labels(paths, out)
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load_model(model, tuned, backend, threads, public_key), StageTimer()
     finder = None if boxes is not None else open_detector(detector, threads=threads, public_key=public_key)
     if finder is not None:
         note_boxes(opened.spec)
     results, failed = [], []
-    for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
-        try:
-            results.append(
-                predict_photo(
-                    opened,
-                    path,
-                    detector=finder,
-                    boxes_xyxy=boxes,
-                    drawn=target,
-                    timer=timer,
-                    looks=looks,
-                    mirror=mirror,
+    stop = threading.Event()
+    with _stopped_by_signals(stop):
+        for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
+            if stop.is_set():
+                break
+            try:
+                results.append(
+                    predict_photo(
+                        opened,
+                        path,
+                        detector=finder,
+                        boxes_xyxy=boxes,
+                        drawn=target,
+                        timer=timer,
+                        looks=looks,
+                        mirror=mirror,
+                    )
                 )
-            )
-        except KpError as error:
-            failed.append(str(error))
+            except KpError as error:
+                failed.append(str(error))
     written = write_results(results, out, formats or ["json"]) if results else []
     if as_json:
         print_json(results_json(results))
@@ -121,8 +127,18 @@ def predict(
             print_times("stages of a photo", timer.summaries())
         for file in [*(p.drawn for p in results if p.drawn), *written][-8:]:
             typer.echo(file)
+    if stop.is_set():
+        note(f"stopped after {len(results) + len(failed)} of {len(paths)} photos; what is written is of these")
     if failed:
         raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
+    if stop.is_set():
+        raise typer.Exit(130)  # as a shell reports Ctrl-C
+
+
+def _check_labels(photos: list[Path], out: Path) -> None:
+    """Refuses to write `.pts` files where the photos have theirs: these may be labels."""
+    if out.resolve() in {path.resolve().parent for path in photos} and (labels := sorted(out.glob("*.pts"))):
+        raise InputError(f"{labels[0]} and its like lie beside the photos and may be labels; name another --out")
 
 
 def _check_targets(photos: list[Path], drawn: list[Path]) -> None:
@@ -159,6 +175,8 @@ def _predict_on_ray(
         "model": bundle.name, "manifest_sha256": sha256_of_file(manifest), "backend": backend, "detector": detector,
         "looks": looks, "mirror": mirror,
     }  # fmt: skip
+    if is_file:
+        settings["detector_sha256"] = sha256_of_file(Path(file) / "manifest.json" if kind == "own" else Path(file))
     tools = Tools(
         partial(load, bundle, backend, threads), partial(load_detector, detector, threads=threads), threads, gpus,
         looks, mirror,
@@ -251,9 +269,14 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Instead of points and boxes: " + EFFECT_NAMES)
     ] = None,
     smooth: Annotated[
-        bool, typer.Option("--smooth/--no-smooth", help="Steady the points (One-Euro); not for measurements.")
-    ] = True,
-    detect_every: Annotated[int, typer.Option(min=1, help="Frames between two looks for new faces.")] = 30,
+        bool | None,
+        typer.Option(
+            "--smooth/--no-smooth", help="Steady the points (One-Euro), not for measurements; with blur not, else so."
+        ),
+    ] = None,
+    detect_every: Annotated[
+        int | None, typer.Option(min=1, help="Frames between two looks for new faces; 1 with blur, else 30.")
+    ] = None,
     rate: Annotated[
         float | None, typer.Option("--fps", help="Frames a second of the source; what it says when left out.")
     ] = None,
@@ -261,8 +284,11 @@ def run(
         float, typer.Option(min=0.0, help="Seconds that a camera or stream which went away is opened anew.")
     ] = 60.0,
     smallest: Annotated[
-        float, typer.Option(min=0.02, max=1.0, help="The smallest face, as a share of the frame's shorter side.")
-    ] = 0.1,
+        float | None,
+        typer.Option(
+            min=0.02, max=1.0, help="The smallest face, a share of the frame's shorter side; 0.05 with blur, else 0.1."
+        ),
+    ] = None,
     detector: Detector = "auto",
     threads: Threads = None,
     tuned: Tuned = None,
@@ -296,8 +322,15 @@ def run(
     if opened.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
     note_boxes(opened.spec)
-    found = open_detector(detector, smallest=smallest, threads=threads, public_key=public_key)
-    settings = TrackerSettings(detect_every=detect_every, smooth=smooth)
+    hide = effect == "blur"  # then a face too many is better than one that is seen
+    found = open_detector(
+        detector, smallest=smallest or (0.05 if hide else 0.1), threads=threads, public_key=public_key
+    )
+    settings = TrackerSettings(
+        detect_every=detect_every or (1 if hide else 30),
+        smooth=not hide if smooth is None else smooth,
+        trust_detector=hide,
+    )
     tracker = watch.tracker(opened, found, settings) if watch else Tracker(opened, found, settings)
     frames = open_source(source, rate=rate, patience=patience, stop=stop, say=note)
     window = Window(frames.name) if show else None
@@ -322,7 +355,7 @@ def run(
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A .csv, .parquet or COCO .json file, a .pts file, or a folder of these.")
+        Path, typer.Argument(help="A .csv, .parquet, COCO .json or .pts file, or a folder of .pts files.")
     ],
     out: Annotated[Path, typer.Argument(help="The file to write, or a folder for .pts files.")],
     read_as: Annotated[

@@ -17,13 +17,14 @@ from kp_cli.options import (
     Looks,
     Mirror,
     Threads,
+    note,
     open_detector,
     signature_told,
     whole_detector_name,
 )
 from kp_cli.report import print_accuracy, print_groups, print_json, print_table, progress
 from kp_runtime.cores import checked_threads
-from kp_runtime.errors import InputError
+from kp_runtime.errors import BundleError, InputError
 
 
 class Recipe(str, enum.Enum):
@@ -138,14 +139,21 @@ def refit(
 
     if threads is not None:
         torch.set_num_threads(checked_threads(threads))
+    if not bundle.exists():
+        raise BundleError(f"there is no bundle or run at {bundle}")
     spec = Manifest.read(bundle if bundle.is_dir() else bundle.parent).spec
     sources = [parse_source(text, spec.points) for text in data]
-    result = run(bundle, sources, out, open_detector(detector, threads=threads), track=progress)
+    if spec.scheme == "own":
+        note(f"detectors give the box of 68 points, not of these {spec.points}: solved without a detector's boxes")
+    finder = None if spec.scheme == "own" else open_detector(detector, threads=threads)
+    result = run(bundle, sources, out, finder, track=progress)
     if as_json:
         print_json(dataclasses.asdict(result) | {"bundle": out})
         return
-    rows = [(kind, f"{result.before[kind]:.2%}", f"{nme:.2%}") for kind, nme in result.after.items()]
-    print_table("NME of held-out people", ("boxes", "before", "after"), rows)
+    rows = [
+        (kind, result.held_out[kind], f"{result.before[kind]:.2%}", f"{nme:.2%}") for kind, nme in result.after.items()
+    ]
+    print_table("NME of held-out people", ("boxes", "faces", "before", "after"), rows)
     typer.echo(f"checkpoint: {out}\nnext: kp export {out} --fp16")
 
 

@@ -36,12 +36,15 @@ from kp_runtime.spec import writing
 __all__ = [
     "FORMATS",
     "LabelledFace",
+    "as_text",
     "check_format",
     "faces_from_file",
     "faces_to_file",
     "format_of",
+    "image_beside",
     "is_header",
     "parquet_table",
+    "pts_files",
     "pts_from_text",
     "pts_text",
     "with_sizes",
@@ -208,16 +211,26 @@ def pts_text(xy: NDArray[np.floating]) -> str:
     return "\n".join(["version: 1", f"n_points: {len(lines)}", "{", *lines, "}", ""])
 
 
+def pts_files(folder: Path) -> list[Path]:
+    """The `.pts` files of a folder and of those in it, in order; cameras write suffixes in capitals."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".pts" and file.is_file())
+
+
+def image_beside(label: Path) -> Path | None:
+    """The photo that a `.pts` file is about: of its stem, in its folder; None where there is none."""
+    places = (label.with_suffix(s) for suffix in IMAGE_SUFFIXES for s in (suffix, suffix.upper()))
+    return next((place for place in places if place.is_file()), None)
+
+
 def _read_pts(path: Path) -> list[LabelledFace]:
     if path.is_file():
         return [_pts_face(path, path.stem)]
-    files = sorted(file for file in path.rglob("*.pts") if file.is_file())
-    return [_pts_face(file, file.relative_to(path).with_suffix("").as_posix()) for file in files]
+    return [_pts_face(file, file.relative_to(path).with_suffix("").as_posix()) for file in pts_files(path)]
 
 
 def _pts_face(file: Path, name: str) -> LabelledFace:
-    suffix = next((s for s in IMAGE_SUFFIXES if file.with_suffix(s).is_file()), "")
-    return LabelledFace(name + suffix, pts_from_text(_text(file), str(file)))
+    image = image_beside(file)
+    return LabelledFace(name + (image.suffix if image else ""), pts_from_text(_text(file), str(file)))
 
 
 def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
@@ -241,13 +254,20 @@ def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
 
 
 def _read_coco(path: Path) -> list[LabelledFace]:
+    text = _text(path)
     try:
-        document = json.loads(_text(path))
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is no JSON ({str(error)[:80]}); is it cut off?") from error
+    if isinstance(document, list):
+        raise DataError(
+            f"{path} is a list, as kp predict writes its own JSON, and no COCO file; "
+            "run kp predict with --format coco, csv or parquet instead"
+        )
+    try:
         images = {image["id"]: image for image in document["images"]}
         names = {c["id"]: c.get("keypoints") for c in document["categories"] if "keypoints" in c}
         annotations = list(document["annotations"])
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is no JSON ({str(error)[:80]}); is it cut off?") from error
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is no COCO keypoint file: it lacks {str(error)[:80]}") from error
     faces = []
@@ -321,8 +341,22 @@ def _read_csv(path: Path) -> list[LabelledFace]:
 
 
 def is_header(row: Sequence[str]) -> bool:
-    """Whether the first line of a CSV of faces is a header: where an image's name would be, nothing has a suffix."""
-    return not row or not Path(row[0]).suffix
+    """Whether the first line of a CSV of faces is a header: no image's name, or no coordinates behind it.
+
+    A name without a suffix is an image's where numbers follow that do not just count from 0, as a table's columns.
+    """
+    if not row or Path(row[0]).suffix:
+        return not row
+    counted = [str(i) for i in range(len(row) - 1)]
+    return not row[0].strip() or row[1:] == counted or not all(map(_is_number, row[1:]))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _write_csv(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
@@ -376,7 +410,7 @@ def parquet_table(faces: Sequence[LabelledFace]) -> Any:
     numbers = pa.list_(pa.float32())
     return pa.table(
         {
-            "image": pa.array([face.image for face in faces], pa.string()),
+            "image": pa.array([as_text(face.image) for face in faces], pa.string()),
             "face": pa.array(_face_numbers(faces), pa.int32()),
             "box": pa.array([None if f.box_xyxy is None else _rounded(f.box_xyxy) for f in faces], numbers),
             "keypoints": pa.array([_rounded(face.xy) for face in faces], numbers),
@@ -406,9 +440,14 @@ def _text(path: Path) -> str:
         raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
 
 
+def as_text(name: str) -> str:
+    """A file's name, which may be no text, as text."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _write(path: Path, text: str) -> Path:
     with writing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no text
+        temporary.write_text(as_text(text), encoding="utf-8")
     return path
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.detect import Detector
 from kp_runtime.draw import put_boxes, put_keypoints
-from kp_runtime.errors import ImageError, InputError
+from kp_runtime.errors import ImageError, InputError, KpError
 from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
 from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
@@ -140,7 +140,9 @@ def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) ->
         The paths written.
 
     Raises:
-        InputError, MissingExtraError: as `check_formats`; or two faces whose `.pts` files would have one name.
+        InputError, MissingExtraError: as `check_formats`.
+        KpError: a file can't be written, such as where two faces' `.pts` files would have one name; the other
+            formats are written.
     """
     check_formats(formats)
     faces = [
@@ -149,14 +151,19 @@ def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) ->
         for xy, box in zip(photo.keypoints.xy, photo.keypoints.boxes_xyxy, strict=True)
     ]
     written: list[Path] = []
-    # .pts first: two photos of one name end the command before anything is written
-    for name in sorted(set(formats) - {"json"}, key=lambda name: name != "pts"):
-        written += faces_to_file(faces, out / _PLACES[name], name)
-    if "json" in formats:
-        path = out / "keypoints.json"
-        with writing(path) as temporary:
-            temporary.write_text(json.dumps(results_json(photos), indent=1) + "\n", encoding="utf-8")
-        written.append(path)
+    errors: list[str] = []
+    for name in sorted(set(formats), key=FORMATS.index):
+        try:
+            if name == "json":
+                written.append(out / "keypoints.json")
+                with writing(written[-1]) as temporary:
+                    temporary.write_text(json.dumps(results_json(photos), indent=1) + "\n", encoding="utf-8")
+            else:
+                written += faces_to_file(faces, out / _PLACES[name], name)
+        except KpError as error:
+            errors.append(str(error))
+    if errors:
+        raise KpError("; ".join(errors))
     return written
 
 

@@ -30,7 +30,7 @@ from kp_runtime.cores import usable_cores
 from kp_runtime.detect import Detector
 from kp_runtime.errors import BackendError, DataError, InputError, KpError, MissingExtraError, reason_of
 from kp_runtime.frame import import_cv2
-from kp_runtime.interchange import LabelledFace, parquet_table
+from kp_runtime.interchange import LabelledFace, as_text, parquet_table
 from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 from kp_runtime.spec import writing
@@ -111,12 +111,15 @@ def predict_batches(
     names = [str(photo.absolute()) for photo in photos]
     if len(set(names)) < len(names):
         raise InputError("a photo is named twice; name each one once")
+    for name in names:
+        if name != as_text(name):
+            raise InputError(f"{as_text(name)} is no text in UTF-8, which Ray's tables need; rename the photo")
     _same_settings(out, settings)
     before = len(_done(out) & set(names))
     stopped = False
     if before < len(names):
         _write_list(names, out)
-        with _cluster(ray, address), _told(out, len(names), step):
+        with _cluster(ray, address), _told(out, set(names), step):
             try:
                 _run(ray, len(names) - before, out.resolve(), tools)
             except KeyboardInterrupt:
@@ -268,7 +271,7 @@ def _collect(out: Path, names: Sequence[str], before: int, stopped: bool) -> Bat
 
 
 @contextlib.contextmanager
-def _told(out: Path, photos: int, step: Step) -> Iterator[None]:
+def _told(out: Path, names: set[str], step: Step) -> Iterator[None]:
     """Tells `step` how far Ray is, each time that it has marked more."""
     pa, pq = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     over = threading.Event()
@@ -280,9 +283,9 @@ def _told(out: Path, photos: int, step: Step) -> Iterator[None]:
             for path in _marks(out):
                 if path not in seen:
                     with contextlib.suppress(OSError, pa.ArrowException):  # still being written
-                        seen[path] = pq.read_metadata(path).num_rows
+                        seen[path] = len(names & set(pq.read_table(path, columns=["image"])["image"].to_pylist()))
             if (done := sum(seen.values())) > told:
-                step(done, photos)
+                step(done, len(names))
                 told = done
 
     thread = threading.Thread(target=look, daemon=True)

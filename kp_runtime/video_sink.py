@@ -108,8 +108,8 @@ class VideoSink:
         if not self._writer.isOpened():
             self._temporary.unlink(missing_ok=True)
             raise KpError(
-                f"can't write the video {path} of {size_hw[1]} x {size_hw[0]} px; check the folder, or take another "
-                "--format"
+                f"can't write the video {path} of {size_hw[1]} x {size_hw[0]} px at {rate:g} frames/s; check the "
+                "folder, or take another rate or --format"
             )
 
     def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:

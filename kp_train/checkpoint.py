@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError
-from kp_runtime.spec import DetectorManifest, Manifest, file_entry, writing
+from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, Manifest, file_entry, writing
 from kp_train.detector_net import DetectorNet
 from kp_train.model import KeypointNet
 
@@ -30,6 +30,7 @@ __all__ = [
     "LAST_STATE",
     "SafetensorsIO",
     "check_finite",
+    "check_no_bundle",
     "check_start",
     "has_begun",
     "load_checkpoint",
@@ -160,8 +161,24 @@ def check_start(run: Path, resume: bool) -> None:
     begun = has_begun(run)
     if resume and not begun:
         raise KpError(f"there is nothing to resume in {run}: it has no {LAST_STATE}; leave out --resume")
-    if not resume and (begun or (run / CHECKPOINT_NAME).exists()):
+    if not resume and begun:
         raise KpError(f"{run} already holds a run; add --resume to go on with it, or name another folder with --out")
+    if not resume:
+        check_no_bundle(run)
+
+
+def check_no_bundle(out: Path) -> None:
+    """Checks that a folder can take a new bundle: none is there, and it can be written.
+
+    Raises:
+        KpError: a bundle is there, packed or not; or the folder can't be made.
+    """
+    if (out / MANIFEST_NAME).exists() or (out / CHECKPOINT_NAME).exists():
+        raise KpError(f"{out} already holds a bundle; name another folder with --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KpError(f"can't write into {out}: {error.strerror or error}; name another folder with --out") from error
 
 
 def check_finite(net: nn.Module, lr: float) -> None:

@@ -28,7 +28,7 @@ from torchvision import tv_tensors
 from kp_runtime.errors import DataError
 from kp_runtime.frame import IMAGE_SUFFIXES
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
-from kp_runtime.interchange import is_header, pts_from_text
+from kp_runtime.interchange import image_beside, is_header, pts_files, pts_from_text
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import ModelSpec, sha256_of_file
 from kp_train.augment import Augment
@@ -159,22 +159,17 @@ def _image_folder(path: Path, name: str) -> Path:
 
 
 def _read_pts_folder(path: Path, weight: float, points: int) -> Source:
-    labels = sorted(p for p in path.rglob("*.pts") if p.is_file())
+    labels = pts_files(path)
     if not labels:
         raise DataError(f"{path} has no .pts files in it or below it; give the folder that holds the labelled photos")
     digest = hashlib.sha256()
     faces = []
     for label in labels:
         digest.update(label.read_bytes())
-        faces.append(Face(_image_beside(label), read_pts(label, points)))
+        if (image := image_beside(label)) is None:
+            raise DataError(f"{label} has no image beside it (looked for {', '.join(IMAGE_SUFFIXES)})")
+        faces.append(Face(image, read_pts(label, points)))
     return Source(path, weight, tuple(faces), digest.hexdigest())
-
-
-def _image_beside(label: Path) -> Path:
-    for suffix in IMAGE_SUFFIXES:
-        if (image := label.with_suffix(suffix)).is_file():
-            return image
-    raise DataError(f"{label} has no image beside it (looked for {', '.join(IMAGE_SUFFIXES)})")
 
 
 def read_pts(path: Path, points: int = POINTS) -> NDArray[np.float32]:

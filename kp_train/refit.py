@@ -25,7 +25,7 @@ from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.spec import Manifest
 from kp_train.augment import augment_from_name, mirror_from_pairs
-from kp_train.checkpoint import CHECKPOINT_NAME, has_begun, load_checkpoint, save_checkpoint
+from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
 from kp_train.data import Face, FaceDataset, Source, is_held_out, luma_from_file
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
@@ -54,12 +54,14 @@ class Refit:
     Attributes:
         strength: that was chosen.
         faces: that it was solved on, each in all kinds of boxes.
+        held_out: held-out faces, by kind of box: those that the detector missed are not among its own.
         before: NME of held-out faces with the old last layer, by kind of box, a fraction.
         after: the same with the new one.
     """
 
     strength: float
     faces: int
+    held_out: dict[str, int]
     before: dict[str, float]
     after: dict[str, float]
 
@@ -78,7 +80,7 @@ def refit(
     bundle: Path,
     sources: Sequence[Source],
     run: Path,
-    detector: Boxes,
+    detector: Boxes | None,
     *,
     track: Callable[[str], Track] = lambda text: lambda items: items,
 ) -> Refit:
@@ -88,18 +90,17 @@ def refit(
         bundle: what was trained; people whom its manifest holds out are not solved on, and choose the strength.
         sources: labelled faces, counted by their weights.
         run: the folder to write.
-        detector: finds boxes `(n, 4)` on a grey frame.
+        detector: finds boxes `(n, 4)` of 68 points on a grey frame; None leaves that view out, as for a model of points
+            that lie in another box.
         track: gives a text's wrapper of long loops.
 
     Raises:
         BundleError, IntegrityError: no checkpoint there.
         InputError: the model sees whole photos.
         DataError: no faces to solve on or to choose by, or an image can't be read.
-        KpError: `run` holds a run, or no strength is better than the old weights.
+        KpError: `run` holds a run or a bundle, or no strength is better than the old weights.
     """
     net, manifest = load_checkpoint(bundle)
-    if has_begun(run) or (run / CHECKPOINT_NAME).exists():
-        raise KpError(f"{run} already holds a run; name another folder with --out")
     if manifest.spec.box != "keypoints":
         raise InputError("this model sees whole photos, not face boxes; kp refit is for models of face crops")
     fraction, config = _held_out_fraction(bundle, manifest), manifest.training["config"]
@@ -111,12 +112,18 @@ def refit(
             f"{len(faces)} faces to solve on and {len(others)} of held-out people to choose by; give the data that the "
             "model was trained on"
         )
+    if has_begun(run):
+        raise KpError(f"{run} already holds a run; name another folder with --out")
+    check_no_bundle(run)
     body = copy.deepcopy(net.backbone)
     head, body.fc = body.fc, nn.Identity()
-    looker = _Looker(net, body.eval(), manifest, detector, track)
+    looker = _Looker(net, body.eval(), manifest, track)
     jitter = augment_from_name("faces", mirror)
-    solved_on = [looker.exact(faces), looker.found(faces), looker.exact(faces, jitter)]
-    held_out = {EXACT: looker.exact(others), FOUND: looker.found(others), JITTERED: looker.exact(others, jitter)}
+    solved_on = [looker.exact(faces), looker.exact(faces, jitter)]
+    held_out = {EXACT: looker.exact(others), JITTERED: looker.exact(others, jitter)}
+    if detector is not None:
+        solved_on.append(looker.found(faces, detector))
+        held_out[FOUND] = looker.found(others, detector)
     old = torch.cat([head.weight, head.bias[:, None]], dim=1).detach().double()
     before = {kind: _nme(net, seen, old) for kind, seen in held_out.items()}
     best, strength, after = old, 0.0, before
@@ -130,7 +137,7 @@ def refit(
     with torch.no_grad():
         net.backbone.fc.weight.copy_(best[:, :-1])
         net.backbone.fc.bias.copy_(best[:, -1])
-    result = Refit(strength, len(faces), before, after)
+    result = Refit(strength, len(faces), {kind: len(seen.xy) for kind, seen in held_out.items()}, before, after)
     record = {
         "start_sha256": manifest.files[CHECKPOINT_NAME].sha256,
         "sources": [{"name": s.path.name, "sha256": s.sha256, "weight": s.weight} for s in sources],
@@ -186,23 +193,20 @@ def _held_out_fraction(bundle: Path, manifest: Manifest) -> float:
 class _Looker:
     """Runs all but the last layer on faces."""
 
-    def __init__(
-        self, net: KeypointNet, body: nn.Module, manifest: Manifest, detector: Boxes, track: Callable[[str], Track]
-    ) -> None:
-        self._net, self._body, self._spec = net, body, manifest.spec
-        self._detector, self._track = detector, track
+    def __init__(self, net: KeypointNet, body: nn.Module, manifest: Manifest, track: Callable[[str], Track]) -> None:
+        self._net, self._body, self._spec, self._track = net, body, manifest.spec, track
 
     def exact(self, faces: Sequence[tuple[Face, float]], jitter: Any = None) -> _Seen:
         """In the boxes of their points, or shaken from there."""
         kept = FaceDataset([face for face, _ in faces], self._spec, jitter)
         return self._seen(kept, [weight for _, weight in faces], JITTERED if jitter else EXACT)
 
-    def found(self, faces: Sequence[tuple[Face, float]]) -> _Seen:
+    def found(self, faces: Sequence[tuple[Face, float]], detector: Boxes) -> _Seen:
         """In the detector's boxes; faces that it misses are left out."""
         kept, boxes = [], []
         for face, weight in self._track("finding faces")(faces):
             box = boxes_from_points(face.xy)
-            found = self._detector(Frame(luma_from_file(face.image), "gray"))
+            found = detector(Frame(luma_from_file(face.image), "gray"))
             scores = overlaps(found, box[None])[:, 0] if len(found) else np.zeros(1)
             if scores.max() > _SAME:
                 kept.append((face, weight))

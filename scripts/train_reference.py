@@ -26,7 +26,7 @@ from kp_cli.report import one_line_errors
 from kp_export.evaluate import evaluate, open_model
 from kp_runtime.errors import InputError, KpError
 from kp_train.checkpoint import CHECKPOINT_NAME, has_begun
-from kp_train.config import recipe
+from kp_train.config import TrainConfig, recipe
 from kp_train.data import Source, is_held_out, parse_source
 from kp_train.refit import refit
 from kp_train.train import train
@@ -80,9 +80,9 @@ def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace)
     folder = out / run.name
     if not (folder / CHECKPOINT_NAME).is_file():
         print(f"== {run.name}: {run.changes}", flush=True)
-        config = recipe("default", precision=args.precision, val_fraction=VAL_FRACTION, **run.changes)
         train(
-            weighted(sources, run.photos), config, folder, name=run.name.rpartition("-")[0], weights="none",
+            weighted(sources, run.photos), config_of(run, args.precision), folder,
+            name=run.name.rpartition("-")[0], weights="none",
             init=None if run.init is None else out / run.init, resume=has_begun(folder),
             devices="1", accelerator=args.accelerator, workers=args.workers, picture_every=50, progress=False,
         )  # fmt: skip
@@ -116,6 +116,18 @@ def measure(run: Run, sources: list[Source], folder: Path) -> dict[str, Any]:
                 result[source.path.name] = evaluate(model, faces).accuracy.nme
         measured.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return json.loads(measured.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+
+
+def config_of(run: Run, precision: str) -> TrainConfig:
+    """A run's settings.
+
+    Raises:
+        InputError: a change names no setting, or one of this script's own, or its value is none.
+    """
+    try:
+        return recipe("default", precision=precision, val_fraction=VAL_FRACTION, **run.changes)
+    except TypeError as error:
+        raise InputError(f"the changes of {run.name} are no settings of kp train: {error}") from error
 
 
 def weighted(sources: list[Source], photos: float) -> list[Source]:
@@ -176,6 +188,8 @@ def main() -> None:
     changes = dict(map(change_from_text, args.change))
     runs = ideas(args.idea_epochs) if args.part != "final" else []
     runs += final(args.epochs, args.seeds, changes, args.photos) if args.part != "ideas" else []
+    for run in runs:
+        config_of(run, args.precision)  # what is wrong is said now, not after days
     results = []
     for run in runs:
         results.append(finish(run, sources, args.out, args))

@@ -64,7 +64,9 @@ def test_pts_names_and_pixels_from_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-@pytest.mark.parametrize("header", ["," + ",".join(map(str, range(136))), "image,x0", ""])
+@pytest.mark.parametrize(
+    "header", ["," + ",".join(map(str, range(136))), "image," + ",".join(map(str, range(136))), "image,x0", ""]
+)
 def test_every_header_line_of_a_csv_is_none_of_its_faces(tmp_path: Path, header: str, encoding: str) -> None:
     rows = [f"{face.image}," + ",".join(map(str, face.xy.ravel())) for face in FACES[:2]]
     (tmp_path / "f.csv").write_text("\n".join([header, *rows] if header else rows), encoding=encoding)

@@ -13,7 +13,7 @@ from kp_runtime.errors import BundleError, DataError, InputError, KpError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.spec import Manifest, ModelSpec
-from kp_train.checkpoint import load_checkpoint, save_checkpoint
+from kp_train.checkpoint import check_start, load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig
 from kp_train.data import Source, luma_from_file, read_source
 from kp_train.model import KeypointNet
@@ -97,7 +97,8 @@ def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path) -> None
     refit(run, [source], tmp_path / "again", Detector(source))
     again = load_checkpoint(tmp_path / "again")[0].backbone.fc
     assert torch.allclose(again.weight, new[0].backbone.fc.weight, atol=1e-4)  # threads add in any order
-    with pytest.raises(KpError, match="already holds a run; name another folder"):
+    assert result.held_out.keys() == result.after.keys()
+    with pytest.raises(KpError, match="already holds a bundle; name another folder"):
         refit(run, [source], tmp_path / "new", Detector(source))
 
 
@@ -116,7 +117,27 @@ def test_what_can_not_be_refitted(source: Source, run: Path, tmp_path: Path) -> 
         refit(run, [one], tmp_path / "a", detector)
     with pytest.raises(DataError, match="the detector found none of"):
         refit(run, [source], tmp_path / "a", lambda frame: np.empty((0, 4)))
-    assert not (tmp_path / "a").exists()
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_a_packed_bundle_is_not_written_over(source: Source, run: Path, tmp_path: Path) -> None:
+    """A bundle without a checkpoint and without a run's state, such as `kp pack` makes."""
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "manifest.json").write_text("kept")
+    with pytest.raises(KpError, match="already holds a bundle; name another folder"):
+        refit(run, [source], packed, Detector(source))
+    with pytest.raises(KpError, match="already holds a bundle; name another folder"):
+        check_start(packed, resume=False)
+    assert (packed / "manifest.json").read_text() == "kept"
+    (tmp_path / "file").touch()
+    with pytest.raises(KpError, match=r"can't write into .*file: .*; name another folder with --out"):
+        refit(run, [source], tmp_path / "file", Detector(source))
+
+
+def test_without_a_detector_its_boxes_are_left_out(source: Source, run: Path, tmp_path: Path) -> None:
+    result = refit(run, [source], tmp_path / "new", None)
+    assert result.after.keys() == result.held_out.keys() == {"keypoints", "jittered"}
 
 
 def test_the_command(
@@ -135,5 +156,8 @@ def test_the_command(
     status, printed, _ = kp(capsys, *words, tmp_path / "b", "--json")
     assert json.loads(printed)["after"].keys() == {"keypoints", "detector", "jittered"}
     assert kp(capsys, *words, tmp_path / "b")[2] == (
-        f"kp: {tmp_path / 'b'} already holds a run; name another folder with --out\n"
+        f"kp: {tmp_path / 'b'} already holds a bundle; name another folder with --out\n"
+    )
+    assert kp(capsys, "refit", tmp_path / "nowhere", *words[2:], tmp_path / "c")[2] == (
+        f"kp: there is no bundle or run at {tmp_path / 'nowhere'}\n"
     )

@@ -65,6 +65,12 @@ def test_every_idea_is_a_valid_setting() -> None:
         train_reference.recipe("default", **run.changes)
 
 
+@pytest.mark.parametrize("changes", [{"nosuch": 1}, {"val_fraction": 0.2}, {"lr": "a"}])
+def test_a_change_that_is_no_setting(changes: dict[str, object]) -> None:
+    with pytest.raises(InputError, match="the changes of resnet18-68-1 are no settings of kp train"):
+        train_reference.config_of(train_reference.Run("resnet18-68-1", changes), "32-true")
+
+
 def test_a_change_that_is_none() -> None:
     assert train_reference.change_from_text("beta=0.02") == ("beta", 0.02)
     with pytest.raises(InputError, match=r"--change takes NAME=JSON, .* got 'beta'"):
