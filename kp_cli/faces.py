@@ -168,8 +168,9 @@ def _predict_on_ray(
     detector = f"{kind}={Path(file).resolve()}" if is_file else kind
     gpus = 0 if backend in ("auto", "ort-cpu") else 1
     backend = "ort-cpu" if backend == "auto" else backend
+    load_detector(detector, threads=threads)  # what is wrong with it is said here, before Ray is started
     if not gpus:
-        load(bundle, backend, threads)  # what is wrong with it is said here, before Ray is started
+        load(bundle, backend, threads)  # likewise
     manifest = (bundle if bundle.is_dir() else bundle.parent) / "manifest.json"
     settings = {
         "model": bundle.name, "manifest_sha256": sha256_of_file(manifest), "backend": backend, "detector": detector,

@@ -151,8 +151,8 @@ def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) ->
         for xy, box in zip(photo.keypoints.xy, photo.keypoints.boxes_xyxy, strict=True)
     ]
     written: list[Path] = []
-    errors: list[str] = []
-    for name in sorted(set(formats), key=FORMATS.index):
+    errors: list[KpError] = []
+    for name in sorted(set(formats), key=lambda name: (name == "json", name)):
         try:
             if name == "json":
                 written.append(out / "keypoints.json")
@@ -161,9 +161,9 @@ def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) ->
             else:
                 written += faces_to_file(faces, out / _PLACES[name], name)
         except KpError as error:
-            errors.append(str(error))
+            errors.append(error)
     if errors:
-        raise KpError("; ".join(errors))
+        raise errors[0] if len(errors) == 1 else KpError("; ".join(map(str, errors)))
     return written
 
 

@@ -15,6 +15,7 @@ from rich.progress import track
 
 from kp_cli.report import one_line_errors
 from kp_runtime.detect import HaarDetector, YuNetDetector, map_from_pairs
+from kp_runtime.errors import DataError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_train.data import Face, luma_from_file, parse_source
@@ -29,6 +30,8 @@ def pairs(detector: HaarDetector | YuNetDetector, faces: list[Face]) -> tuple[np
         if len(raw) and (scores := overlaps(raw, box[None])[:, 0]).max() > 0.25:
             found.append(raw[scores.argmax()])
             wanted.append(box)
+    if not found:
+        raise DataError(f"{type(detector).__name__} found none of {len(faces)} faces; name other data")
     return np.array(found), np.array(wanted)
 
 

@@ -44,7 +44,7 @@ class Tally:
     edges: list[np.ndarray] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
-    def add(self, boxes: np.ndarray, truth: np.ndarray, alone: bool, seconds: float = 0.0) -> None:
+    def add(self, boxes: np.ndarray, truth: np.ndarray, alone: bool, seconds: float) -> None:
         """Counts one photo: the detector's boxes, largest first, the face's, and whether it is the only face."""
         self.seconds.append(seconds)
         shares = overlaps(boxes, truth[None])[:, 0] if len(boxes) else np.zeros(0)
@@ -66,7 +66,7 @@ class Tally:
             f"{self.false / max(1, alone):.3f}",
             f"{np.abs(off).mean():.3f}",
             f"{off.std(axis=0).mean():.3f}",
-            f"{np.median(self.seconds) / haar:.2f}" if haar else "",
+            f"{np.median(self.seconds) / haar:.2f}",
         ]
 
 
@@ -90,11 +90,11 @@ def main() -> None:
     if args.own:
         own = CenterDetector(args.own, threads=1)
         detectors[f"own, {own.score:g}"] = own
+        for score in SCORES if args.scores else ():
+            detectors[f"own, {score:g}"] = CenterDetector(args.own, score=score, threads=1)
     witness = YuNetDetector(args.yunet, score=0.3) if args.yunet else None
-    eager = CenterDetector(args.own, score=SCORES[0], threads=1) if args.own and args.scores else None
 
     tallies = {name: Tally() for name in detectors}
-    by_score = {score: Tally() for score in SCORES}
     alone = 0
     for face in track(faces):
         frame, truth = Frame(luma_from_file(face.image), "gray"), boxes_from_points(face.xy)
@@ -104,15 +104,9 @@ def main() -> None:
             start = time.perf_counter()
             boxes = detector(frame)
             tallies[name].add(boxes, truth, is_alone, time.perf_counter() - start)
-        if eager:
-            found = eager.find(frame)
-            for score, tally in by_score.items():
-                tally.add(found.boxes_xyxy[found.scores >= score], truth, is_alone)
     print(f"{len(faces)} photos, {alone} of them with one face alone")
     haar = float(np.median(tallies["Haar"].seconds))
     rows = [tally.row(name, len(faces), alone, haar) for name, tally in tallies.items()]
-    if eager:
-        rows += [tally.row(f"own, {score:g}", len(faces), alone, 0.0) for score, tally in by_score.items()]
     head = ["detector", "found", "largest box", "no box", "false/photo", "edges off", "spread", "time/Haar"]
     print_table("", head, rows)
 

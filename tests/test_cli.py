@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 import kp_cli
+import kp_runtime.photos
 from kp_cli import faces, options, report
 from kp_runtime.spec import Manifest
 from tests.test_export import small_checkpoint
@@ -81,6 +84,43 @@ def test_predict_draws_and_writes(
     assert (tmp_path / "astronaut.pts").read_text().startswith("version: 1\nn_points: 68\n{\n")
     drawn = cv2.imread(str(tmp_path / "astronaut_keypoints.jpg"))
     assert np.abs(drawn.astype(int) - cv2.imread(str(astronaut))).max() > 100
+
+
+def test_ctrl_c_keeps_the_photos_that_are_done(
+    capsys: pytest.CaptureFixture[str],
+    bundle: Path,
+    astronaut: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in "abc":
+        shutil.copy(astronaut, photos / f"{name}.png")
+
+    def predict_photo(*words: object, **options: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return predict(*words, **options)  # type: ignore[arg-type]
+
+    predict = kp_runtime.photos.predict_photo
+    monkeypatch.setattr("kp_runtime.photos.predict_photo", predict_photo)
+    status, _, err = kp(capsys, "predict", photos, "--model", bundle, "--out", tmp_path / "out")
+    assert (status, err.splitlines()[-1]) == (130, "stopped after 1 of 3 photos; what is written is of these")
+    (photo,) = json.loads((tmp_path / "out" / "keypoints.json").read_text())
+    assert photo["image"] == str(photos / "a.png")
+
+
+def test_labels_beside_the_photos_are_not_written_over(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    photo, label = tmp_path / "a.png", tmp_path / "a.pts"
+    shutil.copy(astronaut, photo)
+    label.write_text("mine")
+    status, _, err = kp(capsys, "predict", tmp_path, "--out", tmp_path, "--format", "pts", "--model", bundle)
+    assert (status, err) == (
+        1, f"kp: {label} and its like lie beside the photos and may be labels; name another --out\n"
+    )  # fmt: skip
+    assert label.read_text() == "mine"
 
 
 def test_without_a_bundle_it_is_the_default_one(

@@ -11,6 +11,7 @@ import pytest
 
 import kp_runtime
 from kp_runtime.effects import Blur, face_outline
+from kp_runtime.track import TrackerSettings
 from kp_runtime.video import draw_effect, run_video
 from kp_runtime.video_source import open_source
 from kp_train.synthetic import drawn_face
@@ -129,6 +130,46 @@ class Kept:
 
     def close(self, keep: bool = True) -> None:
         pass
+
+
+@pytest.mark.parametrize(
+    ("words", "smallest", "settings"),
+    [
+        (("--effect", "blur"), 0.05, TrackerSettings(detect_every=1, smooth=False, trust_detector=True)),
+        (
+            ("--effect", "blur", "--detect-every", 9, "--smooth", "--smallest", 0.2),
+            0.2,
+            TrackerSettings(detect_every=9, smooth=True, trust_detector=True),
+        ),
+        (("--effect", "hat"), 0.1, TrackerSettings()),
+    ],
+)
+def test_hiding_looks_for_faces_on_every_frame(
+    capsys: pytest.CaptureFixture[str],
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[object, ...],
+    smallest: float,
+    settings: TrackerSettings,
+) -> None:
+    """And for small ones, and believes the detector; what is asked for by name still holds."""
+    asked: list[object] = []
+
+    def open_detector(name: str, *, smallest: float, **_: object) -> object:
+        asked.append(smallest)
+        return lambda image: np.empty((0, 4))
+
+    def tracker(model: object, detector: object, settings: object) -> object:
+        asked.append(settings)
+        return one_face()
+
+    monkeypatch.setattr("kp_cli.faces.open_detector", open_detector)
+    monkeypatch.setattr("kp_runtime.track.Tracker", tracker)
+    path = video(tmp_path / "talk.avi", 2)
+    command = ("run", path, "--model", bundle, "--out", tmp_path, "--format", "avi")
+    assert kp(capsys, *command, *words)[0] == 0
+    assert asked == [smallest, settings]
 
 
 def test_run_takes_an_effect(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -12,7 +13,15 @@ import numpy as np
 import pytest
 
 from kp_runtime.errors import DataError, ImageError, InputError, MissingExtraError
-from kp_runtime.interchange import FORMATS, LabelledFace, faces_from_file, faces_to_file, format_of, with_sizes
+from kp_runtime.interchange import (
+    FORMATS,
+    LabelledFace,
+    faces_from_file,
+    faces_to_file,
+    format_of,
+    pts_text,
+    with_sizes,
+)
 
 PLACES = {"pts": "out", "coco": "faces.json", "csv": "faces.csv", "parquet": "faces.parquet"}
 
@@ -117,6 +126,29 @@ def _coco(**changes: object) -> str:
     })  # fmt: skip
 
 
+def test_a_first_row_whose_image_has_no_suffix_is_a_face(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("".join(f"face{i}," + ",".join(map(str, range(i, 136 + i))) + "\n" for i in (1, 2)))
+    assert [face.image for face in faces_from_file(path)] == ["face1", "face2"]
+
+
+def test_suffixes_in_capitals_as_cameras_write_them(tmp_path: Path) -> None:
+    text = pts_text(FACES[0].xy)
+    (tmp_path / "a.PTS").write_text(text)
+    (tmp_path / "a.JPG").touch()
+    (tmp_path / "b.pts").write_text(text)
+    assert [face.image for face in faces_from_file(tmp_path, "pts")] == ["a.JPG", "b"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_file_name_that_is_no_text(tmp_path: Path, kind: str) -> None:
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    face = replace(FACES[0], image=os.fsdecode(b"\xff.jpg"))
+    (path,) = faces_to_file([face], tmp_path / "a", kind)
+    assert faces_from_file(path, kind)[0].image == "\\udcff.jpg"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
@@ -129,7 +161,11 @@ def _coco(**changes: object) -> str:
         ("a.csv", "image,x\na.jpg,0,1,2,3,b" + ",1" * 136, "line 2: a number of the box is none"),
         ("a.csv", "image,x\n", "holds no labelled face"),
         ("a.json", "{", "is no JSON"),
-        ("a.json", "[]", "is no COCO keypoint file"),
+        (
+            "a.json",
+            "[]",
+            "is a list, as kp predict writes its own JSON, and no COCO file; run kp predict with",
+        ),
         ("a.json", "{}", "is no COCO keypoint file: it lacks 'images'"),
         ("a.json", _coco(image_id=2), "annotation 0 lacks or has a wrong 2"),
         ("a.json", _coco(keypoints=[1, 2, 2] * 17), "expected 68 points, got 17"),

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ import pytest
 from kp_runtime import BackendError, DataError, InputError, load, ray_batches
 from kp_runtime.interchange import faces_from_file
 from kp_runtime.photos import photos_from_paths, predict_photo, write_results
-from kp_runtime.ray_batches import Tools, predict_batches
+from kp_runtime.ray_batches import Tools, _told, predict_batches
 
 pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pytestmark = [
@@ -108,6 +109,28 @@ def _processes(name: str) -> list[int]:
         if line.startswith(name):
             found.append(int(folder.name))
     return found
+
+
+def test_a_name_that_is_no_text_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    tools = Tools(partial(load, tmp_path, "ort-cpu", 1), Boxes)
+    with pytest.raises(InputError, match=r"udcff\.jpg is no text in UTF-8, which Ray's tables need; rename the photo"):
+        predict_batches([Path(os.fsdecode(b"\xff.jpg"))], tmp_path, tools, {}, step=lambda done, count: None)
+
+
+def test_other_photos_of_the_folder_are_no_progress(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    marks = tmp_path / "state" / "done"
+    marks.mkdir(parents=True)
+    pq.write_table(pa.table({"image": ["a", "b"]}), marks / "1.parquet")
+    told: list[tuple[int, int]] = []
+    with _told(tmp_path, {"b", "c"}, lambda done, count: told.append((done, count))):
+        for _ in range(100):
+            if told:
+                break
+            time.sleep(0.05)
+    assert told == [(1, 2)]
 
 
 @pytest.mark.slow

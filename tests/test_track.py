@@ -144,6 +144,13 @@ def test_false_detections_are_refused() -> None:
     assert tracker.faces == 1
 
 
+def test_the_detector_is_believed_where_a_face_too_many_is_better() -> None:
+    world = World(lambda t: (300, 300), false_boxes=((900.0, 500.0, 990.0, 600.0),))
+    tracker = world.tracker(trust_detector=True, detect_every=1)
+    assert all(len(tracks) == 2 for tracks in world.run(tracker, range(60)))
+    assert tracker.faces < 10  # mostly the same one: its points scatter
+
+
 def test_a_face_that_leaves_the_image_is_lost() -> None:
     world = World(lambda t: (1100 + 10 * t, 300) if t < 25 else None)
     found = world.run(world.tracker(), range(60))
