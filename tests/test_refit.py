@@ -153,6 +153,7 @@ def test_the_command(
     assert status == 0
     assert "NME of held-out people" in printed
     assert f"next: kp export {tmp_path / 'a'} --fp16" in printed
+    assert "\nlast layer solved anew on " in kp(capsys, "inspect", tmp_path / "a")[1]
     status, printed, _ = kp(capsys, *words, tmp_path / "b", "--json")
     assert json.loads(printed)["after"].keys() == {"keypoints", "detector", "jittered"}
     assert kp(capsys, *words, tmp_path / "b")[2] == (
