@@ -136,7 +136,7 @@ def _shape(shapes: dict[str, torch.Size], name: str) -> str:
 def _save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     with writing(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"format": "pt"} | metadata)
+            save_file(tensors, temporary, metadata)  # of more than one entry the order, and so the bytes, is by chance
             temporary.chmod(0o644)  # safetensors writes for the owner alone
         except SafetensorError as error:  # what a full disk is to safetensors
             raise OSError(str(error)) from error
@@ -206,7 +206,7 @@ class SafetensorsIO(CheckpointIO):
             shutil.rmtree(stale, ignore_errors=True)
         with writing(fresh / "tree.json") as temporary:
             temporary.write_text(json.dumps(tree), encoding="utf-8")
-        _save_tensors(tensors, fresh / "tensors.safetensors", {})
+        _save_tensors(tensors, fresh / "tensors.safetensors", {"format": "pt"})
         if target.exists():
             os.replace(target, old)
         os.replace(fresh, target)

@@ -42,6 +42,13 @@ def test_weights_come_back_as_fp16_rounds_them(saved: Path) -> None:
     assert (saved / CHECKPOINT_NAME).stat().st_size < 23e6
 
 
+def test_the_same_weights_are_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    net, manifest = load_checkpoint(saved)
+    for i in range(8):
+        save_checkpoint(tmp_path / str(i), net, manifest)
+    assert len({(tmp_path / str(i) / "checkpoint.safetensors").read_bytes() for i in range(8)}) == 1
+
+
 def test_what_the_backbone_sees_is_kept(tmp_path: Path) -> None:
     manifest = Manifest(spec=ModelSpec("x", 64), training={"config": {"reduce": 2}})
     save_checkpoint(tmp_path / "b", KeypointNet(64, reduce=2), manifest)
