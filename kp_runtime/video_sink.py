@@ -28,6 +28,10 @@ FORMATS = {"mp4": ".mp4", "avi": ".avi", "jsonl": ".jsonl", "parquet": ".parquet
 _CODECS = {"mp4": "mp4v", "avi": "MJPG"}
 """What every OpenCV with FFmpeg can encode: MPEG-4 part 2, and JPEGs one after the other."""
 
+_MOST_PX = {"mp4v": 8191, "MJPG": 65_500}
+"""The most pixels a side: MPEG-4 counts them in 13 bits, JPEG in 16."""
+
+_SLOWEST = 0.01  # frames a second
 _ROWS_AT_ONCE = 1000
 
 
@@ -104,12 +108,16 @@ class VideoSink:
         self.path, self._cv2, self._rate, self._by_clock = path, cv2, rate, by_clock
         self._temporary, self._written = _temporary(path), 0
         fourcc = cv2.VideoWriter_fourcc(*codec)
-        self._writer: Any = cv2.VideoWriter(str(self._temporary), fourcc, rate, (size_hw[1], size_hw[0]))
-        if not self._writer.isOpened():
+        self._writer: Any = None
+        # what the encoder does not take ends the process in OpenCV 4.5.4, JetPack 6's, so it is not asked
+        most = _MOST_PX[codec]
+        if max(size_hw) <= most and rate >= _SLOWEST:
+            self._writer = cv2.VideoWriter(str(self._temporary), fourcc, rate, size_hw[::-1])
+        if self._writer is None or not self._writer.isOpened():
             self._temporary.unlink(missing_ok=True)
             raise KpError(
                 f"can't write the video {path} of {size_hw[1]} x {size_hw[0]} px at {rate:g} frames/s; check the "
-                "folder, or take another rate or --format"
+                f"folder; a side may have {most} px here, and the rate be {_SLOWEST} and more; or take another --format"
             )
 
     def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
