@@ -291,7 +291,10 @@ def run(
         ),
     ] = None,
     detector: Detector = "auto",
-    threads: Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Threads of engine and OpenCV; all cores but one, which is for files, when left out."),
+    ] = None,
     tuned: Tuned = None,
     public_key: PublicKey = None,
     metrics: Annotated[
@@ -306,7 +309,9 @@ def run(
     """
     stop = threading.Event()
     _quiet_video()
+    from kp_runtime.cores import usable_cores
     from kp_runtime.effects import open_effect
+    from kp_runtime.frame import import_cv2
     from kp_runtime.prometheus import Metrics, address_from_text
     from kp_runtime.track import Tracker, TrackerSettings
     from kp_runtime.video import Window, draw_effect, draw_tracks, run_video
@@ -319,14 +324,14 @@ def run(
     address = address_from_text(metrics) if metrics else None
     watch = Metrics() if address else None
     draw = draw_effect(open_effect(effect)) if effect else draw_tracks
-    opened = load_model(model, tuned, "auto", threads, public_key)
+    few = threads or max(1, usable_cores() - 1)  # reading, drawing and writing go on meanwhile
+    import_cv2().setNumThreads(few)
+    opened = load_model(model, tuned, "auto", threads if tuned else few, public_key)
     if opened.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
     note_boxes(opened.spec)
     hide = effect == "blur"  # then a face too many is better than one that is seen
-    found = open_detector(
-        detector, smallest=smallest or (0.05 if hide else 0.1), threads=threads, public_key=public_key
-    )
+    found = open_detector(detector, smallest=smallest or (0.05 if hide else 0.1), threads=few, public_key=public_key)
     settings = TrackerSettings(
         detect_every=detect_every or (1 if hide else 30),
         smooth=not hide if smooth is None else smooth,

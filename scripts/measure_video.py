@@ -16,7 +16,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import starmap
 from pathlib import Path
 
 import cv2
@@ -67,9 +69,10 @@ def speed(model: Model, detector: Detector, frames: int, rounds: int) -> None:
         folder = Path(name)
         video = wandering(folder / "in.mp4", frames)
         shown = list(FileSource(video))
+        images = [frame.image for frame in shown]
         tracker = Tracker(model, detector)
         tracks = [tracker(frame.image, frame.seconds) for frame in shown]
-        drawn = [draw_tracks(frame.image, found) for frame, found in zip(shown, tracks, strict=True)]
+        drawn = list(starmap(draw_tracks, zip(images, tracks, strict=True)))
 
         def sinks() -> list:
             return open_sinks(["mp4", "jsonl"], folder, "out", rate=RATE, size_hw=SIZE_WH[::-1], live=False)
@@ -88,9 +91,9 @@ def speed(model: Model, detector: Detector, frames: int, rounds: int) -> None:
                 again(frame.image, frame.seconds)
 
         steps: dict[str, Callable[[], object]] = {
-            "read": lambda: list(FileSource(video)),
+            "read": lambda: deque(FileSource(video), maxlen=1),
             "track": track,
-            "draw": lambda: [draw_tracks(frame.image, found) for frame, found in zip(shown, tracks, strict=True)],
+            "draw": lambda: deque(starmap(draw_tracks, zip(images, tracks, strict=True)), maxlen=1),
             "write": write,
             "whole": lambda: run_video(FileSource(video), Tracker(model, detector), sinks()),
         }

@@ -17,6 +17,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kp_cli.options import load_model
 from kp_cli.report import frames_progress
 from kp_runtime.video import run_video
 from kp_runtime.video_source import FileSource, FolderSource
@@ -87,6 +88,28 @@ def test_run_writes_and_tells(capsys: pytest.CaptureFixture[str], bundle: Path, 
     assert status == 0
     assert json.loads(out)["frames"] == 12
     assert json.loads(out)["files"] == [str(tmp_path / "out" / "talk_keypoints.parquet")]
+
+
+@pytest.mark.parametrize(("cores", "words", "threads"), [(3, (), 2), (1, (), 1), (3, ("--threads", "1"), 1)])
+def test_a_core_is_left_to_the_other_steps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path,
+    cores: int, words: tuple[str, ...], threads: int,
+) -> None:  # fmt: skip
+    taken, before = [], cv2.getNumThreads()
+
+    def load(*args: object) -> object:
+        opened = load_model(*args)  # type: ignore[arg-type]
+        taken.append(opened.backend.threads)
+        return opened
+
+    monkeypatch.setattr("kp_cli.faces.load_model", load)
+    monkeypatch.setattr("kp_runtime.cores.usable_cores", lambda: cores)
+    try:
+        video(tmp_path / "talk.avi", 2)
+        status, *_ = kp(capsys, "run", tmp_path / "talk.avi", "--model", bundle, "--out", tmp_path, *words)
+        assert (status, taken, cv2.getNumThreads()) == (0, [threads], threads)
+    finally:
+        cv2.setNumThreads(before)
 
 
 def test_metrics_are_served_or_the_run_does_not_begin(
