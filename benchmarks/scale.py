@@ -211,7 +211,7 @@ def _faces_rows(records: Sequence[Record]) -> Iterable[tuple[Any, ...]]:
 
 
 def _faces_row(device: str, record: Record, file: str, engine: str, batch: int, ms: float) -> tuple[Any, ...]:
-    return device, record.bundle["folder"], file, engine, batch, f"{1e3 / ms:.0f}", f"{1e6 * ms / 3.6e6:.2f}"
+    return device, record.bundle["name"], file, engine, batch, f"{1e3 / ms:.0f}", f"{1e6 * ms / 3.6e6:.2f}"
 
 
 def _gpu_network(records: Sequence[Record]) -> list[Record]:
@@ -228,7 +228,7 @@ def _costs(records: Sequence[Record]) -> Costs:
 def _measured_on(costs: Costs) -> str:
     machine = costs.record.machine
     return (
-        f"Processor time of one core of {machine['cpu']}, milliseconds a frame; {costs.record.bundle['folder']}, "
+        f"Processor time of one core of {machine['cpu']}, milliseconds a frame; {costs.record.bundle['name']}, "
         f"`{costs.record.settings['file']}`. The detector's time is spread over the frames between its runs. Faces of "
         "a video are looked at twice, as `kp run` does; those of single pictures once."
     )

@@ -39,7 +39,7 @@ def stages_record(**ms: float) -> Record:
         *(case("network", "int8", known["network"] * n, n) for n in (1, 8)),
     ]
     made = record_from("stages", None, {"file": "model.int8.onnx"}, Stages(cases, {}))
-    return dataclasses.replace(made, bundle={"folder": "net", "size": 112})
+    return dataclasses.replace(made, bundle={"name": "net", "size": 112})
 
 
 def engines_record(kind: str = "engines", **device: Any) -> Record:
@@ -51,7 +51,7 @@ def engines_record(kind: str = "engines", **device: Any) -> Record:
     made = record_from("engines", None, {}, Stages([], {}))
     machine = made.machine | {"cpu": "A Processor", "cores_usable": 4}
     return dataclasses.replace(
-        made, kind=kind, machine=machine, bundle={"folder": "net"}, measured={"cases": cases, **device}
+        made, kind=kind, machine=machine, bundle={"name": "net"}, measured={"cases": cases, **device}
     )
 
 
