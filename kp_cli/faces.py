@@ -26,6 +26,7 @@ from kp_cli.options import (
     Threads,
     Tuned,
     bundle_or_default,
+    detector_record,
     load_model,
     note,
     note_boxes,
@@ -172,12 +173,10 @@ def _predict_on_ray(
     if not gpus:
         load(bundle, backend, threads)  # likewise
     manifest = (bundle if bundle.is_dir() else bundle.parent) / "manifest.json"
-    settings = {
+    settings = detector_record(detector) | {
         "model": bundle.name, "manifest_sha256": sha256_of_file(manifest), "backend": backend, "detector": detector,
         "looks": looks, "mirror": mirror,
     }  # fmt: skip
-    if is_file:
-        settings["detector_sha256"] = sha256_of_file(Path(file) / "manifest.json" if kind == "own" else Path(file))
     tools = Tools(
         partial(load, bundle, backend, threads), partial(load_detector, detector, threads=threads), threads, gpus,
         looks, mirror,

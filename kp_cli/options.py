@@ -114,6 +114,15 @@ def whole_detector_name(name: str, public_key: Path | None = None) -> str:
         return detector_name(name, checkout=CHECKOUT_DETECTOR, public_key=public_key)
 
 
+def detector_record(whole: str) -> dict[str, str]:
+    """What a record says of a detector, by its whole name: its kind and, where it has a file, that one's sha256."""
+    from kp_runtime.spec import sha256_of_file
+
+    kind, is_file, file = whole.partition("=")
+    path = Path(file) / "manifest.json" if kind == "own" else Path(file)
+    return {"detector": kind} | ({"detector_sha256": sha256_of_file(path)} if is_file else {})
+
+
 def open_detector(
     name: str, *, smallest: float = 0.05, threads: int | None = None, public_key: Path | None = None
 ) -> Any:

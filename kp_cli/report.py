@@ -350,7 +350,8 @@ def _provenance(manifest: Any) -> list[str]:
         epoch = f", best epoch {training['best_epoch']}" if "best_epoch" in training else ""
         lines.append(f"trained by revision {training.get('git_revision')}{epoch}")
     if isinstance(refit := training.get("refit"), dict):
-        lines.append(f"last layer solved anew on {refit.get('faces')} faces, strength {refit.get('strength')}")
+        found = f", boxes of {refit['detector']} too" if "detector" in refit else ""
+        lines.append(f"last layer solved anew on {refit.get('faces')} faces, strength {refit.get('strength')}{found}")
     for data, measured in manifest.accuracy.items():
         if {"nme", "failures", "faces"} <= set(measured):
             numbers = f"NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"

@@ -17,6 +17,7 @@ from kp_cli.options import (
     Looks,
     Mirror,
     Threads,
+    detector_record,
     note,
     open_detector,
     signature_told,
@@ -145,8 +146,11 @@ def refit(
     sources = [parse_source(text, spec.points) for text in data]
     if spec.scheme == "own":
         note(f"detectors give the box of 68 points, not of these {spec.points}: solved without a detector's boxes")
-    finder = None if spec.scheme == "own" else open_detector(detector, threads=threads)
-    result = run(bundle, sources, out, finder, track=progress)
+    finder, made = None, None
+    if spec.scheme != "own":
+        whole = whole_detector_name(detector)
+        finder, made = open_detector(whole, threads=threads), detector_record(whole)
+    result = run(bundle, sources, out, finder, made=made, track=progress)
     if as_json:
         print_json(dataclasses.asdict(result) | {"bundle": out})
         return

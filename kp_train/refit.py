@@ -82,6 +82,7 @@ def refit(
     run: Path,
     detector: Boxes | None,
     *,
+    made: dict[str, str] | None = None,
     track: Callable[[str], Track] = lambda text: lambda items: items,
 ) -> Refit:
     """Solves the last layer of a bundle's checkpoint anew and writes the result as a run's checkpoint.
@@ -92,6 +93,7 @@ def refit(
         run: the folder to write.
         detector: finds boxes `(n, 4)` of 68 points on a grey frame; None leaves that view out, as for a model of points
             that lie in another box.
+        made: what the manifest says of the detector.
         track: gives a text's wrapper of long loops.
 
     Raises:
@@ -141,6 +143,7 @@ def refit(
     record = {
         "start_sha256": manifest.files[CHECKPOINT_NAME].sha256,
         "sources": [{"name": s.path.name, "sha256": s.sha256, "weight": s.weight} for s in sources],
+        **(made or {}),
         **vars(result),
     }
     training = manifest.training | {"refit": record}

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from kp_cli.options import open_detector
+from kp_cli.options import detector_record, open_detector, whole_detector_name
 from kp_cli.report import one_line_errors
 from kp_export.evaluate import evaluate, open_model
 from kp_runtime.errors import InputError, KpError
@@ -97,7 +97,9 @@ def finish_refit(run: Run, sources: list[Source], out: Path) -> dict[str, Any] |
     if not (folder / CHECKPOINT_NAME).is_file():
         print(f"== {refitted.name}", flush=True)
         try:
-            refit(out / run.name, weighted(sources, run.photos), folder, open_detector("auto"))
+            detector = whole_detector_name("auto")
+            made = detector_record(detector)
+            refit(out / run.name, weighted(sources, run.photos), folder, open_detector(detector), made=made)
         except KpError as error:
             print(f"not refitted: {error}", flush=True)
             return None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from kp_cli.options import CHECKOUT_DETECTOR
 from kp_runtime.errors import BundleError, DataError, InputError, KpError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.spec import Manifest, ModelSpec, sha256_of_file
 from kp_train.checkpoint import check_start, load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig
 from kp_train.data import Source, luma_from_file, read_source
@@ -153,7 +155,9 @@ def test_the_command(
     assert status == 0
     assert "NME of held-out people" in printed
     assert f"next: kp export {tmp_path / 'a'} --fp16" in printed
-    assert "\nlast layer solved anew on " in kp(capsys, "inspect", tmp_path / "a")[1]
+    assert re.search("\nlast layer solved anew on .* boxes of own too\n", kp(capsys, "inspect", tmp_path / "a")[1])
+    record = Manifest.read(tmp_path / "a").training["refit"]
+    assert record["detector_sha256"] == sha256_of_file(CHECKOUT_DETECTOR / "manifest.json")
     status, printed, _ = kp(capsys, *words, tmp_path / "b", "--json")
     assert json.loads(printed)["after"].keys() == {"keypoints", "detector", "jittered"}
     assert kp(capsys, *words, tmp_path / "b")[2] == (
