@@ -25,6 +25,7 @@ __all__ = [
     "SCHEMA",
     "Record",
     "described_bundle",
+    "machine_name",
     "median_of",
     "read_record",
     "read_records",
@@ -68,11 +69,20 @@ class Record:
 
     @property
     def file_name(self) -> str:
-        """`[GPU-]CPU-CORES-BUNDLE-KIND.json`, so that machines and models keep files of their own."""
+        """`[GPU-]MACHINE-BUNDLE-KIND.json`, so that machines and models keep files of their own."""
         gpu = self.measured.get("device", {}).get("name", "")
-        words = [gpu, self.machine["cpu"], f"{self.machine['cores']} cores", self.bundle.get("folder", ""), self.kind]
+        words = [gpu, machine_name(self.machine), self.bundle.get("folder", ""), self.kind]
         slug = re.sub(r"[^a-z0-9]+", "-", " ".join(map(str, words)).lower()).strip("-")
         return f"{slug}.json"
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """A board's name, or a processor's with its newest instruction set, and the cores in use.
+
+    Processors of one name differ in what they can: clouds hide all but the maker's.
+    """
+    name = machine.get("device") or " ".join([machine["cpu"], *(machine.get("instructions") or ())[-1:]])
+    return f"{name}, {machine['cores_usable']} cores"
 
 
 def record_from(kind: str, bundle: Path | None, settings: dict[str, Any], measured: Any) -> Record:

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.command import markdown_table, run, with_made_part
 from benchmarks.queues import Outcome, Sources, Stage, fixed, simulate
-from benchmarks.record import RESULTS, Record, read_records
+from benchmarks.record import RESULTS, Record, machine_name, read_records
 from kp_runtime.errors import InputError
 from kp_runtime.spec import writing
 
@@ -192,7 +192,7 @@ def _sections(records: Sequence[Record]) -> Iterable[str]:
 
 def _faces_rows(records: Sequence[Record]) -> Iterable[tuple[Any, ...]]:
     for record in (record for record in records if record.kind == "engines"):
-        device = f"{record.machine['cpu']}, {record.machine['cores_usable']} cores"
+        device = machine_name(record.machine)
         best: dict[str, dict[str, Any]] = {}
         for case in record.measured["cases"]:
             if case["engine"] == "ONNX Runtime":
@@ -226,11 +226,10 @@ def _costs(records: Sequence[Record]) -> Costs:
 
 
 def _measured_on(costs: Costs) -> str:
-    machine = costs.record.machine
     return (
-        f"Processor time of one core of {machine['cpu']}, milliseconds a frame; {costs.record.bundle['name']}, "
-        f"`{costs.record.settings['file']}`. The detector's time is spread over the frames between its runs. Faces of "
-        "a video are looked at twice, as `kp run` does; those of single pictures once."
+        f"Processor time of one core of {machine_name(costs.record.machine)}, milliseconds a frame; "
+        f"{costs.record.bundle['name']}, `{costs.record.settings['file']}`. The detector's time is spread over the "
+        "frames between its runs. Faces of a video are looked at twice, as `kp run` does; those of single pictures once."
     )
 
 

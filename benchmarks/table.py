@@ -8,13 +8,12 @@ What stands between the two markers is made; the text around them is written by 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import markdown_table, run, with_made_part
-from benchmarks.record import KINDS, RESULTS, Record, read_records
+from benchmarks.record import KINDS, RESULTS, Record, machine_name, read_records
 from kp_runtime.errors import InputError
 from kp_runtime.spec import writing
 from kp_runtime.timing import Ratio
@@ -44,18 +43,13 @@ def tables_from_records(records: Sequence[Record]) -> str:
     """
     machines: dict[str, list[Record]] = {}
     for record in records:
-        machines.setdefault(_machine_key(record), []).append(record)
-    sections = [_section(members) for members in machines.values()]
+        machines.setdefault(machine_name(record.machine), []).append(record)
+    sections = [_section(name, members) for name, members in machines.items()]
     return "\n\n".join(sections) or NOTHING
 
 
-def _machine_key(record: Record) -> str:
-    return json.dumps([record.machine.get(key) for key in ("cpu", "cores_usable", "architecture", "device")])
-
-
-def _section(records: Sequence[Record]) -> str:
-    machine = records[0].machine
-    parts = [f"## {_machine_title(machine)}", _machine_line(machine)]
+def _section(name: str, records: Sequence[Record]) -> str:
+    parts = [f"## {name}", _machine_line(records[0].machine)]
     for record in sorted(records, key=lambda r: KINDS.index(r.kind)):
         try:
             parts += [*_KINDS[record.kind](record)]
@@ -64,10 +58,6 @@ def _section(records: Sequence[Record]) -> str:
                 f"a result of kind {record.kind} lacks or mistakes the field {error}; measure again with: make bench"
             ) from error
     return "\n\n".join(parts)
-
-
-def _machine_title(machine: dict[str, Any]) -> str:
-    return f"{machine.get('device') or machine.get('cpu')}, {machine.get('cores_usable')} cores"
 
 
 def _machine_line(machine: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from kp_export.first_convolution import fold_first_convolution
 from kp_export.parity import FaceSet, Parity, check_parity
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.spec import writing
@@ -177,7 +178,9 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
         except (RuntimeError, ValueError, TypeError) as error:
             raise ExportError(f"onnxruntime's quantiser fails on {fp32.name}: {error}") from error
         result = onnx.load(quantised)
-    if not cpu:
+    if cpu:
+        fold_first_convolution(result)
+    else:
         _unquantise_sums(result)
     _finish(result, model, precision)
     with writing(out) as temporary:

@@ -1,0 +1,114 @@
+"""The first convolution laid out for ONNX Runtime: the same keypoints to the bit, and the way back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+import kp_export.int8_from_onnx as quantiser
+from kp_export.first_convolution import fold_first_convolution, unfold_first_convolution
+from kp_export.int8_from_onnx import Int8Choice, int8_from_onnx
+from kp_export.onnx_from_checkpoint import onnx_from_checkpoint
+from kp_export.parity import FaceSet
+from kp_runtime.spec import ModelSpec
+from kp_train.model import KeypointNet
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def quantised(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, size: int = 64, reduce: int = 1, white: int = 255, floats: int = 0
+) -> onnx.ModelProto:
+    """The plain int8 graph of a network with random weights, calibrated on noise up to `white`."""
+    torch.manual_seed(size + reduce)
+    net = KeypointNet(size, reduce)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # those of the sums begin at 0
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias)
+    spec = ModelSpec("small", size)
+    fp32 = folder / "fp32.onnx"
+    onnx_from_checkpoint(net.eval(), spec, fp32, precision="fp32", checkpoint_sha256="0" * 64)
+    monkeypatch.setattr(quantiser, "fold_first_convolution", lambda model: False)
+    out = folder / "int8.onnx"
+    faces = FaceSet(("noise",) * 8, noise(8, size, white), "noise")
+    int8_from_onnx(fp32, out, precision="int8", calibration=faces, choice=Int8Choice("minmax", floats))
+    return onnx.load(out)
+
+
+def noise(count: int, size: int, white: int = 255) -> NDArray[np.uint8]:
+    return np.random.default_rng(5).integers(0, white + 1, (count, 1, size, size), dtype=np.uint8)
+
+
+def keypoints(model: onnx.ModelProto, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(["keypoints"], {"crops": crops})[0]  # type: ignore[no-any-return]
+
+
+def operators(model: onnx.ModelProto) -> list[str]:
+    return [node.op_type for node in model.graph.node if node.op_type != "DequantizeLinear"]
+
+
+def copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    return onnx.ModelProto.FromString(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("settings", "begins"),
+    [
+        ({"size": 64}, ["Reshape", "Transpose", "Conv"]),
+        ({"size": 112}, ["Reshape", "Transpose", "Conv"]),
+        ({"size": 64, "reduce": 2}, ["Cast", "Div", "AveragePool", "QuantizeLinear", "Reshape", "Transpose", "Conv"]),
+        ({"size": 64, "white": 200}, ["Cast", "Div", "QuantizeLinear", "Reshape", "Transpose", "Conv"]),
+    ],
+)
+def test_no_bit_of_the_keypoints_changes(
+    settings: dict[str, int], begins: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = quantised(tmp_path, monkeypatch, **settings)
+    folded = copy(plain)
+    assert fold_first_convolution(folded)
+    onnx.checker.check_model(folded, full_check=True)
+    crops = noise(5, settings["size"])
+    wanted = keypoints(plain, crops)
+    assert np.ptp(wanted, axis=0).max() > 0.1  # the network tells the crops apart
+    np.testing.assert_array_equal(keypoints(folded, crops), wanted)
+    np.testing.assert_array_equal(keypoints(folded, crops[:1]), wanted[:1])
+    assert operators(folded)[: len(begins)] == begins
+
+    assert unfold_first_convolution(folded)
+    onnx.checker.check_model(folded, full_check=True)
+    np.testing.assert_array_equal(keypoints(folded, crops), wanted)
+    weights = {c.name: numpy_helper.to_array(c) for c in plain.graph.initializer if len(c.dims) == 4}
+    for constant in folded.graph.initializer:
+        if constant.name in weights:
+            np.testing.assert_array_equal(numpy_helper.to_array(constant), weights[constant.name])
+    assert not unfold_first_convolution(folded)
+
+
+@pytest.mark.parametrize("settings", [{"floats": 1}, {"size": 80, "reduce": 40}, {"size": 112, "reduce": 8}])
+def test_graphs_that_stay_as_they_are(
+    settings: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = quantised(tmp_path, monkeypatch, **settings)
+    tried = copy(plain)
+    assert not fold_first_convolution(tried)
+    assert tried == plain
+
+
+def test_an_export_folds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = quantised(tmp_path, monkeypatch)
+    monkeypatch.undo()
+    out = tmp_path / "folded.onnx"
+    faces = FaceSet(("noise",) * 8, noise(8, 64), "noise")
+    int8_from_onnx(tmp_path / "fp32.onnx", out, precision="int8", calibration=faces, choice=Int8Choice("minmax"))
+    folded = onnx.load(out)
+    assert operators(folded)[:3] == ["Reshape", "Transpose", "Conv"]
+    np.testing.assert_array_equal(keypoints(folded, noise(3, 64)), keypoints(plain, noise(3, 64)))
