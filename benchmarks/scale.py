@@ -229,7 +229,8 @@ def _measured_on(costs: Costs) -> str:
     return (
         f"Processor time of one core of {machine_name(costs.record.machine)}, milliseconds a frame; "
         f"{costs.record.bundle['name']}, `{costs.record.settings['file']}`. The detector's time is spread over the "
-        "frames between its runs. Faces of a video are looked at twice, as `kp run` does; those of single pictures once."
+        "frames between its runs. Faces of a video are looked at twice, as `kp run` does; those of single pictures "
+        "once."
     )
 
 
