@@ -347,7 +347,9 @@ def _provenance(manifest: Any) -> list[str]:
     for source in training.get("sources", []):
         lines.append(f"trained on {source.get('trained_on')} faces of {source.get('name')} ({source.get('sha256')})")
     if training:
-        epoch = f", best epoch {training['best_epoch']}" if "best_epoch" in training else ""
+        epoch = "".join(
+            f", {kept} epoch {training[f'{kept}_epoch']}" for kept in ("best", "last") if f"{kept}_epoch" in training
+        )
         lines.append(f"trained by revision {training.get('git_revision')}{epoch}")
     if isinstance(refit := training.get("refit"), dict):
         found = f", boxes of {refit['detector']} too" if "detector" in refit else ""

@@ -68,6 +68,10 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Faces a step, on each device.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, the schedule's peak.")] = None,
     ema: Annotated[float | None, typer.Option(help="Decay of the weight averaging; 0 turns it off.")] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Take the weights of the best epoch by held-out loss, or of the last.", metavar="best|last"),
+    ] = None,
     augment: Annotated[str | None, typer.Option(help="faces, light, crop or none.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of weights, order and augmentation.")] = None,
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = None,
@@ -105,6 +109,7 @@ def train(
         batch_size=batch_size,
         lr=lr,
         ema=ema,
+        keep=keep,
         augment=augment,
         seed=seed,
         precision=precision,

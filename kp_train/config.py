@@ -31,6 +31,8 @@ class TrainConfig:
         warmup: share of the steps in which the one-cycle schedule rises.
         beta: of the SmoothL1 loss, in units of 50 px of a 224 px crop.
         ema: decay of the weight averaging a step; 0 turns it off.
+        keep: which epoch's weights the run ends with: `best`, of the lowest held-out loss, or `last`, as suits a
+            schedule that falls to nothing, and a run that begins at weights which the held-out faces chose.
         patience: epochs without a better validation loss before the run stops; 0 never stops.
         augment: `faces`, `light` (place, size, turn, mirror, light), `crop` (random crop alone, as the
             original) or `none`.
@@ -54,6 +56,7 @@ class TrainConfig:
     weight_decay: float = 0.02
     beta: float = 0.05
     ema: float = 0.998
+    keep: str = "best"
     patience: int = 0
     augment: str = "faces"
     val_fraction: float = 0.1
@@ -74,6 +77,7 @@ class TrainConfig:
         _check(0 <= self.weight_decay < 1, "weight_decay", self.weight_decay, "0 to under 1")
         _check(0 < self.beta < 100, "beta", self.beta, "over 0 and under 100")
         _check(0 <= self.ema < 1, "ema", self.ema, "0 (off) to under 1")
+        _check(self.keep in ("best", "last"), "keep", self.keep, "best or last")
         _check(self.patience >= 0, "patience", self.patience, "0 (off) or more")
         _check(self.augment in AUGMENTS, "augment", self.augment, f"one of {', '.join(AUGMENTS)}")
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")

@@ -184,7 +184,7 @@ def train(
     picture_every: int = 5,
     progress: bool = True,
 ) -> Path:
-    """Trains a network and writes its checkpoint, averaged weights of the best epoch.
+    """Trains a network and writes its checkpoint, averaged weights of the best epoch or of the last (`config.keep`).
 
     Args:
         sources: labelled faces, mixed by their weights.
@@ -261,7 +261,7 @@ def train(
             raise
         raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error
     if trainer.is_global_zero:
-        _write_checkpoint(last.with_name("best.state"), run, spec, record, trainer)
+        _write_checkpoint(last if config.keep == "last" else last.with_name("best.state"), run, spec, record, trainer)
     return run / CHECKPOINT_NAME
 
 
@@ -424,12 +424,13 @@ def _git_revision() -> str | None:
 
 
 def _write_checkpoint(state: Path, run: Path, spec: ModelSpec, record: dict[str, Any], trainer: L.Trainer) -> None:
-    """Writes the best state's (averaged) weights as the run's checkpoint."""
+    """Writes a state's (averaged) weights as the run's checkpoint."""
     content = SafetensorsIO().load_checkpoint(state)
     net = KeypointNet(spec.size, points=spec.points)
     net.load_state_dict({k.removeprefix("net."): v for k, v in content["state_dict"].items()})
     check_finite(net, record["config"]["lr"])
     measured = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    record = record | {"best_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": measured}
+    kept = record["config"].get("keep", "best")  # a run that an older release began has none
+    record = record | {f"{kept}_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": measured}
     manifest = Manifest(spec=spec, training=record)
     save_checkpoint(run, net, manifest)

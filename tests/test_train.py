@@ -17,7 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kp_runtime.errors import DataError, KpError
-from kp_train.checkpoint import CHECKPOINT_NAME, SafetensorsIO, load_checkpoint
+from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint
 from kp_train.config import RECIPES, TrainConfig, recipe
 from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
 from kp_train.loaders import SourceSampler
@@ -79,6 +79,18 @@ def test_the_checkpoint_is_the_best_states_averaged_weights(trained: Path) -> No
     stored = load_checkpoint(trained)[0].backbone.conv1.weight
     assert torch.equal(stored, averaged["net.backbone.conv1.weight"].half().float())
     assert not torch.equal(averaged["net.backbone.conv1.weight"], current["net.backbone.conv1.weight"])
+
+
+def test_the_last_epochs_weights_can_be_kept(faces: Path, tmp_path: Path) -> None:
+    """The second epoch, at a rate that spoils the weights, has the higher loss: `best` leaves it out."""
+    kept = {}
+    for keep in ("best", "last"):
+        path = run(faces, tmp_path / keep, keep=keep, lr=0.5, ema=0, warmup=0.99, epochs=2)
+        kept[keep] = load_checkpoint(path)[1].training
+        state = SafetensorsIO().load_checkpoint(path.parent / LAST_STATE)["state_dict"]["net.backbone.conv1.weight"]
+        net, _ = load_checkpoint(path)
+        assert torch.equal(net.backbone.conv1.weight, state.half().float()) == (keep == "last")
+    assert (kept["best"]["best_epoch"], kept["last"]["last_epoch"]) == (1, 2)
 
 
 def test_a_run_can_start_from_a_checkpoint_at_another_size(trained: Path, faces: Path, tmp_path: Path) -> None:
@@ -143,7 +155,7 @@ def test_weights_that_draw_no_face(faces: Path, tmp_path: Path, source: str) -> 
 @pytest.mark.parametrize(
     "setting",
     [{"optimizer": "sgd"}, {"box": "foo"}, {"beta": -1.0}, {"warmup": 3.0}, {"patience": -1}, {"augment": "much"},
-     {"weight_decay": -0.1}],
+     {"weight_decay": -0.1}, {"keep": "worst"}],
 )  # fmt: skip
 def test_settings_that_are_none(setting: dict[str, object]) -> None:
     with pytest.raises(KpError, match=f"the setting {next(iter(setting))} must be"):
