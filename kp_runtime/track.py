@@ -20,7 +20,7 @@ from kp_runtime.smooth import OneEuro
 
 __all__ = ["LOST", "Track", "Tracker", "TrackerSettings", "disagreement", "second_looks"]
 
-LOST = 0.045
+LOST = 0.03
 """Above this `disagreement` there is no face; measured by `scripts/lost_faces.py`."""
 
 _SHIFT, _ENLARGED = 0.07, 1.12

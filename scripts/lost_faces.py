@@ -210,7 +210,7 @@ def main() -> None:
     both = scores["both"]
     rows = [
         (f"{limit:g}", f"{(both[is_face] > limit).mean():.2%}", f"{(both[~is_face] <= limit).mean():.2%}")
-        for limit in sorted({0.03, 0.035, 0.04, LOST, 0.05, 0.055, 0.06})
+        for limit in sorted({LOST, 0.035, 0.04, 0.045, 0.05, 0.06})
     ]
     print_table("both, by limit", ("limit", "faces given up", "lost faces missed"), rows)
     truth = np.stack([view.truth for view in views if view.truth is not None]).astype(np.float64)
