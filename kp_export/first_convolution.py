@@ -2,10 +2,10 @@
 
 These multiply four bytes at a time, four channels of one pixel, and look up where each pixel of a window lies. Of an
 image with one channel that uses a quarter, 49 times a window: the first convolution, 2% of the network's
-arithmetic, took 11% of its time where a processor has VNNI. Four neighbours of a row do as well as four channels, and no byte moves for it:
-`(n, 1, S, S)` is `(n, S, S / 4, 4)`. Two results of a stride of 2 then share a window, as twice as many channels:
-64 filters of 7 x 7 become 128 of 7 x 3 x 4, part of whose weights are 0. The sums of integers are the same, and
-so is every bit of the keypoints.
+arithmetic, took 11% of its time where a processor has VNNI. Four neighbours of a row do as well as four channels, and
+no byte moves for it: `(n, 1, S, S)` is `(n, S, S / 4, 4)`. Two results of a stride of 2 then share a window, as twice
+as many channels: 64 filters of 7 x 7 become 128 of 7 x 3 x 4, part of whose weights are 0. The sums of integers are the
+same, and so is every bit of the keypoints.
 """
 
 from __future__ import annotations
