@@ -148,7 +148,13 @@ def _sections(records: Sequence[Record]) -> Iterable[str]:
     yield "## What a frame costs one core, and where the bottleneck is"
     yield _measured_on(costs)
     yield markdown_table(
-        ("frames", "decode", "detect", "crop", "network", "all, ms", "frames a second and core", "most is"),
+        (
+            "frames",
+            *("decode", "detect", "crop", "network", "all, ms"),
+            "frames a second and core",
+            "core-hours a million frames",
+            "most is",
+        ),
         [_frame_row(way, costs) for way in ways],
     )
     size = costs.record.bundle["size"]
@@ -211,7 +217,10 @@ def _faces_rows(records: Sequence[Record]) -> Iterable[tuple[Any, ...]]:
 
 
 def _faces_row(device: str, record: Record, file: str, engine: str, batch: int, ms: float) -> tuple[Any, ...]:
-    return device, record.bundle["name"], file, engine, batch, f"{1e3 / ms:.0f}", f"{1e6 * ms / 3.6e6:.2f}"
+    name, reduce = record.bundle["name"], record.bundle.get("reduce", 1)
+    if reduce > 1:  # a network of the same name that sees fewer pixels is another one
+        name += f", means of {reduce} x {reduce}"
+    return device, name, file, engine, batch, f"{1e3 / ms:.0f}", f"{1e6 * ms / 3.6e6:.2f}"
 
 
 def _gpu_network(records: Sequence[Record]) -> list[Record]:
@@ -238,7 +247,9 @@ def _frame_row(way: Way, costs: Costs) -> tuple[Any, ...]:
     stages = costs.stages(way)
     total, most = sum(stages.values()), max(stages, key=lambda name: stages[name])
     shown = [f"{ms:.2f}" for ms in stages.values()]
-    return str(way), *shown, f"{total:.1f}", f"{1e3 / total:.0f}", f"{most}, {stages[most] / total:.0%}"
+    a_million = f"{total / 3.6:.1f}"  # 1e6 frames of so many ms, in hours of 3.6e6 ms
+    share = f"{most}, {stages[most] / total:.0%}"
+    return str(way), *shown, f"{total:.1f}", f"{1e3 / total:.0f}", a_million, share
 
 
 @lru_cache(maxsize=64)
@@ -319,11 +330,17 @@ def _batch_row(wait_ms: float, costs: Costs) -> tuple[Any, ...]:
 
 
 def _costs_at(price: float, records: Sequence[Record]) -> str:
-    """What a million faces cost at a price of a machine-hour."""
+    """What a million faces cost at a price of a machine-hour: the network alone, then whole frames."""
     if not 0 < price < math.inf:
         raise InputError(f"a price is over 0, got {price}")
     rows = [(*row[:-1], f"{float(row[-1]) * price:.4f}") for row in _faces_rows(records)]
-    return markdown_table(("device", "model", "file", "engine", "batch", "faces a second", "cost of a million"), rows)
+    network = markdown_table(
+        ("device", "model", "file", "engine", "batch", "faces a second", "cost of a million"), rows
+    )
+    costs = _costs(records)
+    a_core = price / costs.record.machine["cores_usable"]
+    frames = [(str(way), f"{sum(costs.stages(way).values()) / 3.6 * a_core:.4f}") for way in WAYS if costs.known(way)]
+    return f"{network}\n\n{markdown_table(('frames', 'cost of a million'), frames)}"
 
 
 def main() -> None:

@@ -65,7 +65,17 @@ def test_faces_a_second_and_hours_a_million() -> None:
     assert [*scale._faces_rows([engines_record(), stages_record()])] == [
         ("A Processor, 4 cores", "net", "int8", "ONNX Runtime", 8, "250", "1.11")
     ]
-    assert "| 250 | 0.1110 |" in scale._costs_at(0.1, [engines_record()])
+    printed = scale._costs_at(0.1, [engines_record(), stages_record()])
+    assert "| 250 | 0.1110 |" in printed
+    # a frame costs 21 ms of one of the machine's cores
+    a_core = 0.1 / stages_record().machine["cores_usable"]
+    assert f"| {scale.STREAM} | {21 / 3.6 * a_core:.4f} |" in printed
+
+
+def test_a_network_that_sees_fewer_pixels_is_told_from_its_namesake() -> None:
+    """The 224 px model that shipped first saw means of 2 x 2 pixels, and is four times as fast."""
+    record = dataclasses.replace(engines_record(), bundle={"name": "net", "reduce": 2})
+    assert [row[1] for row in scale._faces_rows([record])] == ["net, means of 2 x 2"]
 
 
 def test_a_gpu_that_was_measured_has_its_row() -> None:
@@ -82,7 +92,7 @@ def test_what_a_frame_costs() -> None:
     assert costs.stages(way) == pytest.approx({"decode": 2, "detect": 2, "crop": 4, "network": 64})
     gpu = dataclasses.replace(way, host_only=True)
     assert costs.stages(gpu)["network"] == 0
-    assert scale._frame_row(way, costs)[-3:] == ("72.0", "14", "network, 89%")
+    assert scale._frame_row(way, costs)[-4:] == ("72.0", "14", "20.0", "network, 89%")
     assert not costs.known(dataclasses.replace(way, detect="Haar 720p"))
 
 
