@@ -31,6 +31,12 @@ GPU_PX = 0.1
 MAP_PX = 1e-3
 """There and back through a crop matrix in float64, the result rounded to float32."""
 
+PACKED_LEVELS = 2.0
+"""Mean grey levels between crops of a photo and of its packed copy: WebP of quality 92."""
+
+PACKED_PX = 0.01
+"""Pixels of a crop between their points: the packed labels have three decimals."""
+
 
 def assert_close(got: np.ndarray, wanted: np.ndarray, most: float, what: str) -> None:
     """Fails with the largest and the mean difference."""

@@ -1,0 +1,111 @@
+"""Makes labelled faces small enough to carry to a machine that trains: cut out, grey, as WebP.
+
+    python scripts/pack_faces.py DATA … --out packed
+
+DATA as for `kp train`. Each source becomes `packed/NAME.csv` with its pictures in `packed/NAME/`, for `kp train --data
+packed/NAME.csv`. The pictures keep their names, so the same people are held out. Each keeps `--cut` times its face's
+longer side, and is shrunk where that side has more than `--face` pixels: more than training at 224 px sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from rich.progress import track
+
+from kp_cli.report import one_line_errors
+from kp_runtime.errors import InputError, KpError
+from kp_runtime.geometry import boxes_from_points
+from kp_runtime.interchange import LabelledFace, faces_to_file
+from kp_runtime.spec import writing
+from kp_train.data import Face, Source, luma_from_file, parse_source
+
+CUT, FACE, QUALITY = 2.2, 190, 92
+
+
+def packed_face(
+    luma: NDArray[np.uint8], xy: NDArray[np.floating], cut: float = CUT, most: int = FACE
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """The part around a face, and the points in it.
+
+    Args:
+        luma: `(h, w)` uint8.
+        xy: `(points, 2)`, pixels of it.
+        cut: the part's side, in longer sides of the box of the points; it ends at the image's edge.
+        most: pixels of that longer side that are kept.
+
+    Returns:
+        `(h', w')` uint8, and `(points, 2)` float64 in its pixels.
+    """
+    box = boxes_from_points(xy).astype(np.float64)
+    side, centre = (box[2:] - box[:2]).max(), (box[:2] + box[2:]) / 2
+    size_wh = np.array(luma.shape[::-1])
+    low = np.floor(centre - cut * side / 2).clip(0, size_wh - 1).astype(int)
+    high = np.ceil(centre + cut * side / 2 + 1).clip(low + 1, size_wh).astype(int)
+    part, moved = luma[low[1] : high[1], low[0] : high[0]], np.asarray(xy, np.float64) - low
+    if side <= most:
+        return part, moved
+    new_wh = np.maximum(1, np.rint((high - low) * most / side)).astype(int)
+    small = cv2.resize(part, (int(new_wh[0]), int(new_wh[1])), interpolation=cv2.INTER_AREA)
+    return np.asarray(small, np.uint8), (moved + 0.5) * new_wh / (high - low) - 0.5
+
+
+def pack(source: Source, out: Path, cut: float = CUT, most: int = FACE, quality: int = QUALITY) -> Path:
+    """Writes a source's faces; the path of the CSV.
+
+    Raises:
+        DataError: an image can't be read.
+        KpError: a file can't be written.
+    """
+    name = source.path.resolve().name.removesuffix(".csv")
+    base = Path(os.path.commonpath([face.image.parent for face in source.faces]))
+    seen: dict[Path, int] = {}
+    faces = []
+    for face in track(source.faces, name):
+        image = _name(face, base, seen)
+        part, xy = packed_face(luma_from_file(face.image), face.xy, cut, most)
+        done, data = cv2.imencode(".webp", part, [cv2.IMWRITE_WEBP_QUALITY, quality])
+        if not done:
+            raise KpError(
+                f"this OpenCV can't write WebP, so {face.image} was not packed; install opencv-python-headless"
+            )
+        with writing(out / name / image) as temporary:
+            temporary.write_bytes(data.tobytes())
+        faces.append(LabelledFace(str(image), xy, size_hw=(part.shape[0], part.shape[1])))
+    return faces_to_file(faces, out / f"{name}.csv", "csv")[0]
+
+
+def _name(face: Face, base: Path, seen: dict[Path, int]) -> Path:
+    """A face's picture: its image's name, numbered behind the person where the image has several."""
+    image = face.image.relative_to(base).with_suffix("")
+    number = seen[image] = seen.get(image, 0) + 1
+    return image.with_name(f"{image.name}{'' if number == 1 else f'-{number}'}.webp")
+
+
+def main() -> None:
+    """Packs the sources and says how large they are."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="+", help="as kp train --data takes them, without weights")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--cut", type=float, default=CUT, help="what is kept, in longer sides of the face (%(default)s)"
+    )
+    parser.add_argument("--face", type=int, default=FACE, help="most pixels of that side (%(default)s)")
+    parser.add_argument("--quality", type=int, default=QUALITY, help="of WebP, 1 to 100 (%(default)s)")
+    args = parser.parse_args()
+    if not (args.cut >= 1 and args.face >= 1 and 1 <= args.quality <= 100):
+        raise InputError("--cut and --face must be 1 or more, --quality 1 to 100")
+    for source in map(parse_source, args.data):
+        path = pack(source, args.out, args.cut, args.face, args.quality)
+        size = sum(file.stat().st_size for file in path.with_suffix("").rglob("*.webp"))
+        print(f"{path}: {len(source.faces)} faces, {size / 1e6:.1f} MB of pictures")
+
+
+if __name__ == "__main__":
+    with one_line_errors("pack_faces"):
+        main()
