@@ -75,9 +75,17 @@ def predict(
             raise InputError("--ray writes Parquet; leave out --box, --drawn, --times, --tuned, --public-key, --format")
         _predict_on_ray(photos, out, model, backend, threads, detector, looks, mirror, ray, as_json)
         return
+    _quiet_opencv()
     import numpy as np
 
-    from kp_runtime.photos import check_formats, photos_from_paths, predict_photo, results_json, write_results
+    from kp_runtime.photos import (
+        NotDrawnError,
+        check_formats,
+        photos_from_paths,
+        predict_photo,
+        results_json,
+        write_results,
+    )
     from kp_runtime.timing import StageTimer
 
     if box and detector != "auto":
@@ -97,7 +105,7 @@ def predict(
     finder = None if boxes is not None else open_detector(detector, threads=threads, public_key=public_key)
     if finder is not None:
         note_boxes(opened.spec)
-    results, failed = [], []
+    results, failed, undrawn = [], [], []
     stop = threading.Event()
     with _stopped_by_signals(stop):
         for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
@@ -116,6 +124,9 @@ def predict(
                         mirror=mirror,
                     )
                 )
+            except NotDrawnError as error:
+                results.append(error.photo)
+                undrawn.append(f"{error} (--drawn FILE); its keypoints are kept")
             except KpError as error:
                 failed.append(str(error))
     written = write_results(results, out, formats or ["json"]) if results else []
@@ -131,7 +142,9 @@ def predict(
     if stop.is_set():
         note(f"stopped after {len(results) + len(failed)} of {len(paths)} photos; what is written is of these")
     if failed:
-        raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
+        failed = [f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed)]
+    if failed or undrawn:
+        raise KpError("; ".join([*failed, *undrawn]))
     if stop.is_set():
         raise typer.Exit(130)  # as a shell reports Ctrl-C
 
@@ -223,6 +236,7 @@ def put_effect(
 
     Writes copies; the photos stay. Example: kp filter photo.jpg --effect sunglasses
     """
+    _quiet_opencv()
     from kp_runtime.effects import open_effect
     from kp_runtime.photos import photos_from_paths, predict_photo
 
@@ -307,7 +321,7 @@ def run(
     Example: kp run talk.mp4 --format mp4 --format parquet
     """
     stop = threading.Event()
-    _quiet_video()
+    _quiet_opencv()
     from kp_runtime.cores import usable_cores
     from kp_runtime.effects import open_effect
     from kp_runtime.frame import import_cv2
@@ -409,7 +423,7 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _quiet_video() -> None:
+def _quiet_opencv() -> None:
     """Silences what OpenCV and FFmpeg print by themselves; what matters of it becomes an error of ours."""
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")

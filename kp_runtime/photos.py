@@ -21,7 +21,7 @@ from kp_runtime.results import Keypoints
 from kp_runtime.spec import writing
 from kp_runtime.timing import StageTimer
 
-__all__ = ["FORMATS", "Photo", "check_formats", "photos_from_paths", "predict_photo", "write_results"]
+__all__ = ["FORMATS", "NotDrawnError", "Photo", "check_formats", "photos_from_paths", "predict_photo", "write_results"]
 
 _PLACES = {"csv": "keypoints.csv", "pts": ".", "coco": "keypoints.coco.json", "parquet": "keypoints.parquet"}
 FORMATS = ("json", *_PLACES)
@@ -34,6 +34,14 @@ class Photo:
     path: Path
     keypoints: Keypoints
     drawn: Path | None
+
+
+class NotDrawnError(KpError):
+    """A photo's keypoints were found, but its drawn copy can't be written; `photo` has them."""
+
+    def __init__(self, photo: Photo, reason: KpError) -> None:
+        super().__init__(f"{photo.path} was not drawn: {reason}")
+        self.photo = photo
 
 
 def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
@@ -84,6 +92,7 @@ def predict_photo(
     Raises:
         ImageError: the photo can't be read.
         BoxError: a given box is not usable.
+        NotDrawnError: the drawn copy can't be written; the error has the keypoints.
     """
     timer = timer or StageTimer()
     with timer("read"):
@@ -104,17 +113,24 @@ def predict_photo(
             put_keypoints(picture, keypoints.xy)
         else:
             picture = draw(image, keypoints.xy)
-        cv2 = import_cv2()
         try:
-            done, encoded = cv2.imencode(drawn.suffix, picture)
-        except cv2.error as error:
-            raise ImageError(f"OpenCV can't write a picture as {drawn.name!r}; use .jpg or .png") from error
-        if not done:
-            height, width = picture.shape[:2]
-            raise ImageError(f"OpenCV can't write a picture of {width} x {height} px as {drawn.name!r}; use .png")
-        with writing(drawn) as temporary:
-            temporary.write_bytes(encoded.tobytes())
+            _write_picture(picture, drawn)
+        except KpError as error:
+            raise NotDrawnError(Photo(path, keypoints, None), error) from error
     return Photo(path, keypoints, drawn)
+
+
+def _write_picture(picture: NDArray[np.uint8], path: Path) -> None:
+    cv2 = import_cv2()
+    try:
+        done, encoded = cv2.imencode(path.suffix, picture)
+    except cv2.error as error:
+        raise ImageError(f"OpenCV can't write a picture as {path.name!r}; use .jpg or .png") from error
+    if not done:
+        height, width = picture.shape[:2]
+        raise ImageError(f"OpenCV can't write a picture of {width} x {height} px as {path.name!r}; use .png")
+    with writing(path) as temporary:
+        temporary.write_bytes(encoded.tobytes())
 
 
 def check_formats(formats: Sequence[str]) -> None:

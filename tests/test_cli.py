@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,6 +109,37 @@ def test_ctrl_c_keeps_the_photos_that_are_done(
     assert (status, err.splitlines()[-1]) == (130, "stopped after 1 of 3 photos; what is written is of these")
     (photo,) = json.loads((tmp_path / "out" / "keypoints.json").read_text())
     assert photo["image"] == str(photos / "a.png")
+
+
+def test_a_photo_that_can_not_be_drawn_keeps_its_keypoints(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    shutil.copy(astronaut, photos / "a.png")
+    shutil.copy(astronaut, photos / "c.png")
+    (photos / "b.jpg").write_text("no photo")
+    (out / "a_keypoints.jpg").mkdir(parents=True)  # in the picture's place
+    status, printed, err = kp(capsys, "predict", photos, "--model", bundle, "--out", out)
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith("kp: 1 of 3 photos failed: ")
+    assert "a.png was not drawn: can't write" in err
+    assert err.endswith(" (--drawn FILE); its keypoints are kept\n")
+    assert f"{photos / 'a.png'}: 1 face\n" in printed
+    written = json.loads((out / "keypoints.json").read_text())
+    assert [(Path(photo["image"]).name, len(photo["faces"])) for photo in written] == [("a.png", 1), ("c.png", 1)]
+    assert (out / "c_keypoints.jpg").is_file()
+
+
+def test_a_picture_too_wide_for_a_jpeg_is_one_line(bundle: Path, tmp_path: Path) -> None:
+    """OpenCV has nothing to say beside it, which only shows in a process that loads it anew."""
+    wide, words = tmp_path / "wide.png", ["--box", "0,0,8,8", "--threads", "1"]
+    cv2.imwrite(str(wide), np.zeros((8, 65_501), np.uint8))
+    command = [sys.executable, "-m", "kp_cli", "predict", wide, "--model", bundle, "--out", tmp_path / "out", *words]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "wide.png was not drawn: OpenCV can't write a picture of 65501 x 8 px as" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["keypoints.json"]
 
 
 def test_labels_beside_the_photos_are_not_written_over(

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_runtime import ImageError, InputError, Keypoints, KpError, Model, StageTimer, load
+from kp_runtime import ImageError, InputError, Keypoints, Model, StageTimer, load
 from kp_runtime.geometry import frame_box
-from kp_runtime.photos import Photo, photos_from_paths, predict_photo, write_results
+from kp_runtime.photos import NotDrawnError, Photo, photos_from_paths, predict_photo, write_results
 from kp_runtime.scheme68 import point_names
 from kp_runtime.spec import Manifest, ModelSpec
 from tests.models import SIZE, tiny_bundle
@@ -76,14 +76,16 @@ def test_drawn_copy(suffix: str, model: Model, photo: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["d", "d.xyz"])
 def test_drawn_copy_of_a_kind_that_opencv_does_not_write(name: str, model: Model, photo: Path, tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=rf"can't write a picture as '{name}'; use \.jpg or \.png"):
+    with pytest.raises(NotDrawnError, match=rf"can't write a picture as '{name}'; use \.jpg or \.png"):
         predict_photo(model, photo, boxes_xyxy=BOXES, drawn=tmp_path / name)
     assert not (tmp_path / name).exists()
 
 
 def test_drawn_copy_in_a_place_that_can_not_be(model: Model, photo: Path) -> None:
-    with pytest.raises(KpError, match="can't write"):
+    with pytest.raises(NotDrawnError, match=r"a face\.png was not drawn: can't write") as caught:
         predict_photo(model, photo, boxes_xyxy=BOXES, drawn=photo / "d.png")
+    assert caught.value.photo.drawn is None
+    assert np.array_equal(caught.value.photo.keypoints.xy, predict_photo(model, photo, boxes_xyxy=BOXES).keypoints.xy)
 
 
 def test_detector_s_boxes_are_used_and_timed(model: Model, photo: Path) -> None:
@@ -161,6 +163,6 @@ def test_unknown_format(tmp_path: Path) -> None:
 def test_a_picture_that_the_format_can_not_hold(name: str, model: Model, tmp_path: Path) -> None:
     wide = tmp_path / "wide.png"
     cv2.imwrite(str(wide), np.zeros((8, 66_000 if name == "wide.jpg" else 40), np.uint8))
-    with pytest.raises(ImageError, match=rf"OpenCV can't write a picture .*{name}"):
+    with pytest.raises(NotDrawnError, match=rf"OpenCV can't write a picture .*{name}"):
         predict_photo(model, wide, boxes_xyxy=np.array([[0, 0, 8, 8]]), drawn=tmp_path / name)
     assert not (tmp_path / name).exists()
