@@ -277,13 +277,31 @@ def load(
     cores: Collection[int] | None = None,
     tuned: str | os.PathLike[str] | None = None,
 ) -> Model:
-    """Opens a bundle; see `backend.open_backend` for the arguments and errors.
+    """Opens a bundle.
 
-    Without one it is the default model's: what `KP_MODEL` names, else the installed model wheel
-    (`pip install 'kp-edge[model]'`), else a `BundleError`; see `default_model.default_bundle`.
+    Args:
+        bundle: the bundle's folder, or one model file in it, which is then the one that runs. None is the default
+            model: what `KP_MODEL` names, else the installed model wheel (`pip install 'kp-edge[model]'`).
+        backend: `auto` takes the best engine that works here, and `model.backend.report` says why;
+            `tensorrt`, `ort-tensorrt`, `ort-cuda` or `ort-cpu` is never replaced by another.
+        threads: threads of the engine on the CPU, the calling one with them; None uses all cores that it may.
+        precision: `auto`, or `fp32`, `fp16`, `int8` or `int8-trt`, which is never replaced by another.
+        public_key: whose signature the bundle must have: a PEM file's path, its bytes, or the key's
+            32 bytes. None asks for none.
+        golden: whether the golden crop is compared.
+        cores: numbers of the cores that the engine's threads run on (Linux). None: those of the calling thread.
+        tuned: a settings file that `kp tune` wrote: it says file, engine, threads and how batches are fed, and
+            where the bundle lies when none is given.
 
-    `tuned` is a settings file that `kp tune` wrote: it says file, engine, threads and how batches are
-    fed, and where the bundle lies when none is given; see `tuned.open_tuned`.
+    Raises:
+        InputError: cores that this thread may not use, or settings beside `tuned` that it says itself.
+        BundleError: there is no bundle, or it or its files can't be used.
+        SignatureError: the bundle is not signed by `public_key`.
+        BackendError: the engine can't run the model, or its golden keypoints are wrong.
+        MissingExtraError: the engine's package is not installed.
+
+    Warns:
+        TunedWarning: this machine is not the one that `tuned` was made on; says what differs.
     """
     if tuned is not None:
         from kp_runtime.tuned import open_tuned
