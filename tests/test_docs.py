@@ -17,6 +17,8 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
+import importlib.util
+import inspect
 import io
 import os
 import re
@@ -73,7 +75,8 @@ NOT_RUN = {
     "Needs a camera": Reason(r"kp run (0|rtsp:|\"nvargus)|camera"),
     "Needs a CUDA GPU": Reason(r"kp plan|tensorrt|trtexec|bench-gpu|Cuda|bf16-mixed"),
     "Needs a Jetson": Reason(r"sudo |/opt/kp|~/kp|nvpmodel"),
-    "Needs Ray": Reason(r"--ray "),
+    "Needs a Ray cluster": Reason(r"--ray \S+:"),
+    "Needs Ray": Reason(r"--ray local", lambda: importlib.util.find_spec("ray") is not None),
     "Needs a Triton server": Reason(r"triton"),
     "Needs emulation": Reason(r"aarch64"),
     "Needs NVRTC": Reason(r"compile_cubin", _has_nvrtc),
@@ -282,7 +285,7 @@ def _check_command(words: list[str], where: str) -> None:
         targets = [word for word in words[1:] if "=" not in word]
         known = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
         assert set(targets) <= known, f"{where}: make has no {set(targets) - known}"
-    elif name == "pip" and (extras := re.search(r"\.\[([\w,]+)\]", " ".join(words))):
+    elif name == "pip" and (extras := re.search(r"(?:\.|kp-edge)\[([\w,]+)\]", " ".join(words))):
         with open(ROOT / "pyproject.toml", "rb") as file:
             known = set(tomllib.load(file)["project"]["optional-dependencies"])
         assert set(extras[1].split(",")) <= known, f"{where}: an extra of {extras[1]} is none of the project's"
@@ -313,6 +316,7 @@ def _check_kp(words: list[str], where: str) -> None:
         ("sudo kp trane", "Needs a Jetson", "there is no kp trane"),
         ("X=1 make fuzzy; make fuzz", "Takes hours", "make has no .'fuzzy'"),
         ('pip install ".[image,imago]"', "Needs the network", "an extra of image,imago"),
+        ("pip install 'kp-edge[metric]'", "Needs the network", "an extra of metric "),
         ("python scripts/nothing.py | kp train", "Takes hours", "there is no scripts/nothing.py"),
         ("ls", "Needs a Jetson", "does not look like"),
         ("ls", "Needs patience", "is none of"),
@@ -337,6 +341,14 @@ def test_fences_are_of_a_known_kind(page: Path) -> None:
             assert block.title is None or block.title not in NOT_RUN, f"{block.where} is not run anyway"
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=ids)
+def test_links_stay_on_the_site(page: Path) -> None:
+    """The builder finds pages and places that do not exist, but not what lies outside of docs/."""
+    parsed = MarkdownIt().parse(page.read_text(encoding="utf-8"))
+    links = [str(child.attrs.get("href", "")) for token in parsed for child in token.children or ()]
+    assert [link for link in links if link.startswith(("..", "/"))] == []
+
+
 def test_every_page_is_in_the_navigation() -> None:
     with open(ROOT / "zensical.toml", "rb") as file:
         sections = tomllib.load(file)["project"]["nav"]
@@ -347,3 +359,12 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_every_public_name_is_in_the_reference() -> None:
     shown = re.findall(r"^::: kp_runtime\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
     assert sorted(shown) == sorted(kp_runtime.__all__)
+
+
+def test_the_reference_tells_each_argument_of_a_function() -> None:
+    """Where there are over two: one or two may stand in the sentence."""
+    for name in kp_runtime.__all__:
+        value = getattr(kp_runtime, name)
+        if inspect.isfunction(value) and len(named := inspect.signature(value).parameters) > 2:
+            told = re.findall(r"^    (\w+): ", inspect.getdoc(value) or "", re.MULTILINE)
+            assert [argument for argument in named if argument not in told] == [], name
