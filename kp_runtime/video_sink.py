@@ -6,6 +6,8 @@ a file of that name is always whole. Where no frame came through, an older file 
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
 import os
 from collections.abc import Sequence
@@ -83,7 +85,27 @@ def open_sinks(
 
 def _temporary(path: Path) -> Path:
     """Beside the target, with its suffix, which tells OpenCV the container."""
+    _clear_of_the_dead(path)
     return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+
+
+def _clear_of_the_dead(path: Path) -> None:
+    """Removes temporary files of the same target whose processes were killed and are gone."""
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{path.suffix}"):
+        number = left.name.removeprefix(f".{path.stem}.").removesuffix(f".tmp{path.suffix}")
+        if os.name == "posix" and number.isascii() and number.isdigit() and not _is_alive(int(number)):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # signal 0 asks, and does nothing
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is somebody else's, or no process' number
+        return True
+    return True
 
 
 class VideoSink:
