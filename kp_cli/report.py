@@ -206,12 +206,17 @@ def print_parity(reports: Sequence[Any]) -> None:
         typer.echo("these faces have no labels: how far the accuracy itself moves was not measured, --data does that")
 
 
+def _number_of(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def print_run(name: str, result: Any) -> None:
     """A `VideoRun`: what was done in a line, then the files."""
     dropped = f", {result.dropped} dropped to keep up" if result.dropped else ""
     speed = f"{result.frames / result.seconds:.1f} frames/s{dropped}"
-    tracks = f"{result.faces} track{'s' * (result.faces != 1)}, detector on {result.detector_runs} frames"
-    typer.echo(f"{name}: {result.frames} frames{', stopped' if result.stopped else ''}, {speed}, {tracks}")
+    tracks = f"{_number_of(result.faces, 'track')}, detector on {_number_of(result.detector_runs, 'frame')}"
+    stopped = ", stopped" if result.stopped else ""
+    typer.echo(f"{name}: {_number_of(result.frames, 'frame')}{stopped}, {speed}, {tracks}")
     for path in result.files:
         typer.echo(path)
 

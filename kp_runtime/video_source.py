@@ -167,7 +167,7 @@ class FileSource:
                 seconds = stamp if trusted else max(seconds, (index - 1) / self.rate) + 1 / self.rate
         # some containers only estimate their number of frames
         if self.count is not None and index < self.count - max(2, 0.02 * self.count):
-            raise ImageError(f"{self.name} is cut off: {index} of its {self.count} frames could be read")
+            raise ImageError(f"{self.name} is cut off or damaged: {index} of its {self.count} frames could be read")
 
     def _stamp(self) -> float:
         """The time of the last frame; older OpenCVs give that of the next one."""
@@ -175,7 +175,7 @@ class FileSource:
 
 
 class FolderSource:
-    """A folder of frames, in the order of their names.
+    """A folder of frames, in the order of their names, where a number counts as one: `9.png`, then `10.png`.
 
     Raises:
         ImageError: it holds no photo, or the first one can't be read.
@@ -185,7 +185,7 @@ class FolderSource:
 
     def __init__(self, folder: Path, rate: float | None = None) -> None:
         self.name, self.stem = str(folder), folder.resolve().name
-        self._paths = photos_from_paths([folder])
+        self._paths = sorted(photos_from_paths([folder]), key=_with_numbers)
         self.rate = rate or USUAL_RATE
         self.count: int | None = len(self._paths)
         first = image_from_file(self._paths[0])
@@ -257,7 +257,7 @@ class LiveSource:
         begin, wait = time.monotonic(), _FIRST_WAIT
         while time.monotonic() - begin < self._patience:
             self._capture.release()
-            if self._stop.wait(min(wait, self._patience)):
+            if self._stop.wait(min(wait, max(0.0, begin + self._patience - time.monotonic()))):
                 return self._first
             self._capture = self._opener()
             read, image = self._capture.read()
@@ -266,6 +266,11 @@ class LiveSource:
                 return image  # type: ignore[no-any-return]
             wait = min(2 * wait, _LONGEST_WAIT)
         raise ImageError(f"{self.name} went away and was not back within {self._patience:g} s (--patience)")
+
+
+def _with_numbers(path: Path) -> list[str | int]:
+    """What a frame's name is sorted by: text and numbers in turns."""
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", path.name))]
 
 
 @contextlib.contextmanager

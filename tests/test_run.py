@@ -67,6 +67,11 @@ def test_ctrl_c_finishes_the_files(bundle: Path, tmp_path: Path, number: signal.
 
 
 def test_run_writes_and_tells(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
+    path = video(tmp_path / "talk.avi", 1)
+    status, out, err = kp(capsys, "run", path, "--model", bundle, "--out", tmp_path / "out")
+    assert re.match(
+        re.escape(f"{path}: 1 frame, ") + r".* frames/s, 0 tracks, detector on 1 frame$", out.splitlines()[0]
+    )
     path = video(tmp_path / "talk.avi", 12)
     status, out, err = kp(capsys, "run", path, "--model", bundle, "--out", tmp_path / "out")
     assert (status, err) == (0, "")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -139,6 +142,13 @@ def test_a_folder_gives_its_frames_in_order(tmp_path: Path) -> None:
     assert (source.count, source.stem) == (6, "frames")
 
 
+def test_a_folder_s_numbers_count_as_numbers(tmp_path: Path) -> None:
+    names = ["7.png", "08.png", "9.png", "10.png", "a2b10.png", "a10b2.png"]
+    for name in reversed(names):
+        cv2.imwrite(str(tmp_path / name), picture(10 * names.index(name)))
+    assert [int(frame.image[0, 0, 0]) for frame in FolderSource(tmp_path)] == [0, 10, 20, 30, 40, 50]
+
+
 @pytest.mark.parametrize("content", [b"", b"no video at all" * 100])
 def test_what_holds_no_frame_says_so(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.mp4"
@@ -196,7 +206,7 @@ def test_a_camera_that_went_away_is_opened_anew(no_waits: list[float]) -> None:
         "camera 3 is back after 1.5 s",
         "camera 3 went away; trying again for 8 s",
     ]
-    assert no_waits == [0.5, 1, 0.5, 1, 2, 4, 8]
+    assert no_waits == [0.5, 1, 0.5, 1, 2, 4, 0.5]  # the last try is at the end of the patience
     assert first.released
     assert broken.released
     assert back.released
@@ -333,11 +343,29 @@ def test_a_video_by_the_clock_lasts_as_long_as_what_it_shows(tmp_path: Path) -> 
     assert levels(tmp_path / "a.avi") == pytest.approx([0, 50, 50, 150, 150, 150], abs=3)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="whether a process lives is asked by signal 0, which is POSIX")
+def test_what_killed_runs_left_beside_the_target_is_cleared(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    stem = ".a[1]_keypoints"
+    kept = [
+        f"{stem}.{os.getppid()}.tmp.mp4", f"{stem}.x.tmp.mp4", f"{stem}.{child.pid}.tmp.avi",
+        f".b{stem}.{child.pid}.tmp.mp4", f"{stem}.{'9' * 30}.tmp.mp4",
+    ]  # fmt: skip
+    for name in (*kept, f"{stem}.{child.pid}.tmp.mp4", f"{stem}.{child.pid}.tmp.jsonl"):
+        (tmp_path / name).touch()
+    for sink in open_sinks(["mp4", "jsonl"], tmp_path, "a[1]", rate=25, size_hw=SIZE_HW, live=False):
+        sink.close(keep=False)
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
 def test_a_cut_off_file_keeps_what_came_before(tmp_path: Path) -> None:
     path = video(tmp_path / "a.avi", 40)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     source = FileSource(path)
-    with pytest.raises(ImageError, match=r"a.avi is cut off: \d+ of its 40 frames could be read; \d+ frames are in"):
+    with pytest.raises(
+        ImageError, match=r"a.avi is cut off or damaged: \d+ of its 40 frames could be read; \d+ frames are in"
+    ):
         run_video(source, one_face(), sinks_for(source, tmp_path, "avi", "jsonl"))
     written = levels(tmp_path / "a_keypoints.avi")
     assert 5 < len(written) < 30
