@@ -156,7 +156,10 @@ class YuNetDetector(_OpenCvDetector):
         try:
             self._net: Any = cv2.FaceDetectorYN.create(str(model), "", (320, 320), score)
         except cv2.error as error:
-            raise BackendError(f"OpenCV can't read {model} as a YuNet model: {reason_of(error)}") from error
+            raise BackendError(
+                f"OpenCV {cv2.__version__} can't read {model} as a YuNet model; take OpenCV 4.8 or newer and a file "
+                f"that docs/detectors.md names, such as yunet_n_640_640.onnx: {reason_of(error)}"
+            ) from error
         self._model = model
 
     def raw(self, frame: Frame) -> NDArray[np.float64]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from kp_runtime import detect
 from kp_runtime.detect import BoxMap, HaarDetector, YuNetDetector, map_from_pairs
 from kp_runtime.errors import BackendError, ImageError, InputError, MissingExtraError
 from kp_runtime.frame import as_frame, image_from_file
+from kp_runtime.spec import sha256_of_file
 from tests.conftest import SHARED
 from tests.models import tiny_graph
 
@@ -126,9 +128,18 @@ def test_yunet_file_is_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"not a network", tiny_graph().SerializeToString()], ids=["text", "other graph"])
 def test_yunet_file_is_another(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.onnx").write_bytes(content)
-    with pytest.raises(BackendError, match=r"OpenCV can't (read|run) .*a\.onnx as (a YuNet model|YuNet)") as caught:
+    with pytest.raises(BackendError, match=r"OpenCV .*can't (read|run) .*a\.onnx as (a YuNet model;|YuNet)") as caught:
         YuNetDetector(tmp_path / "a.onnx")(np.zeros((64, 64, 3), np.uint8))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(bool(YUNET_BLOCKER), reason=YUNET_BLOCKER)
+def test_the_page_says_which_yunet_files_were_tried() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "detectors.md").read_text(encoding="utf-8")
+    for path, result in ((YUNET, "works"), (YUNET.with_name("yunet_n_dynamic.onnx"), "can't read it")):
+        assert re.search(rf"`{path.name}` \|.*`{sha256_of_file(path)}` \| {result}", page)
+    with pytest.raises(BackendError, match=r"can't read .*docs/detectors\.md names, such as yunet_n_640_640\.onnx"):
+        YuNetDetector(YUNET.with_name("yunet_n_dynamic.onnx"))
 
 
 def test_opencv_without_cascades(monkeypatch: pytest.MonkeyPatch) -> None:
