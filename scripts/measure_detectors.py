@@ -59,13 +59,12 @@ class Tally:
 
     def row(self, name: str, photos: int, alone: int, haar: float) -> list[str]:
         """The detector's line of the table."""
-        off = np.array(self.edges).reshape(-1, 4)
+        off = np.array(self.edges)
         return [
             name,
             *(f"{count / photos:.1%}" for count in (self.found, self.largest, self.nothing)),
             f"{self.false / max(1, alone):.3f}",
-            f"{np.abs(off).mean():.3f}",
-            f"{off.std(axis=0).mean():.3f}",
+            *((f"{np.abs(off).mean():.3f}", f"{off.std(axis=0).mean():.3f}") if len(off) else ("none", "none")),
             f"{np.median(self.seconds) / haar:.2f}",
         ]
 
@@ -79,6 +78,8 @@ def main() -> None:
     parser.add_argument("--yunet", type=Path)
     parser.add_argument("--scores", action="store_true")
     args = parser.parse_args()
+    if args.scores and not args.own:
+        raise InputError("--scores is about the own detector; name its bundle too: --own engines/face-detector")
     cv2.setNumThreads(1)
     faces = [face for source in map(parse_source, args.data) for face in source.faces]
     faces = [face for face in faces if args.held_out is None or is_held_out(face.person, args.held_out)]
