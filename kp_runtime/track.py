@@ -7,6 +7,7 @@ On a face both looks find the same points, elsewhere they do not (`docs/video.md
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -28,6 +29,9 @@ _SHIFT, _ENLARGED = 0.07, 1.12
 
 _SMALLEST = 4.0
 """Least side of a face's box in pixels."""
+
+_COVERED = 5
+"""Frames on which the box of a face that something begins to cover may slide along with it, until the face is lost."""
 
 
 class FindPoints(Protocol):
@@ -93,25 +97,37 @@ class TrackerSettings:
 
 @dataclass
 class _Face:
-    """What is remembered of a followed face: its last box, its motion a frame, for how long it is away."""
+    """What is remembered of a followed face: its last boxes, its motion a frame, for how long it is away."""
 
     id: int
     box: NDArray[np.float64]
     motion: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     away: int = 0
     smooth: OneEuro = field(default_factory=OneEuro)
+    past: deque[NDArray[np.float64]] = field(default_factory=lambda: deque(maxlen=2 * _COVERED))
 
     @property
     def awaited(self) -> NDArray[np.float64]:
         """Where it should be on this frame, if it goes on as before."""
         return self.box + np.tile(self.motion, 2)
 
+    @property
+    def awaited_uncovered(self) -> NDArray[np.float64]:
+        """The same by what it did before anything may have begun to cover it, once it was in view for long enough."""
+        if len(self.past) < 2 * _COVERED:
+            return self.awaited
+        first, last = self.past[0], self.past[_COVERED - 1]
+        motion = (last - first).reshape(2, 2).mean(axis=0) / (_COVERED - 1)
+        return last + np.tile(motion, 2) * (_COVERED + 1 + self.away)
+
     def move_to(self, box: NDArray[np.float64]) -> None:
         if self.away:  # it comes from elsewhere: neither speed nor old points tell anything
             self.motion, self.smooth = np.zeros(2), OneEuro()
+            self.past.clear()
         else:
             self.motion = (self.motion + (box - self.box).reshape(2, 2).mean(axis=0)) / 2
         self.box, self.away = box, 0
+        self.past.append(box)
 
 
 @dataclass(frozen=True)
@@ -219,9 +235,10 @@ class Tracker:
             if not is_face or any(_overlap(look.box, box) >= self._settings.match for box in others):
                 continue
             lost = [face for face in self._known if face.id not in found]
-            match = _matches(look.box[None], [face.awaited for face in lost], self._settings.match)
+            places = [face.awaited for face in lost] + [face.awaited_uncovered for face in lost]
+            match = _matches(look.box[None], places, self._settings.match)
             if match:
-                face = lost[match[0][1]]
+                face = lost[match[0][1] % len(lost)]
                 face.away = max(face.away, 1)
             else:
                 self.faces += 1

@@ -174,6 +174,23 @@ def test_crossing_faces_keep_their_ids() -> None:
     assert all(len(tracks) <= 1 for tracks in found[63:70])  # one face, one track
 
 
+def slid_along(t: int) -> tuple[float, float] | None:
+    """The face behind, whose visible rest is dragged along on the four frames before the other one hides it whole."""
+    place = crossing(t)[1]
+    return (1000.0 - 6 * 57 + 2 * (t - 57), 320.0) if place is not None and 57 <= t < 61 else place
+
+
+def test_a_face_that_is_covered_bit_by_bit_comes_back_with_its_id() -> None:
+    world = World(lambda t: crossing(t)[0], slid_along)
+    tracker = world.tracker()
+    found = world.run(tracker, range(130))
+    before, after = ({t.id: t.xy[:, 0].mean() for t in found[i]} for i in (0, -1))
+    assert set(before) == set(after) == {1, 2}
+    for key in (1, 2):
+        assert (before[key] < 600) != (after[key] < 600)
+    assert tracker.faces == 2
+
+
 def test_two_tracks_never_share_a_face() -> None:
     world = World(lambda t: (400 - min(t, 60), 300), lambda t: (600 - 3 * t, 300) if t < 55 else None)
     for tracks in world.run(world.tracker(), range(120)):
