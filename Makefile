@@ -61,6 +61,18 @@ $(TRITON_STAMP): pyproject.toml | $(STAMP)
 		nvidia-pytriton==0.7.0 "tritonclient[http,grpc]"
 	touch $@
 
+# very many photos on a real Ray of this machine, some of whose processes are killed
+RAY_VENV := build/ray
+RAY_STAMP := $(RAY_VENV)/.installed
+.PHONY: test-ray
+test-ray: $(RAY_STAMP)
+	$(RAY_VENV)/bin/python -m pytest tests/test_ray_batches.py
+
+$(RAY_STAMP): pyproject.toml | $(STAMP)
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(RAY_VENV)
+	$(BIN)/uv pip install --quiet --python $(RAY_VENV)/bin/python --editable ".[image,ort,cli,ray]" onnx pytest
+	touch $@
+
 # the wheels of the project and of its default model; torch is not needed
 wheels: $(WHEEL_STAMP)
 	PYTHONPATH=. $(WHEEL_VENV)/bin/python scripts/wheels.py --out dist

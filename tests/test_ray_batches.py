@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -68,11 +69,13 @@ def test_a_killed_actor_loses_nothing(photos: list[Path], bundle: Path, tmp_path
 
     tools = Tools(partial(load, bundle, "ort-cpu", 1), Boxes)
     killed: list[int] = []
+    beyond: list[set[str]] = []
     lock = threading.Lock()
 
     def kill_once(done: int, count: int) -> None:
         with lock:
             if not killed and done < count:
+                beyond.append(_addresses() - LOOPBACK)
                 actors = _processes("ray::MapWorker(MapBatches(_Predictor))")
                 for pid in actors[:1]:
                     os.kill(pid, signal.SIGKILL)
@@ -80,6 +83,7 @@ def test_a_killed_actor_loses_nothing(photos: list[Path], bundle: Path, tmp_path
 
     result = predict_batches(photos, tmp_path, tools, {"model": "a"}, step=kill_once)
     assert killed, "no actor was there to be killed"
+    assert beyond == [set()], "Ray listens to other machines"
     assert (result.photos, result.done, result.before, result.stopped) == (PHOTOS, PHOTOS, 0, False)
     assert [text for text in result.failed if "bad.jpg is no image" in text] == list(result.failed)
     assert len(result.failed) == 1
@@ -98,15 +102,37 @@ def test_a_killed_actor_loses_nothing(photos: list[Path], bundle: Path, tmp_path
         predict_batches(photos, tmp_path, tools, {"model": "b"}, step=kill_once)
 
 
-def _processes(name: str) -> list[int]:
-    """This user's processes that begin so, by Linux's /proc: Ray names its workers by what they do."""
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+"""127.0.0.1, the same in IPv6, and ::1, as Linux's /proc/net writes them."""
+
+
+def _addresses() -> set[str]:
+    """Where this user's processes of Ray listen."""
+    package = Path(importlib.import_module("ray").__file__ or "").parent
+    sockets = set()
+    for pid in _processes("ray::") + _processes("", f"{package}/"):
+        for file in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                sockets.add(str(file.readlink()))
+    found = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for line in Path(table).read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in sockets:
+                found.add(words[1].partition(":")[0])
+    assert found, "Ray listens nowhere: the test looks at the wrong processes"
+    return found
+
+
+def _processes(name: str, part: str = "") -> list[int]:
+    """The processes whose command begins so and holds a part, by Linux's /proc: Ray names workers by what they do."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if line.startswith(name):
+        if line.startswith(name) and part in line:
             found.append(int(folder.name))
     return found
 
