@@ -110,7 +110,8 @@ def write_repository(bundle: Path, repository: Path, detector: Path | None = Non
             models = tuple(_add(repository / each.name, each) for each in wanted)
     except OSError as error:
         raise ExportError(
-            f"can't write the model repository {repository}: {error.strerror or error}; what was there is whole"
+            f"can't write the model repository {repository}: {error.strerror or error}; what was there is whole; "
+            "name a folder that can be written"
         ) from error
     return TritonReport(repository, models, left_out)
 

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
-from kp_runtime.errors import BackendError
+from kp_runtime.errors import BackendError, InputError, KpError
 
 __all__ = ["check_triton", "main"]
 
@@ -33,8 +33,11 @@ def check_triton(url: str, model: str, seconds: float = 10.0) -> None:
         seconds: the longest wait for the answer.
 
     Raises:
+        InputError: `url` is no address of HTTP.
         BackendError: the server is not there, is too slow, does not know the model, or the model fails.
     """
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"{url!r:.200} is no address of a server; give one such as http://127.0.0.1:8000")
     image = {"name": "image", "shape": [1, 1], "datatype": "BYTES", "data": [PROBE]}
     request = urllib.request.Request(
         f"{url.rstrip('/')}/v2/models/{urllib.parse.quote(model, safe='')}/infer",
@@ -48,7 +51,8 @@ def check_triton(url: str, model: str, seconds: float = 10.0) -> None:
     except urllib.error.HTTPError as error:
         raise BackendError(f"{model} at {url} fails: {_reason(error)}; restart the server") from error
     except (OSError, http.client.HTTPException) as error:
-        raise BackendError(f"no answer of {url} within {seconds:g} s ({error}); start the server") from error
+        reason = getattr(error, "reason", error)
+        raise BackendError(f"no answer of {url} within {seconds:g} s ({reason}); start the server") from error
     except (KeyError, TypeError, ValueError) as error:
         raise BackendError(f"{url} gave no answer of {model} ({error!r}); is it a Triton server?") from error
     if data != [0]:
@@ -72,7 +76,7 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     try:
         check_triton(given.url, given.model, given.timeout)
-    except (BackendError, ValueError) as error:
+    except (KpError, ValueError) as error:
         print(f"triton_health: {error}", file=sys.stderr)
         return 1
     return 0

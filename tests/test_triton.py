@@ -336,6 +336,19 @@ def test_a_server_that_speaks_something_else(capsys: pytest.CaptureFixture[str])
 
 def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
     assert triton_health.main(["http://127.0.0.1:9", "m", "--timeout", "5"]) == 1
-    assert "no answer of http://127.0.0.1:9" in capsys.readouterr().err
-    assert triton_health.main(["no url", "m"]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "no answer of http://127.0.0.1:9 within 5 s ([Errno" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["no url", "127.0.0.1:8000", "", "file:///etc/hostname"])
+def test_what_is_no_address_of_a_server(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert triton_health.main([url, "m"]) == 1
+    assert capsys.readouterr().err == (
+        f"triton_health: {url!r} is no address of a server; give one such as http://127.0.0.1:8000\n"
+    )
+
+
+def test_a_repository_that_is_a_file(own: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("mine")
+    with pytest.raises(ExportError, match=r"can't write the model repository .*; name a folder that can be written"):
+        write_repository(own, tmp_path / "models")
+    assert (tmp_path / "models").read_text() == "mine"

@@ -234,6 +234,25 @@ def test_a_wrong_shape_or_type_is_refused(server: Server, pictures: list[bytes])
         server.ask("http", pictures + pictures[:1])
 
 
+def test_the_programs_of_the_page_run(server: Server, pictures: list[bytes], tmp_path: Path) -> None:
+    """What docs/triton.md shows and tests/test_docs.py can't run."""
+    page = (ROOT / "docs" / "triton.md").read_text(encoding="utf-8")
+    blocks = re.findall(r'^```(\w+) title="Needs a Triton server"\n(.*?)^```', page, re.MULTILINE | re.DOTALL)
+    assert [language for language, _ in blocks] == ["python", "sh"]
+    (tmp_path / "photo.jpg").write_bytes(pictures[0])
+    path = f"{Path(sys.prefix) / 'bin'}:{os.environ['PATH']}"
+    said = []
+    for language, text in blocks:
+        start = ["python3", "-c"] if language == "python" else ["bash", "-euc"]
+        done = subprocess.run(
+            [*start, text.replace("http://127.0.0.1:8000", server.url).replace("127.0.0.1:8000", server.url[7:])],
+            cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert said == ["[[1]] (1, 1, 68, 2)\n", ""]
+
+
 def test_every_config_is_one_of_tritons_schema(server: Server) -> None:
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
