@@ -118,7 +118,8 @@ class _Face:
             return self.awaited
         first, last = self.past[0], self.past[_COVERED - 1]
         motion = (last - first).reshape(2, 2).mean(axis=0) / (_COVERED - 1)
-        return last + np.tile(motion, 2) * (_COVERED + 1 + self.away)
+        place: NDArray[np.float64] = last + np.tile(motion, 2) * (_COVERED + 1 + self.away)
+        return place
 
     def move_to(self, box: NDArray[np.float64]) -> None:
         if self.away:  # it comes from elsewhere: neither speed nor old points tell anything
