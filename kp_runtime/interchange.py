@@ -266,7 +266,7 @@ def _read_coco(path: Path) -> list[LabelledFace]:
         )
     try:
         images = {image["id"]: image for image in document["images"]}
-        names = {c["id"]: c.get("keypoints") for c in document["categories"] if "keypoints" in c}
+        names = {c["id"]: c.get("keypoints") for c in document["categories"]}
         annotations = list(document["annotations"])
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is no COCO keypoint file: it lacks {str(error)[:80]}") from error
@@ -274,6 +274,10 @@ def _read_coco(path: Path) -> list[LabelledFace]:
     for i, annotation in enumerate(annotations):
         where = f"{path}, annotation {i}"
         try:
+            if annotation["category_id"] in names and names[annotation["category_id"]] is None:
+                continue  # a box of something, such as a person
+            if annotation["image_id"] not in images:
+                raise DataError(f"{where}: the file lists no image of the image_id {annotation['image_id']!r:.40}")
             image, flat = images[annotation["image_id"]], annotation["keypoints"]
             if len(names[annotation["category_id"]]) != POINTS:
                 raise DataError(f"{where}: its category has not the {POINTS} points of a face")

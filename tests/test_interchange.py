@@ -96,6 +96,16 @@ def test_coco_is_what_its_tools_expect(tmp_path: Path) -> None:
     assert {1, 68} <= {point for edge in category["skeleton"] for point in edge} <= set(range(1, 69))
 
 
+def test_coco_boxes_of_other_things_are_left_out(tmp_path: Path) -> None:
+    (path,) = faces_to_file(FACES[:1], tmp_path / "faces.json", "coco")
+    document = json.loads(path.read_text())
+    document["categories"].insert(0, {"id": 2, "name": "person"})
+    document["annotations"].insert(0, {"id": 9, "image_id": 1, "category_id": 2, "bbox": [0, 0, 5, 5]})
+    path.write_text(json.dumps(document))
+    (face,) = faces_from_file(path)
+    np.testing.assert_allclose(face.xy, FACES[0].xy, atol=6e-4)
+
+
 def test_coco_takes_sizes_from_the_images(tmp_path: Path) -> None:
     faces = [LabelledFace("a.png", FACES[0].xy)]
     with pytest.raises(InputError, match=r"needs the height and width of a\.png.*add the folder.*--images"):
@@ -167,7 +177,8 @@ def test_a_file_name_that_is_no_text(tmp_path: Path, kind: str) -> None:
             "is a list, as kp predict writes its own JSON, and no COCO file; run kp predict with",
         ),
         ("a.json", "{}", "is no COCO keypoint file: it lacks 'images'"),
-        ("a.json", _coco(image_id=2), "annotation 0 lacks or has a wrong 2"),
+        ("a.json", _coco(image_id=2), "annotation 0: the file lists no image of the image_id 2"),
+        ("a.json", _coco(category_id=2), "annotation 0 lacks or has a wrong 2"),
         ("a.json", _coco(keypoints=[1, 2, 2] * 17), "expected 68 points, got 17"),
         ("a.json", _coco(keypoints=[1, 2, 0] * 68), r"a point is not labelled \(visibility 0\)"),
         ("a.json", _coco(bbox=[1, 2]), "a box must have 4 finite numbers"),
