@@ -407,8 +407,10 @@ def convert(
 
 @contextlib.contextmanager
 def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    """Sets `stop` at the first Ctrl-C or SIGTERM; the second one does what it always does."""
+    """Sets `stop` at the first Ctrl-C, SIGTERM or closed terminal; the second one does what it always does."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
 
     def handle(number: int, _: Any) -> None:
         stop.set()
