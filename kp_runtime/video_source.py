@@ -28,6 +28,9 @@ __all__ = ["FileSource", "FolderSource", "LiveSource", "Source", "VideoFrame", "
 USUAL_RATE = 30.0
 """Frames a second where the source does not tell."""
 
+_FILE_ADDRESS = re.compile("(https?|ftp|file)://", re.IGNORECASE)
+"""Where a video file may lie; what `rtsp://` and its like give comes by the clock, even where its length is known."""
+
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
 _NETWORK_TIMEOUT_MS = 10_000
 
@@ -82,8 +85,8 @@ def open_source(
     """Opens what a person would name.
 
     Args:
-        text: a file, a folder of frames, a camera's index, a network address (`rtsp://…`), or a GStreamer
-            pipeline (`v4l2src ! videoconvert ! appsink`).
+        text: a file, a folder of frames, a camera's index, a network address (`rtsp://…`; by `http://…`, what has
+            an end is a file), or a GStreamer pipeline (`v4l2src ! videoconvert ! appsink`).
         rate: frames a second, instead of what the source says.
         patience: for how many seconds a live source that went away is opened anew.
         stop: ends a live source.
@@ -126,12 +129,22 @@ def open_source(
     if "://" in text:
         limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _NETWORK_TIMEOUT_MS]
         limits += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, _NETWORK_TIMEOUT_MS]
-        return live(_without_password(text), lambda: cv2.VideoCapture(text, cv2.CAP_FFMPEG, limits))
+        opened, name = [cv2.VideoCapture(text, cv2.CAP_FFMPEG, limits)], _without_password(text)
+        if _FILE_ADDRESS.match(text) and _count(opened[0]):
+            return FileSource(Path(text), rate, opened.pop(), name)
+        # the connection that is there is used: some cameras serve one at a time
+        return live(name, lambda: opened.pop() if opened else cv2.VideoCapture(text, cv2.CAP_FFMPEG, limits))
     raise InputError(f"there is no video, folder, camera index, address (rtsp://…) or GStreamer pipeline {text!r}")
 
 
 class FileSource:
     """A video file; no frame is left out.
+
+    Args:
+        path: the file.
+        rate: frames a second, instead of what the file says.
+        capture: the file, opened; opened by the path when None.
+        name: for messages; the path when None.
 
     Raises:
         ImageError: OpenCV finds no frame in it.
@@ -139,20 +152,20 @@ class FileSource:
 
     live = False
 
-    def __init__(self, path: Path, rate: float | None = None) -> None:
+    def __init__(self, path: Path, rate: float | None = None, capture: Any = None, name: str | None = None) -> None:
         cv2 = import_cv2()
-        self.name, self.stem = str(path), path.stem
+        self.name = str(path) if name is None else name
+        self.stem = path.stem if name is None else _stem(name)
         self._cv2, self._rate_given = cv2, rate is not None
-        self._capture = cv2.VideoCapture(str(path))
+        self._capture = cv2.VideoCapture(str(path)) if capture is None else capture
         read, image = self._capture.read()
         if not read:
-            raise ImageError(f"{path} has no frame that can be read: it is cut off, empty or no video")
+            raise ImageError(f"{self.name} has no frame that can be read: it is cut off, empty or no video")
         self._first: NDArray[np.uint8] = image
         self._begin = self._stamp()
         self.size_hw = (image.shape[0], image.shape[1])
         self.rate = rate or _rate(self._capture)
-        count = self._capture.get(cv2.CAP_PROP_FRAME_COUNT)
-        self.count = int(count) if 0 < count < 1e9 else None
+        self.count = _count(self._capture)
 
     def __iter__(self) -> Iterator[VideoFrame]:
         """Every frame; `ImageError` after the last one where the file promised more."""
@@ -225,7 +238,7 @@ class LiveSource:
         stop: threading.Event,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.name, self.stem = name, re.sub(r"\W+", "_", name).strip("_")
+        self.name, self.stem = name, _stem(name)
         self._opener, self._patience, self._stop, self._say = opener, patience, stop, say
         self._capture = opener()
         read, image = self._capture.read()
@@ -279,6 +292,17 @@ def _released(capture: Any) -> Iterator[None]:
         yield
     finally:
         capture.release()
+
+
+def _stem(name: str) -> str:
+    """Of what is no file on this machine: its name as one of a file."""
+    return re.sub(r"\W+", "_", name).strip("_")
+
+
+def _count(capture: Any) -> int | None:
+    """The number of frames where the capture tells one."""
+    count = capture.get(import_cv2().CAP_PROP_FRAME_COUNT)
+    return int(count) if 0 < count < 1e9 else None
 
 
 def _rate(capture: Any) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import builtins
+import functools
+import http.server
 import json
 import os
 import subprocess
@@ -190,6 +192,35 @@ def test_passwords_stay_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None
     source = open_source("rtsp://me:secret@camera.local:554/live?token=x")
     assert source.name == "rtsp://camera.local:554/live"
     assert source.stem == "rtsp_camera_local_554_live"
+
+
+def test_a_file_behind_an_address_is_a_file(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.avi", 12)
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = open_source(f"http://me:secret@127.0.0.1:{server.server_port}/a.avi")
+        assert (source.live, source.count, source.rate) == (False, 12, 25.0)
+        assert source.name == f"http://127.0.0.1:{server.server_port}/a.avi"
+        assert source.stem == f"http_127_0_0_1_{server.server_port}_a_avi"
+        assert [frame.index for frame in source] == list(range(12))
+        server.shutdown()
+    source = open_source(path.as_uri())
+    assert (source.live, source.count) == (False, 12)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_a_stream_without_an_end_keeps_its_first_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    cameras = [Camera(5, 6), Camera(7)]
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *words: cameras.pop(0))
+    source = open_source("http://camera.local/live", patience=0)
+    assert source.live
+    assert len(cameras) == 1
+    assert [int(frame.image[0, 0, 0]) for frame in source] == [5, 6]
 
 
 def test_a_camera_that_went_away_is_opened_anew(no_waits: list[float]) -> None:
