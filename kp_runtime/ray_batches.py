@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ def predict_batches(
         BackendError: no cluster answers, or Ray gave up.
         InputError: a photo twice, or `out` holds results of other settings.
     """
-    ray = _ray()
+    ray = _ray(address)
     names = [str(photo.absolute()) for photo in photos]
     if len(set(names)) < len(names):
         raise InputError("a photo is named twice; name each one once")
@@ -187,7 +188,8 @@ def _run(ray: Any, photos: int, out: Path, tools: Tools) -> None:
                 raise BackendError("the Ray cluster has no GPU; take --backend ort-cpu")
         rows = data.read_parquet(str(out / "state" / "photos.parquet"))
         # what is lost when a machine is: this many photos for each of its actors
-        rows = rows.repartition(target_num_rows_per_block=max(4, min(1024, photos // 100)))
+        part = max(4, min(1024, photos // 100))
+        rows = rows.repartition(target_num_rows_per_block=part)
         rows = rows.map_batches(
             _Predictor,
             fn_constructor_args=(tools,),
@@ -196,7 +198,8 @@ def _run(ray: Any, photos: int, out: Path, tools: Tools) -> None:
             num_cpus=tools.cpus,
             num_gpus=tools.gpus or None,
         )
-        rows.write_parquet(str(out / "photos"), ray_remote_args={"num_cpus": 0.1}, concurrency=most)
+        writers = min(most, -(-photos // part))  # Ray warns of more than there are parts
+        rows.write_parquet(str(out / "photos"), ray_remote_args={"num_cpus": 0.1}, concurrency=writers)
     finally:
         context.checkpoint_config = None
 
@@ -306,19 +309,35 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         if address == "local":
-            ray.init(address="local", include_dashboard=False, num_cpus=usable_cores() + _RAYS_OWN, **quiet)
+            with _silent():
+                ray.init(address="local", include_dashboard=False, num_cpus=usable_cores() + _RAYS_OWN, **quiet)
         else:
             _answers(address)
-            ray.init(address=address, **quiet)
-    except (OSError, RuntimeError, ValueError) as error:
+            with _silent():
+                ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise BackendError(
             f"no Ray cluster answers at {address} ({_last_line(error)}); begin one with ray start --head, "
-            "or take --ray local"
+            "copy its ~/.ray/auth_token to this machine where it has one, or take --ray local"
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing comes to stderr: Ray's core writes there until it has read that it should not."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _answers(address: str) -> None:
@@ -335,12 +354,15 @@ def _last_line(error: BaseException) -> str:
     return lines[-1].strip()[:300] if lines else type(error).__name__
 
 
-def _ray() -> Any:
+def _ray(address: str) -> Any:
     # Ray counts its users over the network, and listens to it, unless it is told otherwise before it is imported
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # nor on stderr; an error is raised
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if address != "local" and (Path.home() / ".ray" / "auth_token").exists():
+        # `ray start` asks for the token that an earlier local run left there, and Ray's clients do not send it unasked
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         importlib.import_module("ray.data")
         return importlib.import_module("ray")

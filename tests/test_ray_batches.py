@@ -7,10 +7,13 @@ import importlib
 import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -202,6 +205,57 @@ def test_no_cluster_is_one_line(photos: list[Path], bundle: Path, tmp_path: Path
     for wrong in (address, "nowhere"):
         with pytest.raises(BackendError, match=f"no Ray cluster answers at {wrong} .*ray start --head"):
             predict_batches(photos, tmp_path, tools, {}, address=wrong, step=lambda done, count: None)
+
+
+@pytest.mark.slow
+def test_a_cluster_and_its_token(photos: list[Path], bundle: Path, tmp_path: Path) -> None:
+    """`ray start` asks for the token of its user's home; who has another one is told in one line."""
+    homes = {name: tmp_path / name for name in ("same", "other", "none")}
+    for name, home in homes.items():
+        (home / ".ray").mkdir(parents=True)
+        if name != "none":
+            (home / ".ray" / "auth_token").write_text(name * 16)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [
+        sys.executable, "-m", "kp_cli", "predict", "--ray", address, str(photos[1]), "--model", str(bundle), "--out",
+    ]  # fmt: skip
+    short = tempfile.mkdtemp(prefix="kp")  # a socket's path has room for 107 bytes
+    head = subprocess.Popen(
+        [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+            f"--port={address.partition(':')[2]}", "--num-cpus=4", "--include-dashboard=false", "--disable-usage-stats",
+            f"--temp-dir={short}",
+        ],
+        env=os.environ | {"HOME": str(homes["same"])}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            assert head.poll() is None, head.communicate()[0]
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(address[10:])), 1):
+                break
+            time.sleep(0.2)
+        for name, extra in (("same", {}), ("other", {}), ("none", {"RAY_AUTH_MODE": "token"})):
+            asked = subprocess.run(
+                [*command, str(tmp_path / "out")], env=os.environ | {"HOME": str(homes[name])} | extra,
+                capture_output=True, text=True, timeout=300, check=False,
+            )  # fmt: skip
+            if name == "same":
+                assert asked.stderr in ("", "1 of 1 photos\n")  # the last look may come too late
+                assert (asked.returncode, "1 of 1 photos" in asked.stdout) == (0, True)
+                shutil.rmtree(tmp_path / "out")
+            else:
+                assert asked.returncode == 1
+                assert re.fullmatch(
+                    rf"kp: no Ray cluster answers at {address} .* copy its ~/.ray/auth_token to this machine .*\n",
+                    asked.stderr,
+                ), asked.stderr
+    finally:
+        head.terminate()
+        head.communicate(timeout=60)
+        shutil.rmtree(short)
 
 
 def test_a_photo_twice(photos: list[Path], bundle: Path, tmp_path: Path) -> None:
