@@ -365,7 +365,7 @@ def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(
             f"{path.parent} is not a bundle: it has no {MANIFEST_NAME}; give a folder that "
-            "`kp train` or `kp export` wrote"
+            "`kp train`, `kp train-detector` or `kp export` wrote"
         ) from error
     except OSError as error:
         raise BundleError(f"{path} can't be read ({error.strerror}); make the bundle again") from error
