@@ -72,6 +72,7 @@ def open_sinks(
     try:
         for name in dict.fromkeys(formats):
             path = out / f"{stem}_keypoints{FORMATS[name]}"
+            _clear_of_the_dead(path)
             if name in _CODECS:
                 sinks.append(VideoSink(path, _CODECS[name], rate, size_hw, by_clock=live))
             else:
@@ -85,7 +86,6 @@ def open_sinks(
 
 def _temporary(path: Path) -> Path:
     """Beside the target, with its suffix, which tells OpenCV the container."""
-    _clear_of_the_dead(path)
     return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
 
 

@@ -23,7 +23,7 @@ from kp_runtime.errors import InputError, KpError
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.interchange import LabelledFace, faces_to_file
 from kp_runtime.spec import writing
-from kp_train.data import Face, Source, luma_from_file, parse_source
+from kp_train.data import Face, Source, luma_from_file, read_source
 
 CUT, FACE, QUALITY = 2.2, 190, 92
 
@@ -60,9 +60,13 @@ def pack(source: Source, out: Path, cut: float = CUT, most: int = FACE, quality:
 
     Raises:
         DataError: an image can't be read.
+        InputError: something of that name is there, which may be the labels themselves.
         KpError: a file can't be written.
     """
-    name = source.path.resolve().name.removesuffix(".csv")
+    path = source.path.resolve()
+    name = path.stem if path.is_file() else path.name
+    if there := [place for place in (out / f"{name}.csv", out / name) if place.exists()]:
+        raise InputError(f"{there[0]} is already there, and nothing is written over; name another folder with --out")
     base = Path(os.path.commonpath([face.image.parent for face in source.faces]))
     seen: dict[Path, int] = {}
     faces = []
@@ -90,7 +94,7 @@ def _name(face: Face, base: Path, seen: dict[Path, int]) -> Path:
 def main() -> None:
     """Packs the sources and says how large they are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", nargs="+", help="as kp train --data takes them, without weights")
+    parser.add_argument("data", nargs="+", type=Path, help="as kp train --data takes them, without weights")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--cut", type=float, default=CUT, help="what is kept, in longer sides of the face (%(default)s)"
@@ -100,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.cut >= 1 and args.face >= 1 and 1 <= args.quality <= 100):
         raise InputError("--cut and --face must be 1 or more, --quality 1 to 100")
-    for source in map(parse_source, args.data):
+    for source in map(read_source, args.data):
         path = pack(source, args.out, args.cut, args.face, args.quality)
         size = sum(file.stat().st_size for file in path.with_suffix("").rglob("*.webp"))
         print(f"{path}: {len(source.faces)} faces, {size / 1e6:.1f} MB of pictures")

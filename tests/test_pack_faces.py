@@ -80,3 +80,14 @@ def test_settings_out_of_range(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     with pytest.raises(InputError, match="--cut and --face must be 1 or more"):
         pack(monkeypatch, write_csv_source(tmp_path, people=1), "--out", tmp_path / "packed", *words)
     assert not (tmp_path / "packed").exists()
+
+
+def test_nothing_is_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_csv_source(tmp_path, people=1)
+    labels = data.read_bytes()
+    with pytest.raises(InputError, match=rf"{data.name} is already there, and nothing is written over; name another"):
+        pack(monkeypatch, data, "--out", tmp_path)
+    assert data.read_bytes() == labels
+    pack(monkeypatch, data, "--out", tmp_path / "packed")
+    with pytest.raises(InputError, match="already there"):  # another source of the same name
+        pack(monkeypatch, data, "--out", tmp_path / "packed")

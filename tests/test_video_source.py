@@ -1,0 +1,159 @@
+"""What frames come from: every frame of a file or a folder, a camera that goes away, and sources that are none."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import threading
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from kp_runtime.errors import BackendError, ImageError, InputError
+from kp_runtime.video_source import FolderSource, VideoFrame, open_source
+from tests.test_video import SIZE_HW, Camera, folder_of_frames, live, picture, take, video
+
+
+@pytest.fixture
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Waits between two tries take no time; how long they would have been, on a clock that they move."""
+    waits: list[float] = []
+
+    def wait(self: threading.Event, seconds: float | None = None) -> bool:
+        waits.append(seconds or 0)
+        return self.is_set()
+
+    monkeypatch.setattr(threading.Event, "wait", wait)
+    monkeypatch.setattr(time, "monotonic", lambda: sum(waits))
+    return waits
+
+
+def test_a_file_gives_every_frame_with_its_time(tmp_path: Path) -> None:
+    source = open_source(str(video(tmp_path / "a.avi")))
+    assert (source.live, source.rate, source.count, source.size_hw) == (False, 25.0, 20, SIZE_HW)
+    frames = list(source)
+    assert [frame.index for frame in frames] == list(range(20))
+    np.testing.assert_allclose([frame.seconds for frame in frames], np.arange(20) / 25, atol=1e-6)
+    assert np.abs([frame.image.mean() - 10 * i for i, frame in enumerate(frames)]).max() < 3
+
+
+def test_a_given_rate_takes_the_place_of_the_files(tmp_path: Path) -> None:
+    frames = list(open_source(str(video(tmp_path / "a.avi", 4)), rate=50))
+    np.testing.assert_allclose([frame.seconds for frame in frames], [0, 0.02, 0.04, 0.06])
+    for rate in (0.0, float("nan"), 5000.0):
+        with pytest.raises(InputError, match="the frame rate must be over 0"):
+            open_source(str(tmp_path / "a.avi"), rate=rate)
+
+
+def test_a_folder_gives_its_frames_in_order(tmp_path: Path) -> None:
+    source = open_source(str(folder_of_frames(tmp_path / "frames")), rate=10)
+    assert isinstance(source, FolderSource)
+    assert [(f.index, f.seconds, int(f.image[0, 0, 0])) for f in source] == [(i, i / 10, 10 * i) for i in range(6)]
+    assert (source.count, source.stem) == (6, "frames")
+
+
+def test_a_folder_s_numbers_count_as_numbers(tmp_path: Path) -> None:
+    names = ["7.png", "08.png", "9.png", "10.png", "a2b10.png", "a10b2.png"]
+    for name in reversed(names):
+        cv2.imwrite(str(tmp_path / name), picture(10 * names.index(name)))
+    assert [int(frame.image[0, 0, 0]) for frame in FolderSource(tmp_path)] == [0, 10, 20, 30, 40, 50]
+
+
+@pytest.mark.parametrize("content", [b"", b"no video at all" * 100])
+def test_what_holds_no_frame_says_so(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "bad.mp4"
+    path.write_bytes(content)
+    with pytest.raises(ImageError, match=r"bad.mp4 has no frame that can be read: it is cut off, empty or no video"):
+        open_source(str(path))
+
+
+def test_an_mp4_without_its_end_says_so(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", codec="mp4v")
+    path.write_bytes(path.read_bytes()[:-600])
+    with pytest.raises(ImageError, match="has no frame that can be read"):
+        open_source(str(path))
+
+
+def test_sources_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"there is no video, folder, camera index, address .* 'nothing.mp4'"):
+        open_source("nothing.mp4")
+    with pytest.raises(InputError, match="there is no camera 12345"):
+        open_source("12345")
+    cv2.imwrite(str(tmp_path / "a.png"), picture(3))
+    with pytest.raises(InputError, match=r"a.png is a photo: kp predict"):
+        open_source(str(tmp_path / "a.png"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ImageError, match="holds no photos"):
+        open_source(str(tmp_path / "empty"))
+    with pytest.raises(ImageError, match="camera 3 gives no frame; check that it is connected"):
+        live(Camera())
+
+
+def test_a_pipeline_needs_an_opencv_with_gstreamer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2.videoio_registry, "hasBackend", lambda backend: False)
+    with pytest.raises(BackendError, match="is built without GStreamer"):
+        open_source("videotestsrc ! appsink")
+
+
+def test_passwords_stay_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *words: Camera(5))
+    source = open_source("rtsp://me:secret@camera.local:554/live?token=x")
+    assert source.name == "rtsp://camera.local:554/live"
+    assert source.stem == "rtsp_camera_local_554_live"
+
+
+def test_a_file_behind_an_address_is_a_file(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.avi", 12)
+    handler = functools.partial(QuietHandler, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = open_source(f"http://me:secret@127.0.0.1:{server.server_port}/a.avi")
+        assert (source.live, source.count, source.rate) == (False, 12, 25.0)
+        assert source.name == f"http://127.0.0.1:{server.server_port}/a.avi"
+        assert source.stem == f"http_127_0_0_1_{server.server_port}_a_avi"
+        assert [frame.index for frame in source] == list(range(12))
+        server.shutdown()
+    source = open_source(path.as_uri())
+    assert (source.live, source.count) == (False, 12)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *words: object) -> None:
+        pass
+
+
+def test_a_stream_without_an_end_keeps_its_first_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    cameras = [Camera(5, 6), Camera(7)]
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *words: cameras.pop(0))
+    source = open_source("http://camera.local/live", patience=0)
+    assert source.live
+    assert len(cameras) == 1
+    assert [int(frame.image[0, 0, 0]) for frame in source] == [5, 6]
+
+
+def test_a_camera_that_went_away_is_opened_anew(no_waits: list[float]) -> None:
+    say: list[str] = []
+    first, broken, back = Camera(1, 2, rate=15.0), Camera(), Camera(3, 4)
+    source = live(first, broken, back, say=say, patience=8)
+    assert source.rate == 15.0
+    shown: list[VideoFrame] = []
+    with pytest.raises(ImageError, match=r"camera 3 went away and was not back within 8 s \(--patience\)"):
+        take(source, shown)
+    assert [(f.index, int(f.image[0, 0, 0])) for f in shown] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert say == [
+        "camera 3 went away; trying again for 8 s",
+        "camera 3 is back after 1.5 s",
+        "camera 3 went away; trying again for 8 s",
+    ]
+    assert no_waits == [0.5, 1, 0.5, 1, 2, 4, 0.5]  # the last try is at the end of the patience
+    assert first.released
+    assert broken.released
+    assert back.released
+
+
+def test_a_live_source_without_patience_ends(no_waits: list[float]) -> None:
+    assert [frame.index for frame in live(Camera(1, 2), patience=0)] == [0, 1]
+    assert no_waits == []
