@@ -34,7 +34,7 @@ from kp_cli.options import (
     whole_detector_name,
 )
 from kp_cli.report import frames_progress, print_json, print_run, print_times, progress, share_progress
-from kp_runtime.errors import InputError, KpError
+from kp_runtime.errors import InputError, KpError, NotDrawnError
 
 
 def predict(
@@ -79,7 +79,6 @@ def predict(
     import numpy as np
 
     from kp_runtime.photos import (
-        NotDrawnError,
         check_formats,
         photos_from_paths,
         predict_photo,

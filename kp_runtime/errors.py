@@ -3,6 +3,7 @@
     KpError                     the root; the command line prints it as one line and exits 1
     ├── InputError              what the caller gave can't be used
     │   ├── ImageError          an image: missing, cut off, wrong dtype or shape
+    │   │   └── NotDrawnError   a photo whose keypoints are there, but not its drawn copy
     │   ├── BoxError            face boxes: NaN, no size, outside the image, wrong shape
     │   └── DataError           a data set: labels, folders, too few faces
     ├── BundleError             a model file or its manifest
@@ -19,6 +20,11 @@ Each message says what is wrong, what was expected, and what to do next.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kp_runtime.photos import Photo
+
 __all__ = [
     "BackendError",
     "BoxError",
@@ -30,6 +36,7 @@ __all__ = [
     "IntegrityError",
     "KpError",
     "MissingExtraError",
+    "NotDrawnError",
     "ParityError",
     "SchemaError",
     "SignatureError",
@@ -46,6 +53,18 @@ class InputError(KpError, ValueError):
 
 class ImageError(InputError):
     """An image is missing, cut off, or of a dtype or shape that is not taken."""
+
+
+class NotDrawnError(ImageError):
+    """A photo's keypoints were found, but its drawn copy can't be written.
+
+    Attributes:
+        photo: its path and its keypoints.
+    """
+
+    def __init__(self, message: str, photo: Photo) -> None:
+        super().__init__(message)
+        self.photo = photo
 
 
 class BoxError(InputError):

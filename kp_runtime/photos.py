@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.detect import Detector
 from kp_runtime.draw import put_boxes, put_keypoints
-from kp_runtime.errors import ImageError, InputError, KpError
+from kp_runtime.errors import ImageError, InputError, KpError, NotDrawnError
 from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
 from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
@@ -21,7 +21,7 @@ from kp_runtime.results import Keypoints
 from kp_runtime.spec import writing
 from kp_runtime.timing import StageTimer
 
-__all__ = ["FORMATS", "NotDrawnError", "Photo", "check_formats", "photos_from_paths", "predict_photo", "write_results"]
+__all__ = ["FORMATS", "Photo", "check_formats", "photos_from_paths", "predict_photo", "write_results"]
 
 _PLACES = {"csv": "keypoints.csv", "pts": ".", "coco": "keypoints.coco.json", "parquet": "keypoints.parquet"}
 FORMATS = ("json", *_PLACES)
@@ -34,14 +34,6 @@ class Photo:
     path: Path
     keypoints: Keypoints
     drawn: Path | None
-
-
-class NotDrawnError(KpError):
-    """A photo's keypoints were found, but its drawn copy can't be written; `photo` has them."""
-
-    def __init__(self, photo: Photo, reason: KpError) -> None:
-        super().__init__(f"{photo.path} was not drawn: {reason}")
-        self.photo = photo
 
 
 def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
@@ -116,7 +108,7 @@ def predict_photo(
         try:
             _write_picture(picture, drawn)
         except KpError as error:
-            raise NotDrawnError(Photo(path, keypoints, None), error) from error
+            raise NotDrawnError(f"{path} was not drawn: {error}", Photo(path, keypoints, None)) from error
     return Photo(path, keypoints, drawn)
 
 

@@ -73,6 +73,6 @@ def test_every_module_imports_with_numpy_alone() -> None:
 
 def test_every_error_is_a_kp_error() -> None:
     errors = [value for value in vars(kp_runtime.errors).values() if isinstance(value, type)]
-    assert len(errors) == 13
+    assert len(errors) == 14
     assert all(issubclass(error, kp_runtime.KpError) for error in errors)
     assert {error.__name__ for error in errors} == set(kp_runtime.errors.__all__) <= set(kp_runtime.__all__)
