@@ -205,6 +205,19 @@ def test_predict_on_an_engine_that_is_not_there_is_one_line(
         assert err.count("\n") == 1
 
 
+def test_ray_that_is_not_installed_is_one_line(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # where Ray's own settings are put
+    monkeypatch.setitem(sys.modules, "ray", None)
+    words = ("predict", astronaut, "--ray", "local", "--model", bundle, "--out", tmp_path / "out")
+    status, out, err = kp(capsys, *words)
+    assert (status, out) == (1, "")
+    assert "predicting on Ray needs the package ray[data]" in err
+    assert "pip install 'kp-edge[ray]'" in err
+    assert err.count("\n") == 1
+
+
 def test_one_bad_photo_does_not_stop_the_others(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
 ) -> None:
