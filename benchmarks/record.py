@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from kp_runtime.errors import InputError
+from kp_runtime.files import writing
 from kp_runtime.machine import load_average, machine_from_system
-from kp_runtime.spec import Manifest, writing
+from kp_runtime.spec import Manifest
 from kp_runtime.timing import Ratio, ratio_of_medians
 
 __all__ = [

@@ -22,7 +22,7 @@ from benchmarks.command import markdown_table, run, with_made_part
 from benchmarks.queues import Outcome, Sources, Stage, fixed, simulate
 from benchmarks.record import RESULTS, Record, machine_name, read_records
 from kp_runtime.errors import InputError
-from kp_runtime.spec import writing
+from kp_runtime.files import writing
 
 __all__ = ["BEGIN", "DOCS", "END", "Way", "scale_page", "streams_held"]
 

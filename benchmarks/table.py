@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.command import markdown_table, run, with_made_part
 from benchmarks.record import KINDS, RESULTS, Record, machine_name, read_records
 from kp_runtime.errors import InputError
-from kp_runtime.spec import writing
+from kp_runtime.files import writing
 from kp_runtime.timing import Ratio
 
 __all__ = ["BEGIN", "DOCS", "END", "docs_with_tables", "tables_from_records"]

@@ -170,10 +170,10 @@ def _predict_on_ray(
     from functools import partial
 
     from kp_runtime.detectors import load_detector
+    from kp_runtime.files import sha256_of_file
     from kp_runtime.photos import photos_from_paths
     from kp_runtime.pipeline import load
     from kp_runtime.ray_batches import Tools, predict_batches
-    from kp_runtime.spec import sha256_of_file
 
     paths, threads = photos_from_paths(photos), 1 if threads is None else threads
     bundle = bundle_or_default(model).resolve()

@@ -116,7 +116,7 @@ def whole_detector_name(name: str, public_key: Path | None = None) -> str:
 
 def detector_record(whole: str) -> dict[str, str]:
     """What a record says of a detector, by its whole name: its kind and, where it has a file, that one's sha256."""
-    from kp_runtime.spec import sha256_of_file
+    from kp_runtime.files import sha256_of_file
 
     kind, is_file, file = whole.partition("=")
     path = Path(file) / "manifest.json" if kind == "own" else Path(file)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kp_runtime.errors import KpError
-from kp_runtime.spec import writing
+from kp_runtime.files import writing
 
 __all__ = ["BuildLog", "build_logger", "build_monitor", "parser_errors"]
 

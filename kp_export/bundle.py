@@ -25,9 +25,10 @@ from kp_export.staging import mend, staging
 from kp_runtime.backend import GOLDEN_NAME
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import DataError, ExportError, ParityError
+from kp_runtime.files import writing
 from kp_runtime.geometry import boxes_from_points, crop_from_luma, matrices_from_boxes
 from kp_runtime.recorded_rise import PARITY_NAME
-from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, ModelSpec, file_entry, writing
+from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Source, is_held_out
 from kp_train.model import KeypointNet

@@ -17,8 +17,9 @@ from torch.nn.utils import fuse_conv_bn_eval
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, write_onnx
 from kp_export.staging import mend, staging
 from kp_runtime.center_detector import MODEL_NAME, CenterDetector
+from kp_runtime.files import writing
 from kp_runtime.golden import GOLDEN_NAME
-from kp_runtime.spec import DetectorManifest, file_entry, writing
+from kp_runtime.spec import DetectorManifest, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_detector
 from kp_train.detector_net import ConvLayer, DetectorNet
 from kp_train.synthetic import drawn_face

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from kp_export.first_convolution import fold_first_convolution
 from kp_export.parity import FaceSet, Parity, check_parity
 from kp_runtime.errors import DataError, ExportError, ParityError
-from kp_runtime.spec import writing
+from kp_runtime.files import writing
 from kp_train.metrics import point_errors
 
 __all__ = ["CHOICES", "Int8Choice", "Int8Report", "check_calibration", "int8_from_onnx", "search_int8"]

@@ -27,7 +27,8 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from kp_runtime.errors import ExportError
-from kp_runtime.spec import ModelSpec, writing
+from kp_runtime.files import writing
+from kp_runtime.spec import ModelSpec
 from kp_train.model import KeypointNet
 
 __all__ = ["IR_VERSION", "OPSET", "check_fits_half", "layer_types", "onnx_from_checkpoint", "write_onnx"]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from kp_export.staging import mend, staging
 from kp_runtime.errors import BundleError
-from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, any_manifest, file_entry, writing
+from kp_runtime.files import writing
+from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, any_manifest, file_entry
 
 __all__ = ["pack_bundle"]
 

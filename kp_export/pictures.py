@@ -9,10 +9,10 @@ import numpy as np
 
 from kp_export.evaluate import Evaluation
 from kp_runtime.errors import MissingExtraError
+from kp_runtime.files import writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import apply_matrix, matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import writing
 from kp_train.data import luma_from_file
 from kp_train.metrics import FAILURE
 

@@ -17,7 +17,7 @@ from kp_export.build_log import BuildLog, build_logger, build_monitor, parser_er
 from kp_export.cuda_device import CudaDevice
 from kp_export.plan_options import INPUT, PlanOptions
 from kp_runtime.errors import ExportError, KpError
-from kp_runtime.spec import writing
+from kp_runtime.files import writing
 
 __all__ = ["PlanBuilder", "Progress"]
 

@@ -23,7 +23,7 @@ from kp_export.plan_builder import PlanBuilder, Progress
 from kp_export.plan_options import PlanOptions, plan_name, rebuild_command, trtexec_command
 from kp_export.precision_receipt import LEAST_SHARE, PrecisionReceipt, check_receipt, receipt_from_inspector
 from kp_runtime.errors import BackendError, ExportError
-from kp_runtime.spec import sha256_of_file, writing
+from kp_runtime.files import sha256_of_file, writing
 
 __all__ = [
     "PlanOptions",

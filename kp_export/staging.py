@@ -26,7 +26,7 @@ def mend(target: Path) -> None:
 def staging(target: Path) -> Iterator[Path]:
     """A folder beside `target`, filled with links to its files, that takes its place at the end.
 
-    Files in it must be replaced (`kp_runtime.spec.writing`), never written in place: they are the
+    Files in it must be replaced (`kp_runtime.files.writing`), never written in place: they are the
     old bundle's own until then.
 
     Raises:

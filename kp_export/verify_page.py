@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from kp_export.parity import LIMITS, Limit
 from kp_export.verify import FileVerdict, Verification
+from kp_runtime.files import writing
 from kp_runtime.scheme68 import regions_of
-from kp_runtime.spec import writing
 
 __all__ = ["verification_page"]
 

@@ -29,13 +29,14 @@ from kp_runtime.bench_results import (
 from kp_runtime.cold_start import cold_starts
 from kp_runtime.detect import Detector
 from kp_runtime.errors import BackendError, ImageError, InputError
+from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import Frame, as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.machine import load_average, machine_from_system
 from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest, ModelSpec, sha256_of_file
+from kp_runtime.spec import Manifest, ModelSpec
 from kp_runtime.timing import StageTimer, Turns, measure_in_turns
 
 __all__ = ["crops_of_faces", "run_bench"]

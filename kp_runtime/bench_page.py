@@ -12,7 +12,7 @@ from pathlib import Path
 from kp_runtime.bench_compare import Comparison
 from kp_runtime.bench_plots import SERIES, Point, batch_curves, clean, distribution, milliseconds, stage_bar
 from kp_runtime.bench_results import Bench, FileRun, Times
-from kp_runtime.spec import writing
+from kp_runtime.files import writing
 
 __all__ = ["bench_page"]
 

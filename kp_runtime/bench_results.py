@@ -17,8 +17,8 @@ from types import UnionType
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from kp_runtime.errors import InputError
+from kp_runtime.files import writing
 from kp_runtime.machine import Machine
-from kp_runtime.spec import writing
 from kp_runtime.timing import TimeSummary, summary_from_turns
 
 __all__ = [

@@ -28,10 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import DataError, InputError, MissingExtraError
+from kp_runtime.files import writing
 from kp_runtime.frame import IMAGE_SUFFIXES, image_from_file
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.scheme68 import CONTOURS, POINTS, point_names
-from kp_runtime.spec import writing
 
 __all__ = [
     "FORMATS",

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from kp_runtime.detect import Detector
 from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.errors import ImageError, InputError, KpError, NotDrawnError
+from kp_runtime.files import writing
 from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
 from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
 from kp_runtime.pipeline import Model
 from kp_runtime.results import Keypoints
-from kp_runtime.spec import writing
 from kp_runtime.timing import StageTimer
 
 __all__ = ["FORMATS", "Photo", "check_formats", "photos_from_paths", "predict_photo", "write_results"]

@@ -30,11 +30,11 @@ import numpy as np
 from kp_runtime.cores import usable_cores
 from kp_runtime.detect import Detector
 from kp_runtime.errors import BackendError, DataError, InputError, KpError, MissingExtraError, reason_of
+from kp_runtime.files import writing
 from kp_runtime.frame import import_cv2
 from kp_runtime.interchange import LabelledFace, as_text, parquet_table
 from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
-from kp_runtime.spec import writing
 
 __all__ = ["BatchResult", "Tools", "predict_batches"]
 

@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kp_runtime.errors import InputError, KpError, MissingExtraError, SignatureError
-from kp_runtime.spec import (
-    MANIFEST_NAME,
-    SIGNATURE_NAME,
-    any_manifest_of_bytes,
-    manifest_bytes,
-    read_plain,
-    writing,
-)
+from kp_runtime.files import read_plain, writing
+from kp_runtime.spec import MANIFEST_NAME, SIGNATURE_NAME, any_manifest_of_bytes, manifest_bytes
 
 __all__ = ["PREFIX", "PublicKey", "check_signature", "is_signed", "new_key", "sign_bundle", "signature_state"]
 

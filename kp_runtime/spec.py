@@ -8,22 +8,19 @@ licences weights and data come. Its schema has a version; newer ones are refused
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import re
-import stat
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
+from kp_runtime.errors import BundleError, IntegrityError, SchemaError
+from kp_runtime.files import open_plain, read_plain, sha256_of_file, sha256_of_open_file, writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -42,9 +39,6 @@ __all__ = [
     "any_manifest_of_bytes",
     "file_entry",
     "manifest_bytes",
-    "read_plain",
-    "sha256_of_file",
-    "writing",
 ]
 
 SCHEMA_VERSION = 1
@@ -281,7 +275,7 @@ class Manifest:
         """
         path = Path(bundle) / name
         with self._open(path, name) as file:
-            self._compare(path, name, _digest(file))
+            self._compare(path, name, sha256_of_open_file(file))
         return path
 
     def read_file(self, bundle: str | os.PathLike[str], name: str) -> bytes:
@@ -303,7 +297,7 @@ class Manifest:
             known = ", ".join(sorted(self.files)) or "none"
             raise BundleError(f"the bundle {path.parent} has no file {name}; it has: {known}")
         try:
-            file = _open_plain(path)
+            file = open_plain(path)
         except FileNotFoundError as error:
             raise IntegrityError(
                 f"{path} stands in the manifest but is not there; copy the whole bundle, or run kp export"
@@ -392,31 +386,6 @@ def _decoded(data: bytes, origin: str) -> Any:
     return raw
 
 
-def read_plain(path: Path, largest: int) -> bytes:
-    """The bytes of a plain file of at most `largest` bytes; an OSError says what else it is."""
-    with _open_plain(path) as file:
-        data = file.read(largest + 1)
-    if len(data) > largest:
-        raise OSError(errno.EFBIG, f"it has over {largest} bytes", str(path))
-    return data
-
-
-def _open_plain(path: Path) -> BufferedReader:
-    """Opens a file that is no link, folder, device or pipe, and never waits for one."""
-    # Windows has neither of the first two; it needs to be told that the file is not text
-    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
-    try:
-        descriptor = os.open(path, os.O_RDONLY | sum(flags))
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is no plain file", str(path))
-    return open(descriptor, "rb")
-
-
 def _check_depth(raw: Any) -> None:
     """Refuses JSON that is nested deeper than any manifest."""
     level = [raw]
@@ -433,44 +402,6 @@ def _short(value: object, text: Callable[[Any], str] = repr) -> str:
     return shown if len(shown) <= 200 else shown[:200] + "…"
 
 
-def sha256_of_file(path: str | os.PathLike[str]) -> str:
-    """The sha256 of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return _digest(file)
-
-
-def _digest(file: BufferedReader) -> str:
-    if hasattr(hashlib, "file_digest"):
-        return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()  # Python 3.10
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def file_entry(path: Path, kind: str, **fields: Any) -> FileEntry:
     """The manifest's entry of a file as it lies on the disk."""
     return FileEntry(sha256=sha256_of_file(path), bytes=path.stat().st_size, kind=kind, **fields)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well.
-
-    A block that raises, or a process that is killed, leaves the old file whole. A full disk or
-    a folder that can't be written becomes a `KpError` that names the path.
-    """
-    if not path.name:
-        raise KpError(f"can't write {path}: it is a folder; name a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise KpError(f"can't write {path}: {error.strerror or error}; what was there before is unchanged") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

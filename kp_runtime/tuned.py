@@ -21,8 +21,9 @@ from kp_runtime.backend import BACKENDS, Backend, open_backend
 from kp_runtime.bench_compare import changes, machine_conditions
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, BundleError, InputError, MissingExtraError
+from kp_runtime.files import read_plain, writing
 from kp_runtime.machine import machine_from_system
-from kp_runtime.spec import Manifest, read_plain, writing
+from kp_runtime.spec import Manifest
 
 __all__ = ["Tuned", "TunedWarning", "open_tuned", "tuned_conditions", "tuned_from_file", "write_tuned"]
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError
-from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, Manifest, file_entry, writing
+from kp_runtime.files import writing
+from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, Manifest, file_entry
 from kp_train.detector_net import DetectorNet
 from kp_train.model import KeypointNet
 

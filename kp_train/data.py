@@ -26,11 +26,12 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from kp_runtime.errors import DataError
+from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import IMAGE_SUFFIXES
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.interchange import image_beside, is_header, pts_files, pts_from_text
 from kp_runtime.scheme68 import POINTS
-from kp_runtime.spec import ModelSpec, sha256_of_file
+from kp_runtime.spec import ModelSpec
 from kp_train.augment import Augment
 from kp_train.metrics import nme_unit
 

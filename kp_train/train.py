@@ -29,8 +29,9 @@ from torch import Tensor
 from torchvision.utils import draw_keypoints, make_grid, save_image
 
 from kp_runtime.errors import DataError, KpError
+from kp_runtime.files import writing
 from kp_runtime.scheme68 import POINTS
-from kp_runtime.spec import Manifest, ModelSpec, writing
+from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.checkpoint import (
     CHECKPOINT_NAME,

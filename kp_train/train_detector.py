@@ -17,7 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from kp_runtime.errors import KpError
-from kp_runtime.spec import DetectorManifest, DetectorSpec, writing
+from kp_runtime.files import writing
+from kp_runtime.spec import DetectorManifest, DetectorSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, check_finite, check_start, save_detector
 from kp_train.config import DetectorConfig
 from kp_train.data import Source

@@ -23,10 +23,11 @@ from numpy.typing import NDArray
 from kp_runtime.backend import CPU_ORDER, GOLDEN_TOLERANCE_PX, open_backend
 from kp_runtime.detect import HaarDetector
 from kp_runtime.errors import KpError
+from kp_runtime.files import writing
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest, writing
+from kp_runtime.spec import Manifest
 
 __all__ = ["Difference", "compare", "main", "record"]
 

@@ -30,10 +30,11 @@ from rich.progress import track
 from kp_cli.report import one_line_errors, print_table
 from kp_export.evaluate import held_out_faces
 from kp_runtime.detect import YuNetDetector
+from kp_runtime.files import writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.pipeline import load
-from kp_runtime.spec import Manifest, writing
+from kp_runtime.spec import Manifest
 from kp_runtime.track import LOST, disagreement, second_looks
 from kp_train.data import Face, luma_from_file, parse_source
 from kp_train.metrics import point_errors

@@ -20,9 +20,9 @@ from rich.progress import track
 
 from kp_cli.report import one_line_errors
 from kp_runtime.errors import InputError, KpError
+from kp_runtime.files import writing
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.interchange import LabelledFace, faces_to_file
-from kp_runtime.spec import writing
 from kp_train.data import Face, Source, luma_from_file, read_source
 
 CUT, FACE, QUALITY = 2.2, 190, 92

@@ -21,7 +21,7 @@ from pathlib import Path
 from wheels import BUNDLE, build_model_wheel, build_project_wheel, build_tools_wheel
 
 from kp_runtime.errors import ExportError, InputError, KpError
-from kp_runtime.spec import sha256_of_file
+from kp_runtime.files import sha256_of_file
 
 __all__ = ["TARGETS", "Target", "fill_wheelhouse", "main"]
 

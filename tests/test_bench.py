@@ -26,10 +26,11 @@ from kp_runtime.bench_results import (
 from kp_runtime.cold_start import PROCESSES, PROGRAM, cold_starts
 from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, ImageError, InputError
+from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest, ModelSpec, file_entry, sha256_of_file
+from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_runtime.timing import StageTimer, measure_in_turns, summary_from_turns
 
 QUICK = BenchSettings(batches=(1, 3), seconds=0, samples=3, threads=1)

@@ -13,8 +13,8 @@ import pytest
 from kp_runtime import detect
 from kp_runtime.detect import BoxMap, HaarDetector, YuNetDetector, map_from_pairs
 from kp_runtime.errors import BackendError, ImageError, InputError, MissingExtraError
+from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import as_frame, image_from_file
-from kp_runtime.spec import sha256_of_file
 from tests.conftest import SHARED
 from tests.models import tiny_graph
 

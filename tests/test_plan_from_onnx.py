@@ -17,7 +17,7 @@ from kp_export.cuda_device import CudaDevice
 from kp_export.plan_from_onnx import PlanOptions, plan_blocker, plan_from_onnx, plan_name, rebuild_command
 from kp_export.plan_options import trtexec_command
 from kp_runtime.errors import BackendError, ExportError
-from kp_runtime.spec import sha256_of_file
+from kp_runtime.files import sha256_of_file
 from tests.models import tiny_graph
 from tests.tensorrt_double import ORIN, PLAN, tensorrt_double
 

@@ -12,9 +12,10 @@ import torch
 
 from kp_cli.options import CHECKOUT_DETECTOR
 from kp_runtime.errors import BundleError, DataError, InputError, KpError
+from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
-from kp_runtime.spec import Manifest, ModelSpec, sha256_of_file
+from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import check_start, load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig
 from kp_train.data import Source, luma_from_file, read_source

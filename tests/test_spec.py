@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
-from kp_runtime.spec import Manifest, ModelSpec, file_entry, sha256_of_file, writing
+from kp_runtime.files import sha256_of_file, writing
+from kp_runtime.spec import Manifest, ModelSpec, file_entry
 
 MODEL = "model.fp32.onnx"
 

@@ -1,0 +1,81 @@
+"""Files that are written whole or not at all, and read only where they are plain files."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from io import BufferedReader
+from pathlib import Path
+
+from kp_runtime.errors import KpError
+
+__all__ = ["open_plain", "read_plain", "sha256_of_file", "sha256_of_open_file", "writing"]
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well.
+
+    A block that raises, or a process that is killed, leaves the old file whole. A full disk or
+    a folder that can't be written becomes a `KpError` that names the path.
+    """
+    if not path.name:
+        raise KpError(f"can't write {path}: it is a folder; name a file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise KpError(f"can't write {path}: {error.strerror or error}; what was there before is unchanged") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def read_plain(path: Path, largest: int) -> bytes:
+    """The bytes of a plain file of at most `largest` bytes; an OSError says what else it is."""
+    with open_plain(path) as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise OSError(errno.EFBIG, f"it has over {largest} bytes", str(path))
+    return data
+
+
+def open_plain(path: Path) -> BufferedReader:
+    """Opens a file that is no link, folder, device or pipe, and never waits for one."""
+    # Windows has neither of the first two; it needs to be told that the file is not text
+    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    try:
+        descriptor = os.open(path, os.O_RDONLY | sum(flags))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no plain file", str(path))
+    return open(descriptor, "rb")
+
+
+def sha256_of_file(path: str | os.PathLike[str]) -> str:
+    """The sha256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return sha256_of_open_file(file)
+
+
+def sha256_of_open_file(file: BufferedReader) -> str:
+    """The sha256, hexadecimal, of what an open file still has to read."""
+    if hasattr(hashlib, "file_digest"):
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()  # Python 3.10
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
