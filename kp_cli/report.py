@@ -316,7 +316,7 @@ def print_diagnosis(diagnosis: Any) -> None:
 
 
 def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:
-    """A bundle's files, each with `ok` or `BAD`, where its weights are from, and its recorded accuracy.
+    """A bundle's files, each with `ok` or `BAD`, where its weights are from, its recorded accuracy and licences.
 
     Raises:
         BundleError: what the manifest says of training, accuracy or making is not as this project writes it.
@@ -363,7 +363,7 @@ def _provenance(manifest: Any) -> list[str]:
         if {"nme", "failures", "faces"} <= set(measured):
             numbers = f"NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"
             lines.append(f"{data}: {numbers}")
-    return lines
+    return lines + [f"licence of the {what}: {text}" for what, text in manifest.licence.items()]
 
 
 def _layers(made: dict[str, Any]) -> str:

@@ -365,7 +365,8 @@ def _start_weights(net: KeypointNet, faces: FaceDataset, weights: str, init: Pat
             state = {name: value for name, value in state.items() if not name.startswith("fc.")}
             _start_from_mean(net, faces)
         net.backbone.load_state_dict(state, strict=False)
-        return {"checkpoint_sha256": manifest.files[CHECKPOINT_NAME].sha256, "training": manifest.training}
+        sha256 = manifest.files[CHECKPOINT_NAME].sha256
+        return {"checkpoint_sha256": sha256, "licence": manifest.licence, "training": manifest.training}
     _start_from_mean(net, faces)
     return {"weights": load_backbone_weights(net, weights)}
 
@@ -433,5 +434,5 @@ def _write_checkpoint(state: Path, run: Path, spec: ModelSpec, record: dict[str,
     measured = {k: float(v) for k, v in trainer.callback_metrics.items()}
     kept = record["config"].get("keep", "best")  # a run that an older release began has none
     record = record | {f"{kept}_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": measured}
-    manifest = Manifest(spec=spec, training=record)
-    save_checkpoint(run, net, manifest)
+    # weights made from others stay under their licence; a run that an older release began does not know it
+    save_checkpoint(run, net, Manifest(spec, training=record, licence=record["start"].get("licence", {})))

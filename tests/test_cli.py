@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -324,6 +325,8 @@ def test_inspect_tells_a_changed_file(capsys: pytest.CaptureFixture[str], bundle
     assert status == 0
     assert "model.fp32.onnx" in out
     copied = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    dataclasses.replace(Manifest.read(copied), licence={"weights": "for research"}).write(copied)
+    assert "licence of the weights: for research\n" in kp(capsys, "inspect", copied)[1]
     model = copied / "model.fp32.onnx"
     model.write_bytes(model.read_bytes()[:-1] + b"x")
     status, out, err = kp(capsys, "inspect", copied)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,12 +96,16 @@ def test_the_last_epochs_weights_can_be_kept(faces: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_can_start_from_a_checkpoint_at_another_size(trained: Path, faces: Path, tmp_path: Path) -> None:
+    manifest = load_checkpoint(trained)[1]
+    shutil.copytree(trained, tmp_path / "licensed")
+    dataclasses.replace(manifest, licence={"weights": "for research"}).write(tmp_path / "licensed")
     path = train(
         [read_source(faces)], recipe("default", size=80, epochs=1, batch_size=16, lr=1e-7, ema=0), tmp_path / "r",
-        init=trained, accelerator="cpu", workers=0, progress=False,
+        init=tmp_path / "licensed", accelerator="cpu", workers=0, progress=False,
     )  # fmt: skip
     _, manifest = load_checkpoint(path)
     assert manifest.spec.size == 80
+    assert manifest.licence == {"weights": "for research"}  # what is made from it stays under it
     start = manifest.training["start"]
     assert start["checkpoint_sha256"] == load_checkpoint(trained)[1].files[CHECKPOINT_NAME].sha256
     assert start["training"]["config"]["size"] == 64
