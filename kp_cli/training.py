@@ -216,7 +216,9 @@ def evaluate(
         Boxes, typer.Option(help="Boxes from the true keypoints, or from a face detector.")
     ] = Boxes.keypoints,
     split: Annotated[Split, typer.Option(help="All rows, or only people that were never trained on.")] = Split.rows,
-    out: Annotated[Path | None, typer.Option(help="Folder for the error curve and the worst faces.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for pictures: error curve, error of each point, worst faces.")
+    ] = None,
     steady: Annotated[
         bool,
         typer.Option("--robustness", help="Also shake the boxes, enlarge and mirror the photos: 13 times the work."),
@@ -232,8 +234,8 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled faces: NME, AUC, failure rate.
 
-    Also by region, face size and turn of the head, and the original project's loss; --out adds the error
-    curve and the worst faces.
+    Also by region, face size and turn of the head, and the original project's loss; --out adds
+    pictures: the error curve, the error of each point by turn of the head, the worst faces.
 
     Example: kp eval runs/first --data faces.csv --split person --out out/first
     """
@@ -272,7 +274,8 @@ def evaluate(
         manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
         with signature_told(bundle):
             dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
-    names = [] if out is None else [out / "error_curve.png", out / "worst.png"]
+    pictures = ["error_curve.png", "worst.png"] + ["point_errors.png"] * (spec.scheme != "own")
+    names = [] if out is None else [out / name for name in pictures]
     if as_json:
         rest = {
             "model": opened.name,
@@ -288,10 +291,12 @@ def evaluate(
         print_accuracy(opened.name, result)
         print_groups(more)
     if names:  # after the numbers were printed
-        from kp_export.pictures import error_curve, worst_faces
+        from kp_export.pictures import error_curve, point_error_map, worst_faces
 
         error_curve(result, opened.name, names[0])
         worst_faces(result, names[1])
+        if names[2:]:
+            point_error_map(result, opened.name, names[2])
         for name in names if not as_json else ():
             typer.echo(name)
 

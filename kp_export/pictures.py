@@ -1,22 +1,32 @@
-"""Pictures of an evaluation: the cumulative error curve, and the worst faces."""
+"""Pictures of an evaluation: the cumulative error curve, the error of each point, and the worst faces."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from kp_export.evaluate import Evaluation
+from kp_export.robustness import turns
 from kp_runtime.errors import MissingExtraError
 from kp_runtime.files import writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import apply_matrix, matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.scheme68 import CONTOURS, EYE_CORNERS, MIRROR
 from kp_train.data import luma_from_file
-from kp_train.metrics import FAILURE
+from kp_train.metrics import FAILURE, point_errors
 
-__all__ = ["error_curve", "worst_faces"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["error_curve", "point_error_map", "worst_faces"]
+
+_TURNED = ((0.0, 0.15, "frontal"), (0.15, 0.5, "turned"), (0.5, np.inf, "turned far"))
+"""Turns of the head from, up to, and their name."""
 
 
 def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
@@ -25,14 +35,10 @@ def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "export", "the plot of kp eval") from error
     measured = evaluation.accuracy
     errors = np.sort(evaluation.errors) * 100
     share = np.arange(1, len(errors) + 1) / len(errors) * 100
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    figure = _figure(7, 4.2)
     axes = figure.subplots()
     axes.step(np.concatenate([[0], errors]), np.concatenate([[0], share]), where="post", color="#1f6f8b", linewidth=2)
     axes.axvline(FAILURE * 100, color="#999999", linestyle="--", linewidth=1)
@@ -42,6 +48,65 @@ def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
     axes.set(xlim=(0, 10), ylim=(0, 100), xlabel="NME, % of the outer eye corner distance", ylabel="faces, %")
     axes.set_title(f"{title}: {measured.faces} faces, AUC at 8% {measured.auc:.3f}", fontsize=10)
     axes.grid(alpha=0.25)
+    return _saved(figure, path)
+
+
+def point_error_map(evaluation: Evaluation, title: str, path: Path) -> Path:
+    """Writes where a model of the 68 points errs as a PNG: mean faces by turn, a circle at each point.
+
+    Its radius is the point's mean error, in the scale of the face. Faces that look to the picture's left are mirrored.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _figure(10, 4.2)
+    from matplotlib.collections import EllipseCollection
+
+    truth = np.stack([face.xy for face in evaluation.faces]).astype(np.float64)
+    errors, turn = point_errors(evaluation.predicted, truth), turns(truth)
+    left = turn < 0
+    truth[left], errors[left] = truth[left][:, MIRROR] * (-1, 1), errors[left][:, MIRROR]
+    shapes, turn = _between_the_eyes(truth), np.abs(turn)
+    found = [(name, (turn >= low) & (turn < high)) for low, high, name in _TURNED]
+    panels = [(name, inside) for name, inside in found if inside.any()]
+    worst = max(float(errors[inside].mean(axis=0).max()) for _, inside in panels) * 100
+    for axes, (name, inside) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        shape, size = shapes[inside].mean(axis=0), errors[inside].mean(axis=0)
+        for contour in CONTOURS.values():
+            axes.plot(*shape[list(contour)].T, color="#bbbbbb", linewidth=1)
+        circles = EllipseCollection(
+            2 * size, 2 * size, np.zeros(len(size)), units="xy", offsets=shape, offset_transform=axes.transData,
+            cmap="viridis_r", alpha=0.8,
+        )  # fmt: skip
+        circles.set_array(size * 100)
+        circles.set_clim(0, worst)
+        axes.add_collection(circles)
+        axes.set(xlim=(-1.05, 1.05), ylim=(1.55, -0.55), aspect="equal")
+        axes.set_axis_off()
+        axes.set_title(f"{name}: {size.mean():.2%}, {inside.sum()} faces", fontsize=10)
+    figure.colorbar(circles, ax=figure.axes, shrink=0.8, label="mean error, % of the outer eye corner distance")
+    figure.suptitle(title, fontsize=10)
+    return _saved(figure, path)
+
+
+def _between_the_eyes(xy: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Faces `(n, 68, 2)` moved, turned and scaled until their outer eye corners are (-0.5, 0) and (0.5, 0)."""
+    across = xy[..., 0] + 1j * xy[..., 1]
+    left, right = (across[:, [corner]] for corner in EYE_CORNERS)
+    level = (across - (left + right) / 2) / (right - left)
+    return np.stack([level.real, level.imag], axis=-1)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure, inches."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "export", "the plots of kp eval") from error
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _saved(figure: Figure, path: Path) -> Path:
     with writing(path) as temporary:
         figure.savefig(temporary, format="png")
     return path

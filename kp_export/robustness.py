@@ -21,7 +21,7 @@ from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.data import Face, luma_from_file
 from kp_train.metrics import nme_unit, point_errors
 
-__all__ = ["Group", "Robustness", "groups", "robustness"]
+__all__ = ["Group", "Robustness", "groups", "robustness", "turns"]
 
 JITTER = 0.1
 SHAKES = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1), (-1, -1, 1), (1, 1, -1))
@@ -137,23 +137,29 @@ def _mirrored_box(box: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     return np.array([width - 1 - box[2], box[1], width - 1 - box[0], box[3]])
 
 
-def groups(result: Evaluation) -> list[Group]:
-    """NME by the face's size (eye distance in pixels) and by its turn to the side; of the 68 points alone.
+def turns(truth: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far heads are turned, `(n,)`: 0 is frontal, 1 a profile that looks to the picture's right, -1 to its left.
 
-    The turn is read off the true points: how far the nose tip (30) lies from the middle of the outer
-    jaw points (0 and 16), over half their distance; 0 is frontal, 1 a profile.
+    How far the nose tip (30) lies from the middle of the outer jaw points (0 and 16), over half their distance.
+
+    Args:
+        truth: `(n, 68, 2)`, in pixels.
     """
+    jaw = truth[:, 16] - truth[:, 0]
+    along = np.einsum("nd,nd->n", truth[:, 30] - (truth[:, 0] + truth[:, 16]) / 2, jaw)
+    share: NDArray[np.float64] = along / (np.einsum("nd,nd->n", jaw, jaw) / 2)
+    return share
+
+
+def groups(result: Evaluation) -> list[Group]:
+    """NME by the face's size (eye distance in pixels) and by its turn to either side; of the 68 points alone."""
     truth = np.stack([face.xy for face in result.faces]).astype(np.float64)
     if truth.shape[1] != POINTS:
         return []
-    eyes = nme_unit(truth)
-    jaw = truth[:, 16] - truth[:, 0]
-    along = np.einsum("nd,nd->n", truth[:, 30] - (truth[:, 0] + truth[:, 16]) / 2, jaw)
-    turn = np.abs(along) / (np.einsum("nd,nd->n", jaw, jaw) / 2)
     found = []
     for by, values, bounds in (
-        ("eye distance px", eyes, (0, 30, 45, 60, 90, np.inf)),
-        ("turn", turn, (0, 0.15, 0.3, 0.5, np.inf)),
+        ("eye distance px", nme_unit(truth), (0, 30, 45, 60, 90, np.inf)),
+        ("turn", np.abs(turns(truth)), (0, 0.15, 0.3, 0.5, np.inf)),
     ):
         for low, high in itertools.pairwise(bounds):
             inside = (values >= low) & (values < high)

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from kp_export.evaluate import OpenModel, evaluate, held_out_faces, open_model
-from kp_export.pictures import error_curve, worst_faces
+from kp_export.pictures import error_curve, point_error_map, worst_faces
+from kp_export.robustness import turns
 from kp_runtime.errors import BackendError, BundleError, DataError, InputError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
+from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.data import Source, is_held_out, read_source
 from kp_train.synthetic import mean_shape, write_csv_source
@@ -149,6 +151,25 @@ def test_the_pictures_show_the_faces(source: Source, tmp_path: Path) -> None:
     assert sheet.shape == (2 * 96, 6 * 96, 3)
     assert np.ptp(sheet[:, 96:].reshape(-1)) > 200
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["curve.png", "worst.png"]
+
+
+def test_the_map_of_errors_shows_each_point_and_takes_both_sides_alike(source: Source, tmp_path: Path) -> None:
+    result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
+    assert len(set(np.sign(turns(np.stack([face.xy for face in result.faces]))))) == 2, "faces look to both sides"
+
+    def drawn(points: slice, sign: int = 1) -> bytes:
+        """The map where these points are 3 px off; of the mirrored faces where `sign` is -1."""
+        predicted = result.predicted.copy()
+        predicted[:, points, 1] += 3
+        order = MIRROR if sign < 0 else np.arange(68)
+        faces = tuple(dataclasses.replace(face, xy=face.xy[order] * (sign, 1)) for face in result.faces)
+        shown = dataclasses.replace(result, faces=faces, predicted=predicted[:, order] * (sign, 1))
+        return point_error_map(shown, "a model", tmp_path / "map.png").read_bytes()
+
+    assert drawn(slice(17)) == drawn(slice(17), -1)
+    jaw, mouth = (cv2.imdecode(np.frombuffer(drawn(p), np.uint8), 0) for p in (slice(17), slice(48, 68)))
+    assert jaw.shape == mouth.shape
+    assert (jaw != mouth).mean() > 0.005
 
 
 def test_the_mean_shape_is_a_face() -> None:
