@@ -17,8 +17,9 @@ demo: $(STAMP)
 	$(BIN)/kp export engines/resnet18-68 --fp16 --out out/resnet18-68
 	$(BIN)/kp predict "$(ASTRONAUT)" --model out/resnet18-68 --out out --drawn out/demo.jpg --times
 
+# its files are shared out to two processes
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # int8 files need labelled faces; one that is there already, of the same weights, is kept by the export
 bench: $(BENCH_STAMP)

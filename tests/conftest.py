@@ -10,6 +10,10 @@ import pytest
 
 from tests.models import tiny_bundle
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # tests that run at the same time share the cores; threads that wait for one another would spin on them
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DETECTOR = Path(__file__).resolve().parents[1] / "engines" / "face-detector"
 
