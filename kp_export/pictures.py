@@ -64,14 +64,19 @@ def point_error_map(evaluation: Evaluation, title: str, path: Path) -> Path:
 
     truth = np.stack([face.xy for face in evaluation.faces]).astype(np.float64)
     errors, turn = point_errors(evaluation.predicted, truth), turns(truth)
-    left = turn < 0
-    truth[left], errors[left] = truth[left][:, MIRROR] * (-1, 1), errors[left][:, MIRROR]
+    to_left = turn < 0
+    truth[to_left], errors[to_left] = truth[to_left][:, MIRROR] * (-1, 1), errors[to_left][:, MIRROR]
     shapes, turn = _between_the_eyes(truth), np.abs(turn)
     found = [(name, (turn >= low) & (turn < high)) for low, high, name in _TURNED]
-    panels = [(name, inside) for name, inside in found if inside.any()]
-    worst = max(float(errors[inside].mean(axis=0).max()) for _, inside in panels) * 100
-    for axes, (name, inside) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        shape, size = shapes[inside].mean(axis=0), errors[inside].mean(axis=0)
+    panels = [
+        (f"{name}: {errors[inside].mean():.2%}, {inside.sum()} faces", shapes[inside].mean(0), errors[inside].mean(0))
+        for name, inside in found
+        if inside.any()
+    ]
+    worst = max(size.max() for _, _, size in panels)
+    low, high = (edge(np.concatenate([s for _, s, _ in panels]), axis=0) for edge in (np.min, np.max))
+    (left, top), (right, bottom) = low - 2 * worst, high + 2 * worst
+    for axes, (text, shape, size) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for contour in CONTOURS.values():
             axes.plot(*shape[list(contour)].T, color="#bbbbbb", linewidth=1)
         circles = EllipseCollection(
@@ -79,11 +84,11 @@ def point_error_map(evaluation: Evaluation, title: str, path: Path) -> Path:
             cmap="viridis_r", alpha=0.8,
         )  # fmt: skip
         circles.set_array(size * 100)
-        circles.set_clim(0, worst)
+        circles.set_clim(0, worst * 100)
         axes.add_collection(circles)
-        axes.set(xlim=(-1.05, 1.05), ylim=(1.55, -0.55), aspect="equal")
+        axes.set(xlim=(left, right), ylim=(bottom, top), aspect="equal")
         axes.set_axis_off()
-        axes.set_title(f"{name}: {size.mean():.2%}, {inside.sum()} faces", fontsize=10)
+        axes.set_title(text, fontsize=10)
     figure.colorbar(circles, ax=figure.axes, shrink=0.8, label="mean error, % of the outer eye corner distance")
     figure.suptitle(title, fontsize=10)
     return _saved(figure, path)
