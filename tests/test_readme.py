@@ -1,9 +1,11 @@
-"""The README's map names files that are there, and all of them."""
+"""The README's map names files that are there, and all of them; its links and numbers hold."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+
+from kp_runtime.spec import Manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,3 +43,14 @@ def test_links_lead_somewhere() -> None:
     for page in [ROOT / "README.md", ROOT / "examples" / "README.md", *(ROOT / "docs").glob("*.md")]:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert "://" in link or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_models_are_as_good_as_their_manifests_say() -> None:
+    rows = re.findall(
+        r"^\| \[`(engines/[\w-]+)`\].*? px \| ([\d.]+%) \| ([\d.]+%) \|", (ROOT / "README.md").read_text(), re.M
+    )
+    assert [name for name, *_ in rows] == ["engines/resnet18-68", "engines/resnet18-68-lite"]
+    for name, *shown in rows:
+        accuracy = Manifest.read(ROOT / name).accuracy
+        for faces, nme in zip(("photos_68 held-out tenth", "youtube_faces_68 test rows"), shown, strict=True):
+            assert nme == f"{accuracy[f'{faces}, boxes from the own detector']['nme']:.2%}", (name, faces)
