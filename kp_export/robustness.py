@@ -140,14 +140,16 @@ def _mirrored_box(box: NDArray[np.float64], width: int) -> NDArray[np.float64]:
 def turns(truth: NDArray[np.float64]) -> NDArray[np.float64]:
     """How far heads are turned, `(n,)`: 0 is frontal, 1 a profile that looks to the picture's right, -1 to its left.
 
-    How far the nose tip (30) lies from the middle of the outer jaw points (0 and 16), over half their distance.
+    How far the nose tip (30) lies from the middle of the outer jaw points (0 and 16), over half their distance; 1 where
+    these two are one.
 
     Args:
         truth: `(n, 68, 2)`, in pixels.
     """
     jaw = truth[:, 16] - truth[:, 0]
     along = np.einsum("nd,nd->n", truth[:, 30] - (truth[:, 0] + truth[:, 16]) / 2, jaw)
-    share: NDArray[np.float64] = along / (np.einsum("nd,nd->n", jaw, jaw) / 2)
+    half = np.einsum("nd,nd->n", jaw, jaw) / 2
+    share: NDArray[np.float64] = np.divide(along, half, out=np.ones_like(along), where=half > 0)
     return share
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kp_export.evaluate import Evaluation, OpenModel, evaluate
-from kp_export.robustness import SHAKES, groups, robustness
+from kp_export.robustness import SHAKES, groups, robustness, turns
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.data import Face, read_source
@@ -109,3 +109,8 @@ def test_groups_by_size_and_turn() -> None:
         ("turn", 0.15, 0.3): (2, pytest.approx(0.03)),
         ("turn", 0.5, None): (1, 0.08),
     }
+
+
+def test_a_turn_has_a_side_and_needs_no_width() -> None:
+    faces = np.stack([turned(0.2, 50).xy, turned(-0.6, 50).xy, np.full((68, 2), 3.0)]).astype(np.float64)
+    np.testing.assert_allclose(turns(faces), (0.2, -0.6, 1), atol=1e-5)
