@@ -1,0 +1,90 @@
+"""`scripts/train-shipped`: the chain holds together and goes on after a kill; `kp` is a double that trains nothing."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer.main
+
+from kp_cli import app
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train-shipped"
+
+KP = """#!/usr/bin/env bash
+# notes its words; leaves a bundle, or where KP_KILLED is its folder a state, and ends as if it was killed
+printf '%q ' "$@" >>"$KP_WORDS"
+echo >>"$KP_WORDS"
+while [ "$1" != --out ]; do shift; done
+mkdir -p "$2/state"
+if [ "${KP_KILLED:-}" = "$(basename "$2")" ]; then
+    touch "$2/state/last.state"
+    kill -KILL $$
+fi
+touch "$2/manifest.json"
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "kp").write_text(KP)
+    (tmp_path / "kp").chmod(0o755)
+    return tmp_path
+
+
+def chain(place: Path, killed: str = "", status: int = 0) -> list[list[str]]:
+    """The commands of one try."""
+    words = place / "words"
+    words.write_text("")
+    environment = {"PATH": f"{place}:{os.environ['PATH']}", "KP_WORDS": str(words), "KP_KILLED": killed}
+    done = subprocess.run(
+        ["bash", SCRIPT, "rows of faces.csv", "photos", place / "out"],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == status, done.stderr
+    return [shlex.split(line) for line in words.read_text().splitlines()]
+
+
+def value(words: list[str], option: str) -> str | None:
+    return words[words.index(option) + 1] if option in words else None
+
+
+def test_each_run_starts_from_one_that_is_done(place: Path) -> None:
+    done: list[str] = []
+    for words in chain(place):
+        start = value(words, "--init") if words[0] == "train" else words[1]
+        assert start is None or start in done, words
+        out = value(words, "--out")
+        assert out is not None
+        assert out not in done
+        done.append(out)
+    assert [Path(out).name for out in done[-2:]] == ["resnet18-68-lite", "resnet18-68"]
+    assert chain(place) == [], "nothing is left to do"
+
+
+def test_the_command_line_knows_every_option(place: Path) -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for words in chain(place):
+        known = {name for parameter in commands[words[0]].params for name in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= known, words
+
+
+@pytest.mark.parametrize("killed", ["a", "lite", "more"])
+def test_a_killed_run_goes_on_and_what_was_done_stays(place: Path, killed: str) -> None:
+    whole = chain(place)
+    (place / "out").rename(place / "elsewhere")
+    before = chain(place, killed, 137)
+    after = chain(place)
+    assert before + after[1:] == whole
+    assert after[0] == [*before[-1], "--resume"]
+
+
+def test_what_is_missing_is_said() -> None:
+    done = subprocess.run(["bash", SCRIPT, "rows.csv"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train-shipped: name both data sets and a folder")
