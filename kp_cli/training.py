@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,7 +120,15 @@ def train(
         resume=resume, devices=devices, accelerator=accelerator, strategy=strategy, workers=workers,
         picture_every=picture_every, progress=sys.stdout.isatty(),
     )  # fmt: skip
-    rank_zero_only(typer.echo)(f"checkpoint: {path}\ncurves: tensorboard --logdir {out}\nnext: kp export {out} --fp16")
+    run_folder, refitted = shlex.quote(str(out)), shlex.quote(f"{out}-refitted")
+    lines = [f"checkpoint: {path}", f"curves: tensorboard --logdir {run_folder}"]
+    if config.box == "keypoints":
+        sources = " ".join(f"--data {shlex.quote(text)}" for text in data)
+        lines.append(f"next: kp refit {run_folder} {sources} --out {refitted}  # minutes that are worth many epochs")
+        lines.append(f"then: kp export {refitted} --fp16")
+    else:  # the last layer is solved on boxes around the points
+        lines.append(f"next: kp export {run_folder} --fp16")
+    rank_zero_only(typer.echo)("\n".join(lines))
 
 
 def refit(

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -455,6 +456,24 @@ def test_export_and_verify_as_typed(capsys: pytest.CaptureFixture[str], tmp_path
     assert (tmp_path / "page" / "verify.html").is_file()
     status, out, _ = kp(capsys, "inspect", tmp_path / "b")
     assert "21 fp32" in out
+
+
+@pytest.mark.parametrize("recipe", ["default", "seed"])
+def test_a_run_ends_with_the_commands_that_come_next(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
+) -> None:
+    from kp_train.synthetic import write_csv_source
+
+    monkeypatch.setattr("kp_train.train.train", lambda sources, config, out, **rest: out / "checkpoint.safetensors")
+    data, out = write_csv_source(tmp_path / "my faces", people=2), tmp_path / "my run"
+    status, printed, _ = kp(capsys, "train", "--recipe", recipe, "--data", f"{data}=1.5", "--out", out)
+    assert status == 0
+    commands = [shlex.split(line, comments=True)[1:] for line in printed.splitlines()[2:]]
+    if recipe == "seed":
+        assert commands == [["kp", "export", str(out), "--fp16"]]
+    else:
+        refit = ["kp", "refit", str(out), "--data", f"{data}=1.5", "--out", f"{out}-refitted"]
+        assert commands == [refit, ["kp", "export", f"{out}-refitted", "--fp16"]]
 
 
 def test_eval_prints_json(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
