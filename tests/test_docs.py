@@ -82,7 +82,7 @@ NOT_RUN = {
     "Needs NVRTC": Reason(r"compile_cubin", _has_nvrtc),
     "Needs the full data sets": Reason(r"--data|--calibration"),
     "Needs the network": Reason(r"pip install|make (demo|wheelhouse)"),
-    "Takes hours": Reason(r"kp train|train_reference|make (fuzz|soak|nightly)"),
+    "Takes hours": Reason(r"kp train|train_reference|train-shipped|make (fuzz|soak|nightly)"),
     "Takes minutes": Reason(r"kp (export|bench|eval|tune|refit)|make bench"),
 }
 """The titles of blocks that are not run."""
