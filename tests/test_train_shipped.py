@@ -36,7 +36,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def chain(place: Path, killed: str = "", status: int = 0) -> list[list[str]]:
-    """The commands of one try."""
+    """The commands of one try; folders that are kept are said, each once."""
     words = place / "words"
     words.write_text("")
     environment = {"PATH": f"{place}:{os.environ['PATH']}", "KP_WORDS": str(words), "KP_KILLED": killed}

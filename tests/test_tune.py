@@ -1,4 +1,4 @@
-"""kp tune: what is tried, which is chosen, and the settings that come of it; but in one test with made-up times."""
+"""kp tune: what is tried and which is chosen; but in one test with made-up times."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ import pytest
 import kp_runtime
 from kp_runtime import tune
 from kp_runtime.cores import usable_cores
-from kp_runtime.errors import BackendError, BundleError, ImageError, InputError
+from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.frame import image_from_file
 from kp_runtime.recorded_rise import recorded_rise
 from kp_runtime.spec import Manifest, file_entry
 from kp_runtime.tune import beside, run_tune
 from kp_runtime.tune_results import TuneSettings, Tuning, check_chosen, milliseconds_from_text, write_tuning
-from kp_runtime.tuned import Tuned, TunedWarning, tuned_from_file, write_tuned
 from tests.models import tiny_bundle
 
 BOX = np.array([[181.0, 88.0, 269.0, 178.0]])
@@ -364,102 +363,3 @@ def test_a_damaged_parity_report_says_nothing(text: str, tmp_path: Path) -> None
     report = {"parity.json": file_entry(bundle / "parity.json", "report")}
     dataclasses.replace(manifest, files=manifest.files | report).write(bundle)
     assert recorded_rise(bundle, bundle, "model.int8.onnx").points is None
-
-
-@pytest.fixture
-def settings_of(tmp_path: Path) -> Callable[..., Path]:
-    """A settings file of this machine for a bundle in the same folder, with some fields changed."""
-    bundle = make_bundle(tmp_path / "net", {"fp32": 0.0})
-    entry = Manifest.read(bundle).files["model.fp32.onnx"]
-    backend = kp_runtime.load(bundle, threads=1).backend
-
-    def write(**fields: Any) -> Path:
-        machine = kp_runtime.tuned.tuned_conditions(backend)
-        tuned = Tuned("net", "model.fp32.onnx", entry.sha256, "ort-cpu", 1, 8, "one by one", machine)
-        return write_tuned(dataclasses.replace(tuned, **fields), tmp_path / "tuned.json")
-
-    return write
-
-
-def test_settings_are_read_as_they_were_written(settings_of: Callable[..., Path], tmp_path: Path) -> None:
-    path = settings_of()
-    assert tuned_from_file(path).feeding == "one by one"
-    elsewhere = tmp_path / "moved"
-    shutil.move(tmp_path / "net", elsewhere)
-    with pytest.raises(BundleError, match="is not a bundle"):
-        kp_runtime.load(tuned=path)
-    assert kp_runtime.load(elsewhere, tuned=path).backend.threads == 1
-
-
-def test_what_is_not_said_is_the_engines_own_choice(settings_of: Callable[..., Path], tmp_path: Path) -> None:
-    raw = json.loads(settings_of().read_text())
-    del raw["feeding"], raw["threads"]
-    (tmp_path / "short.json").write_text(json.dumps(raw))
-    assert kp_runtime.load(tuned=tmp_path / "short.json").backend.threads == usable_cores()
-
-
-def test_another_model_is_refused(settings_of: Callable[..., Path]) -> None:
-    with pytest.raises(
-        BundleError,
-        match=r"was tuned for model.fp32.onnx with sha256 0{12}…, but .*net has one with [0-9a-f]{12}…; run kp",
-    ):
-        kp_runtime.load(tuned=settings_of(sha256="0" * 64))
-    with pytest.raises(BundleError, match="has no such file"):
-        kp_runtime.load(tuned=settings_of(file="model.fp16.onnx"))
-
-
-def test_another_machine_is_warned_of(settings_of: Callable[..., Path]) -> None:
-    machine = tuned_from_file(settings_of()).machine
-    with pytest.warns(
-        TunedWarning, match=r"tuned on another machine \(CPU PDP-11, then .*; onnxruntime 1.0, then .*\): it need not"
-    ):
-        kp_runtime.load(tuned=settings_of(machine=machine | {"CPU": "PDP-11", "onnxruntime": "1.0"}))
-
-
-def test_settings_that_cannot_be_used_here(settings_of: Callable[..., Path]) -> None:
-    with pytest.raises(BackendError, match=r"the settings of .*tuned.json can't be used here: threads must be 1 to"):
-        kp_runtime.load(tuned=settings_of(threads=usable_cores() + 1))
-    with pytest.raises(InputError, match="there is no way 'by hand' to feed a batch; choose from whole"):
-        kp_runtime.load(tuned=settings_of(feeding="by hand"))
-    for name, value in (("backend", "ort-cpu"), ("threads", 1), ("precision", "fp32")):
-        with pytest.raises(InputError, match="leave out backend, threads and precision"):
-            kp_runtime.load(tuned=settings_of(), **{name: value})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schema": 2}, "has schema 2, this release reads 1"),
-        ({"schema": "x" * 1000}, "has schema 'x"),
-        ({"file": None}, "has a wrong file, None"),
-        ({"threads": "two"}, "has a wrong threads, 'two'"),
-        ({"threads": True}, "has a wrong threads, True"),
-        ({"machine": []}, "has a wrong machine"),
-        ({"faces": 0}, "has a wrong faces, 0"),
-        ({"threads": 10**100}, "has a wrong threads, 1000"),
-        ({"backend": "cuda"}, "has a wrong backend, 'cuda'"),
-        ({"bundle": "a\0b"}, "has a wrong bundle, 'a"),
-        ({"bundle": "a" * 1001}, "has a wrong bundle, 'aaa"),
-        ({"bundle": "\ud800"}, "has a wrong bundle, "),
-    ],
-)
-def test_settings_that_are_none(
-    change: dict[str, Any], message: str, settings_of: Callable[..., Path], tmp_path: Path
-) -> None:
-    raw = json.loads(settings_of().read_text()) | change
-    (tmp_path / "bad.json").write_text(json.dumps(raw))
-    with pytest.raises(InputError, match=message) as told:
-        tuned_from_file(tmp_path / "bad.json")
-    assert len(str(told.value)) < 300
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [(b"{", "is no JSON"), (b"\xff", "is no JSON"), (b"[]", "holds no settings"), (b"[" * 10000, "is no JSON")],
-)
-def test_files_that_are_no_settings(data: bytes, message: str, tmp_path: Path) -> None:
-    (tmp_path / "bad.json").write_bytes(data)
-    with pytest.raises(InputError, match=message):
-        tuned_from_file(tmp_path / "bad.json")
-    with pytest.raises(InputError, match=r"none.json can't be read: .*; run kp tune here"):
-        tuned_from_file(tmp_path / "none.json")
