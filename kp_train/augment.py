@@ -87,6 +87,7 @@ class Augment:
         grey: what is done to the crop's grey levels alone.
         wide: share of the faces whose `shift` and `zoom` are 2.5 times as wide: boxes err by more
             in some detectors than in others (scripts/fit_box_maps.py prints by how much).
+        stretch: standard deviation of the logarithm of height over width, and of the shear: faces of other shapes.
     """
 
     def __init__(
@@ -98,8 +99,10 @@ class Augment:
         mirror: NDArray[np.intp] | None,
         grey: v2.Transform,
         wide: float = 0.0,
+        stretch: float = 0.0,
     ) -> None:
         self.shift, self.max_shift, self.zoom, self.turn, self.wide = shift, max_shift, zoom, turn, wide
+        self.stretch = stretch
         self.mirror = MirrorFace(0.5, mirror) if mirror is not None else None
         self.grey = grey
 
@@ -118,6 +121,17 @@ class Augment:
             "zoom": math.exp(self.zoom * factor * normal[0]),
             "angle": math.radians(self.turn * normal[1]),
         }
+
+    def deform(self, crop_from_image: NDArray[np.float64], size: int) -> NDArray[np.float64]:
+        """A crop's matrix `(2, 3)` stretched along one axis and sheared about the middle of the crop."""
+        if not self.stretch:
+            return crop_from_image
+        log, shear = (torch.randn(2).clamp(-2.5, 2.5) * self.stretch).tolist()
+        middle = (size - 1) / 2
+        linear = np.array([[math.exp(log / 2), shear], [0.0, math.exp(-log / 2)]])
+        deformed = linear @ crop_from_image
+        deformed[:, 2] += middle - linear.sum(axis=1) * middle
+        return deformed
 
     def __call__(self, image: tv_tensors.Image, points: tv_tensors.KeyPoints) -> Any:
         """Image and KeyPoints of a crop in, the same out, varied."""
@@ -172,22 +186,25 @@ class _Noise(v2.Transform):  # type: ignore[misc]
         return tv_tensors.wrap(noisy.round().clamp(0, 255).to(torch.uint8), like=inpt)
 
 
-def _faces(mirror: NDArray[np.intp] | None) -> Augment:
+def _faces(mirror: NDArray[np.intp] | None, *, varied: bool) -> Augment:
+    light, patches, largest, turn, stretch = (0.3, 0.15, 0.1, 10, 0.05) if varied else (0.25, 0.05, 0.08, 8, 0.0)
     grey = v2.Compose(
         [
-            v2.ColorJitter(brightness=0.25, contrast=0.25),
+            v2.ColorJitter(brightness=light, contrast=light),
             v2.RandomApply([_DownUp(0.35)], p=0.2),
             v2.RandomApply([v2.GaussianBlur(5, sigma=(0.3, 1.5))], p=0.05),
             v2.RandomApply([_Jpeg(30, 90)], p=0.1),
             v2.RandomApply([_Noise(8)], p=0.1),
-            v2.RandomErasing(p=0.05, scale=(0.01, 0.08), ratio=(0.4, 2.5), value=127),
+            v2.RandomErasing(p=patches, scale=(0.01, largest), ratio=(0.4, 2.5), value=127),
         ]
     )
-    return Augment(shift=0.02, max_shift=0.16, zoom=0.04, turn=8, mirror=mirror, grey=grey, wide=0.4)
+    return Augment(
+        shift=0.02, max_shift=0.16, zoom=0.04, turn=turn, mirror=mirror, grey=grey, wide=0.4, stretch=stretch
+    )
 
 
 def augment_from_name(name: str, mirror: NDArray[np.intp] | None = MIRROR) -> Augment | None:
-    """The augmentation of a name: `faces`, `light`, `crop` (as the original) or `none`; `mirror` as in `Augment`.
+    """The augmentation of a name, one of `AUGMENTS` (see `TrainConfig.augment`); `mirror` as in `Augment`.
 
     Raises:
         KpError: no such name.
@@ -202,4 +219,4 @@ def augment_from_name(name: str, mirror: NDArray[np.intp] | None = MIRROR) -> Au
     if name == "crop":
         # the original draws a 224 window from the 250 image: up to 13 px of 224 either way
         return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, mirror=None, grey=v2.Identity())
-    return _faces(mirror)
+    return _faces(mirror, varied=name == "varied")

@@ -40,10 +40,17 @@ __all__ = ["Face", "FaceDataset", "Source", "is_held_out", "luma_from_file", "pa
 
 @dataclass(frozen=True)
 class Face:
-    """One labelled face: the image's path and its points in pixels, `(68, 2)` float32 or as many as there are."""
+    """One labelled face.
+
+    Attributes:
+        image: the path of the image.
+        xy: its points in pixels of the image, `(68, 2)` float32 or as many as there are.
+        bias: how far these lie to the right of what they name, in sides of the plain crop; see `label_bias`.
+    """
 
     image: Path
     xy: NDArray[np.float32]
+    bias: float = 0.0
 
     @property
     def person(self) -> str:
@@ -254,10 +261,16 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(xy)
         jitter = self.augment.draw_jitter((luma.shape[0], luma.shape[1])) if self.augment else {}
         matrix = matrices_from_boxes(box[None], spec.size, spec.margin, **jitter)[0]
+        if self.augment:
+            matrix = self.augment.deform(matrix, spec.size)
+        # labels with a bias have it in the varied picture too: they are varied without it, and get it again
+        bias = self.faces[index].bias * spec.margin * float(max(box[2] - box[0], box[3] - box[1]))
         image = tv_tensors.Image(torch.from_numpy(crop_from_luma(luma, matrix, spec.size))[None])
         points = tv_tensors.KeyPoints(
-            torch.from_numpy(apply_matrix(matrix, xy)).float(), canvas_size=(spec.size, spec.size)
+            torch.from_numpy(apply_matrix(matrix, xy - [bias, 0])).float(), canvas_size=(spec.size, spec.size)
         )
         if self.augment:
             image, points = self.augment(image, points)
-        return image.as_subclass(torch.Tensor), points.as_subclass(torch.Tensor)
+        scale = math.sqrt(matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0])
+        xy_crop = points.as_subclass(torch.Tensor) + torch.tensor([bias * scale, 0.0])
+        return image.as_subclass(torch.Tensor), xy_crop

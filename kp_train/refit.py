@@ -27,6 +27,7 @@ from kp_runtime.spec import Manifest
 from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
 from kp_train.data import Face, FaceDataset, Source, is_held_out, luma_from_file
+from kp_train.label_bias import measured_bias, with_bias
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
 
@@ -106,32 +107,40 @@ def refit(
     if manifest.spec.box != "keypoints":
         raise InputError("this model sees whole photos, not face boxes; kp refit is for models of face crops")
     fraction, config = _held_out_fraction(bundle, manifest), manifest.training["config"]
+    if has_begun(run):
+        raise KpError(f"{run} already holds a run; name another folder with --out")
+    check_no_bundle(run)
     mirror = mirror_from_pairs(config.get("pairs", ""), net.points)
-    faces = [(face, s.weight) for s in sources for face in s.faces if not is_held_out(face.person, fraction)]
-    others = [(face, 1.0) for s in sources for face in s.faces if is_held_out(face.person, fraction)]
+    jitter = augment_from_name("faces", mirror)
+    biases, faces, others = [], [], []
+    for source in sources:
+        held_out = [face for face in source.faces if is_held_out(face.person, fraction)]
+        # half of the shaken faces are mirrored
+        biases.append(0.0 if mirror is None else measured_bias(net.eval(), held_out, manifest.spec, mirror))
+        for face in with_bias(source.faces, biases[-1]):
+            if is_held_out(face.person, fraction):
+                others.append((face, 1.0))
+            else:
+                faces.append((face, source.weight))
     if not faces or not others:
         raise DataError(
             f"{len(faces)} faces to solve on and {len(others)} of held-out people to choose by; give the data that the "
             "model was trained on"
         )
-    if has_begun(run):
-        raise KpError(f"{run} already holds a run; name another folder with --out")
-    check_no_bundle(run)
     body = copy.deepcopy(net.backbone)
     head, body.fc = body.fc, nn.Identity()
     looker = _Looker(net, body.eval(), manifest, track)
-    jitter = augment_from_name("faces", mirror)
     solved_on = [looker.exact(faces), looker.exact(faces, jitter)]
-    held_out = {EXACT: looker.exact(others), JITTERED: looker.exact(others, jitter)}
+    chosen_by = {EXACT: looker.exact(others), JITTERED: looker.exact(others, jitter)}
     if detector is not None:
         solved_on.append(looker.found(faces, detector))
-        held_out[FOUND] = looker.found(others, detector)
+        chosen_by[FOUND] = looker.found(others, detector)
     old = torch.cat([head.weight, head.bias[:, None]], dim=1).detach().double()
-    before = {kind: _nme(net, seen, old) for kind, seen in held_out.items()}
+    before = {kind: _nme(net, seen, old) for kind, seen in chosen_by.items()}
     best, strength, after = old, 0.0, before
     for tried in STRENGTHS:
         new = solved_head(net, old, solved_on, tried)
-        nme = {kind: _nme(net, seen, new) for kind, seen in held_out.items()}
+        nme = {kind: _nme(net, seen, new) for kind, seen in chosen_by.items()}
         if sum(nme.values()) < sum(after.values()):
             best, strength, after = new, tried, nme
     if best is old:
@@ -139,10 +148,13 @@ def refit(
     with torch.no_grad():
         net.backbone.fc.weight.copy_(best[:, :-1])
         net.backbone.fc.bias.copy_(best[:, -1])
-    result = Refit(strength, len(faces), {kind: len(seen.xy) for kind, seen in held_out.items()}, before, after)
+    result = Refit(strength, len(faces), {kind: len(seen.xy) for kind, seen in chosen_by.items()}, before, after)
     record = {
         "start_sha256": manifest.files[CHECKPOINT_NAME].sha256,
-        "sources": [{"name": s.path.name, "sha256": s.sha256, "weight": s.weight} for s in sources],
+        "sources": [
+            {"name": s.path.name, "sha256": s.sha256, "weight": s.weight, "label_bias": bias}
+            for s, bias in zip(sources, biases, strict=True)
+        ],
         **(made or {}),
         **vars(result),
     }

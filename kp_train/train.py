@@ -45,6 +45,7 @@ from kp_train.checkpoint import (
 )
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, FaceDataset, Source, is_held_out
+from kp_train.label_bias import measured_bias, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
 from kp_train.metrics import nme_unit
@@ -231,11 +232,19 @@ def train(
     else:
         start = _start_weights(module.net, train_set, weights, init)
         record = run_record(sources, training, held_out, config, start)
+        if start.get("points") == config.points:
+            biases = _biases(module.net, sources, config, spec, train_set)
+            for source, bias in zip(record["sources"], biases, strict=True):
+                source["label_bias"] = bias
         if trainer.is_global_zero:
             shutil.rmtree(last.parent, ignore_errors=True)  # of a run that was killed in its first epoch
             run.mkdir(parents=True, exist_ok=True)
             with writing(run / "run.json") as temporary:
                 temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    biases = [source.get("label_bias", 0.0) for source in record["sources"]]
+    train_set.faces = [f for part, bias in zip(training, biases, strict=True) for f in with_bias(part, bias)]
+    if trainer.is_global_zero:
+        _print_biases(sources, biases, "mirrored faces keep that")
     # before the weight averaging, which takes its weights out again when validation ends
     trainer.callbacks.insert(0, FacesPicture(val_set, run / "pictures", picture_every))  # type: ignore[attr-defined]
     beginning = {"settings": config.to_json(), "data": [(s.sha256, s.weight) for s in sources], "state": resume}
@@ -262,7 +271,11 @@ def train(
             raise
         raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error
     if trainer.is_global_zero:
-        _write_checkpoint(last if config.keep == "last" else last.with_name("best.state"), run, spec, record, trainer)
+        state = last if config.keep == "last" else last.with_name("best.state")
+        net = _write_checkpoint(state, run, spec, record, trainer)
+        if record["start"].get("points") != config.points:  # nothing could tell before
+            what = f"mirrored faces did not; a run with --init {run} will know"
+            _print_biases(sources, _biases(net, sources, config, spec, train_set), what)
     return run / CHECKPOINT_NAME
 
 
@@ -366,9 +379,28 @@ def _start_weights(net: KeypointNet, faces: FaceDataset, weights: str, init: Pat
             _start_from_mean(net, faces)
         net.backbone.load_state_dict(state, strict=False)
         sha256 = manifest.files[CHECKPOINT_NAME].sha256
-        return {"checkpoint_sha256": sha256, "licence": manifest.licence, "training": manifest.training}
+        start = {"checkpoint_sha256": sha256, "points": other.points}
+        return start | {"licence": manifest.licence, "training": manifest.training}
     _start_from_mean(net, faces)
     return {"weights": load_backbone_weights(net, weights)}
+
+
+def _biases(
+    net: KeypointNet, sources: Sequence[Source], config: TrainConfig, spec: ModelSpec, train_set: FaceDataset
+) -> list[float]:
+    """How far each source's labels lie to one side, by its held-out faces; 0 where none are mirrored."""
+    if train_set.augment is None or train_set.augment.mirror is None:
+        return [0.0] * len(sources)
+    order = train_set.augment.mirror.order.numpy()
+    held_out = [[face for face in s.faces if is_held_out(face.person, config.val_fraction)] for s in sources]
+    return [measured_bias(net, faces, spec, order) for faces in held_out]
+
+
+def _print_biases(sources: Sequence[Source], biases: Sequence[float], what: str) -> None:
+    for source, bias in zip(sources, biases, strict=True):
+        if bias:
+            side = "right" if bias > 0 else "left"
+            print(f"{source.path}: labels lie {abs(bias):.2%} of the crop to the {side}; {what}", flush=True)
 
 
 def _start_from_mean(net: KeypointNet, faces: FaceDataset) -> None:
@@ -425,8 +457,10 @@ def _git_revision() -> str | None:
     return done.stdout.strip()
 
 
-def _write_checkpoint(state: Path, run: Path, spec: ModelSpec, record: dict[str, Any], trainer: L.Trainer) -> None:
-    """Writes a state's (averaged) weights as the run's checkpoint."""
+def _write_checkpoint(
+    state: Path, run: Path, spec: ModelSpec, record: dict[str, Any], trainer: L.Trainer
+) -> KeypointNet:
+    """Writes a state's (averaged) weights as the run's checkpoint, and returns the network."""
     content = SafetensorsIO().load_checkpoint(state)
     net = KeypointNet(spec.size, points=spec.points)
     net.load_state_dict({k.removeprefix("net."): v for k, v in content["state_dict"].items()})
@@ -436,3 +470,4 @@ def _write_checkpoint(state: Path, run: Path, spec: ModelSpec, record: dict[str,
     record = record | {f"{kept}_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": measured}
     # weights made from others stay under their licence; a run that an older release began does not know it
     save_checkpoint(run, net, Manifest(spec, training=record, licence=record["start"].get("licence", {})))
+    return net

@@ -50,6 +50,7 @@ def ideas(epochs: int) -> list[Run]:
     base = {"size": 112, "epochs": epochs}
     changes: dict[str, dict[str, Any]] = {
         "base": {},
+        "augment-varied": {"augment": "varied"},
         "augment-light": {"augment": "light"},
         "augment-none": {"augment": "none"},
         "beta-0.02": {"beta": 0.02},
@@ -66,11 +67,16 @@ def ideas(epochs: int) -> list[Run]:
 
 
 def final(epochs: int, seeds: list[int], changes: dict[str, Any], photos: float) -> list[Run]:
-    """Both models for each seed; the large one begins at the small one's weights."""
+    """Both models for each seed.
+
+    A short run first, which is there to measure the labels' bias; the small model begins at its weights, and the large
+    one at the small one's.
+    """
     runs = []
     for seed in seeds:
-        lite = f"resnet18-68-lite-{seed}"
-        runs.append(Run(lite, {"size": 112, "epochs": epochs, "seed": seed} | changes, photos))
+        first, lite = f"resnet18-68-first-{seed}", f"resnet18-68-lite-{seed}"
+        runs.append(Run(first, {"size": 112, "epochs": max(1, epochs // 5), "seed": seed} | changes, photos))
+        runs.append(Run(lite, {"size": 112, "epochs": epochs, "seed": seed} | changes, photos, first))
         runs.append(Run(f"resnet18-68-{seed}", {"size": 224, "epochs": epochs, "seed": seed} | changes, photos, lite))
     return runs
 

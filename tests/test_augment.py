@@ -7,6 +7,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
+from kp_runtime.geometry import invert_matrix
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import MirrorFace, augment_from_name
@@ -27,11 +28,12 @@ def test_a_mirrored_face_swaps_left_and_right() -> None:
     np.testing.assert_allclose(back.numpy(), xy.numpy(), atol=1e-5)
 
 
-def test_faces_stay_under_their_points(tmp_path: object) -> None:
+@pytest.mark.parametrize("name", ["faces", "varied"])
+def test_faces_stay_under_their_points(tmp_path: object, name: str) -> None:
     """The white of the drawn eyes lies under the eye points however the crop is varied."""
     faces = read_source(write_csv_source(tmp_path, people=12)).faces  # type: ignore[arg-type]
     torch.manual_seed(0)
-    data = FaceDataset(faces, ModelSpec("x", 112), augment_from_name("faces"))
+    data = FaceDataset(faces, ModelSpec("x", 112), augment_from_name(name))
     brighter = []
     for index in range(len(data)):
         crop, xy = data[index]
@@ -41,7 +43,7 @@ def test_faces_stay_under_their_points(tmp_path: object) -> None:
     assert np.mean(np.array(brighter) > 0) > 0.8
 
 
-@pytest.mark.parametrize("name", ["faces", "light", "crop"])
+@pytest.mark.parametrize("name", ["faces", "varied", "light", "crop"])
 def test_a_seed_fixes_the_variation(tmp_path: object, name: str) -> None:
     faces = read_source(write_csv_source(tmp_path, people=2)).faces  # type: ignore[arg-type]
     data = FaceDataset(faces, ModelSpec("x", 64), augment_from_name(name))
@@ -65,3 +67,20 @@ def test_the_original_crop_lies_anywhere_in_its_250_px_image() -> None:
     assert 73 / 224 < shifts[0] <= 75.5 / 224
     assert {jitter["zoom"] for jitter in drawn} == {1.0}
     assert {jitter["angle"] for jitter in drawn} == {0.0}
+
+
+def test_a_stretched_crop_keeps_its_middle_and_its_area() -> None:
+    augment = augment_from_name("varied")
+    assert augment is not None
+    plain = np.array([[1.2, 0.3, -8.0], [-0.3, 1.2, 5.0]])
+    middle = invert_matrix(plain[None])[0] @ [55.5, 55.5, 1]
+    torch.manual_seed(0)
+    drawn = np.stack([augment.deform(plain, 112) for _ in range(400)])
+    np.testing.assert_allclose(drawn @ [*middle, 1], 55.5, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.det(drawn[:, :, :2]), np.linalg.det(plain[:, :2]))
+    linear = drawn[:, :, :2] @ np.linalg.inv(plain[:, :2])
+    np.testing.assert_allclose(np.log(linear[:, 0, 0] / linear[:, 1, 1]).std(), augment.stretch, rtol=0.15)
+    np.testing.assert_allclose(linear[:, 0, 1].std(), augment.stretch, rtol=0.15)
+    other = augment_from_name("faces")
+    assert other is not None
+    assert other.deform(plain, 112) is plain

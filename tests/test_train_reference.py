@@ -28,6 +28,9 @@ def test_runs_are_measured_kept_and_put_in_a_table(
     monkeypatch.setattr(sys, "argv", command)
     train_reference.main()
     first = capsys.readouterr().out
+    begun = json.loads((out / "resnet18-68-lite-7" / "run.json").read_text())["start"]["training"]["config"]
+    assert (begun["seed"], begun["epochs"]) == (7, 1)  # of the short run that comes first
+    assert "| resnet18-68-first-7 |" in first
     names = ["resnet18-68-lite-7", "resnet18-68-lite-refitted-7", "resnet18-68-7", "resnet18-68-refitted-7"]
     for name in names:
         measured = json.loads((out / name / "held_out.json").read_text())
