@@ -244,7 +244,7 @@ def train(
     biases = [source.get("label_bias", 0.0) for source in record["sources"]]
     train_set.faces = [f for part, bias in zip(training, biases, strict=True) for f in with_bias(part, bias)]
     if trainer.is_global_zero:
-        _print_biases(sources, biases, "mirrored faces keep that")
+        _print_biases(sources, biases, "mirrored faces keep to that")
     # before the weight averaging, which takes its weights out again when validation ends
     trainer.callbacks.insert(0, FacesPicture(val_set, run / "pictures", picture_every))  # type: ignore[attr-defined]
     beginning = {"settings": config.to_json(), "data": [(s.sha256, s.weight) for s in sources], "state": resume}
@@ -274,7 +274,7 @@ def train(
         state = last if config.keep == "last" else last.with_name("best.state")
         net = _write_checkpoint(state, run, spec, record, trainer)
         if record["start"].get("points") != config.points:  # nothing could tell before
-            what = f"mirrored faces did not; a run with --init {run} will know"
+            what = f"this run's mirrored faces did not keep to that, a run with --init {run} will"
             _print_biases(sources, _biases(net, sources, config, spec, train_set), what)
     return run / CHECKPOINT_NAME
 
@@ -400,7 +400,10 @@ def _print_biases(sources: Sequence[Source], biases: Sequence[float], what: str)
     for source, bias in zip(sources, biases, strict=True):
         if bias:
             side = "right" if bias > 0 else "left"
-            print(f"{source.path}: labels lie {abs(bias):.2%} of the crop to the {side}; {what}", flush=True)
+            print(
+                f"{source.path}: labels lie {abs(bias):.2%} of the crop to the {side} of what they name; {what}",
+                flush=True,
+            )
 
 
 def _start_from_mean(net: KeypointNet, faces: FaceDataset) -> None:
