@@ -45,12 +45,13 @@ class Face:
     Attributes:
         image: the path of the image.
         xy: its points in pixels of the image, `(68, 2)` float32 or as many as there are.
-        bias: how far these lie to the right of what they name, in sides of the plain crop; see `label_bias`.
+        bias: how far each of these lies from what it names, to the right and down, in sides of the plain crop,
+            `(68, 2)` float64; nothing when None. See `label_bias`.
     """
 
     image: Path
     xy: NDArray[np.float32]
-    bias: float = 0.0
+    bias: NDArray[np.float64] | None = None
 
     @property
     def person(self) -> str:
@@ -264,13 +265,15 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         if self.augment:
             matrix = self.augment.deform(matrix, spec.size)
         # labels with a bias have it in the varied picture too: they are varied without it, and get it again
-        bias = self.faces[index].bias * spec.margin * float(max(box[2] - box[0], box[3] - box[1]))
+        side = spec.margin * float(max(box[2] - box[0], box[3] - box[1]))
+        known = self.faces[index].bias
+        bias = np.zeros((len(xy), 2)) if known is None or not self.augment else known * side
         image = tv_tensors.Image(torch.from_numpy(crop_from_luma(luma, matrix, spec.size))[None])
         points = tv_tensors.KeyPoints(
-            torch.from_numpy(apply_matrix(matrix, xy - [bias, 0])).float(), canvas_size=(spec.size, spec.size)
+            torch.from_numpy(apply_matrix(matrix, xy - bias)).float(), canvas_size=(spec.size, spec.size)
         )
         if self.augment:
             image, points = self.augment(image, points)
         scale = math.sqrt(matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0])
-        xy_crop = points.as_subclass(torch.Tensor) + torch.tensor([bias * scale, 0.0])
+        xy_crop = points.as_subclass(torch.Tensor) + torch.from_numpy(bias * scale).float()
         return image.as_subclass(torch.Tensor), xy_crop

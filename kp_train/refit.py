@@ -112,11 +112,12 @@ def refit(
     check_no_bundle(run)
     mirror = mirror_from_pairs(config.get("pairs", ""), net.points)
     jitter = augment_from_name("faces", mirror)
-    biases, faces, others = [], [], []
+    biases: list[NDArray[np.float64] | None] = []
+    faces, others = [], []
     for source in sources:
         held_out = [face for face in source.faces if is_held_out(face.person, fraction)]
         # half of the shaken faces are mirrored
-        biases.append(0.0 if mirror is None else measured_bias(net.eval(), held_out, manifest.spec, mirror))
+        biases.append(None if mirror is None else measured_bias(net.eval(), held_out, manifest.spec, mirror))
         for face in with_bias(source.faces, biases[-1]):
             if is_held_out(face.person, fraction):
                 others.append((face, 1.0))
@@ -149,11 +150,12 @@ def refit(
         net.backbone.fc.weight.copy_(best[:, :-1])
         net.backbone.fc.bias.copy_(best[:, -1])
     result = Refit(strength, len(faces), {kind: len(seen.xy) for kind, seen in chosen_by.items()}, before, after)
+    noted = [bias if bias is None else bias.tolist() for bias in biases]
     record = {
         "start_sha256": manifest.files[CHECKPOINT_NAME].sha256,
         "sources": [
             {"name": s.path.name, "sha256": s.sha256, "weight": s.weight, "label_bias": bias}
-            for s, bias in zip(sources, biases, strict=True)
+            for s, bias in zip(sources, noted, strict=True)
         ],
         **(made or {}),
         **vars(result),

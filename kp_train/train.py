@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.utils import draw_keypoints, make_grid, save_image
 
@@ -235,13 +236,14 @@ def train(
         if start.get("points") == config.points:
             biases = _biases(module.net, sources, config, spec, train_set)
             for source, bias in zip(record["sources"], biases, strict=True):
-                source["label_bias"] = bias
+                source["label_bias"] = bias if bias is None else bias.tolist()
         if trainer.is_global_zero:
             shutil.rmtree(last.parent, ignore_errors=True)  # of a run that was killed in its first epoch
             run.mkdir(parents=True, exist_ok=True)
             with writing(run / "run.json") as temporary:
                 temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    biases = [source.get("label_bias", 0.0) for source in record["sources"]]
+    known = [source.get("label_bias") for source in record["sources"]]
+    biases = [None if bias is None else np.array(bias) for bias in known]
     train_set.faces = [f for part, bias in zip(training, biases, strict=True) for f in with_bias(part, bias)]
     if trainer.is_global_zero:
         _print_biases(sources, biases, "mirrored faces keep to that")
@@ -387,23 +389,21 @@ def _start_weights(net: KeypointNet, faces: FaceDataset, weights: str, init: Pat
 
 def _biases(
     net: KeypointNet, sources: Sequence[Source], config: TrainConfig, spec: ModelSpec, train_set: FaceDataset
-) -> list[float]:
-    """How far each source's labels lie to one side, by its held-out faces; 0 where none are mirrored."""
+) -> list[NDArray[np.float64] | None]:
+    """How far each source's labels lie to one side, by its held-out faces; None where none are mirrored."""
     if train_set.augment is None or train_set.augment.mirror is None:
-        return [0.0] * len(sources)
+        return [None] * len(sources)
     order = train_set.augment.mirror.order.numpy()
     held_out = [[face for face in s.faces if is_held_out(face.person, config.val_fraction)] for s in sources]
     return [measured_bias(net, faces, spec, order) for faces in held_out]
 
 
-def _print_biases(sources: Sequence[Source], biases: Sequence[float], what: str) -> None:
+def _print_biases(sources: Sequence[Source], biases: Sequence[NDArray[np.float64] | None], what: str) -> None:
     for source, bias in zip(sources, biases, strict=True):
-        if bias:
-            side = "right" if bias > 0 else "left"
-            print(
-                f"{source.path}: labels lie {abs(bias):.2%} of the crop to the {side} of what they name; {what}",
-                flush=True,
-            )
+        if bias is not None:
+            right = float(bias[:, 0].mean())
+            where = f"{abs(right):.2%} of the crop to the {'right' if right > 0 else 'left'} of what they name"
+            print(f"{source.path}: labels lie {where}; {what}", flush=True)
 
 
 def _start_from_mean(net: KeypointNet, faces: FaceDataset) -> None:

@@ -29,23 +29,28 @@ SPEC = ModelSpec("x", 112)
 SHAPE = (mean_shape() + (mean_shape() * [-1, 1])[MIRROR]) / 2  # as wide on both sides
 
 
-class Line(nn.Module):
-    """A network that sees a bright upright line, and answers a face about it whose middle is `off` px to the right."""
+LEAN = np.where(SHAPE[:, :1] > 0, [[0.0, 1.0]], [[0.0, -1.0]])  # down on the right, up on the left: a turn, nearly
+LEAN[np.arange(68) == MIRROR] = 0
 
-    def __init__(self, off: float = 0.0) -> None:
+
+class Line(nn.Module):
+    """A network that sees a bright upright line, and answers a face about it, its points `off` px from where they belong."""
+
+    def __init__(self, off: np.ndarray) -> None:
         super().__init__()
-        self.off = off
+        self.xy = torch.from_numpy(SHAPE * 20 + off).float()
 
     def forward(self, crops: torch.Tensor) -> torch.Tensor:
         light = crops[:, 0].float().sum(dim=1)
         x = (light * torch.arange(crops.shape[-1])).sum(dim=1) / light.sum(dim=1)
-        xy = torch.from_numpy(SHAPE * 20).float().repeat(len(crops), 1, 1)
-        xy[..., 0] += x[:, None] + self.off
+        xy = self.xy.repeat(len(crops), 1, 1)
+        xy[..., 0] += x[:, None]
+        xy[..., 1] += 50
         return xy
 
 
-def lines(folder: Path, bias: float, spread: float = 0.0, count: int = 40) -> list[Face]:
-    """Photos of an upright line, labelled with a face that is `bias` sides of its crop to the right of it."""
+def lines(folder: Path, bias: np.ndarray, spread: float = 0.0, count: int = 60) -> list[Face]:
+    """Photos of an upright line, labelled with a face about it that is off by `bias` and chance, in sides of its crop."""
     rng, faces = np.random.default_rng(3), []
     side = float(np.ptp(SHAPE, axis=0).max()) * 30 * SPEC.margin
     for number in range(count):
@@ -53,59 +58,74 @@ def lines(folder: Path, bias: float, spread: float = 0.0, count: int = 40) -> li
         image[:, x] = 255
         path = folder / f"{number}_0.png"
         cv2.imwrite(str(path), image)
-        shift = (bias + rng.normal(0, spread)) * side
-        faces.append(Face(path, (SHAPE * 30 + [x + shift, 80]).astype(np.float32)))
+        off = (bias + rng.normal(0, spread, 2) if spread else bias) * side
+        faces.append(Face(path, (SHAPE * 30 + [x, 80] + off).astype(np.float32)))
     return faces
 
 
-@pytest.mark.parametrize("bias", [0.02, -0.013])
-@pytest.mark.parametrize("off", [0.0, 1.5])
-def test_a_bias_is_measured_whatever_the_network_has_learned_of_it(tmp_path: Path, bias: float, off: float) -> None:
+def measured(faces: list[Face], off: np.ndarray) -> np.ndarray | None:
+    return measured_bias(Line(off), faces, SPEC, MIRROR)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("right", [0.02, -0.013])
+@pytest.mark.parametrize("learned", [0.0, 1.5])
+def test_a_bias_is_measured_whatever_the_network_has_learned_of_it(
+    tmp_path: Path, right: float, learned: float
+) -> None:
     """A network that was taught one puts every face's points to that side, the mirrored ones too."""
-    faces = lines(tmp_path, bias, spread=0.005)
-    found = measured_bias(Line(off), faces, SPEC, MIRROR)  # type: ignore[arg-type]
-    assert found == pytest.approx(bias, abs=0.003)
-    assert measured_bias(Line(off), with_bias(faces, 0.5), SPEC, MIRROR) == found  # type: ignore[arg-type]
+    bias = LEAN * 0.004 + [right, 0]
+    faces = lines(tmp_path, bias, spread=0.004)
+    found = measured(faces, bias * 112 * learned)
+    assert found is not None
+    np.testing.assert_allclose(found, bias, atol=0.003)
+    assert (found == (found * [1, -1])[MIRROR]).all(), "what is alike on both sides is not theirs"
+    again = measured(with_bias(faces, bias * 9), bias * 112 * learned)
+    assert again is not None
+    assert (again == found).all()
 
 
 def test_chance_is_no_bias(tmp_path: Path) -> None:
-    faces = lines(tmp_path, 0.0005, spread=0.01)
-    assert measured_bias(Line(), faces, SPEC, MIRROR) == 0  # type: ignore[arg-type]
-    assert measured_bias(Line(), lines(tmp_path, 0.02)[:7], SPEC, MIRROR) == 0  # type: ignore[arg-type]
+    none = np.zeros((68, 2))
+    assert measured(lines(tmp_path, none + np.array([0.0005, 0]), spread=0.01), none) is None
+    assert measured(lines(tmp_path, none + np.array([0.02, 0]))[:7], none) is None
 
 
-def items(face: Face, augment: Augment | None, bias: float, seed: int) -> np.ndarray:
+def items(face: Face, augment: Augment | None, bias: np.ndarray | None, seed: int) -> np.ndarray:
     return FaceDataset(with_bias([face], bias), SPEC, augment)[0, seed][1].numpy()
 
 
 def test_varied_labels_keep_their_side(tmp_path: Path) -> None:
-    """They are those of the true points, varied, and then moved to the right by what the bias is at the face's size."""
+    """They are those of the true points, varied, and then off by what each one's bias is at the face's size."""
     face = read_source(write_csv_source(tmp_path, people=1)).faces[0]
+    bias = LEAN * 0.01 + [0.02, 0]
     mirror = Augment(shift=0.0, max_shift=0.0, zoom=0.0, turn=0.0, mirror=MIRROR, grey=v2.Identity())
-    moved = [items(face, mirror, 0.02, seed) - items(face, mirror, 0.0, seed) for seed in range(20)]
-    sides = {round(float(change[:, 0].mean()), 2) for change in moved}
-    assert sides == {0.0, round(2 * 0.02 * 112, 2)}  # plain, and mirrored: from left to right
-    assert all(np.ptp(change, axis=0).max() < 1e-3 for change in moved)
+    seen = set()
+    for seed in range(20):
+        change = items(face, mirror, bias, seed) - items(face, mirror, None, seed)
+        mirrored = np.abs(change).max() > 1e-3
+        # plain, nothing; mirrored, from the left to the right, and what leaned one way leans the other
+        np.testing.assert_allclose(change, 2 * 112 * bias * mirrored, atol=1e-3)
+        seen.add(bool(mirrored))
+    assert seen == {False, True}
     turning = Augment(shift=0.1, max_shift=0.2, zoom=0.3, turn=40.0, mirror=None, grey=v2.Identity())
     for seed in range(5):
         torch.manual_seed(seed)
         jitter = turning.draw_jitter((160, 150))
-        length, angle = 0.02 * 112 / jitter["zoom"], jitter["angle"]
-        change = items(face, turning, 0.02, seed) - items(face, turning, 0.0, seed)
-        expected = length * np.array([1 - math.cos(angle), math.sin(angle)])
-        np.testing.assert_allclose(change, np.broadcast_to(expected, change.shape), atol=1e-3)
-    plain = items(face, None, 0.0, 0)
-    np.testing.assert_allclose(items(face, None, 0.02, 0), plain, atol=1e-4)
+        cos, sin = math.cos(jitter["angle"]), math.sin(jitter["angle"])
+        length = bias * 112 / jitter["zoom"]
+        change = items(face, turning, bias, seed) - items(face, turning, None, seed)
+        np.testing.assert_allclose(change, length - length @ [[cos, -sin], [sin, cos]], atol=1e-3)
+    assert (items(face, None, bias, 0) == items(face, None, None, 0)).all()
 
 
 @pytest.fixture
 def measuring(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Takes the measuring's place and finds 0.01; how many faces it was asked by, each time."""
+    """Takes the measuring's place and finds 1% to the right; how many faces it was asked by, each time."""
     asked: list[int] = []
 
-    def found(net: object, faces: list[Face], spec: ModelSpec, order: np.ndarray) -> float:
+    def found(net: object, faces: list[Face], spec: ModelSpec, order: np.ndarray) -> np.ndarray:
         asked.append(len(faces))
-        return 0.01
+        return np.tile([0.01, 0.0], (68, 1))
 
     monkeypatch.setattr("kp_train.train.measured_bias", found)
     monkeypatch.setattr("kp_train.refit.measured_bias", found)
@@ -133,11 +153,11 @@ def test_a_run_measures_by_what_it_starts_from(
     assert "label_bias" not in (tmp_path / "first" / "run.json").read_text()
     said = run("second", init=tmp_path / "first")
     assert said.count(lie) == said.count(f"{lie}mirrored faces keep to that") == 1
-    assert load_checkpoint(tmp_path / "second")[1].training["sources"][0]["label_bias"] == 0.01
+    assert load_checkpoint(tmp_path / "second")[1].training["sources"][0]["label_bias"] == [[0.01, 0.0]] * 68
     assert measuring == [held_out, held_out]
     assert "faces keep to that" in run("second", init=tmp_path / "first", resume=True)
     refit(tmp_path / "second", [source], tmp_path / "third", None)
-    assert load_checkpoint(tmp_path / "third")[1].training["refit"]["sources"][0]["label_bias"] == 0.01
+    assert load_checkpoint(tmp_path / "third")[1].training["refit"]["sources"][0]["label_bias"] == [[0.01, 0.0]] * 68
     assert measuring == [held_out] * 3
     for augment in ("none", "crop"):
         plain = dataclasses.replace(short, augment=augment)
