@@ -34,7 +34,7 @@ LEAN[np.arange(68) == MIRROR] = 0
 
 
 class Line(nn.Module):
-    """A network that sees a bright upright line, and answers a face about it, its points `off` px from where they belong."""
+    """A network that sees a bright upright line, and answers a face about it, its points `off` px off."""
 
     def __init__(self, off: np.ndarray) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Line(nn.Module):
 
 
 def lines(folder: Path, bias: np.ndarray, spread: float = 0.0, count: int = 60) -> list[Face]:
-    """Photos of an upright line, labelled with a face about it that is off by `bias` and chance, in sides of its crop."""
+    """Photos of an upright line, labelled with a face about it, off by `bias` and chance, in sides of its crop."""
     rng, faces = np.random.default_rng(3), []
     side = float(np.ptp(SHAPE, axis=0).max()) * 30 * SPEC.margin
     for number in range(count):

@@ -74,7 +74,7 @@ def test_the_command_line_knows_every_option(place: Path) -> None:
         assert {word for word in words if word.startswith("--")} <= known, words
 
 
-@pytest.mark.parametrize("killed", ["a", "lite", "full-varied"])
+@pytest.mark.parametrize("killed", ["a", "lite", "full-last"])
 def test_a_killed_run_goes_on_and_what_was_done_stays(place: Path, killed: str) -> None:
     whole = chain(place)
     (place / "out").rename(place / "elsewhere")
