@@ -20,10 +20,10 @@ import torch
 from numpy.typing import NDArray
 
 from kp_runtime.spec import ModelSpec
-from kp_train.data import Face, FaceDataset
+from kp_train.data import Face, FaceDataset, Source, is_held_out
 from kp_train.model import KeypointNet
 
-__all__ = ["measured_bias", "with_bias"]
+__all__ = ["measured_bias", "source_biases", "with_bias"]
 
 _BATCH = 64
 _SURE = 3  # standard errors from zero under which the points' mean may be chance
@@ -63,6 +63,16 @@ def measured_bias(
         return None
     bias = each.median(dim=0).values.numpy()
     return np.asarray((bias - bias[order] * [-1, 1]) / 2).round(4)
+
+
+def source_biases(
+    net: KeypointNet, sources: Sequence[Source], fraction: float, spec: ModelSpec, order: NDArray[np.intp] | None
+) -> list[NDArray[np.float64] | None]:
+    """`measured_bias` of each source, by the held-out `fraction` of its people; None where no face is mirrored."""
+    if order is None:
+        return [None] * len(sources)
+    held_out = [[face for face in s.faces if is_held_out(face.person, fraction)] for s in sources]
+    return [measured_bias(net, faces, spec, order) for faces in held_out]
 
 
 def with_bias(faces: Sequence[Face], bias: NDArray[np.float64] | None) -> list[Face]:

@@ -27,7 +27,7 @@ from kp_runtime.spec import Manifest
 from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
 from kp_train.data import Face, FaceDataset, Source, is_held_out, luma_from_file
-from kp_train.label_bias import measured_bias, with_bias
+from kp_train.label_bias import source_biases, with_bias
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
 
@@ -112,17 +112,12 @@ def refit(
     check_no_bundle(run)
     mirror = mirror_from_pairs(config.get("pairs", ""), net.points)
     jitter = augment_from_name("faces", mirror)
-    biases: list[NDArray[np.float64] | None] = []
-    faces, others = [], []
-    for source in sources:
-        held_out = [face for face in source.faces if is_held_out(face.person, fraction)]
-        # half of the shaken faces are mirrored
-        biases.append(None if mirror is None else measured_bias(net.eval(), held_out, manifest.spec, mirror))
-        for face in with_bias(source.faces, biases[-1]):
-            if is_held_out(face.person, fraction):
-                others.append((face, 1.0))
-            else:
-                faces.append((face, source.weight))
+    biases = source_biases(
+        net.eval(), sources, fraction, manifest.spec, mirror
+    )  # half of the shaken faces are mirrored
+    known = [(f, s.weight) for s, bias in zip(sources, biases, strict=True) for f in with_bias(s.faces, bias)]
+    faces = [(face, weight) for face, weight in known if not is_held_out(face.person, fraction)]
+    others = [(face, 1.0) for face, _ in known if is_held_out(face.person, fraction)]
     if not faces or not others:
         raise DataError(
             f"{len(faces)} faces to solve on and {len(others)} of held-out people to choose by; give the data that the "

@@ -46,7 +46,7 @@ from kp_train.checkpoint import (
 )
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, FaceDataset, Source, is_held_out
-from kp_train.label_bias import measured_bias, with_bias
+from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
 from kp_train.metrics import nme_unit
@@ -224,7 +224,9 @@ def train(
     )
     mirror = mirror_from_pairs(config.pairs, config.points)
     training, held_out = split_by_person(sources, config)
-    train_set = FaceDataset([f for part in training for f in part], spec, augment_from_name(config.augment, mirror))
+    augment = augment_from_name(config.augment, mirror)
+    order = mirror if augment and augment.mirror else None
+    train_set = FaceDataset([f for part in training for f in part], spec, augment)
     val_set = FaceDataset(held_out, spec)
 
     module = KeypointModule(config)
@@ -234,7 +236,7 @@ def train(
         start = _start_weights(module.net, train_set, weights, init)
         record = run_record(sources, training, held_out, config, start)
         if start.get("points") == config.points:
-            biases = _biases(module.net, sources, config, spec, train_set)
+            biases = source_biases(module.net, sources, config.val_fraction, spec, order)
             for source, bias in zip(record["sources"], biases, strict=True):
                 source["label_bias"] = bias if bias is None else bias.tolist()
         if trainer.is_global_zero:
@@ -277,7 +279,7 @@ def train(
         net = _write_checkpoint(state, run, spec, record, trainer)
         if record["start"].get("points") != config.points:  # nothing could tell before
             what = f"this run's mirrored faces did not keep to that, a run with --init {run} will"
-            _print_biases(sources, _biases(net, sources, config, spec, train_set), what)
+            _print_biases(sources, source_biases(net, sources, config.val_fraction, spec, order), what)
     return run / CHECKPOINT_NAME
 
 
@@ -385,17 +387,6 @@ def _start_weights(net: KeypointNet, faces: FaceDataset, weights: str, init: Pat
         return start | {"licence": manifest.licence, "training": manifest.training}
     _start_from_mean(net, faces)
     return {"weights": load_backbone_weights(net, weights)}
-
-
-def _biases(
-    net: KeypointNet, sources: Sequence[Source], config: TrainConfig, spec: ModelSpec, train_set: FaceDataset
-) -> list[NDArray[np.float64] | None]:
-    """How far each source's labels lie to one side, by its held-out faces; None where none are mirrored."""
-    if train_set.augment is None or train_set.augment.mirror is None:
-        return [None] * len(sources)
-    order = train_set.augment.mirror.order.numpy()
-    held_out = [[face for face in s.faces if is_held_out(face.person, config.val_fraction)] for s in sources]
-    return [measured_bias(net, faces, spec, order) for faces in held_out]
 
 
 def _print_biases(sources: Sequence[Source], biases: Sequence[NDArray[np.float64] | None], what: str) -> None:

@@ -127,8 +127,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         asked.append(len(faces))
         return np.tile([0.01, 0.0], (68, 1))
 
-    monkeypatch.setattr("kp_train.train.measured_bias", found)
-    monkeypatch.setattr("kp_train.refit.measured_bias", found)
+    monkeypatch.setattr("kp_train.label_bias.measured_bias", found)
     return asked
 
 
