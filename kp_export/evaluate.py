@@ -30,7 +30,7 @@ from kp_runtime.recorded_rise import Rise
 from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import Manifest
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
-from kp_train.data import Face, Source, is_held_out, luma_from_file
+from kp_train.data import Face, Source, held_out_fraction, is_held_out, luma_from_file
 from kp_train.metrics import Accuracy, accuracy, point_errors
 
 __all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "measured_rise", "open_model", "predict_in_frames"]
@@ -91,10 +91,7 @@ def held_out_faces(source: Source, manifest: Manifest) -> Source:
     Raises:
         DataError: the manifest does not say, or no such face is in the source.
     """
-    held_out = manifest.training.get("held_out")
-    fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
-    if not isinstance(fraction, int | float):
-        raise DataError("the model's manifest does not say which people were held out; leave out --split person")
+    fraction = held_out_fraction(manifest)
     faces = tuple(face for face in source.faces if is_held_out(face.person, fraction))
     if not faces:
         raise DataError(f"{source.path} has no face of a person that was held out of training")

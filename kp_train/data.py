@@ -31,11 +31,21 @@ from kp_runtime.frame import IMAGE_SUFFIXES
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.interchange import image_beside, is_header, pts_files, pts_from_text
 from kp_runtime.scheme68 import POINTS
-from kp_runtime.spec import ModelSpec
+from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.augment import Augment
 from kp_train.metrics import nme_unit
 
-__all__ = ["Face", "FaceDataset", "Source", "is_held_out", "luma_from_file", "parse_source", "read_pts", "read_source"]
+__all__ = [
+    "Face",
+    "FaceDataset",
+    "Source",
+    "held_out_fraction",
+    "is_held_out",
+    "luma_from_file",
+    "parse_source",
+    "read_pts",
+    "read_source",
+]
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,21 @@ def is_held_out(person: str, fraction: float) -> bool:
     """Whether a person belongs to the held-out share: fixed by the name alone."""
     bucket = int(hashlib.sha256(person.encode()).hexdigest()[:8], 16) / 0x1_0000_0000
     return bucket < fraction
+
+
+def held_out_fraction(manifest: Manifest) -> float:
+    """The share of people who were held out when a model was trained.
+
+    Raises:
+        DataError: its manifest does not say.
+    """
+    held_out = manifest.training.get("held_out")
+    fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
+    if not isinstance(fraction, int | float) or not isinstance(manifest.training.get("config", {}), dict):
+        raise DataError(
+            f"the manifest of {manifest.spec.name} does not say which people were held out; take a model of kp train"
+        )
+    return float(fraction)
 
 
 def parse_source(text: str, points: int = POINTS) -> Source:

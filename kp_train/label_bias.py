@@ -13,23 +13,62 @@ theirs. That holds for faces that it was not trained on. Of the others it may kn
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kp_runtime.spec import ModelSpec
 from kp_train.data import Face, FaceDataset, Source, is_held_out
 from kp_train.model import KeypointNet
 
-__all__ = ["measured_bias", "source_biases", "with_bias"]
+__all__ = ["bias_of", "from_both_sides", "measured_bias", "source_biases", "with_bias"]
+
+Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 _BATCH = 64
+_FEWEST = 8  # faces that a bias is told from
 _SURE = 3  # standard errors from zero under which the points' mean may be chance
 
 
 @torch.inference_mode()
+def from_both_sides(
+    net: KeypointNet,
+    faces: Sequence[Face],
+    spec: ModelSpec,
+    order: NDArray[np.intp],
+    track: Track = lambda items: items,
+) -> tuple[Tensor, Tensor]:
+    """Looks at faces and at their mirror images, in the plain crops of their labels.
+
+    Args:
+        net: the network.
+        faces: labelled faces.
+        spec: its contract.
+        order: of a mirrored face's points, as in `MirrorFace`.
+        track: wraps the loop over batches.
+
+    Returns:
+        The labels, and the mean of what the network says of the face and of its mirror image; each `(n, points, 2)`
+        float64, in sides of the plain crop.
+    """
+    shown, partner = FaceDataset(with_bias(faces, None), spec), torch.from_numpy(order.copy())
+    was_training, labels, means = net.training, [], []
+    net.eval()
+    for start in track(range(0, len(shown), _BATCH)):
+        crops, xy = zip(*(shown[i] for i in range(start, min(start + _BATCH, len(shown)))), strict=True)
+        seen = torch.stack(crops)
+        plain, mirrored = net(seen), net(seen.flip(-1))[:, partner]
+        mirrored[..., 0] = spec.size - 1 - mirrored[..., 0]
+        labels.append(torch.stack(xy))
+        means.append((plain + mirrored) / 2)
+    net.train(was_training)
+    return torch.cat(labels).double() / spec.size, torch.cat(means).double() / spec.size
+
+
 def measured_bias(
     net: KeypointNet, faces: Sequence[Face], spec: ModelSpec, order: NDArray[np.intp]
 ) -> NDArray[np.float64] | None:
@@ -45,23 +84,18 @@ def measured_bias(
         `(points, 2)` float64 to four places, of each point the median over the faces; None where the points'
         mean can't be told from chance, as of fewer than eight faces.
     """
-    if len(faces) < 8:
+    if len(faces) < _FEWEST:
         return None
-    shown, partner = FaceDataset(with_bias(faces, None), spec), torch.from_numpy(order.copy())
-    was_training, found = net.training, []
-    net.eval()
-    for start in range(0, len(shown), _BATCH):
-        crops, xy = zip(*(shown[i] for i in range(start, min(start + _BATCH, len(shown)))), strict=True)
-        seen = torch.stack(crops)
-        plain, mirrored = net(seen), net(seen.flip(-1))[:, partner]
-        mirrored[..., 0] = spec.size - 1 - mirrored[..., 0]
-        found.append((torch.stack(xy) - (plain + mirrored) / 2) / spec.size)
-    net.train(was_training)
-    each = torch.cat(found).double()
-    sideways = each[..., 0].mean(dim=1)
-    if abs(float(sideways.median())) <= _SURE * float(sideways.std()) / len(each) ** 0.5:
+    labels, seen = from_both_sides(net, faces, spec, order)
+    return bias_of(labels - seen, order)
+
+
+def bias_of(off: Tensor, order: NDArray[np.intp]) -> NDArray[np.float64] | None:
+    """The bias of labels that lie `off` `(n, points, 2)` from what is seen from both sides; see `measured_bias`."""
+    sideways = off[..., 0].mean(dim=1)
+    if len(off) < _FEWEST or abs(float(sideways.median())) <= _SURE * float(sideways.std()) / len(off) ** 0.5:
         return None
-    bias = each.median(dim=0).values.numpy()
+    bias = off.median(dim=0).values.numpy()
     return np.asarray((bias - bias[order] * [-1, 1]) / 2).round(4)
 
 

@@ -26,7 +26,7 @@ from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.spec import Manifest
 from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
-from kp_train.data import Face, FaceDataset, Source, is_held_out, luma_from_file
+from kp_train.data import Face, FaceDataset, Source, held_out_fraction, is_held_out, luma_from_file
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
@@ -106,11 +106,11 @@ def refit(
     net, manifest = load_checkpoint(bundle)
     if manifest.spec.box != "keypoints":
         raise InputError("this model sees whole photos, not face boxes; kp refit is for models of face crops")
-    fraction, config = _held_out_fraction(bundle, manifest), manifest.training["config"]
+    fraction, pairs = held_out_fraction(manifest), manifest.training.get("config", {}).get("pairs", "")
     if has_begun(run):
         raise KpError(f"{run} already holds a run; name another folder with --out")
     check_no_bundle(run)
-    mirror = mirror_from_pairs(config.get("pairs", ""), net.points)
+    mirror = mirror_from_pairs(pairs, net.points)
     jitter = augment_from_name("faces", mirror)
     biases = source_biases(
         net.eval(), sources, fraction, manifest.spec, mirror
@@ -192,14 +192,6 @@ def _distances(net: KeypointNet, features: Tensor, xy: Tensor, weights: Tensor) 
 
 def _nme(net: KeypointNet, seen: _Seen, weights: Tensor) -> float:
     return float((_distances(net, seen.features, seen.xy, weights) / seen.unit).mean())
-
-
-def _held_out_fraction(bundle: Path, manifest: Manifest) -> float:
-    held_out, config = manifest.training.get("held_out"), manifest.training.get("config")
-    fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
-    if not isinstance(fraction, int | float) or not isinstance(config, dict):
-        raise DataError(f"the manifest of {bundle} does not say which people were held out; train it with kp train")
-    return float(fraction)
 
 
 class _Looker:

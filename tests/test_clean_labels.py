@@ -1,0 +1,113 @@
+"""Labels moved towards what a network sees: by networks whose answers are known, and the script on drawn faces."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import clean_labels
+import numpy as np
+import pytest
+import torch
+
+from kp_runtime.errors import DataError, InputError
+from kp_runtime.geometry import boxes_from_points
+from kp_runtime.scheme68 import MIRROR
+from kp_runtime.spec import Manifest, ModelSpec
+from kp_train.checkpoint import save_checkpoint
+from kp_train.config import TrainConfig
+from kp_train.data import Source, is_held_out, luma_from_file, read_source
+from kp_train.model import KeypointNet
+from kp_train.synthetic import mean_shape, write_csv_source
+from tests.test_label_bias import SHAPE, SPEC, Line, lines
+
+CONFIG = TrainConfig(size=112).to_json()
+TRAINING = {"config": CONFIG, "held_out": {"val_fraction": 0.3}}
+SCALE = SPEC.size / float(np.ptp(SHAPE, axis=0).max()) / SPEC.margin
+MIDDLE = (SPEC.size - 1) / 2 - SCALE * float(SHAPE[:, 1].min() + SHAPE[:, 1].max()) / 2
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_labels_go_to_what_the_network_sees_and_keep_their_side(tmp_path: Path, share: float) -> None:
+    """Labels to the right of the lines that they are about, and scattered; the network puts a face exactly there."""
+    net = Line(SHAPE * (SCALE - 20) + [0, MIDDLE - 50])
+    source = Source(tmp_path, 1.0, tuple(lines(tmp_path, np.array([0.02, 0]), spread=0.002)), "")
+    done = clean_labels.cleaned(net, SPEC, source, 0.3, MIRROR, share)  # type: ignore[arg-type]
+    assert 8 < done.kept.sum() < 30
+    right = 0.02 * float(np.ptp(SHAPE, axis=0).max()) * 30 * SPEC.margin
+    for old, xy, kept in zip(source.faces, done.xy, done.kept, strict=True):
+        assert kept == is_held_out(old.person, 0.3)
+        if kept:
+            assert (xy == old.xy).all()
+            continue
+        seen = SHAPE[:, 0] * 30 + luma_from_file(old.image).sum(axis=0).argmax() + right
+        np.testing.assert_allclose(xy[:, 0], (1 - share) * old.xy[:, 0] + share * seen, atol=0.3)
+        np.testing.assert_allclose(xy[:, 1], old.xy[:, 1], atol=0.05)
+    assert (done.off > 0).all(), "of held-out faces it is told too"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A network that answers the mean face, whatever it sees."""
+    torch.manual_seed(1)
+    net, box = KeypointNet(112).eval(), boxes_from_points(mean_shape())
+    scale = 112 / SPEC.margin / float((box[2:] - box[:2]).max())
+    net.start_from_mean(torch.from_numpy((mean_shape() - (box[:2] + box[2:]) / 2) * scale + 55.5).float())
+    save_checkpoint(tmp_path / "run", net, Manifest(SPEC, training=TRAINING))
+    return tmp_path / "run"
+
+
+def script(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["clean_labels.py", *map(str, words)])
+    clean_labels.main()
+
+
+def test_the_script_writes_what_training_reads_and_says_where_labels_went_wrong(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One face has its points upside down; the model differs most there. What is there already is left alone."""
+    path = write_csv_source(tmp_path, people=10)
+    rows = path.read_text().splitlines()
+    name, *numbers = rows[5].split(",")
+    xy = np.array(numbers, float).reshape(68, 2)
+    xy[:, 1] = xy[:, 1].max() + xy[:, 1].min() - xy[:, 1]
+    rows[5] = ",".join([name, *(f"{value:.2f}" for value in xy.ravel())])
+    path.write_text("\n".join(rows) + "\n")
+    script(monkeypatch, run, path, "--out", tmp_path / "out")
+    first, second = capsys.readouterr().out.splitlines()[-clean_labels.FARTHEST :][:2]
+    assert name in first
+    assert float(first.split()[0][:-1]) > 2 * float(second.split()[0][:-1])
+    before, after = read_source(path), read_source(tmp_path / "out" / path.name)
+    assert [face.image.resolve() for face in after.faces] == [face.image.resolve() for face in before.faces]
+    for old, new in zip(before.faces, after.faces, strict=True):
+        assert (np.abs(new.xy - old.xy).max() < 0.002) == is_held_out(old.person, 0.3)
+    written = (tmp_path / "out" / path.name).read_bytes()
+    with pytest.raises(InputError, match="is already there or would be written twice"):
+        script(monkeypatch, run, path, "--out", tmp_path / "out", "--share", 1)
+    assert (tmp_path / "out" / path.name).read_bytes() == written
+    with pytest.raises(InputError, match="would be written twice"):
+        script(monkeypatch, run, path, path, "--out", tmp_path / "new")
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, "nan"])
+def test_a_share_that_is_none(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: object) -> None:
+    with pytest.raises(InputError, match="share must be over 0 and at most 1"):
+        script(monkeypatch, run, tmp_path, "--out", tmp_path / "out", "--share", share)
+
+
+@pytest.mark.parametrize(
+    ("spec", "training"),
+    [
+        (dataclasses.replace(SPEC, box="frame"), TRAINING),
+        (dataclasses.replace(SPEC, points=5, scheme="own"), TRAINING),
+        (SPEC, {"config": CONFIG}),
+    ],
+)
+def test_models_that_can_not_clean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spec: ModelSpec, training: dict[str, object]
+) -> None:
+    save_checkpoint(tmp_path / "run", KeypointNet(112, points=spec.points), Manifest(spec, training=training))
+    error = InputError if training is TRAINING else DataError
+    with pytest.raises(error, match=r"can't clean labels|does not say which people were held out"):
+        script(monkeypatch, tmp_path / "run", tmp_path, "--out", tmp_path / "out")
