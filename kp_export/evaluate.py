@@ -91,7 +91,10 @@ def held_out_faces(source: Source, manifest: Manifest) -> Source:
     Raises:
         DataError: the manifest does not say, or no such face is in the source.
     """
-    fraction = held_out_fraction(manifest)
+    try:
+        fraction = held_out_fraction(manifest)
+    except DataError as error:
+        raise DataError(f"{error}, or leave out --split person") from error
     faces = tuple(face for face in source.faces if is_held_out(face.person, fraction))
     if not faces:
         raise DataError(f"{source.path} has no face of a person that was held out of training")

@@ -31,7 +31,7 @@ from kp_train.label_bias import source_biases, with_bias
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
 
-__all__ = ["Refit", "refit", "solved_head"]
+__all__ = ["Refit", "refit", "solved_head", "training_config"]
 
 Boxes = Callable[[Frame], NDArray[np.float64]]
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -106,7 +106,7 @@ def refit(
     net, manifest = load_checkpoint(bundle)
     if manifest.spec.box != "keypoints":
         raise InputError("this model sees whole photos, not face boxes; kp refit is for models of face crops")
-    fraction, pairs = held_out_fraction(manifest), manifest.training.get("config", {}).get("pairs", "")
+    fraction, pairs = held_out_fraction(manifest), training_config(manifest).get("pairs", "")
     if has_begun(run):
         raise KpError(f"{run} already holds a run; name another folder with --out")
     check_no_bundle(run)
@@ -192,6 +192,14 @@ def _distances(net: KeypointNet, features: Tensor, xy: Tensor, weights: Tensor) 
 
 def _nme(net: KeypointNet, seen: _Seen, weights: Tensor) -> float:
     return float((_distances(net, seen.features, seen.xy, weights) / seen.unit).mean())
+
+
+def training_config(manifest: Manifest) -> dict[str, Any]:
+    """The settings that a model was trained with; DataError where its manifest does not say."""
+    config = manifest.training.get("config")
+    if not isinstance(config, dict):
+        raise DataError(f"the manifest of {manifest.spec.name} has no training config; take a model of kp train")
+    return config
 
 
 class _Looker:

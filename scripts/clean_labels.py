@@ -31,6 +31,7 @@ from kp_train.data import Source, held_out_fraction, is_held_out, read_source
 from kp_train.label_bias import bias_of, from_both_sides
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
+from kp_train.refit import training_config
 
 FARTHEST = 10
 
@@ -88,7 +89,7 @@ def main() -> None:
         raise InputError(f"--share must be over 0 and at most 1, got {args.share:g}")
     net, manifest = load_checkpoint(args.model)
     spec, fraction = manifest.spec, held_out_fraction(manifest)
-    order = mirror_from_pairs(manifest.training.get("config", {}).get("pairs", ""), spec.points)
+    order = mirror_from_pairs(training_config(manifest).get("pairs", ""), spec.points)
     if spec.box != "keypoints" or order is None:
         raise InputError(f"{args.model} can't clean labels: that takes a model of face crops whose pairs are known")
     sources = [read_source(path, points=spec.points) for path in args.data]
