@@ -20,7 +20,10 @@ from kp_runtime.errors import KpError
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.config import AUGMENTS
 
-__all__ = ["Augment", "MirrorFace", "augment_from_name", "mirror_from_pairs"]
+_NODES = 5  # of a bent crop, across and down
+_STEPS = 8  # in which a bent point is found
+
+__all__ = ["Augment", "MirrorFace", "augment_from_name", "bent", "mirror_from_pairs"]
 
 
 class MirrorFace(v2.Transform):  # type: ignore[misc]
@@ -88,6 +91,8 @@ class Augment:
         wide: share of the faces whose `shift` and `zoom` are 2.5 times as wide: boxes err by more
             in some detectors than in others (scripts/fit_box_maps.py prints by how much).
         stretch: standard deviation of the logarithm of height over width, and of the shear: faces of other shapes.
+        bend: standard deviation, in sides of the crop, of a displacement that differs over it, smooth between 5 x 5
+            nodes: faces of still other shapes.
     """
 
     def __init__(
@@ -100,9 +105,10 @@ class Augment:
         grey: v2.Transform,
         wide: float = 0.0,
         stretch: float = 0.0,
+        bend: float = 0.0,
     ) -> None:
         self.shift, self.max_shift, self.zoom, self.turn, self.wide = shift, max_shift, zoom, turn, wide
-        self.stretch = stretch
+        self.stretch, self.bend = stretch, bend
         self.mirror = MirrorFace(0.5, mirror) if mirror is not None else None
         self.grey = grey
 
@@ -135,9 +141,37 @@ class Augment:
 
     def __call__(self, image: tv_tensors.Image, points: tv_tensors.KeyPoints) -> Any:
         """Image and KeyPoints of a crop in, the same out, varied."""
+        if self.bend:
+            image, points = bent(image, points, self.bend)
         if self.mirror is not None:
             image, points = self.mirror(image, points)
         return self.grey(image), points
+
+
+def bent(image: tv_tensors.Image, points: tv_tensors.KeyPoints, deviation: float) -> Any:
+    """A face bent into another shape: a smooth random displacement, cubic between 5 x 5 nodes over the crop.
+
+    Args:
+        image: uint8 `(1, size, size)`.
+        points: `(k, 2)` pixels of it.
+        deviation: standard deviation of the displacement at a node, in sides of the crop.
+
+    Returns:
+        The image and the points, both bent. What is moved in from beyond the border repeats the border.
+    """
+    size = image.shape[-1]
+    nodes = (torch.randn(_NODES, _NODES, 2) * deviation * size).numpy()
+    away = cv2.resize(nodes, (size, size), interpolation=cv2.INTER_CUBIC)  # from a bent pixel to where it is taken from
+    taken_from = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1).astype(np.float32) + away
+    grey = cv2.remap(image[0].numpy(), taken_from, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    xy = points.as_subclass(torch.Tensor).numpy()
+    bent_xy = xy
+    for _ in range(_STEPS):  # a bent point p has p + away(p) = xy: fixed-point iteration
+        there = cv2.remap(away, bent_xy[None], None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[0]
+        bent_xy = xy - there
+    return tv_tensors.wrap(torch.from_numpy(grey)[None], like=image), tv_tensors.wrap(
+        torch.from_numpy(bent_xy), like=points
+    )
 
 
 class _DownUp(v2.Transform):  # type: ignore[misc]
@@ -186,7 +220,7 @@ class _Noise(v2.Transform):  # type: ignore[misc]
         return tv_tensors.wrap(noisy.round().clamp(0, 255).to(torch.uint8), like=inpt)
 
 
-def _faces(mirror: NDArray[np.intp] | None, *, varied: bool) -> Augment:
+def _faces(mirror: NDArray[np.intp] | None, *, varied: bool, bend: float) -> Augment:
     light, patches, largest, turn, stretch = (0.3, 0.15, 0.1, 10, 0.05) if varied else (0.25, 0.05, 0.08, 8, 0.0)
     grey = v2.Compose(
         [
@@ -198,9 +232,8 @@ def _faces(mirror: NDArray[np.intp] | None, *, varied: bool) -> Augment:
             v2.RandomErasing(p=patches, scale=(0.01, largest), ratio=(0.4, 2.5), value=127),
         ]
     )
-    return Augment(
-        shift=0.02, max_shift=0.16, zoom=0.04, turn=turn, mirror=mirror, grey=grey, wide=0.4, stretch=stretch
-    )
+    place = {"shift": 0.02, "max_shift": 0.16, "zoom": 0.04, "turn": turn, "wide": 0.4}
+    return Augment(**place, mirror=mirror, grey=grey, stretch=stretch, bend=bend)
 
 
 def augment_from_name(name: str, mirror: NDArray[np.intp] | None = MIRROR) -> Augment | None:
@@ -219,4 +252,4 @@ def augment_from_name(name: str, mirror: NDArray[np.intp] | None = MIRROR) -> Au
     if name == "crop":
         # the original draws a 224 window from the 250 image: up to 13 px of 224 either way
         return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, mirror=None, grey=v2.Identity())
-    return _faces(mirror, varied=name == "varied")
+    return _faces(mirror, varied=name != "faces", bend=0.015 if name == "bent" else 0.0)

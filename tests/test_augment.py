@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torchvision import tv_tensors
 from kp_runtime.geometry import invert_matrix
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
-from kp_train.augment import MirrorFace, augment_from_name
+from kp_train.augment import MirrorFace, augment_from_name, bent
 from kp_train.data import FaceDataset, read_source
 from kp_train.synthetic import mean_shape, write_csv_source
 
@@ -28,7 +29,7 @@ def test_a_mirrored_face_swaps_left_and_right() -> None:
     np.testing.assert_allclose(back.numpy(), xy.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["faces", "varied"])
+@pytest.mark.parametrize("name", ["faces", "varied", "bent"])
 def test_faces_stay_under_their_points(tmp_path: object, name: str) -> None:
     """The white of the drawn eyes lies under the eye points however the crop is varied."""
     faces = read_source(write_csv_source(tmp_path, people=12)).faces  # type: ignore[arg-type]
@@ -43,7 +44,7 @@ def test_faces_stay_under_their_points(tmp_path: object, name: str) -> None:
     assert np.mean(np.array(brighter) > 0) > 0.8
 
 
-@pytest.mark.parametrize("name", ["faces", "varied", "light", "crop"])
+@pytest.mark.parametrize("name", ["faces", "varied", "bent", "light", "crop"])
 def test_a_seed_fixes_the_variation(tmp_path: object, name: str) -> None:
     faces = read_source(write_csv_source(tmp_path, people=2)).faces  # type: ignore[arg-type]
     data = FaceDataset(faces, ModelSpec("x", 64), augment_from_name(name))
@@ -84,3 +85,25 @@ def test_a_stretched_crop_keeps_its_middle_and_its_area() -> None:
     other = augment_from_name("faces")
     assert other is not None
     assert other.deform(plain, 112) is plain
+
+
+def test_points_stay_on_what_they_name_in_a_bent_face() -> None:
+    """A blot drawn at each point is found again, by its centre of gravity, where the bent point says."""
+    grid = np.stack(np.meshgrid(np.arange(8), np.arange(8)), axis=-1).reshape(-1, 2) * 22.0 + 34.3
+    image = np.zeros((224, 224), np.float32)
+    for x, y in grid:
+        image += 250 * np.exp(-((np.arange(224) - x) ** 2 + (np.arange(224)[:, None] - y) ** 2) / 8)
+    picture = tv_tensors.Image(torch.from_numpy(image.round().astype(np.uint8))[None])
+    points = tv_tensors.KeyPoints(torch.from_numpy(grid).float(), canvas_size=(224, 224))
+    torch.manual_seed(0)
+    for deviation in (0.0, 0.02, 0.03):
+        seen, there = bent(picture, points, deviation)
+        moved = (there - points).norm(dim=1)
+        for x, y in there.numpy():
+            corner = np.round([x, y]).astype(int) - 7
+            patch = seen[0, corner[1] : corner[1] + 15, corner[0] : corner[0] + 15].numpy()
+            found = cv2.moments(patch)
+            centre = corner + np.array([found["m10"], found["m01"]]) / found["m00"]
+            np.testing.assert_allclose(centre, [x, y], atol=0.7)
+        assert (moved.max() > 224 * deviation) if deviation else (moved.max() == 0)
+        assert seen.dtype == torch.uint8
