@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -233,10 +234,11 @@ def train(
     if resume:
         record = stored_record(run, sources, config)
     else:
-        start = _start_weights(module.net, train_set, weights, init)
+        start, before = _start_weights(module.net, train_set, weights, init)
         record = run_record(sources, training, held_out, config, start)
-        if start.get("points") == config.points:
-            biases = source_biases(module.net, sources, config.val_fraction, spec, order)
+        if before is not None and before.points == config.points:
+            known = dataclasses.replace(spec, size=before.size)  # crops of another size it may not read yet
+            biases = source_biases(before, sources, config.val_fraction, known, order)
             for source, bias in zip(record["sources"], biases, strict=True):
                 source["label_bias"] = bias if bias is None else bias.tolist()
         if trainer.is_global_zero:
@@ -244,8 +246,8 @@ def train(
             run.mkdir(parents=True, exist_ok=True)
             with writing(run / "run.json") as temporary:
                 temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    known = [source.get("label_bias") for source in record["sources"]]
-    biases = [None if bias is None else np.array(bias) for bias in known]
+    noted = [source.get("label_bias") for source in record["sources"]]
+    biases = [None if bias is None else np.array(bias) for bias in noted]
     train_set.faces = [f for part, bias in zip(training, biases, strict=True) for f in with_bias(part, bias)]
     if trainer.is_global_zero:
         _print_biases(sources, biases, "mirrored faces keep to that")
@@ -373,8 +375,10 @@ def split_by_person(
     return training, held_out
 
 
-def _start_weights(net: KeypointNet, faces: FaceDataset, weights: str, init: Path | None) -> dict[str, Any]:
-    """Fills the network and returns what it started from, for the record."""
+def _start_weights(
+    net: KeypointNet, faces: FaceDataset, weights: str, init: Path | None
+) -> tuple[dict[str, Any], KeypointNet | None]:
+    """Fills the network; returns what it started from, for the record, and the network of the checkpoint `init`."""
     if init is not None:
         other, manifest = load_checkpoint(init)
         state = other.backbone.state_dict()
@@ -384,9 +388,9 @@ def _start_weights(net: KeypointNet, faces: FaceDataset, weights: str, init: Pat
         net.backbone.load_state_dict(state, strict=False)
         sha256 = manifest.files[CHECKPOINT_NAME].sha256
         start = {"checkpoint_sha256": sha256, "points": other.points}
-        return start | {"licence": manifest.licence, "training": manifest.training}
+        return start | {"licence": manifest.licence, "training": manifest.training}, other
     _start_from_mean(net, faces)
-    return {"weights": load_backbone_weights(net, weights)}
+    return {"weights": load_backbone_weights(net, weights)}, None
 
 
 def _print_biases(sources: Sequence[Source], biases: Sequence[NDArray[np.float64] | None], what: str) -> None:

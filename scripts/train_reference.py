@@ -51,6 +51,7 @@ def ideas(epochs: int) -> list[Run]:
     changes: dict[str, dict[str, Any]] = {
         "base": {},
         "augment-varied": {"augment": "varied"},
+        "augment-bent": {"augment": "bent"},
         "augment-light": {"augment": "light"},
         "augment-none": {"augment": "none"},
         "beta-0.02": {"beta": 0.02},

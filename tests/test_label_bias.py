@@ -119,12 +119,13 @@ def test_varied_labels_keep_their_side(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def measuring(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Takes the measuring's place and finds 1% to the right; how many faces it was asked by, each time."""
-    asked: list[int] = []
+def measuring(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """Takes the measuring's place and finds 1% to the right; how many faces it was asked by, and the crops' size."""
+    asked: list[tuple[int, int]] = []
 
     def found(net: object, faces: list[Face], spec: ModelSpec, order: np.ndarray) -> np.ndarray:
-        asked.append(len(faces))
+        assert net.size == spec.size  # type: ignore[attr-defined]
+        asked.append((len(faces), spec.size))
         return np.tile([0.01, 0.0], (68, 1))
 
     monkeypatch.setattr("kp_train.label_bias.measured_bias", found)
@@ -133,7 +134,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_a_run_measures_by_what_it_starts_from(
-    measuring: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measuring: list[tuple[int, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One from nothing says so at its end; the next one knows, a resumed one has it noted, a refit looks anew."""
     source = read_source(write_csv_source(tmp_path, people=20, each=1))
@@ -153,12 +154,14 @@ def test_a_run_measures_by_what_it_starts_from(
     said = run("second", init=tmp_path / "first")
     assert said.count(lie) == said.count(f"{lie}mirrored faces keep to that") == 1
     assert load_checkpoint(tmp_path / "second")[1].training["sources"][0]["label_bias"] == [[0.01, 0.0]] * 68
-    assert measuring == [held_out, held_out]
+    assert measuring == [(held_out, 64)] * 2
     assert "faces keep to that" in run("second", init=tmp_path / "first", resume=True)
     refit(tmp_path / "second", [source], tmp_path / "third", None)
     assert load_checkpoint(tmp_path / "third")[1].training["refit"]["sources"][0]["label_bias"] == [[0.01, 0.0]] * 68
-    assert measuring == [held_out] * 3
+    assert measuring == [(held_out, 64)] * 3
+    assert "faces keep to that" in run("larger", init=tmp_path / "second", config=dataclasses.replace(short, size=80))
+    assert measuring[3:] == [(held_out, 64)], "a network looks at crops of the size that it knows"
     for augment in ("none", "crop"):
         plain = dataclasses.replace(short, augment=augment)
         assert "labels lie" not in run(augment, config=plain, init=tmp_path / "first")
-    assert measuring == [held_out] * 3, "where no face is mirrored there is nothing to know"
+    assert measuring == [(held_out, 64)] * 4, "where no face is mirrored there is nothing to know"
