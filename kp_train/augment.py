@@ -1,7 +1,8 @@
 """How training crops are varied: the square's place, size and turn, then the grey levels.
 
 The square is jittered before the one sampling that makes the crop, so a varied crop is as sharp
-as a plain one. All that follows is `torchvision.transforms.v2` on `Image` and `KeyPoints`.
+as a plain one; one that is bent is sampled once more, by a cubic. All that follows is
+`torchvision.transforms.v2` on `Image` and `KeyPoints`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from kp_runtime.errors import KpError
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.config import AUGMENTS
 
+__all__ = ["Augment", "MirrorFace", "augment_from_name", "bent", "mirror_from_pairs"]
+
 _NODES = 5  # of a bent crop, across and down
 _STEPS = 8  # in which a bent point is found
-
-__all__ = ["Augment", "MirrorFace", "augment_from_name", "bent", "mirror_from_pairs"]
+_NO_MAP = np.empty(0, np.float32)  # both coordinates are in the first map
 
 
 class MirrorFace(v2.Transform):  # type: ignore[misc]
@@ -163,11 +165,11 @@ def bent(image: tv_tensors.Image, points: tv_tensors.KeyPoints, deviation: float
     nodes = (torch.randn(_NODES, _NODES, 2) * deviation * size).numpy()
     away = cv2.resize(nodes, (size, size), interpolation=cv2.INTER_CUBIC)  # from a bent pixel to where it is taken from
     taken_from = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1).astype(np.float32) + away
-    grey = cv2.remap(image[0].numpy(), taken_from, None, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
+    grey = cv2.remap(image[0].numpy(), taken_from, _NO_MAP, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE)
     xy = points.as_subclass(torch.Tensor).numpy()
     bent_xy = xy
     for _ in range(_STEPS):  # a bent point p has p + away(p) = xy: fixed-point iteration
-        there = cv2.remap(away, bent_xy[None], None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[0]
+        there = cv2.remap(away, bent_xy[None], _NO_MAP, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[0]
         bent_xy = xy - there
     return tv_tensors.wrap(torch.from_numpy(grey)[None], like=image), tv_tensors.wrap(
         torch.from_numpy(bent_xy), like=points
