@@ -1,4 +1,4 @@
-"""`scripts/train-shipped`: the chain holds together and goes on after a kill; `kp` is a double that trains nothing."""
+"""`scripts/train-shipped`: the chain holds together and goes on after a kill; `kp` and `python` are doubles."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer.main
 from kp_cli import app
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train-shipped"
+MEAN = SCRIPT.with_name("mean_weights.py")
 
 KP = """#!/usr/bin/env bash
 # notes its words; leaves a bundle, or where KP_KILLED is its folder a state, and ends as if it was killed
@@ -30,8 +31,9 @@ touch "$2/manifest.json"
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    (tmp_path / "kp").write_text(KP)
-    (tmp_path / "kp").chmod(0o755)
+    for name in ("kp", "python"):
+        (tmp_path / name).write_text(KP)
+        (tmp_path / name).chmod(0o755)
     return tmp_path
 
 
@@ -57,8 +59,11 @@ def value(words: list[str], option: str) -> str | None:
 def test_each_run_starts_from_one_that_is_done(place: Path) -> None:
     done: list[str] = []
     for words in chain(place):
-        start = value(words, "--init") if words[0] == "train" else words[1]
-        assert start is None or start in done, words
+        if words[0] == "train":
+            starts = [start] if (start := value(words, "--init")) else []
+        else:
+            starts = words[1 : words.index("--out")] if words[0] == str(MEAN) else words[1:2]
+        assert set(starts) <= set(done), words
         out = value(words, "--out")
         assert out is not None
         assert out not in done
@@ -69,7 +74,9 @@ def test_each_run_starts_from_one_that_is_done(place: Path) -> None:
 
 def test_the_command_line_knows_every_option(place: Path) -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for words in chain(place):
+    runs = chain(place)
+    assert [words[0] for words in runs if words[0] not in commands] == [str(MEAN)]
+    for words in (words for words in runs if words[0] in commands):
         known = {name for parameter in commands[words[0]].params for name in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, words
 
