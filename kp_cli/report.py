@@ -356,6 +356,8 @@ def _provenance(manifest: Any) -> list[str]:
             f", {kept} epoch {training[f'{kept}_epoch']}" for kept in ("best", "last") if f"{kept}_epoch" in training
         )
         lines.append(f"trained by revision {training.get('git_revision')}{epoch}")
+    if isinstance(mean := training.get("mean_of"), list):
+        lines.append(f"mean of the weights of {len(mean)} runs ({', '.join(str(r.get('sha256'))[:12] for r in mean)})")
     if isinstance(refit := training.get("refit"), dict):
         found = f", boxes of {refit['detector']} too" if "detector" in refit else ""
         lines.append(f"last layer solved anew on {refit.get('faces')} faces, strength {refit.get('strength')}{found}")

@@ -11,6 +11,7 @@ import mean_weights
 import pytest
 import torch
 
+from kp_cli.report import print_bundle
 from kp_runtime.errors import InputError, KpError
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
@@ -56,6 +57,8 @@ def test_the_mean_is_that_of_each_number_and_tells_of_all_runs(
     told = manifest.training["mean_of"]
     hashes = [Manifest.read(run).files[CHECKPOINT_NAME].sha256 for run in runs]
     assert [entry["sha256"] for entry in told] == hashes
+    print_bundle(tmp_path / "mean", manifest, {CHECKPOINT_NAME: "ok"})
+    assert f"mean of the weights of 3 runs ({', '.join(sha[:12] for sha in hashes)})" in capsys.readouterr().out
     assert [entry["start"] for entry in told] == [{"checkpoint_sha256": sha} for sha in ("ab", "ab", "between")]
     with pytest.raises(KpError, match="mean"):
         mean_weights.main()  # it is there
