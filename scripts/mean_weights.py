@@ -70,7 +70,7 @@ def _lineage(manifest: Manifest) -> Iterator[str]:
     while records:
         record = records.pop()
         if isinstance(record, dict):
-            yield from (record[key] for key in STARTS if key in record)
+            yield from (record[key] for key in STARTS if isinstance(record.get(key), str))
             records += record.values()
         elif isinstance(record, list):
             records += record
