@@ -29,8 +29,8 @@ TRAINING: dict[str, Any] = {
 def saved(path: Path, seed: int, spec: ModelSpec = SPEC, licence: str = "MIT", **training: Any) -> Path:
     torch.manual_seed(seed)
     net = KeypointNet(spec.size)
-    for name, value in net.state_dict().items():
-        if value.is_floating_point() and "num" not in name:
+    for value in net.state_dict().values():
+        if value.is_floating_point():
             value.copy_(torch.rand(value.shape))
     save_checkpoint(path, net, Manifest(spec, training=TRAINING | training, licence={"code": licence}))
     return path

@@ -1,0 +1,90 @@
+"""What a training run does beside learning: workers that begin alike, pictures of held-out faces, lines for a log."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torchvision.utils import draw_keypoints, make_grid, save_image
+
+from kp_runtime.errors import KpError
+from kp_train.data import FaceDataset
+
+__all__ = ["EpochLines", "FacesPicture", "Together"]
+
+
+class Together(Callback):
+    """Sees to it that all workers begin alike, and says where a resumed run goes on.
+
+    Args:
+        beginning: what must be the same for all: settings, data, and whether the run goes on.
+        resume: whether it does.
+    """
+
+    def __init__(self, beginning: dict[str, Any], resume: bool) -> None:
+        self.beginning, self.resume = beginning, resume
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Compares with the first worker."""
+        if self.beginning != (first := trainer.strategy.broadcast(self.beginning)):
+            odd = ", ".join(key for key in first if first[key] != self.beginning.get(key))
+            raise KpError(
+                f"worker {trainer.global_rank} begins otherwise than worker 0 ({odd}); give every node the same "
+                "command, the same data, and a folder for --out that all nodes share"
+            )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the epoch that a resumed run goes on with."""
+        if torch.distributed.is_torchelastic_launched():
+            # torchrun ends the workers that are left when one is lost. Lightning would have them wait for each other
+            # first, and so for the lost one.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.resume and trainer.is_global_zero:
+            print(f"goes on after epoch {trainer.current_epoch} of {trainer.max_epochs}", flush=True)
+
+
+class FacesPicture(Callback):
+    """Every few epochs, a sheet of held-out faces with truth (green) and prediction (red)."""
+
+    def __init__(self, faces: FaceDataset, folder: Path, every: int, most: int = 32) -> None:
+        self.folder, self.every = folder, every
+        chosen = np.linspace(0, len(faces) - 1, min(most, len(faces))).astype(int)
+        items = [faces[int(i)] for i in chosen]
+        self.crops = torch.stack([crop for crop, _ in items])
+        self.xy = torch.stack([xy for _, xy in items])
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draws after the validation of every `every`-th epoch, while the averaged weights are in."""
+        epoch = trainer.current_epoch + 1
+        if trainer.sanity_checking or not trainer.is_global_zero or epoch % self.every:
+            return
+        was_training = pl_module.training
+        with torch.no_grad():
+            predicted = pl_module.eval().net(self.crops.to(pl_module.device)).cpu()  # type: ignore[operator]
+        pl_module.train(was_training)
+        cells = []
+        for crop, truth, guess in zip(self.crops, self.xy, predicted, strict=True):
+            cell = draw_keypoints(crop.expand(3, -1, -1), truth[None], colors="lime", radius=1)
+            cells.append(draw_keypoints(cell, guess[None], colors="red", radius=1))
+        sheet = make_grid(torch.stack(cells), nrow=8)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_image(sheet.float() / 255, self.folder / f"faces_epoch_{epoch:03d}.png")
+        if isinstance(trainer.logger, TensorBoardLogger):
+            trainer.logger.experiment.add_image("held-out faces", sheet, epoch)
+
+
+class EpochLines(Callback):
+    """One line an epoch, for logs: what the progress bar shows on a terminal."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the loss and the NME of the held-out faces."""
+        if trainer.is_global_zero:
+            loss, nme = (float(trainer.callback_metrics[name]) for name in ("val_loss", "val_nme"))
+            place = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
+            print(f"{place}  held-out loss {loss:.5f}, NME {nme:.2%}", flush=True)
