@@ -70,7 +70,11 @@ def from_both_sides(
 
 
 def measured_bias(
-    net: KeypointNet, faces: Sequence[Face], spec: ModelSpec, order: NDArray[np.intp]
+    net: KeypointNet,
+    faces: Sequence[Face],
+    spec: ModelSpec,
+    order: NDArray[np.intp],
+    track: Track = lambda items: items,
 ) -> NDArray[np.float64] | None:
     """How far the labels of one source lie from what they name, to the right and down, in sides of the plain crop.
 
@@ -79,6 +83,7 @@ def measured_bias(
         faces: labelled faces of the source.
         spec: the network's contract.
         order: of a mirrored face's points, as in `MirrorFace`.
+        track: wraps the loop over batches.
 
     Returns:
         `(points, 2)` float64 to four places, of each point the median over the faces; None where the points'
@@ -86,7 +91,7 @@ def measured_bias(
     """
     if len(faces) < _FEWEST:
         return None
-    labels, seen = from_both_sides(net, faces, spec, order)
+    labels, seen = from_both_sides(net, faces, spec, order, track)
     return bias_of(labels - seen, order)
 
 
@@ -100,13 +105,18 @@ def bias_of(off: Tensor, order: NDArray[np.intp]) -> NDArray[np.float64] | None:
 
 
 def source_biases(
-    net: KeypointNet, sources: Sequence[Source], fraction: float, spec: ModelSpec, order: NDArray[np.intp] | None
+    net: KeypointNet,
+    sources: Sequence[Source],
+    fraction: float,
+    spec: ModelSpec,
+    order: NDArray[np.intp] | None,
+    track: Track = lambda items: items,
 ) -> list[NDArray[np.float64] | None]:
     """`measured_bias` of each source, by the held-out `fraction` of its people; None where no face is mirrored."""
     if order is None:
         return [None] * len(sources)
     held_out = [[face for face in s.faces if is_held_out(face.person, fraction)] for s in sources]
-    return [measured_bias(net, faces, spec, order) for faces in held_out]
+    return [measured_bias(net, faces, spec, order, track) for faces in held_out]
 
 
 def with_bias(faces: Sequence[Face], bias: NDArray[np.float64] | None) -> list[Face]:

@@ -112,9 +112,8 @@ def refit(
     check_no_bundle(run)
     mirror = mirror_from_pairs(pairs, net.points)
     jitter = augment_from_name("faces", mirror)
-    biases = source_biases(
-        net.eval(), sources, fraction, manifest.spec, mirror
-    )  # half of the shaken faces are mirrored
+    look = track("measuring how the labels lie")  # half of the shaken faces are mirrored
+    biases = source_biases(net.eval(), sources, fraction, manifest.spec, mirror, look)
     known = [(f, s.weight) for s, bias in zip(sources, biases, strict=True) for f in with_bias(s.faces, bias)]
     faces = [(face, weight) for face, weight in known if not is_held_out(face.person, fraction)]
     others = [(face, 1.0) for face, _ in known if is_held_out(face.person, fraction)]

@@ -139,8 +139,10 @@ def test_a_packed_bundle_is_not_written_over(source: Source, run: Path, tmp_path
 
 
 def test_without_a_detector_its_boxes_are_left_out(source: Source, run: Path, tmp_path: Path) -> None:
-    result = refit(run, [source], tmp_path / "new", None)
+    loops: list[str] = []
+    result = refit(run, [source], tmp_path / "new", None, track=lambda text: loops.append(text) or list)  # type: ignore[func-returns-value]
     assert result.after.keys() == result.held_out.keys() == {"keypoints", "jittered"}
+    assert loops == ["measuring how the labels lie", *["looking, keypoints", "looking, jittered"] * 2]
 
 
 def test_the_command(
