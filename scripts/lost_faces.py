@@ -39,21 +39,26 @@ from kp_export.evaluate import held_out_faces
 from kp_runtime.detect import YuNetDetector
 from kp_runtime.files import writing
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, matrices_from_boxes, overlaps
+from kp_runtime.geometry import (
+    apply_matrix,
+    boxes_from_points,
+    crop_from_luma,
+    invert_matrix,
+    matrices_from_boxes,
+    overlaps,
+)
 from kp_runtime.pipeline import load
 from kp_runtime.spec import Manifest
 from kp_runtime.track import LOST, disagreement, second_looks
 from kp_train.checkpoint import load_checkpoint
 from kp_train.data import Face, luma_from_file, parse_source
-from kp_train.metrics import point_errors
+from kp_train.metrics import FAILURE, point_errors
 
 OTHER_THINGS = ("brick", "grass", "gravel", "coffee", "chelsea", "coins", "page", "text", "horse", "moon", "ihc")
 FACES = ("face", "face, box off")
 COMPONENTS = 24
 PULL = {"head": 0.01, "points": 0.1}
-"""Of the ridge regressions, in mean squares of the features."""
-OFF = 0.08
-"""Error, in distances of the outer eye corners, from which on a point counts as off."""
+"""Of the ridge regressions, in mean squares of the inputs."""
 
 
 @dataclass(frozen=True)
@@ -150,35 +155,31 @@ class ShapeModel:
         return np.stack([turned.real, turned.imag], axis=-1)
 
 
-class Features:
-    """What the last layer of a bundle's network sees of views, and the network's points."""
+class LastLayer:
+    """What the last layer of a bundle's network sees of views, and what it answers."""
 
     def __init__(self, bundle: Path) -> None:
         self._net, manifest = load_checkpoint(bundle)
         self._spec, self._head, self._net.backbone.fc = manifest.spec, self._net.backbone.fc, torch.nn.Identity()
 
     @torch.inference_mode()
-    def __call__(self, views: Sequence[View]) -> np.ndarray:
-        """`(n, 513)` float64, the last one 1."""
-        size, seen = self._spec.size, []
-        for view in track(views, "looking at features"):
+    def __call__(self, views: Sequence[View]) -> tuple[np.ndarray, np.ndarray]:
+        """Its inputs `(n, 513)`, the last one 1, and the points `(n, 68, 2)`, pixels of the image; both float64."""
+        size, inputs, points = self._spec.size, [], []
+        for view in track(views, "looking at the last layer"):
             matrix = matrices_from_boxes(view.box[None], size, self._spec.margin)[0]
-            seen.append(self._net.raw(torch.from_numpy(crop_from_luma(view.luma, matrix, size))[None, None])[0].numpy())
-        return np.pad(np.stack(seen).astype(np.float64), ((0, 0), (0, 1)), constant_values=1)
-
-    def errors(self, features: np.ndarray, views: Sequence[View]) -> np.ndarray:
-        """`(n, 68)`, each point's error in distances of the outer eye corners; the views are of faces."""
-        found = self._net.decode(self._head(torch.from_numpy(features[:, :-1]).float())).detach().double().numpy()
-        matrices = matrices_from_boxes(np.stack([v.box for v in views]), self._spec.size, self._spec.margin)
-        truth = np.stack([apply_matrix(m, v.truth) for m, v in zip(matrices, views, strict=True)])
-        return point_errors(found, truth)
+            seen = self._net.raw(torch.from_numpy(crop_from_luma(view.luma, matrix, size))[None, None])
+            xy_crop = self._net.decode(self._head(seen))[0].double().numpy()
+            inputs.append(seen[0].double().numpy())
+            points.append(apply_matrix(invert_matrix(matrix), xy_crop))
+        return np.pad(np.stack(inputs), ((0, 0), (0, 1)), constant_values=1), np.stack(points)
 
 
-def fitted(features: np.ndarray, wanted: np.ndarray, pull: float) -> np.ndarray:
-    """The linear map by ridge regression."""
-    square = features.T @ features / len(features)
+def fitted(inputs: np.ndarray, wanted: np.ndarray, pull: float) -> np.ndarray:
+    """The linear map from `(n, 513)` to `(n,)` or `(n, 68)` by ridge regression."""
+    square = inputs.T @ inputs / len(inputs)
     return np.linalg.solve(
-        square + pull * square.diagonal().mean() * np.eye(len(square)), features.T @ wanted / len(features)
+        square + pull * square.diagonal().mean() * np.eye(len(square)), inputs.T @ wanted / len(inputs)
     )
 
 
@@ -245,10 +246,10 @@ def main() -> None:
     for name, second in zip(("shifted", "larger", "both"), seconds, strict=True):
         scores[name] = disagreement(first, second, boxes)
     is_face = np.isin(kinds, FACES)
-    look = Features(args.bundle)
-    features, seen = look(views), look(learned)
+    last_layer = LastLayer(args.bundle)
+    (inputs, found), (learned_inputs, learned_found) = last_layer(views), last_layer(learned)
     was_face = np.isin([view.kind for view in learned], FACES)
-    scores["head"] = features @ fitted(seen, ~was_face, PULL["head"])
+    scores["head"] = inputs @ fitted(learned_inputs, ~was_face, PULL["head"])
     rest = [kind for kind in dict.fromkeys(kinds.tolist()) if kind not in FACES]
     rows = []
     for name, score in scores.items():
@@ -263,22 +264,19 @@ def main() -> None:
         face, lost = scores[name][is_face], scores[name][~is_face]
         rows = [(f"{limit:g}", f"{(face > limit).mean():.2%}", f"{(lost <= limit).mean():.2%}") for limit in limits]
         print_table(f"{name}, by limit", ("limit", "faces given up", "lost faces missed"), rows)
-    truth = np.stack([view.truth for view in views if view.truth is not None]).astype(np.float64)
-    for name, found in (("first look", first), ("mean of both", (first + seconds[-1]) / 2)):
-        print(f"NME of the faces, {name}: {point_errors(found[is_face], truth).mean():.2%}")
-    shown, before = ([view for view in some if view.truth is not None] for some in (views, learned))
-    errors, log_errors = look.errors(features[is_face], shown), np.log(look.errors(seen[was_face], before) + 0.003)
-    apart = (
-        np.linalg.norm(first - seconds[-1], axis=-1)[is_face]
-        / (boxes[is_face, 2:] - boxes[is_face, :2]).max(1)[:, None]
-    )
+    truth, learned_truth = (np.stack([v.truth for v in some if v.truth is not None]) for some in (views, learned))
+    for name, xy in (("first look", first), ("mean of both", (first + seconds[-1]) / 2)):
+        print(f"NME of the faces, {name}: {point_errors(xy[is_face], truth).mean():.2%}")
+    errors = point_errors(found[is_face], truth)
+    log_errors = np.log(point_errors(learned_found[was_face], learned_truth) + 0.003)
+    sides = (boxes[is_face, 2:] - boxes[is_face, :2]).max(axis=1, keepdims=True)
     tell = {
         "which point it is": np.broadcast_to(log_errors.mean(axis=0), errors.shape),
-        "both, of the point": apart,
-        "head, of the point": features[is_face] @ fitted(seen[was_face], log_errors, PULL["points"]),
+        "both, of the point": np.linalg.norm(first - seconds[-1], axis=-1)[is_face] / sides,
+        "head, of the point": inputs[is_face] @ fitted(learned_inputs[was_face], log_errors, PULL["points"]),
     }
-    rows = [(name, f"{auc(score[errors <= OFF], score[errors > OFF]):.3f}") for name, score in tell.items()]
-    print_table(f"points over {OFF:.0%} off, {(errors > OFF).mean():.1%} of all", ("score", "AUC"), rows)
+    rows = [(name, f"{auc(score[errors <= FAILURE], score[errors > FAILURE]):.3f}") for name, score in tell.items()]
+    print_table(f"points over {FAILURE:.0%} off, {(errors > FAILURE).mean():.1%} of all", ("score", "AUC"), rows)
     if args.plot:
         plot(args.plot, f"{manifest.spec.name}: {is_face.sum()} faces, {(~is_face).sum()} others", scores, is_face)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,7 +141,12 @@ def test_a_packed_bundle_is_not_written_over(source: Source, run: Path, tmp_path
 
 def test_without_a_detector_its_boxes_are_left_out(source: Source, run: Path, tmp_path: Path) -> None:
     loops: list[str] = []
-    result = refit(run, [source], tmp_path / "new", None, track=lambda text: loops.append(text) or list)  # type: ignore[func-returns-value]
+
+    def track(text: str) -> type[list[Any]]:
+        loops.append(text)
+        return list
+
+    result = refit(run, [source], tmp_path / "new", None, track=track)
     assert result.after.keys() == result.held_out.keys() == {"keypoints", "jittered"}
     assert loops == ["measuring how the labels lie", *["looking, keypoints", "looking, jittered"] * 2]
 
