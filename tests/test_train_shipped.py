@@ -37,11 +37,11 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def chain(place: Path, killed: str = "", status: int = 0) -> list[list[str]]:
+def chain(place: Path, killed: str = "", status: int = 0, **variables: str) -> list[list[str]]:
     """The commands of one try; folders that are kept are said, each once."""
     words = place / "words"
     words.write_text("")
-    environment = {"PATH": f"{place}:{os.environ['PATH']}", "KP_WORDS": str(words), "KP_KILLED": killed}
+    environment = {"PATH": f"{place}:{os.environ['PATH']}", "KP_WORDS": str(words), "KP_KILLED": killed, **variables}
     done = subprocess.run(
         ["bash", SCRIPT, "rows of faces.csv", "photos", place / "out"],
         env=environment,
@@ -68,7 +68,7 @@ def test_each_run_starts_from_one_that_is_done(place: Path) -> None:
         assert out is not None
         assert out not in done
         done.append(out)
-    assert [Path(out).name for out in done[-2:]] == ["resnet18-68-lite", "resnet18-68"]
+    assert [name for out in done if (name := Path(out).name).startswith("resnet")] == ["resnet18-68-lite", "resnet18-68"]
     assert chain(place) == [], "nothing is left to do"
 
 
@@ -79,6 +79,18 @@ def test_the_command_line_knows_every_option(place: Path) -> None:
     for words in (words for words in runs if words[0] in commands):
         known = {name for parameter in commands[words[0]].params for name in parameter.opts}
         assert {word for word in words if word.startswith("--")} <= known, words
+
+
+def test_another_seed_is_another_one_for_each_run(place: Path) -> None:
+    runs = {out: words for words in chain(place) if words[0] == "train" and (out := value(words, "--out"))}
+    (place / "out").rename(place / "elsewhere")
+    for words in chain(place, SEED="10", PRECISION="bf16-mixed"):
+        if words[0] == "train":
+            first = runs.pop(str(value(words, "--out")))
+            first[first.index("--seed") + 1] = str(int(str(value(first, "--seed"))) + 10)
+            first[first.index("--precision") + 1] = "bf16-mixed"
+            assert words == first
+    assert not runs
 
 
 @pytest.mark.parametrize("killed", ["a", "lite", "full-last"])
