@@ -97,8 +97,8 @@ class InstantBackend(Backend):
         self.threads = threads
         self._keypoints = np.random.default_rng(0).uniform(0, spec.size, (faces, spec.points, 2)).astype(np.float32)
 
-    def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self._keypoints[: len(crops)]
+    def _run(self, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        return [self._keypoints[: len(crops)]]
 
 
 class Scene:

@@ -309,7 +309,7 @@ def kp_network(
 
     run()
     found = np.empty_like(wanted)
-    call("cuMemcpyDtoHAsync", found.ctypes.data, lane.output_ptr, found.nbytes, stream)
+    call("cuMemcpyDtoHAsync", found.ctypes.data, lane.output_ptrs[0], found.nbytes, stream)
     call("cuStreamSynchronize", stream)
     return _checked(run, found, wanted, opened.report.precision.partition("-")[0])
 

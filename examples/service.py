@@ -88,9 +88,9 @@ class Settings:
 
 @dataclass
 class Batch:
-    """Crops that wait for the same network call, and where each caller's keypoints go."""
+    """Crops that wait for the same network call, and where each caller's answer goes."""
 
-    jobs: list[tuple[NDArray[np.uint8], Future[NDArray[np.float32]]]] = field(default_factory=list)
+    jobs: list[tuple[NDArray[np.uint8], Future[list[NDArray[np.float32]]]]] = field(default_factory=list)
 
     @property
     def faces(self) -> int:
@@ -100,14 +100,14 @@ class Batch:
     def run(self, backend: Backend) -> None:
         """One network call for all; its error is everyone's."""
         try:
-            keypoints = backend.infer(np.concatenate([crops for crops, _ in self.jobs]))
+            answer = backend.answer(np.concatenate([crops for crops, _ in self.jobs]))
         except Exception as error:
-            for _, answer in self.jobs:
-                answer.set_exception(error)
+            for _, future in self.jobs:
+                future.set_exception(error)
             return
         start = 0
-        for crops, answer in self.jobs:
-            answer.set_result(keypoints[start : start + len(crops)])
+        for crops, future in self.jobs:
+            future.set_result([array[start : start + len(crops)] for array in answer.outputs()])
             start += len(crops)
 
 
@@ -132,8 +132,8 @@ class BatchingBackend(Backend):
         """How many crops wait."""
         return self._batch.faces
 
-    def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        answer: Future[NDArray[np.float32]] = Future()
+    def _run(self, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        answer: Future[list[NDArray[np.float32]]] = Future()
         with self._arrival:
             self._batch.jobs.append((crops, answer))
             leads = len(self._batch.jobs) == 1

@@ -135,6 +135,9 @@ def refit(
     bundle: Annotated[Path, typer.Argument(help="A bundle with a checkpoint, or a run of kp train.")],
     data: Data,
     out: Annotated[Path, typer.Option(help="Folder of the new checkpoint's bundle.")],
+    score_only: Annotated[
+        bool, typer.Option("--score-only", help="Add the lost score alone: no keypoint moves.")
+    ] = False,
     detector: Detector = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -142,7 +145,7 @@ def refit(
     """Solve a trained model's last layer anew, in closed form: minutes that are worth many epochs.
 
     On the faces that it was trained on, in exact, detected and shaken boxes. People who were held out choose how
-    strongly, and show what came of it.
+    strongly, and show what came of it. The new model also gives a lost score, which tells whether a box holds a face.
 
     Example: kp refit runs/first --data faces.csv --data photos_68 --out runs/refitted
     """
@@ -164,7 +167,7 @@ def refit(
     if spec.scheme != "own":
         whole = whole_detector_name(detector)
         finder, made = open_detector(whole, threads=threads), detector_record(whole)
-    result = run(bundle, sources, out, finder, made=made, track=progress)
+    result = run(bundle, sources, out, finder, score_only=score_only, made=made, track=progress)
     if as_json:
         print_json(dataclasses.asdict(result) | {"bundle": out})
         return
@@ -172,6 +175,8 @@ def refit(
         (kind, result.held_out[kind], f"{result.before[kind]:.2%}", f"{nme:.2%}") for kind, nme in result.after.items()
     ]
     print_table("NME of held-out people", ("boxes", "faces", "before", "after"), rows)
+    left_out = "" if result.lost_score.is_of_use else "; left out: the model does not find faces well enough for it"
+    typer.echo(f"lost score: {result.lost_score}{left_out}")
     typer.echo(f"checkpoint: {out}\nnext: kp export {out} --fp16")
 
 

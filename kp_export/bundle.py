@@ -20,9 +20,19 @@ from numpy.typing import NDArray
 from kp_export.int8_from_onnx import check_calibration, search_int8
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, check_fits_half, layer_types, onnx_from_checkpoint
 from kp_export.operators import check_operators
-from kp_export.parity import FaceSet, Parity, Predict, bundled_faces, check_parity, faces_from_sources, parity
+from kp_export.parity import (
+    Ask,
+    FaceSet,
+    Parity,
+    Predict,
+    answers_to,
+    bundled_faces,
+    check_parity,
+    faces_from_sources,
+    parity,
+)
 from kp_export.staging import mend, staging
-from kp_runtime.backend import GOLDEN_NAME
+from kp_runtime.backend import GOLDEN_NAME, Answer
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.files import writing
@@ -34,7 +44,7 @@ from kp_train.data import Source, is_held_out
 from kp_train.model import KeypointNet
 from kp_train.synthetic import drawn_face
 
-__all__ = ["ExportReport", "export_bundle", "predict_from_net"]
+__all__ = ["ExportReport", "answer_from_net", "export_bundle", "predict_from_net"]
 
 CALIBRATION_FACES = 256
 
@@ -95,7 +105,8 @@ def export_bundle(
         faces, calibrating = _face_sets(manifest.spec, sources, calibration)
         if calibrating is not None:
             check_calibration(calibrating, predict_from_net(net))
-        export = _Export(net, manifest, stage, faces, calibrating, step)
+        wanted = answers_to(answer_from_net(net), faces.crops)
+        export = _Export(net, manifest, stage, faces, calibrating, step, wanted)
         try:
             for precision in ("fp32", *(p for p in precisions if p != "fp32")):
                 export.add(precision)
@@ -122,6 +133,7 @@ class _Export:
     faces: FaceSet
     calibration: FaceSet | None
     step: Callable[[str], None]
+    wanted: Answer
     files: dict[str, FileEntry] = field(default_factory=dict)
     reports: list[Parity] = field(default_factory=list)
 
@@ -169,8 +181,8 @@ class _Export:
         }
 
     def _measure(self, path: Path, precision: str) -> Parity:
-        candidate = OrtCpuBackend(path, self.manifest.spec).infer
-        return parity(predict_from_net(self.net), candidate, self.faces, file=path.name, precision=precision)
+        got = answers_to(OrtCpuBackend(path, self.manifest.spec).answer, self.faces.crops)
+        return parity(self.wanted, got, self.faces, file=path.name, precision=precision)
 
 
 def _face_sets(
@@ -198,15 +210,20 @@ def _with_kept(files: dict[str, FileEntry], old: dict[str, FileEntry]) -> dict[s
     return files
 
 
-def predict_from_net(net: KeypointNet) -> Predict:
-    """PyTorch as a predictor of numpy crops."""
+def answer_from_net(net: KeypointNet) -> Ask:
+    """PyTorch as an engine for numpy crops."""
 
-    def predict(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def answer(crops: NDArray[np.uint8]) -> Answer:
         with torch.inference_mode():
-            keypoints: NDArray[np.float32] = net(torch.from_numpy(crops)).numpy()
-        return keypoints
+            return Answer.of([output.numpy() for output in net.outputs(torch.from_numpy(crops))])
 
-    return predict
+    return answer
+
+
+def predict_from_net(net: KeypointNet) -> Predict:
+    """The same, keypoints alone."""
+    answer = answer_from_net(net)
+    return lambda crops: answer(crops).keypoints
 
 
 def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntry:
@@ -216,7 +233,9 @@ def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntr
     matrix = matrices_from_boxes(boxes_from_points(xy)[None], spec.size, spec.margin)[0]
     crops = crop_from_luma(np.ascontiguousarray(image[:, :, 0]), matrix, spec.size)[None, None]
     with writing(stage / GOLDEN_NAME) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, crops=crops, keypoints=predict_from_net(net)(crops))
+        with torch.inference_mode():
+            outputs = [output.numpy() for output in net.outputs(torch.from_numpy(crops))]
+        np.savez_compressed(file, crops=crops, **dict(zip(spec.outputs, outputs, strict=True)))  # type: ignore[arg-type]
     return file_entry(stage / GOLDEN_NAME, "golden", parent_sha256=manifest.files[CHECKPOINT_NAME].sha256)
 
 

@@ -4,7 +4,7 @@ The graph's precision is the precision of its tensors, never a flag for a later 
 fp16 file the convolutions' weights and activations are float16; pooling, the last layer and the
 output are float32. Batch norm is folded into the convolutions in float32 before anything is
 rounded. Both files take `crops` uint8 `(batch, 1, size, size)` and give `keypoints` float32
-`(batch, 68, 2)`, `batch` being dynamic.
+`(batch, 68, 2)` and, where the contract has one, `lost_score` float32 `(batch, 1)`, `batch` being dynamic.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def onnx_from_checkpoint(
         _TypedNet(net, half=precision == "fp16"),
         torch.zeros(2, 1, spec.size, spec.size, dtype=torch.uint8),
         path,
-        names=("crops", "keypoints"),
+        names=("crops", *spec.outputs),
         dynamic={0: torch.export.Dim("batch", min=1, max=4096)},
         graph="keypoints",
         metadata=metadata,
@@ -75,18 +75,18 @@ def write_onnx(
     example: Tensor,
     path: Path,
     *,
-    names: tuple[str, str],
+    names: tuple[str, ...],
     dynamic: dict[int, Any],
     graph: str,
     metadata: dict[str, str],
 ) -> None:
-    """Writes a module of one input and one output as an ONNX file; the same module gives the same bytes.
+    """Writes a module of one input as an ONNX file; the same module gives the same bytes.
 
     Args:
         module: in evaluation mode.
         example: an input.
         path: where to write.
-        names: of the input and the output.
+        names: of the input and the outputs.
         dynamic: the input's dimensions that may have other sizes, by `torch.export.Dim`.
         graph: its name.
         metadata: stored in the file.
@@ -101,7 +101,7 @@ def write_onnx(
             (example,),
             dynamo=True,
             input_names=[names[0]],
-            output_names=[names[1]],
+            output_names=list(names[1:]),
             dynamic_shapes=(dynamic,),
             opset_version=OPSET,
             verbose=False,
@@ -177,13 +177,14 @@ class _TypedNet(nn.Module):
         names = ("conv1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
         self.features = nn.Sequential(OrderedDict((name, getattr(backbone, name)) for name in names))
         self.head = backbone.fc
+        self.lost_score = backbone.lost_score if net.scores else None
         if half:
             self.features.half()
 
-    def forward(self, crops: Tensor) -> Tensor:
-        x = self.features(self.normalise(crops, self.dtype)).float()
-        keypoints: Tensor = self.decode(self.head(x.mean(dim=(2, 3))))
-        return keypoints
+    def forward(self, crops: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.features(self.normalise(crops, self.dtype)).float().mean(dim=(2, 3))
+        keypoints: Tensor = self.decode(self.head(x))
+        return keypoints if self.lost_score is None else (keypoints, self.lost_score(x))
 
 
 def _fold_batch_norm(backbone: ResNet) -> None:

@@ -142,7 +142,6 @@ def _wanted(bundle: Path, manifest: Manifest, detector: Path | None) -> tuple[li
 
 def _images(stem: str, bundle: Path, manifest: Manifest, detector: Path | None) -> _Wanted:
     """Encoded images -> keypoints in the python backend."""
-    points = manifest.spec.points
     precisions = sorted({str(e.precision) for e in manifest.files.values() if e.kind in ("onnx", "plan")})
     config = {
         "name": f"{stem}-images",
@@ -152,13 +151,18 @@ def _images(stem: str, bundle: Path, manifest: Manifest, detector: Path | None) 
         "output": [
             {"name": "faces", "data_type": Word("TYPE_INT32"), "dims": [1]},
             {"name": "boxes", "data_type": Word("TYPE_FP32"), "dims": [-1, 4]},
-            {"name": "keypoints", "data_type": Word("TYPE_FP32"), "dims": [-1, points, 2]},
+            *(
+                {"name": name, "data_type": Word("TYPE_FP32"), "dims": [-1, *shape]}
+                for name, shape in manifest.spec.outputs.items()
+            ),
         ],
         **_common(Word("KIND_CPU"), _IMAGES_DELAY_US),
         "model_warmup": [
             _warmup("probe", 1, "image", {"data_type": Word("TYPE_STRING"), "dims": [1], "input_data_file": "probe"})
         ],
-        "parameters": _parameters(f"image -> {points} keypoints a face", backend="auto", detector="auto", threads=""),
+        "parameters": _parameters(
+            f"image -> {_given(manifest.spec)} a face", backend="auto", detector="auto", threads=""
+        ),
     }
 
     def fill(version: Path) -> None:
@@ -222,7 +226,7 @@ def _crops(bundle: Path, manifest: Manifest, file: str, config: dict[str, Any]) 
 
 
 def _crops_config(name: str, backend: str, file: str, spec: ModelSpec, most: int, kind: Word) -> dict[str, Any]:
-    size, points = spec.size, spec.points
+    size = spec.size
     crop = {"data_type": Word("TYPE_UINT8"), "dims": [1, size, size]}
     return {
         "name": name,
@@ -230,13 +234,19 @@ def _crops_config(name: str, backend: str, file: str, spec: ModelSpec, most: int
         "default_model_filename": file,
         "max_batch_size": most,
         "input": [{"name": "crops", **crop}],
-        "output": [{"name": "keypoints", "data_type": Word("TYPE_FP32"), "dims": [points, 2]}],
+        "output": [
+            {"name": name, "data_type": Word("TYPE_FP32"), "dims": list(shape)} for name, shape in spec.outputs.items()
+        ],
         **_common(kind, _CROPS_DELAY_US),
         "model_warmup": [
             _warmup(f"{n} crops", n, "crops", {**crop, "zero_data": True}) for n in sorted({1, min(8, most), most})
         ],
-        "parameters": _parameters(f"crops of {size} px -> {points} keypoints"),
+        "parameters": _parameters(f"crops of {size} px -> {_given(spec)}"),
     }
+
+
+def _given(spec: ModelSpec) -> str:
+    return f"{spec.points} keypoints" + ("" if spec.lost_limit is None else " and a lost score")
 
 
 def _common(kind: Word, delay_us: int) -> dict[str, Any]:

@@ -16,16 +16,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_export.bundle import predict_from_net
-from kp_export.parity import LIMITS, FaceSet, Parity, Predict, check_parity, parity
-from kp_runtime.backend import open_backend
+from kp_export.bundle import answer_from_net
+from kp_export.parity import LIMITS, FaceSet, Parity, answers_to, check_parity, parity
+from kp_runtime.backend import Answer, open_backend
 from kp_runtime.errors import BackendError, BundleError, DataError, MissingExtraError, ParityError
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 
 __all__ = ["FileVerdict", "Verification", "check_verification", "verification_json", "verify_bundle"]
 
-BATCH = 32
 MODEL_KINDS = ("onnx", "plan")
 
 Track = Callable[[Sequence[Any]], Iterable[Any]]
@@ -109,13 +108,13 @@ def verify_bundle(
     for name in chosen:
         manifest.check_file(bundle, name)
     net, _ = load_checkpoint(bundle)
-    reference = _keypoints(predict_from_net(net), faces, track)
+    reference = answers_to(answer_from_net(net), faces.crops, track)
 
     def verdict(name: str) -> FileVerdict:
         return _verdict(bundle, manifest, name, name in files, faces, reference, track)
 
     checkpoint = manifest.files[CHECKPOINT_NAME].sha256
-    return Verification(bundle, manifest.spec, checkpoint, faces, reference, tuple(map(verdict, chosen)))
+    return Verification(bundle, manifest.spec, checkpoint, faces, reference.keypoints, tuple(map(verdict, chosen)))
 
 
 def check_verification(verification: Verification) -> None:
@@ -172,7 +171,7 @@ def _verdict(
     name: str,
     named: bool,
     faces: FaceSet,
-    reference: NDArray[np.float32],
+    reference: Answer,
     track: Track,
 ) -> FileVerdict:
     entry = manifest.files[name]
@@ -185,28 +184,17 @@ def _verdict(
     try:
         # without the golden crop: a file that strays is measured here, not refused
         backend = open_backend(bundle / name, "tensorrt" if plan else "ort-cpu", golden=False)
-        keypoints = _keypoints(backend.infer, faces, track)
+        found = answers_to(backend.answer, faces.crops, track)
     except BackendError as error:
         if isinstance(error, MissingExtraError) and not plan:
             raise
         return FileVerdict(name, entry, "not run", f"not run: {error}", required)
-    report = parity(_replay(reference), _replay(keypoints), faces, file=name, precision=limits)
+    report = parity(reference, found, faces, file=name, precision=limits)
     try:
         check_parity(report, manifest.spec.size)
     except ParityError as error:
-        return FileVerdict(name, entry, "failed", str(error), required, report, keypoints)
-    return FileVerdict(name, entry, "passed", "", required, report, keypoints)
-
-
-def _keypoints(predict: Predict, faces: FaceSet, track: Track) -> NDArray[np.float32]:
-    batches = [faces.crops[i : i + BATCH] for i in range(0, len(faces.crops), BATCH)]
-    return np.concatenate([predict(batch) for batch in track(batches)])
-
-
-def _replay(keypoints: NDArray[np.float32]) -> Predict:
-    """A predictor that gives known answers in their order, so that `parity` runs no network again."""
-    rest = iter(keypoints)
-    return lambda crops: np.stack([next(rest) for _ in crops])
+        return FileVerdict(name, entry, "failed", str(error), required, report, found.keypoints)
+    return FileVerdict(name, entry, "passed", "", required, report, found.keypoints)
 
 
 def _reason(file: FileVerdict) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,19 @@ from numpy.typing import NDArray
 from kp_runtime.cores import checked_cores, checked_threads, on_cores, usable_cores
 from kp_runtime.cuda_driver import CudaDriver, has_driver
 from kp_runtime.errors import BackendError, InputError
-from kp_runtime.golden import GOLDEN_NAME, golden_from_bytes
+from kp_runtime.golden import GOLDEN_NAME, Golden, golden_from_bytes
 from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec
 
-__all__ = ["BACKENDS", "GOLDEN_NAME", "Backend", "BackendReport", "open_backend", "warmup_sizes"]
+__all__ = [
+    "BACKENDS",
+    "GOLDEN_NAME",
+    "Answer",
+    "Backend",
+    "BackendReport",
+    "golden_error",
+    "open_backend",
+    "warmup_sizes",
+]
 
 BACKENDS = ("tensorrt", "ort-tensorrt", "ort-cuda", "ort-cpu")
 AUTO = ("tensorrt", "ort-cuda", "ort-cpu")
@@ -42,6 +52,9 @@ ORDER = {
 GOLDEN_TOLERANCE_PX = {"fp32": 0.02, "fp16": 0.5, "int8": 2.0, "int8-trt": 2.0}
 """Largest distance of a golden keypoint from PyTorch's answer, in pixels of the crop."""
 
+GOLDEN_TOLERANCE_SCORE = {"fp32": 0.002, "fp16": 0.02, "int8": 0.2, "int8-trt": 0.2}
+"""Of its lost score, which is about 0 or about 1."""
+
 
 @dataclass(frozen=True)
 class BackendReport:
@@ -60,6 +73,32 @@ class BackendReport:
     precision: str
     rejected: tuple[str, ...]
     golden_error_px: float | None
+
+
+class Answer(NamedTuple):
+    """What the network gives for `n` crops.
+
+    Attributes:
+        keypoints: `(n, 68, 2)` float32, pixels of the crop, x then y.
+        lost_score: `(n,)` float32, see `ModelSpec`; None of a model that does not say.
+    """
+
+    keypoints: NDArray[np.float32]
+    lost_score: NDArray[np.float32] | None = None
+
+    @classmethod
+    def empty(cls, spec: ModelSpec) -> Answer:
+        """That of no crop."""
+        return cls.of([np.empty((0, *shape), np.float32) for shape in spec.outputs.values()])
+
+    @classmethod
+    def of(cls, outputs: Sequence[NDArray[np.float32]]) -> Answer:
+        """That of the arrays of `ModelSpec.outputs`."""
+        return cls(outputs[0], outputs[1].reshape(-1) if len(outputs) > 1 else None)
+
+    def outputs(self) -> list[NDArray[np.float32]]:
+        """The arrays of `ModelSpec.outputs`."""
+        return [self.keypoints] if self.lost_score is None else [self.keypoints, self.lost_score[:, None]]
 
 
 class Backend(ABC):
@@ -83,13 +122,14 @@ class Backend(ABC):
         self.spec = spec
 
     def infer(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The keypoints of `answer` alone: `(n, 68, 2)` float32, pixels of the crop, x then y."""
+        return self.answer(crops).keypoints
+
+    def answer(self, crops: NDArray[np.uint8]) -> Answer:
         """Runs the network.
 
         Args:
             crops: `(n, 1, size, size)` uint8, luma, C-contiguous; `n` may be 0.
-
-        Returns:
-            `(n, 68, 2)` float32, pixels of the crop, x then y.
 
         Raises:
             BackendError: wrong shape or dtype, or the engine failed.
@@ -101,15 +141,16 @@ class Backend(ABC):
                 "crops_from_frame makes them"
             )
         if len(crops) == 0:
-            return np.empty((0, self.spec.points, 2), np.float32)
+            return Answer.empty(self.spec)
         with on_cores(self.cores):
-            keypoints = self._run(crops)
-        if keypoints.shape != (wanted := (len(crops), self.spec.points, 2)) or keypoints.dtype != np.float32:
-            raise BackendError(
-                f"{self.name} gave {keypoints.dtype} {keypoints.shape} instead of float32 {wanted}: the file does not "
-                "compute what it declares; export the bundle again"
-            )
-        return keypoints
+            given = self._run(crops)
+        for array, shape in zip(given, self.spec.outputs.values(), strict=True):
+            if array.shape != (wanted := (len(crops), *shape)) or array.dtype != np.float32:
+                raise BackendError(
+                    f"{self.name} gave {array.dtype} {array.shape} instead of float32 {wanted}: the file does not "
+                    "compute what it declares; export the bundle again"
+                )
+        return Answer.of(given)
 
     def warmup(self, faces: int = 1) -> None:
         """Runs 1, 2, 4, … up to `faces` crops, until calls of these sizes find everything ready and chosen.
@@ -151,8 +192,8 @@ class Backend(ABC):
         raise InputError(f"{self.name} knows one way to feed a batch; {way!r:.40} can't be chosen")
 
     @abstractmethod
-    def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Runs at least one crop of the right shape and dtype."""
+    def _run(self, crops: NDArray[np.uint8]) -> Sequence[NDArray[np.float32]]:
+        """Runs at least one crop of the right shape and dtype: an array for each of `ModelSpec.outputs`."""
 
 
 def open_backend(
@@ -272,7 +313,7 @@ def _opened(engine: str, asked: _Asked, rejected: list[str]) -> Backend:
         name, backend = _open(engine, asked, names, passed_over)
     backend.cores = asked.cores
     entry = asked.manifest.files[name]
-    error = _golden_error(backend, asked.folder, asked.manifest, entry) if asked.golden else None
+    error = _checked_golden(backend, asked, entry) if asked.golden else None
     backend.report = BackendReport(engine, name, entry.precision or "fp32", (*rejected, *passed_over), error)
     return backend
 
@@ -322,16 +363,33 @@ def _open(engine: str, asked: _Asked, names: list[str], passed_over: list[str]) 
     return name, provider(read(), manifest.files[name], manifest.spec, CudaDriver())
 
 
-def _golden_error(backend: Backend, folder: Path, manifest: Manifest, entry: FileEntry) -> float | None:
-    """Largest distance to the golden keypoints, in pixels of the crop."""
-    if GOLDEN_NAME not in manifest.files:
+def _checked_golden(backend: Backend, asked: _Asked, entry: FileEntry) -> float | None:
+    """`golden_error` of a bundle's golden crop; None where it has none."""
+    if GOLDEN_NAME not in asked.manifest.files:
         return None
-    golden = golden_from_bytes(manifest.read_file(folder, GOLDEN_NAME), manifest.spec, str(folder / GOLDEN_NAME))
-    worst = float(np.linalg.norm(backend.infer(golden.crops) - golden.keypoints, axis=-1).max())
-    limit = GOLDEN_TOLERANCE_PX[entry.precision or "fp32"]
-    if not worst <= limit:
+    data, origin = asked.manifest.read_file(asked.folder, GOLDEN_NAME), str(asked.folder / GOLDEN_NAME)
+    return golden_error(backend, golden_from_bytes(data, asked.manifest.spec, origin), entry.precision or "fp32")
+
+
+def golden_error(backend: Backend, golden: Golden, precision: str) -> float:
+    """Largest distance of an engine's answer to the golden keypoints, in pixels of the crop.
+
+    Raises:
+        BackendError: the keypoints or the lost scores are farther away than the precision may be.
+    """
+    answer = backend.answer(golden.crops)
+    worst, limit = (
+        float(np.linalg.norm(answer.keypoints - golden.keypoints, axis=-1).max()),
+        GOLDEN_TOLERANCE_PX[precision],
+    )
+    fault = None if worst <= limit else f"puts a golden keypoint {worst:.3f} px from PyTorch's (at most {limit} px"
+    if golden.lost_score is not None and answer.lost_score is not None:
+        off, most = float(np.abs(answer.lost_score - golden.lost_score).max()), GOLDEN_TOLERANCE_SCORE[precision]
+        if not off <= most:
+            fault = fault or f"gives a golden crop a lost score {off:.3f} from PyTorch's (at most {most}"
+    if fault is not None:
         raise BackendError(
-            f"{backend.name} puts a golden keypoint {worst:.3f} px from PyTorch's (at most {limit} px is right for "
-            f"{entry.precision}): this machine computes the model wrongly; try another precision, and report it"
+            f"{backend.name} {fault} is right for {precision}): this machine computes the model wrongly; try another "
+            "precision, and report it"
         )
     return worst

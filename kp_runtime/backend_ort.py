@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class OrtCpuBackend(Backend):
     ) -> None:
         super().__init__(spec)
         self._model, self._read = model, read or model.read_bytes
+        self._outputs = list(spec.outputs)
         self.threads = threads or usable_cores()
         self._session = open_session(model, self._read, self.threads)
         check_contract(self._session, spec, str(model))
@@ -53,31 +55,35 @@ class OrtCpuBackend(Backend):
         self._lock = threading.Lock()
         self._beside: _SideBySide | None = None
 
-    def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _run(self, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         crops = np.ascontiguousarray(crops)
         try:
             if len(crops) == 1:
-                return _keypoints(self._session, crops)
+                return self._ask(self._session, crops)
             way = self._feeder.next(len(crops))
             start = time.perf_counter()
-            keypoints = self._fed(crops, way)
+            outputs = self._fed(crops, way)
             self._feeder.record(len(crops), way, time.perf_counter() - start)
         except KpError:  # the file was changed before a second session was made of it
             raise
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             reason = reason_of(error)
             raise BackendError(f"ONNX Runtime failed on {len(crops)} crops: {reason}; try fewer at once") from error
-        return keypoints
+        return outputs
 
-    def _fed(self, crops: NDArray[np.uint8], way: Way) -> NDArray[np.float32]:
+    def _fed(self, crops: NDArray[np.uint8], way: Way) -> list[NDArray[np.float32]]:
         if way.side_by_side:
             with self._lock:
-                self._beside = self._beside or _SideBySide(open_session(self._model, self._read, 1), self.threads)
+                if self._beside is None:
+                    ask = functools.partial(self._ask, open_session(self._model, self._read, 1))
+                    self._beside = _SideBySide(ask, self.threads)
             return self._beside.run(crops)
         if way.part is None:
-            return _keypoints(self._session, crops)
-        parts = [_keypoints(self._session, crops[i : i + way.part]) for i in range(0, len(crops), way.part)]
-        return np.concatenate(parts)
+            return self._ask(self._session, crops)
+        return _joined([self._ask(self._session, crops[i : i + way.part]) for i in range(0, len(crops), way.part)])
+
+    def _ask(self, session: Any, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        return session.run(self._outputs, {"crops": crops})  # type: ignore[no-any-return]
 
     def _settled(self, faces: int) -> bool:
         return faces == 1 or self._feeder.decided(faces)
@@ -92,26 +98,27 @@ class OrtCpuBackend(Backend):
 
 
 class _SideBySide:
-    """Parts of a batch at the same time, each on one thread, through one session."""
+    """Parts of a batch at the same time, each on one thread, through one session, which `ask` runs."""
 
-    def __init__(self, session: Any, threads: int) -> None:
-        self._session, self._threads = session, threads
+    def __init__(self, ask: Callable[[NDArray[np.uint8]], list[NDArray[np.float32]]], threads: int) -> None:
+        self._ask, self._threads = ask, threads
         self._pool = ThreadPoolExecutor(threads, "kp-faces")
 
-    def run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def run(self, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         parts = [part for part in np.array_split(crops, self._threads) if len(part)]
         # the caller's own thread takes a part too
-        others = [self._pool.submit(_keypoints, self._session, part) for part in parts[1:]]
-        first = _keypoints(self._session, parts[0])
-        return np.concatenate([first, *(other.result() for other in others)])
+        others = [self._pool.submit(self._ask, part) for part in parts[1:]]
+        first = self._ask(parts[0])
+        return _joined([first, *(other.result() for other in others)])
 
 
-def _keypoints(session: Any, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-    return session.run(["keypoints"], {"crops": crops})[0]  # type: ignore[no-any-return]
+def _joined(parts: Sequence[list[NDArray[np.float32]]]) -> list[NDArray[np.float32]]:
+    """The outputs of the parts of a batch, one behind the other."""
+    return [np.concatenate(arrays) for arrays in zip(*parts, strict=True)]
 
 
 def check_contract(session: Any, spec: ModelSpec, origin: str) -> None:
-    """Compares a session's input and output with the contract's; `origin` stands in the message.
+    """Compares a session's input and outputs with the contract's; `origin` stands in the message.
 
     Raises:
         BackendError: they are others.
@@ -122,7 +129,8 @@ def check_contract(session: Any, spec: ModelSpec, origin: str) -> None:
         raise BackendError(
             f"{origin} names its inputs or outputs in bytes that are no text; export it again"
         ) from error
-    wanted = [("crops", "tensor(uint8)", [1, spec.size, spec.size]), ("keypoints", "tensor(float)", [spec.points, 2])]
+    outputs = [(name, "tensor(float)", list(shape)) for name, shape in spec.outputs.items()]
+    wanted = [("crops", "tensor(uint8)", [1, spec.size, spec.size]), *outputs]
     if found != wanted:
         raise BackendError(f"{origin} does not have the contract's input and output: {found} instead of {wanted}")
 

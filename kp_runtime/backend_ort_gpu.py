@@ -188,7 +188,7 @@ class _Opened:
 
 
 class _OrtLane(Lane):
-    """A lane whose buffers are bound to its session's input and output."""
+    """A lane whose buffers are bound to its session's input and outputs."""
 
     capturable = True
     runs_before_capture = 2
@@ -204,8 +204,8 @@ class _OrtLane(Lane):
         self._run_options, self._device = run_options, (device_type, self.driver.device_id)
         self._bindings: dict[tuple[int, int], Any] = {}
 
-    def _feed(self, input_ptr: int, output_ptr: int, count: int) -> None:
-        binding = self._bindings.get((input_ptr, count)) or self._bind(input_ptr, output_ptr, count)
+    def _feed(self, input_ptr: int, output_ptrs: tuple[int, ...], count: int) -> None:
+        binding = self._bindings.get((input_ptr, count)) or self._bind(input_ptr, output_ptrs, count)
         try:
             self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # onnxruntime's exceptions share no base of their own
@@ -213,10 +213,11 @@ class _OrtLane(Lane):
             reason = " ".join(str(error).split())
             raise BackendError(f"ONNX Runtime failed on {count} crops: {reason}; try fewer at once") from error
 
-    def _bind(self, input_ptr: int, output_ptr: int, count: int) -> Any:
+    def _bind(self, input_ptr: int, output_ptrs: tuple[int, ...], count: int) -> Any:
         spec, binding = self.spec, self._session.io_binding()
         binding.bind_input("crops", *self._device, np.uint8, (count, 1, spec.size, spec.size), input_ptr)
-        binding.bind_output("keypoints", *self._device, np.float32, (count, spec.points, 2), output_ptr)
+        for (name, shape), address in zip(spec.outputs.items(), output_ptrs, strict=True):
+            binding.bind_output(name, *self._device, np.float32, (count, *shape), address)
         self._bindings[input_ptr, count] = binding
         return binding
 

@@ -177,7 +177,7 @@ class TensorRtBackend(DeviceBackend):
             found[name] = (engine.get_tensor_mode(name), engine.get_tensor_dtype(name), shape)
         wanted = {
             "crops": (trt.TensorIOMode.INPUT, trt.DataType.UINT8, (1, size, size)),
-            "keypoints": (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, (self.spec.points, 2)),
+            **{n: (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, shape) for n, shape in self.spec.outputs.items()},
         }
         if found != wanted:
             raise BackendError(f"the plan does not have the contract's input and output: {found} instead of {wanted}")
@@ -206,11 +206,11 @@ class _TensorRtLane(Lane):
                 f"TensorRT has no memory for another execution context: {errors.last()}; close other lanes or programs"
             )
 
-    def _feed(self, input_ptr: int, output_ptr: int, count: int) -> None:
-        context = self._context
+    def _feed(self, input_ptr: int, output_ptrs: tuple[int, ...], count: int) -> None:
+        context, outputs = self._context, zip(self.spec.outputs, output_ptrs, strict=True)
         if not (
             context.set_tensor_address("crops", input_ptr)
-            and context.set_tensor_address("keypoints", output_ptr)
+            and all(context.set_tensor_address(name, address) for name, address in outputs)
             and context.set_input_shape("crops", (count, 1, self.spec.size, self.spec.size))
             and context.execute_async_v3(self.stream)
         ):

@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kp_runtime.backend import Answer
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import BackendError
 
@@ -24,6 +24,8 @@ __all__ = ["CANARY_PX", "GraphReport", "GraphSwitch", "GraphWarning", "canary_fa
 
 CANARY_PX = 1e-3
 """Pixels of the crop: launches of a graph may differ less from plain ones, different pictures must differ more."""
+CANARY_SCORE = 1e-4
+"""What a graph's lost scores may differ by: those of faces are about 0, others about 1."""
 
 
 class GraphWarning(UserWarning):
@@ -102,15 +104,16 @@ def destroy(driver: CudaDriver, graph: Any) -> None:
     driver.call("cuGraphExecDestroy", graph)
 
 
-def canary_fault(plain: list[NDArray[np.float32]], launched: list[NDArray[np.float32]]) -> str | None:
-    """What is wrong with a graph, judged by two pictures: keypoints of plain calls, and of its launches.
-
-    Each list has two arrays `(n, 68, 2)`, pixels of the crop.
-    """
-    if not (np.abs(plain[0] - plain[1]).max(axis=(1, 2)) > CANARY_PX).all():
+def canary_fault(plain: Sequence[Answer], launched: Sequence[Answer]) -> str | None:
+    """What is wrong with a graph, judged by two pictures: the answers of plain calls, and of its launches."""
+    if not (np.abs(plain[0].keypoints - plain[1].keypoints).max(axis=(1, 2)) > CANARY_PX).all():
         return "two different pictures give the same keypoints, so nothing can be said about a graph"
     for one, other in zip(plain, launched, strict=True):
-        worst = float(np.abs(one - other).max())
+        worst = float(np.abs(one.keypoints - other.keypoints).max())
         if not worst <= CANARY_PX:
             return f"a graph puts a keypoint {worst:.3g} px from where the same calls put it without one"
+        if one.lost_score is not None and other.lost_score is not None:
+            worst = float(np.abs(one.lost_score - other.lost_score).max())
+            if not worst <= CANARY_SCORE:
+                return f"a graph gives a lost score {worst:.3g} from what the same calls give without one"
     return None

@@ -19,7 +19,7 @@ from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import BackendError
 from kp_runtime.spec import ModelSpec
 
-__all__ = ["DeviceBackend", "Lane"]
+__all__ = ["DeviceBackend", "Lane", "arrays_of"]
 
 
 class Lane(ABC):
@@ -35,7 +35,8 @@ class Lane(ABC):
     Attributes:
         stream: the `CUstream`'s handle.
         input_ptr: address of uint8 `(max_faces, 1, size, size)` on the device.
-        output_ptr: address of float32 `(max_faces, 68, 2)` on the device.
+        output_ptrs: addresses on the device, one for each of `ModelSpec.outputs`: float32 `(max_faces, 68, 2)`, and
+            `(max_faces, 1)` of a model that says whether a face is lost.
         max_faces: most crops of one `enqueue`.
         at_once: most crops that the engine takes at once; more are fed in parts.
         capturable: whether `enqueue` of up to `at_once` faces may be captured into a CUDA graph.
@@ -61,19 +62,21 @@ class Lane(ABC):
         self.driver, self.spec, self.max_faces = driver, spec, max_faces
         self._least, self.at_once = batches[0], batches[1] or max_faces
         self._owned: list[tuple[str, Any]] = []
-        self._sizes = spec.size * spec.size, spec.points * 2 * 4  # bytes of a crop and of its keypoints
+        self._crop_bytes, self._output_bytes = spec.size * spec.size, spec.output_bytes
         driver.make_current()
         try:
             self.stream = self._own("cuStreamDestroy", "cuStreamCreate", 1) if stream is None else stream
-            self.input_ptr, self.output_ptr = self._buffers(max(max_faces, self._least))
-            self._part = self._buffers(self.at_once) if max_faces > self.at_once else (0, 0)
+            self.input_ptr, self.output_ptrs = self._buffers(max(max_faces, self._least))
+            self._part = self._buffers(self.at_once) if max_faces > self.at_once else (0, ())
         except BackendError as error:
             self.close()
             raise BackendError(f"no room for {max_faces} faces on the GPU: {error}; use fewer at once") from error
 
-    def _buffers(self, faces: int) -> tuple[int, int]:
-        crops, keypoints = (self._own("cuMemFree", "cuMemAlloc", faces * size) for size in self._sizes)
-        return crops, keypoints
+    def _buffers(self, faces: int) -> tuple[int, tuple[int, ...]]:
+        crops, *outputs = (
+            self._own("cuMemFree", "cuMemAlloc", faces * size) for size in (self._crop_bytes, *self._output_bytes)
+        )
+        return crops, tuple(outputs)
 
     def _own(self, release: str, function: str, argument: int) -> int:
         handle = self.driver.call(function, argument)
@@ -93,18 +96,31 @@ class Lane(ABC):
             raise BackendError(f"this lane takes 1 to {self.max_faces} faces, got {faces}; open a larger one")
         self.driver.make_current()
         if faces <= self.at_once:
-            self._feed(self.input_ptr, self.output_ptr, max(faces, self._least))
+            self._feed(self.input_ptr, self.output_ptrs, max(faces, self._least))
             return
         copy, stream = "cuMemcpyDtoDAsync", self.driver.api.CUstream(self.stream)
-        crop, keypoints = self._sizes
+        crop, (crops, outputs) = self._crop_bytes, self._part
         for start in range(0, faces, self.at_once):
             count = min(self.at_once, faces - start)
-            self.driver.call(copy, self._part[0], self.input_ptr + start * crop, count * crop, stream)
-            self._feed(*self._part, max(count, self._least))
-            self.driver.call(copy, self.output_ptr + start * keypoints, self._part[1], count * keypoints, stream)
+            self.driver.call(copy, crops, self.input_ptr + start * crop, count * crop, stream)
+            self._feed(crops, outputs, max(count, self._least))
+            for whole, part, size in zip(self.output_ptrs, outputs, self._output_bytes, strict=True):
+                self.driver.call(copy, whole + start * size, part, count * size, stream)
+
+    def fetch(self, faces: int, address: int) -> None:
+        """Copies the outputs of the first `faces` crops to the host, one behind the other; asynchronous on `stream`.
+
+        Args:
+            faces: as many as were run.
+            address: of the host's memory, with room for `sum(ModelSpec.output_bytes)` a face.
+        """
+        stream = self.driver.api.CUstream(self.stream)
+        for output, size in zip(self.output_ptrs, self._output_bytes, strict=True):
+            self.driver.call("cuMemcpyDtoHAsync", address, output, faces * size, stream)
+            address += faces * size
 
     @abstractmethod
-    def _feed(self, input_ptr: int, output_ptr: int, count: int) -> None:
+    def _feed(self, input_ptr: int, output_ptrs: tuple[int, ...], count: int) -> None:
         """Runs the network on crops that it takes at once; asynchronous on `stream`.
 
         Raises:
@@ -132,6 +148,15 @@ class Lane(ABC):
         # a program that ends takes the driver away first; what is left goes with it
         with contextlib.suppress(Exception):
             self.close()
+
+
+def arrays_of(fetched: NDArray[np.uint8], faces: int, spec: ModelSpec) -> list[NDArray[np.float32]]:
+    """The arrays of `spec.outputs` in the bytes that `Lane.fetch` has written; they share their memory."""
+    arrays, start = [], 0
+    for shape, size in zip(spec.outputs.values(), spec.output_bytes, strict=True):
+        arrays.append(fetched[start : start + faces * size].view(np.float32).reshape(faces, *shape))
+        start += faces * size
+    return arrays
 
 
 class DeviceBackend(Backend):
@@ -164,17 +189,17 @@ class DeviceBackend(Backend):
         if lane is not None:
             lane.close()
 
-    def _run(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def _run(self, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         crops = np.ascontiguousarray(crops)
-        keypoints = np.empty((len(crops), self.spec.points, 2), np.float32)
+        given = np.empty(len(crops) * sum(self.spec.output_bytes), np.uint8)
         lane = self._lane(len(crops))
         call, stream = self.driver.call, self.driver.api.CUstream(lane.stream)
         self.driver.make_current()
         call("cuMemcpyHtoDAsync", lane.input_ptr, crops.ctypes.data, crops.nbytes, stream)
         lane.enqueue(len(crops))
-        call("cuMemcpyDtoHAsync", keypoints.ctypes.data, lane.output_ptr, keypoints.nbytes, stream)
+        lane.fetch(len(crops), given.ctypes.data)
         call("cuStreamSynchronize", stream)
-        return keypoints
+        return arrays_of(given, len(crops), self.spec)
 
     def _lane(self, faces: int) -> Lane:
         """The calling thread's lane, replaced by a larger one where it must be."""

@@ -23,10 +23,17 @@ _LARGEST_ARRAY = 32 << 20
 
 @dataclass(frozen=True, eq=False)
 class Golden:
-    """Crops `(n, 1, size, size)` uint8, and PyTorch's keypoints of them, `(n, 68, 2)`, pixels of the crop."""
+    """Crops `(n, 1, size, size)` uint8, and PyTorch's answer to them.
+
+    Attributes:
+        crops: those.
+        keypoints: `(n, 68, 2)`, pixels of the crop.
+        lost_score: `(n,)`; None of a model that gives none.
+    """
 
     crops: NDArray[np.uint8]
     keypoints: NDArray[np.floating]
+    lost_score: NDArray[np.floating] | None = None
 
 
 def golden_from_bytes(data: bytes, spec: ModelSpec, origin: str = GOLDEN_NAME) -> Golden:
@@ -35,13 +42,16 @@ def golden_from_bytes(data: bytes, spec: ModelSpec, origin: str = GOLDEN_NAME) -
     Raises:
         IntegrityError: no such archive, or arrays of another shape or dtype.
     """
-    crops, keypoints = arrays_from_npz(data, ("crops", "keypoints"), origin)
-    n, size = (len(crops) if crops.ndim else 0), spec.size
-    right = crops.shape == (n, 1, size, size) and keypoints.shape == (n, spec.points, 2)
-    if not right or crops.dtype != np.uint8 or keypoints.dtype.kind != "f" or not 1 <= n <= _MOST_CROPS:
-        found = f"crops {crops.dtype} {crops.shape}, keypoints {keypoints.dtype} {keypoints.shape}"
+    crops, *outputs = arrays_from_npz(data, ("crops", *spec.outputs), origin)
+    n = len(crops) if crops.ndim else 0
+    right = crops.shape == (n, 1, spec.size, spec.size) and crops.dtype == np.uint8 and 1 <= n <= _MOST_CROPS
+    for array, shape in zip(outputs, spec.outputs.values(), strict=True):
+        right = right and array.dtype.kind == "f" and array.shape == (n, *shape)
+    if not right:
+        arrays = zip(("crops", *spec.outputs), (crops, *outputs), strict=True)
+        found = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in arrays)
         raise IntegrityError(f"{origin} is no golden crop ({found}); export the bundle again")
-    return Golden(crops, keypoints)
+    return Golden(crops, outputs[0], outputs[1].reshape(-1) if len(outputs) > 1 else None)
 
 
 def arrays_from_npz(data: bytes, names: tuple[str, ...], origin: str) -> list[NDArray[Any]]:

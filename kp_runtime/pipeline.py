@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kp_runtime.backend import Backend, open_backend
+from kp_runtime.backend import Answer, Backend, open_backend
 from kp_runtime.cuda_graphs import GraphReport
 from kp_runtime.default_model import default_bundle
 from kp_runtime.device_backend import DeviceBackend
@@ -192,15 +192,15 @@ class Model:
         if isinstance(frame, DeviceFrame) or self._gpu is not None:
             assert self._gpu is not None  # _checked lets no device frame pass without
             matrices = self._matrices(boxes, mirror)
-            xy_crop = self._gpu.timed(frame, matrices, stage)
+            answer = self._gpu.timed(frame, matrices, stage)
         else:
             with stage("crop"):
                 matrices = self._matrices(boxes, mirror)
                 crops = self._cropper.crops_from_frame(frame, matrices, self.spec.size)
             with stage("infer"):
-                xy_crop = self.backend.infer(crops)
+                answer = self.backend.answer(crops)
         with stage("map back"):
-            return _mapped(xy_crop, frame, boxes, matrices, out)
+            return _mapped(answer, frame, boxes, matrices, out)
 
     def _started(
         self,
@@ -251,19 +251,20 @@ class Model:
 
 
 def _mapped(
-    xy_crop: NDArray[np.float32],
+    answer: Answer,
     frame: Frame | DeviceFrame,
     boxes: NDArray[np.float64],
     matrices: NDArray[np.float64],
     out: NDArray[np.float32] | None,
 ) -> Keypoints:
-    """Keypoints of the crops, of the mirrored ones too where there are twice as many, as those of the image."""
-    mapped, n = apply_matrix(invert_matrix(matrices), xy_crop), len(boxes)
+    """Answers for the crops, for the mirrored ones too where there are twice as many, as those for the image."""
+    mapped, n, lost = apply_matrix(invert_matrix(matrices), answer.keypoints), len(boxes), answer.lost_score
     if len(matrices) > n:
         mapped = mean_of_mirrored(mapped)
+        lost = None if lost is None else lost.reshape(2, n).mean(axis=0)
     xy = np.empty(mapped.shape, np.float32) if out is None else out
     xy[...] = mapped
-    return Keypoints(xy, boxes, matrices[:n], frame.size_hw)
+    return Keypoints(xy, boxes, matrices[:n], frame.size_hw, lost)
 
 
 def load(

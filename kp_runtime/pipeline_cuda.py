@@ -2,8 +2,8 @@
 
 A **lane** is an engine's stream and buffers (`device_backend.Lane`) with the pinned memory around it. A frame
 of the host goes to pinned memory and to the device, a device frame stays where it is; the kernel writes
-crops where the network reads them; only keypoints come back. From its second call on, a number of faces
-has a CUDA graph: one launch of records' copy, kernel, network and keypoints' copy. What changes between calls
+crops where the network reads them; only what it answers comes back. From its second call on, a number of faces
+has a CUDA graph: one launch of records' copy, kernel, network and answer's copy. What changes between calls
 (the pixels' address and layout, the matrices) lies in memory that the graph reads, so a graph serves every frame.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import warmup_sizes
+from kp_runtime.backend import Answer, warmup_sizes
 from kp_runtime.cuda_driver import CudaDriver, Memory
 from kp_runtime.cuda_graphs import GraphReport, GraphSwitch, canary_fault, captured, destroy
-from kp_runtime.device_backend import DeviceBackend, Lane
+from kp_runtime.device_backend import DeviceBackend, Lane, arrays_of
 from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError
 from kp_runtime.frame import CHANNELS, Frame
@@ -42,7 +42,7 @@ _LEAST_FACES = 8  # of a lane, so that it is not replaced for every face that is
 
 
 class CudaPipeline:
-    """Frames and crop matrices to keypoints of the crops. May be shared between threads.
+    """Frames and crop matrices to the network's answers. May be shared between threads.
 
     Lanes are opened when they are first needed. A call waits for a free one.
 
@@ -75,10 +75,8 @@ class CudaPipeline:
             lanes = [*self._free, *filter(None, self._taken)]
         return GraphReport(tuple(sorted(key for lane in lanes for key in lane.graph_keys())), self._switch.off)
 
-    def start(
-        self, frame: Frame | DeviceFrame, crop_from_image: NDArray[np.float64]
-    ) -> Callable[[], NDArray[np.float32]]:
-        """Tells the GPU what to do, and gives the function that waits for the keypoints.
+    def start(self, frame: Frame | DeviceFrame, crop_from_image: NDArray[np.float64]) -> Callable[[], Answer]:
+        """Tells the GPU what to do, and gives the function that waits for the answer.
 
         That function must be called once, by any thread. The frame must stay as it is until then.
 
@@ -87,7 +85,7 @@ class CudaPipeline:
             crop_from_image: `(n, 2, 3)` float64; `n` may be 0.
 
         Returns:
-            A function for the `(n, 68, 2)` float32, pixels of the crops.
+            A function for the answer, keypoints in pixels of the crops.
 
         Raises:
             InputError: matrices or a frame that are not taken.
@@ -95,7 +93,7 @@ class CudaPipeline:
         """
         spec = self._backend.spec
         if len(crop_from_image) == 0:
-            return lambda: np.empty((0, spec.points, 2), np.float32)
+            return lambda: Answer.empty(spec)
         faces = faces_from_matrices(crop_from_image, spec.size, frame.size_hw)
         lane = self._take(len(faces))
         try:
@@ -104,22 +102,20 @@ class CudaPipeline:
             self._give(lane)
             raise
 
-        def finish() -> NDArray[np.float32]:
+        def finish() -> Answer:
             try:
-                return lane.keypoints(len(faces))
+                return lane.answer(len(faces))
             finally:
                 self._give(lane)
 
         return finish
 
-    def timed(
-        self, frame: Frame | DeviceFrame, crop_from_image: NDArray[np.float64], stage: Any
-    ) -> NDArray[np.float32]:
+    def timed(self, frame: Frame | DeviceFrame, crop_from_image: NDArray[np.float64], stage: Any) -> Answer:
         """The same without a graph, and with a wait after each stage; `stage` is a `timing.StageTimer`."""
         spec = self._backend.spec
         if len(crop_from_image) == 0:
             with stage("crop"), stage("infer"):
-                return np.empty((0, spec.points, 2), np.float32)
+                return Answer.empty(spec)
         faces = faces_from_matrices(crop_from_image, spec.size, frame.size_hw)
         with self._lane(len(faces)) as lane:
             return lane.timed(frame, faces, stage)
@@ -223,7 +219,7 @@ class _Lane:
             self._pixels = Memory(self._driver)
             for memory in (self._answer, self._staged, self._pixels):
                 owned.callback(memory.free)
-            self._answer.reserve(max_faces * self._spec.points * 2 * 4)
+            self._answer.reserve(max_faces * sum(self._spec.output_bytes))
             self._ready, self._done = (call("cuEventCreate", 2) for _ in range(2))  # 2: without times
             for event in (self._ready, self._done):
                 owned.callback(call, "cuEventDestroy", event)
@@ -247,8 +243,8 @@ class _Lane:
             self._settle()
             raise
 
-    def keypoints(self, n: int) -> NDArray[np.float32]:
-        """Waits for the result: `(n, 68, 2)` float32, pixels of the crops."""
+    def answer(self, n: int) -> Answer:
+        """Waits for the result."""
         self._driver.make_current()
         try:
             self._driver.call("cuEventSynchronize", self._done)
@@ -256,9 +252,10 @@ class _Lane:
             self._settle()
             raise
         self._frame = None
-        return self._answer.array((n, self._spec.points, 2), np.float32).copy()
+        fetched = self._answer.array((n * sum(self._spec.output_bytes),), np.uint8).copy()
+        return Answer.of(arrays_of(fetched, n, self._spec))
 
-    def timed(self, frame: Frame | DeviceFrame, faces: NDArray[np.void], stage: Any) -> NDArray[np.float32]:
+    def timed(self, frame: Frame | DeviceFrame, faces: NDArray[np.void], stage: Any) -> Answer:
         """The whole way with a wait after each stage."""
         self._driver.make_current()
         n = len(faces)
@@ -270,7 +267,7 @@ class _Lane:
             with stage("infer"):
                 self._infer(self._lane, n)
                 self._driver.call("cuEventRecord", self._done, self._stream)
-                return self.keypoints(n)
+                return self.answer(n)
         except BaseException:
             self._settle()
             raise
@@ -351,8 +348,7 @@ class _Lane:
 
     def _infer(self, lane: Lane, n: int) -> None:
         lane.enqueue(n)
-        size, stream = n * self._spec.points * 2 * 4, self._driver.api.CUstream(lane.stream)
-        self._driver.call("cuMemcpyDtoHAsync", self._answer.address, lane.output_ptr, size, stream)
+        lane.fetch(n, self._answer.address)
 
     def _graph(self, bytes_a_pixel: int, n: int) -> _Graph | None:
         """The graph of so many faces, captured at their second call; None where there is none."""
@@ -366,7 +362,7 @@ class _Lane:
         return self._graphs.get(key)
 
     def _prove(self, key: tuple[int, int]) -> None:
-        """Captures a graph, and keeps it when it gives the keypoints of plain calls for two pictures."""
+        """Captures a graph, and keeps it when it answers as plain calls do for two pictures."""
         canaries = self._canaries(*key)
         plain = [self._answer_to(canary, key[0]) for canary in canaries]
         graph = fault = None
@@ -419,8 +415,8 @@ class _Lane:
 
     def _answer_to(
         self, canary: tuple[DeviceFrame, NDArray[np.void]], bytes_a_pixel: int, graph: _Graph | None = None
-    ) -> NDArray[np.float32]:
+    ) -> Answer:
         frame, faces = canary
         self._records.write(frame, faces)
         self._launch(bytes_a_pixel, len(faces), graph)
-        return self.keypoints(len(faces))
+        return self.answer(len(faces))

@@ -65,7 +65,7 @@ class Metrics:
         self.timer: StageTimer = _HistogramTimer(self._seconds)
 
     def model(self, model: Model) -> FindPoints:
-        """A function that calls the model, with its calls, boxes, errors and stage times counted.
+        """What calls the model, with its calls, boxes, errors and stage times counted; it has the model's `spec`.
 
         It takes the arguments of `Model.__call__`. Stages are `model` (the whole call) and, where the engine is on
         the CPU, those of `Model.__call__`; on a GPU, timing them would slow each call down. A caller's own timer
@@ -77,16 +77,7 @@ class Metrics:
         self._backend.labels(model.spec.name).info(
             {"backend": report.backend, "file": report.file, "precision": report.precision, "version": __version__}
         )
-        stages = None if isinstance(model.backend, DeviceBackend) else self.timer
-
-        def watched(image: Any, boxes_xyxy: ArrayLike, /, *, timer: StageTimer | None = None, **rest: Any) -> Keypoints:
-            with self.errors("model"), self.timer("model"):
-                found = model(image, boxes_xyxy, timer=timer or stages, **rest)
-            self._calls.inc()
-            self._crops.inc(len(found))
-            return found
-
-        return watched
+        return _WatchedModel(self, model)
 
     def detector(self, detector: Detector) -> FindFaces:
         """A function that calls the detector: stage `detect`, and its errors."""
@@ -166,6 +157,24 @@ class _HistogramTimer(StageTimer):
             yield
         finally:
             self._histogram.labels(stage).observe(time.perf_counter() - start)
+
+
+class _WatchedModel:
+    """A model that counts."""
+
+    def __init__(self, metrics: Metrics, model: Model) -> None:
+        self.spec, self._metrics, self._model = model.spec, metrics, model
+        self._stages = None if isinstance(model.backend, DeviceBackend) else metrics.timer
+
+    def __call__(
+        self, image: Any, boxes_xyxy: ArrayLike, /, *, timer: StageTimer | None = None, **rest: Any
+    ) -> Keypoints:
+        metrics = self._metrics
+        with metrics.errors("model"), metrics.timer("model"):
+            found = self._model(image, boxes_xyxy, timer=timer or self._stages, **rest)
+        metrics._calls.inc()
+        metrics._crops.inc(len(found))
+        return found
 
 
 class _WatchedTracker(Tracker):

@@ -24,12 +24,15 @@ class Keypoints:
         boxes_xyxy: `(n, 4)` float64, the boxes that were asked for.
         crop_from_image: `(n, 2, 3)` float64, the crop matrices that were used.
         size_hw: the image's height and width.
+        lost_score: `(n,)` float32, about 0 for a face in its box, about 1 where there is none; above
+            `ModelSpec.lost_limit` the points lie on no face. None of a model that does not say.
     """
 
     xy: NDArray[np.float32]
     boxes_xyxy: NDArray[np.float64]
     crop_from_image: NDArray[np.float64]
     size_hw: tuple[int, int]
+    lost_score: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.xy)
@@ -47,11 +50,14 @@ class Keypoints:
         return self.xy[:, list(regions[name])]
 
     def to_json(self) -> dict[str, Any]:
-        """Boxes and points as plain lists, rounded to a thousandth of a pixel."""
-        faces = [
+        """Boxes and points as plain lists, rounded to a thousandth of a pixel; `lost_score` where the model says."""
+        faces: list[dict[str, Any]] = [
             {"box_xyxy": np.round(box, 3).tolist(), "keypoints_xy": np.round(xy.astype(np.float64), 3).tolist()}
             for box, xy in zip(self.boxes_xyxy, self.xy, strict=True)
         ]
+        if self.lost_score is not None:
+            for face, score in zip(faces, self.lost_score.tolist(), strict=True):
+                face["lost_score"] = round(score, 3)
         return {"height": self.size_hw[0], "width": self.size_hw[1], "faces": faces}
 
     def to_pts(self, face: int) -> str:

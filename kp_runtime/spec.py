@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -61,7 +62,8 @@ class ModelSpec:
     """What a model takes and gives; the same for every file and backend of a bundle.
 
     Input `crops`: uint8 `(n, 1, size, size)`, luma 0 to 255. Output `keypoints`: float32
-    `(n, points, 2)`, pixels of the crop, x then y, an integer is a pixel's centre.
+    `(n, points, 2)`, pixels of the crop, x then y, an integer is a pixel's centre. Output `lost_score`,
+    where there is a `lost_limit`: float32 `(n, 1)`, about 0 for a face in its box, about 1 where there is none.
 
     Attributes:
         name: the model's name, such as `resnet18-68`.
@@ -71,6 +73,7 @@ class ModelSpec:
             original project's view, `geometry.frame_box`).
         points: number of points.
         scheme: the mark-up of the points: `ibug68`, or `own` where their number is another.
+        lost_limit: above this `lost_score` there is no face in the box; None for a model that does not say.
     """
 
     name: str
@@ -79,6 +82,7 @@ class ModelSpec:
     box: str = "keypoints"
     points: int = 68
     scheme: str = "ibug68"
+    lost_limit: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or len(self.name) > 200 or not self.name.isprintable():
@@ -96,6 +100,18 @@ class ModelSpec:
                 "68 points are of the mark-up ibug68, any other number is of the mark-up own; "
                 f"got {self.points} points of {_short(self.scheme)}"
             )
+        if self.lost_limit is not None and not (type(self.lost_limit) in (int, float) and 0 < self.lost_limit < 1):
+            raise BundleError(f"the model's lost_limit must be between 0 and 1, or null; got {_short(self.lost_limit)}")
+
+    @property
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """What the model gives, all float32: name to shape behind the number of crops, in the order of its files."""
+        return {"keypoints": (self.points, 2)} | ({} if self.lost_limit is None else {"lost_score": (1,)})
+
+    @property
+    def output_bytes(self) -> tuple[int, ...]:
+        """Bytes a crop of each of `outputs`."""
+        return tuple(4 * math.prod(shape) for shape in self.outputs.values())
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Faces followed from frame to frame: pure logic on boxes and points, nothing is read or written here.
 
 The box of the next frame is that of the last points, so the detector runs only now and then. Whether a
-face is still there is told by a second look: the network also sees it in a box that is shifted and larger.
-On a face both looks find the same points, elsewhere they do not (`docs/video.md` has the measurements).
+face is still there the model says itself (`ModelSpec.lost_limit`). One that does not is asked for a second look, in a
+box that is shifted and larger: on a face both looks find the same points, elsewhere they do not (`docs/video.md` has
+the measurements).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Track:
         id: the same number as long as the face is followed.
         box_xyxy: `(4,)` float64, where the points were looked for, pixels of the image.
         xy: `(points, 2)` float32, pixels of the image, smoothed where the tracker smooths.
-        lost_score: `disagreement` of the two looks; above the tracker's limit the face is lost.
+        lost_score: the model's own, or the `disagreement` of two looks; above the tracker's limit the face is lost.
     """
 
     id: int
@@ -72,7 +73,7 @@ class TrackerSettings:
     """How a `Tracker` decides.
 
     Attributes:
-        lost: the highest `lost_score` of a face.
+        lost: the highest `lost_score` of a face; None takes the model's `lost_limit`, or `LOST` where it has none.
         detect_every: frames from one run of the detector to the next, for new faces.
         search_every: the same while a face is lost, or none was found.
         again: frames on which a lost face is still looked for in its place: one bad frame loses nobody.
@@ -80,11 +81,11 @@ class TrackerSettings:
         match: least overlap (IoU) of a detection with the place where a face is awaited.
         same: overlap from which two tracks are taken for one face.
         smooth: smooth the points (One-Euro); off for measurements.
-        trust_detector: what the detector takes for a face is one on that frame, even where the looks disagree: for
-            hiding faces, where one too many is better than one too few.
+        trust_detector: what the detector takes for a face is one on that frame, even where its points tell otherwise:
+            for hiding faces, where one too many is better than one too few.
     """
 
-    lost: float = LOST
+    lost: float | None = None
     detect_every: int = 30
     search_every: int = 5
     again: int = 2
@@ -133,7 +134,7 @@ class _Face:
 
 @dataclass(frozen=True)
 class _Look:
-    """What the network found in a box, and how far its two looks are apart."""
+    """What the network found in a box, and how far that is from a face."""
 
     searched: NDArray[np.float64]
     xy: NDArray[np.float32]
@@ -145,7 +146,8 @@ class Tracker:
     """Follows faces: `tracker(image, seconds)` gives the `Track`s of the next frame.
 
     Args:
-        model: finds points in boxes, such as `kp_runtime.load(…)`.
+        model: finds points in boxes, such as `kp_runtime.load(…)`; its `spec`, where it has one, tells whether it says
+            itself that a face is lost.
         detector: finds boxes, such as `kp_runtime.HaarDetector()`.
         settings: how it decides.
 
@@ -158,6 +160,10 @@ class Tracker:
     def __init__(self, model: FindPoints, detector: FindFaces, settings: TrackerSettings | None = None) -> None:
         self._model, self._detector = model, detector
         self._settings = settings or TrackerSettings()
+        says = getattr(getattr(model, "spec", None), "lost_limit", None)
+        self._model_says = says is not None
+        own = LOST if says is None else says
+        self._limit = own if self._settings.lost is None else self._settings.lost
         self._known: list[_Face] = []
         self._until_detection = 0
         self.detector_runs = 0
@@ -196,18 +202,22 @@ class Tracker:
         return tuple(self._track(face, found[face.id], seconds) for face in self._known if face.id in found)
 
     def _look(self, image: NDArray[np.uint8], boxes: Sequence[NDArray[np.float64]]) -> list[_Look]:
-        """Both looks at all boxes by one call of the model."""
+        """A look at all boxes, or two where the model does not say what is lost, by one call of it."""
         if not boxes:
             return []
         searched = np.stack(boxes)
-        xy = self._model(image, np.concatenate([searched, second_looks(searched)])).xy
-        first, second = xy[: len(boxes)], xy[len(boxes) :]
-        scores = disagreement(first, second, searched).tolist()
-        return [_Look(*look) for look in zip(searched, first, boxes_from_points(first), scores, strict=True)]
+        if self._model_says:
+            found = self._model(image, searched)
+            xy, scores = found.xy, np.asarray(found.lost_score, np.float64)
+        else:
+            both = self._model(image, np.concatenate([searched, second_looks(searched)])).xy
+            xy, second = both[: len(boxes)], both[len(boxes) :]
+            scores = disagreement(xy, second, searched)
+        return [_Look(*look) for look in zip(searched, xy, boxes_from_points(xy), scores.tolist(), strict=True)]
 
     def _is_face(self, look: _Look, image: NDArray[np.uint8]) -> bool:
-        """Whether the looks agree, on something that can be followed."""
-        return look.score <= self._settings.lost and _on_image(look.box, image)
+        """Whether it is a face that can be followed."""
+        return look.score <= self._limit and _on_image(look.box, image)
 
     def _drop_doubles(self, found: dict[int, _Look]) -> None:
         """Where two tracks slid onto one face, the one that was awaited there stays."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import GOLDEN_NAME, GOLDEN_TOLERANCE_PX
+from kp_runtime.backend import GOLDEN_NAME, golden_error
 from kp_runtime.detectors import load_detector
 from kp_runtime.errors import BackendError, KpError
 from kp_runtime.frame import as_frame, image_from_bytes
@@ -32,8 +32,9 @@ PROBE = b"kp-health"
 DETECTOR_FOLDER = "detector"
 """Beside `bundle` in the folder of a version: the face detector of `auto` and `own`."""
 
-Faces = tuple[NDArray[np.float32], NDArray[np.float32]]
-"""Boxes `(n, 4)` and keypoints `(n, points, 2)` of an image, float32, pixels of the image."""
+Faces = tuple[NDArray[np.float32], ...]
+"""Boxes `(n, 4)` and keypoints `(n, points, 2)` of an image, float32, pixels of the image; behind them the lost scores
+`(n,)` of a model that gives them."""
 
 
 def check_numpy(version: str = np.__version__) -> None:
@@ -102,20 +103,21 @@ class ImagesModel:
                 continue
             answer: list[Faces] = []
             for i, (boxes, matrices, found) in enumerate(looked):
-                answer.append((boxes.astype(np.float32), np.empty((0, self._model.spec.points, 2), np.float32)))
+                answer.append((boxes.astype(np.float32),))
                 cut.append((answer, i, matrices))
                 crops.append(found)
             answers.append(answer)
         if not crops:
             return answers
         try:
-            xy_crop = self._backend.infer(np.concatenate(crops))
+            given = self._backend.answer(np.concatenate(crops))
         except KpError as error:
             return [known if isinstance(known, KpError) else error for known in answers]
         start = 0
         for answer, i, matrices in cut:
-            part = xy_crop[start : start + len(matrices)]
-            answer[i] = answer[i][0], apply_matrix(invert_matrix(matrices), part).astype(np.float32)
+            xy_crop, *scores = (array[start : start + len(matrices)] for array in given if array is not None)
+            xy = apply_matrix(invert_matrix(matrices), xy_crop).astype(np.float32)
+            answer[i] = (*answer[i], xy, *scores)
             start += len(matrices)
         return answers
 
@@ -123,7 +125,7 @@ class ImagesModel:
         """Boxes, matrices and crops of an image's faces."""
         spec = self._model.spec
         if data == PROBE:
-            self._check()
+            golden_error(self._backend, self._golden, self._backend.report.precision)
             return np.empty((0, 4)), np.empty((0, 2, 3)), np.empty((0, 1, spec.size, spec.size), np.uint8)
         image = image_from_bytes(data, f"image {index}")
         frame = as_frame(image)
@@ -131,12 +133,6 @@ class ImagesModel:
         matrices = matrices_from_boxes(boxes, spec.size, spec.margin)
         crops = self._cropper.crops_from_frame(frame, matrices, spec.size)
         return boxes, matrices, crops.copy()  # the next image uses the same memory
-
-    def _check(self) -> None:
-        """Compares the golden crop's keypoints with what they must be."""
-        error = float(np.abs(self._backend.infer(self._golden.crops) - self._golden.keypoints).max())
-        if not error <= GOLDEN_TOLERANCE_PX[self._backend.report.precision]:
-            raise BackendError(f"a golden keypoint is {error:.3f} px from where it must be; restart the server")
 
     def close(self) -> None:
         """Frees what was kept."""
@@ -192,12 +188,11 @@ class TritonPythonModel:
 
 def _arrays(faces: Sequence[Faces]) -> dict[str, NDArray[Any]]:
     """The output tensors of a call: images with fewer faces than another end in rows of NaN."""
-    counts = np.array([[len(boxes)] for boxes, _ in faces], np.int32)
+    counts = np.array([[len(boxes)] for boxes, *_ in faces], np.int32)
     most = int(counts.max(initial=0))
-    shape = faces[0][1].shape[1:]
-    boxes = np.full((len(faces), most, 4), np.nan, np.float32)
-    keypoints = np.full((len(faces), most, *shape), np.nan, np.float32)
-    for i, (own_boxes, own_keypoints) in enumerate(faces):
-        boxes[i, : len(own_boxes)] = own_boxes
-        keypoints[i, : len(own_keypoints)] = own_keypoints
-    return {"faces": counts, "boxes": boxes, "keypoints": keypoints}
+    arrays = {"faces": counts}
+    for name, each in zip(("boxes", "keypoints", "lost_score"), zip(*faces, strict=True), strict=False):
+        arrays[name] = np.full((len(faces), most, *each[0].shape[1:]), np.nan, np.float32)
+        for row, own in zip(arrays[name], each, strict=True):
+            row[: len(own)] = own
+    return arrays

@@ -21,7 +21,7 @@ from kp_runtime.errors import KpError
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.config import AUGMENTS
 
-__all__ = ["Augment", "MirrorFace", "augment_from_name", "bent", "mirror_from_pairs"]
+__all__ = ["Augment", "MirrorFace", "augment_from_name", "bent", "grey_levels", "mirror_from_pairs"]
 
 _NODES = 5  # of a bent crop, across and down
 _STEPS = 8  # in which a bent point is found
@@ -222,18 +222,23 @@ class _Noise(v2.Transform):  # type: ignore[misc]
         return tv_tensors.wrap(noisy.round().clamp(0, 255).to(torch.uint8), like=inpt)
 
 
-def _faces(mirror: NDArray[np.intp] | None, *, varied: bool, bend: float) -> Augment:
-    light, patches, largest, turn, stretch = (0.3, 0.15, 0.1, 10, 0.05) if varied else (0.25, 0.05, 0.08, 8, 0.0)
-    grey = v2.Compose(
+def grey_levels(light: float, patches: float, largest: float, noise: float, p: float) -> v2.Transform:
+    """Light, blur, down-and-up, JPEG, noise of up to so many grey levels; grey patches on that share of the crops."""
+    return v2.Compose(
         [
             v2.ColorJitter(brightness=light, contrast=light),
-            v2.RandomApply([_DownUp(0.35)], p=0.2),
-            v2.RandomApply([v2.GaussianBlur(5, sigma=(0.3, 1.5))], p=0.05),
-            v2.RandomApply([_Jpeg(30, 90)], p=0.1),
-            v2.RandomApply([_Noise(8)], p=0.1),
+            v2.RandomApply([_DownUp(0.35)], p=2 * p),
+            v2.RandomApply([v2.GaussianBlur(5, sigma=(0.3, 1.5))], p=p / 2),
+            v2.RandomApply([_Jpeg(30, 90)], p=p),
+            v2.RandomApply([_Noise(noise)], p=p),
             v2.RandomErasing(p=patches, scale=(0.01, largest), ratio=(0.4, 2.5), value=127),
         ]
     )
+
+
+def _faces(mirror: NDArray[np.intp] | None, *, varied: bool, bend: float) -> Augment:
+    light, patches, largest, turn, stretch = (0.3, 0.15, 0.1, 10, 0.05) if varied else (0.25, 0.05, 0.08, 8, 0.0)
+    grey = grey_levels(light, patches, largest, noise=8, p=0.1)
     place = {"shift": 0.02, "max_shift": 0.16, "zoom": 0.04, "turn": turn, "wide": 0.4}
     return Augment(**place, mirror=mirror, grey=grey, stretch=stretch, bend=bend)
 

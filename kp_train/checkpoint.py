@@ -93,8 +93,10 @@ def load_checkpoint(path: Path) -> tuple[KeypointNet, Manifest]:
     reduce = config.get("reduce", 1) if isinstance(config, dict) else None
     if type(reduce) is not int or reduce < 1 or manifest.spec.size % reduce:
         raise BundleError(f"{bundle}: the manifest's training config needs a reduce that divides the crop's size")
-    net = KeypointNet(manifest.spec.size, reduce, manifest.spec.points)
-    _load_weights(net.backbone, file, f"a one-channel ResNet-18 with {2 * net.points} outputs")
+    scores = manifest.spec.lost_limit is not None
+    net = KeypointNet(manifest.spec.size, reduce, manifest.spec.points, scores=scores)
+    more = " and a lost score" if scores else ""
+    _load_weights(net.backbone, file, f"a one-channel ResNet-18 with {2 * net.points} outputs{more}")
     return net.eval(), manifest
 
 

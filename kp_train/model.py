@@ -35,23 +35,41 @@ class KeypointNet(nn.Module):
         reduce: the backbone sees means of `reduce` x `reduce` pixels: 2 makes a 224 px crop cost
             what a 112 px one does.
         points: how many it finds.
+        scores: whether it also says if a face is lost, by a second linear layer on what the last one reads.
     """
 
-    def __init__(self, size: int = REFERENCE_SIZE, reduce: int = 1, points: int = POINTS) -> None:
+    def __init__(
+        self, size: int = REFERENCE_SIZE, reduce: int = 1, points: int = POINTS, *, scores: bool = False
+    ) -> None:
         super().__init__()
         self.size, self.reduce, self.points = size, reduce, points
         self.backbone = resnet18(num_classes=2 * points, zero_init_residual=True)
         self.backbone.conv1 = nn.Conv2d(1, 64, kernel_size=7, stride=2, padding=3, bias=False)
+        self.scores = scores
+        if scores:
+            self.backbone.lost_score = nn.Linear(self.backbone.fc.in_features, 1)
 
     def forward(self, crops: Tensor) -> Tensor:
         """Crops `(n, 1, size, size)` uint8 to keypoints `(n, points, 2)` float32, pixels of the crop."""
         return self.decode(self.raw(crops))
 
+    def outputs(self, crops: Tensor) -> tuple[Tensor, ...]:
+        """Keypoints as of `forward`, and the lost scores `(n, 1)` where it has them: see `ModelSpec.outputs`."""
+        features = self.features(crops)
+        keypoints = self.decode(self.backbone.fc(features))
+        return (keypoints, self.backbone.lost_score(features)) if self.scores else (keypoints,)
+
     def raw(self, crops: Tensor) -> Tensor:
         """The head's numbers, `(n, 2 * points)`, in units of the training target."""
-        x = self.normalise(crops, self.backbone.conv1.weight.dtype)
-        raw: Tensor = self.backbone(x.contiguous(memory_format=torch.channels_last))
+        raw: Tensor = self.backbone.fc(self.features(crops))
         return raw
+
+    def features(self, crops: Tensor) -> Tensor:
+        """What the last layer reads: torchvision's network up to there, `(n, 512)`."""
+        net, x = self.backbone, self.normalise(crops, self.backbone.conv1.weight.dtype)
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x.contiguous(memory_format=torch.channels_last)))))
+        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
+        return net.avgpool(x).flatten(1)  # type: ignore[no-any-return]
 
     def normalise(self, crops: Tensor, dtype: torch.dtype) -> Tensor:
         """Grey levels 0 to 255 to what the backbone sees, 0 to 1."""

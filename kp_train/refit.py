@@ -4,12 +4,12 @@ Training sees boxes that err by more than most detectors' do, and its last layer
 layers below stay as they are, and the last one becomes the best linear map from their 512 features to the points:
 ridge regression (Hoerl and Kennard 1970) towards the weights that training found, re-weighted a few times so
 that it is the mean distance that falls and not its square (iteratively re-weighted least squares). Half a minute of
-looking at each face does what epochs of small steps did not.
+looking at each face does what epochs of small steps did not. Beside it the lost score is solved (`lost_score`).
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
 from kp_train.data import Face, FaceDataset, Source, held_out_fraction, is_held_out, luma_from_file
 from kp_train.label_bias import source_biases, with_bias
+from kp_train.lost_score import FACES, LIMIT, VIEWS, AnyPlace, ScoreQuality, elsewhere, score_quality, solved_score
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
 
@@ -53,11 +54,12 @@ class Refit:
     """What a refit did.
 
     Attributes:
-        strength: that was chosen.
+        strength: that was chosen; 0 where the last layer stayed as it was.
         faces: that it was solved on, each in all kinds of boxes.
         held_out: held-out faces, by kind of box: those that the detector missed are not among its own.
         before: NME of held-out faces with the old last layer, by kind of box, a fraction.
         after: the same with the new one.
+        lost_score: how well held-out faces are told from what is none; the model has it where that is of use.
     """
 
     strength: float
@@ -65,6 +67,7 @@ class Refit:
     held_out: dict[str, int]
     before: dict[str, float]
     after: dict[str, float]
+    lost_score: ScoreQuality
 
 
 @dataclass(frozen=True)
@@ -77,16 +80,21 @@ class _Seen:
     weight: Tensor
 
 
+def _joined(seen: Sequence[_Seen]) -> _Seen:
+    return _Seen(*(torch.cat(tensors) for tensors in zip(*(vars(s).values() for s in seen), strict=True)))
+
+
 def refit(
     bundle: Path,
     sources: Sequence[Source],
     run: Path,
     detector: Boxes | None,
     *,
+    score_only: bool = False,
     made: dict[str, str] | None = None,
     track: Callable[[str], Track] = lambda text: lambda items: items,
 ) -> Refit:
-    """Solves the last layer of a bundle's checkpoint anew and writes the result as a run's checkpoint.
+    """Solves the last layer of a bundle's checkpoint anew, and its lost score, and writes a run's checkpoint.
 
     Args:
         bundle: what was trained; people whom its manifest holds out are not solved on, and choose the strength.
@@ -94,6 +102,7 @@ def refit(
         run: the folder to write.
         detector: finds boxes `(n, 4)` of 68 points on a grey frame; None leaves that view out, as for a model of points
             that lie in another box.
+        score_only: leave the last layer as it is, so that no keypoint moves, and solve the lost score alone.
         made: what the manifest says of the detector.
         track: gives a text's wrapper of long loops.
 
@@ -101,7 +110,8 @@ def refit(
         BundleError, IntegrityError: no checkpoint there.
         InputError: the model sees whole photos.
         DataError: no faces to solve on or to choose by, or an image can't be read.
-        KpError: `run` holds a run or a bundle, or no strength is better than the old weights.
+        KpError: `run` holds a run or a bundle, or nothing is gained: no strength is better than the old weights, and
+            the model gives a lost score already or can't give one that is of use.
     """
     net, manifest = load_checkpoint(bundle)
     if manifest.spec.box != "keypoints":
@@ -122,28 +132,38 @@ def refit(
             f"{len(faces)} faces to solve on and {len(others)} of held-out people to choose by; give the data that the "
             "model was trained on"
         )
-    body = copy.deepcopy(net.backbone)
-    head, body.fc = body.fc, nn.Identity()
-    looker = _Looker(net, body.eval(), manifest, track)
-    solved_on = [looker.exact(faces), looker.exact(faces, jitter)]
+    looker = _Looker(net, manifest, track)
     chosen_by = {EXACT: looker.exact(others), JITTERED: looker.exact(others, jitter)}
     if detector is not None:
-        solved_on.append(looker.found(faces, detector))
         chosen_by[FOUND] = looker.found(others, detector)
-    old = torch.cat([head.weight, head.bias[:, None]], dim=1).detach().double()
+    old = torch.cat([net.backbone.fc.weight, net.backbone.fc.bias[:, None]], dim=1).detach().double()
     before = {kind: _nme(net, seen, old) for kind, seen in chosen_by.items()}
     best, strength, after = old, 0.0, before
-    for tried in STRENGTHS:
-        new = solved_head(net, old, solved_on, tried)
-        nme = {kind: _nme(net, seen, new) for kind, seen in chosen_by.items()}
-        if sum(nme.values()) < sum(after.values()):
-            best, strength, after = new, tried, nme
-    if best is old:
+    if not score_only:
+        solved_on = [looker.exact(faces), looker.exact(faces, jitter)]
+        if detector is not None:
+            solved_on.append(looker.found(faces, detector))
+        for tried in STRENGTHS:
+            new = solved_head(net, old, solved_on, tried)
+            nme = {kind: _nme(net, seen, new) for kind, seen in chosen_by.items()}
+            if sum(nme.values()) < sum(after.values()):
+                best, strength, after = new, tried, nme
+    views = looker.anywhere(faces, detector)
+    score = solved_score(views.features, _errors(net, views, best))
+    shown = _joined([*chosen_by.values(), looker.anywhere(others, detector)])
+    quality = score_quality(shown.features @ score, _errors(net, shown, best))
+    if score_only and not quality.is_of_use:
+        raise KpError(f"the lost score is of no use on the held-out faces ({quality}); nothing was written")
+    if not score_only and best is old and (net.scores or not quality.is_of_use):
         raise KpError("no last layer is better on the held-out faces than the one there is; nothing was written")
+    solved = KeypointNet(net.size, net.reduce, net.points, scores=quality.is_of_use)
+    solved.backbone.load_state_dict(net.backbone.state_dict(), strict=False)
     with torch.no_grad():
-        net.backbone.fc.weight.copy_(best[:, :-1])
-        net.backbone.fc.bias.copy_(best[:, -1])
-    result = Refit(strength, len(faces), {kind: len(seen.xy) for kind, seen in chosen_by.items()}, before, after)
+        _fill(solved.backbone.fc, best)
+        if solved.scores:
+            _fill(solved.backbone.lost_score, score[None])
+    counts = {kind: len(seen.xy) for kind, seen in chosen_by.items()}
+    result = Refit(strength, len(faces), counts, before, after, quality)
     noted = [bias if bias is None else bias.tolist() for bias in biases]
     record = {
         "start_sha256": manifest.files[CHECKPOINT_NAME].sha256,
@@ -152,11 +172,18 @@ def refit(
             for s, bias in zip(sources, noted, strict=True)
         ],
         **(made or {}),
-        **vars(result),
+        **dataclasses.asdict(result),
     }
     training = manifest.training | {"refit": record}
-    save_checkpoint(run, net, Manifest(spec=manifest.spec, training=training, licence=manifest.licence))
+    spec = dataclasses.replace(manifest.spec, lost_limit=LIMIT if solved.scores else None)
+    save_checkpoint(run, solved, Manifest(spec=spec, training=training, licence=manifest.licence))
     return result
+
+
+def _fill(layer: nn.Linear, weights: Tensor) -> None:
+    """Weights, and the bias behind them, `(outputs, 513)`."""
+    layer.weight.copy_(weights[:, :-1])
+    layer.bias.copy_(weights[:, -1])
 
 
 def solved_head(net: KeypointNet, old: Tensor, seen: Sequence[_Seen], strength: float) -> Tensor:
@@ -168,8 +195,8 @@ def solved_head(net: KeypointNet, old: Tensor, seen: Sequence[_Seen], strength: 
         seen: what to solve on.
         strength: of the pull, times the mean square of a feature.
     """
-    features, xy = torch.cat([s.features for s in seen]), torch.cat([s.xy for s in seen])
-    unit, weight = torch.cat([s.unit for s in seen]), torch.cat([s.weight for s in seen])
+    joined = _joined(seen)
+    features, xy, unit, weight = joined.features, joined.xy, joined.unit, joined.weight
     missing, count = net.encode(xy) - features @ old.T, len(features)
     share, new = weight / unit**2, old
     for _ in range(_ROUNDS):
@@ -189,8 +216,13 @@ def _distances(net: KeypointNet, features: Tensor, xy: Tensor, weights: Tensor) 
     return distances
 
 
+def _errors(net: KeypointNet, seen: _Seen, weights: Tensor) -> Tensor:
+    """NME of each face, a fraction."""
+    return _distances(net, seen.features, seen.xy, weights) / seen.unit
+
+
 def _nme(net: KeypointNet, seen: _Seen, weights: Tensor) -> float:
-    return float((_distances(net, seen.features, seen.xy, weights) / seen.unit).mean())
+    return float(_errors(net, seen, weights).mean())
 
 
 def training_config(manifest: Manifest) -> dict[str, Any]:
@@ -204,13 +236,14 @@ def training_config(manifest: Manifest) -> dict[str, Any]:
 class _Looker:
     """Runs all but the last layer on faces."""
 
-    def __init__(self, net: KeypointNet, body: nn.Module, manifest: Manifest, track: Callable[[str], Track]) -> None:
-        self._net, self._body, self._spec, self._track = net, body, manifest.spec, track
+    def __init__(self, net: KeypointNet, manifest: Manifest, track: Callable[[str], Track]) -> None:
+        self._net, self._spec, self._track = net, manifest.spec, track
 
     def exact(self, faces: Sequence[tuple[Face, float]], jitter: Any = None) -> _Seen:
-        """In the boxes of their points, or shaken from there."""
+        """In the boxes of their points, or shaken from there; a face's shaking depends on its place alone."""
         kept = FaceDataset([face for face, _ in faces], self._spec, jitter)
-        return self._seen(kept, [weight for _, weight in faces], JITTERED if jitter else EXACT)
+        keys = [(i, i) if jitter else i for i in range(len(faces))]
+        return self._seen(kept, keys, [weight for _, weight in faces], JITTERED if jitter else EXACT)
 
     def found(self, faces: Sequence[tuple[Face, float]], detector: Boxes) -> _Seen:
         """In the detector's boxes; faces that it misses are left out."""
@@ -225,19 +258,27 @@ class _Looker:
         if not kept:
             raise DataError(f"the detector found none of {len(faces)} faces; take another one")
         shown = FaceDataset([face for face, _ in kept], self._spec, boxes_xyxy=np.stack(boxes))
-        return self._seen(shown, [weight for _, weight in kept], FOUND)
+        return self._seen(shown, range(len(kept)), [weight for _, weight in kept], FOUND)
+
+    def anywhere(self, faces: Sequence[tuple[Face, float]], detector: Boxes | None) -> _Seen:
+        """Some of them in squares anywhere about them, and places of their photos that hold no face."""
+        some = [faces[int(i)][0] for i in np.linspace(0, len(faces) - 1, min(FACES, len(faces)))]
+        keys = [(i % len(some), i) for i in range(VIEWS * len(some))]
+        around = self._seen(FaceDataset(some, self._spec, AnyPlace()), keys, [1.0] * len(keys), "anywhere")
+        others, boxes = elsewhere(self._track("finding places without a face")(some), detector)
+        if not others:
+            return around
+        shown = FaceDataset(others, self._spec, boxes_xyxy=boxes)
+        return _joined([around, self._seen(shown, range(len(others)), [1.0] * len(others), "elsewhere")])
 
     @torch.inference_mode()
-    def _seen(self, faces: FaceDataset, weights: Sequence[float], kind: str) -> _Seen:
+    def _seen(
+        self, faces: FaceDataset, keys: Sequence[int | tuple[int, int]], weights: Sequence[float], kind: str
+    ) -> _Seen:
         features, points = [], []
-        starts = range(0, len(faces), _BATCH)
-        for start in self._track(f"looking, {kind}")(starts):
-            # a face's shaking depends on its place alone
-            batch = [
-                faces[i, i] if kind == JITTERED else faces[i] for i in range(start, min(start + _BATCH, len(faces)))
-            ]
-            crops = self._net.normalise(torch.stack([crop for crop, _ in batch]), torch.float32)
-            features.append(self._body(crops.contiguous(memory_format=torch.channels_last)).double())
+        for start in self._track(f"looking, {kind}")(range(0, len(keys), _BATCH)):
+            batch = [faces[key] for key in keys[start : start + _BATCH]]
+            features.append(self._net.features(torch.stack([crop for crop, _ in batch])).double())
             points.append(torch.stack([xy for _, xy in batch]).double())
         seen, xy = torch.cat(features), torch.cat(points)
         unit = torch.from_numpy(nme_unit(xy.numpy()))

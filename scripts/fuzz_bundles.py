@@ -155,11 +155,12 @@ def golden_case(folder: Path) -> Case:
     from kp_runtime.golden import golden_from_bytes
     from kp_runtime.spec import ModelSpec
 
-    spec = ModelSpec("m", size=64)
-    crops, keypoints = np.zeros((1, 1, 64, 64), np.uint8), np.zeros((1, 68, 2), np.float32)
+    spec = ModelSpec("m", size=64, lost_limit=0.5)
+    crops = np.zeros((1, 1, 64, 64), np.uint8)
+    outputs = {name: np.zeros((1, *shape), np.float32) for name, shape in spec.outputs.items()}
     plain, packed = io.BytesIO(), io.BytesIO()
-    np.savez(plain, crops=crops, keypoints=keypoints)
-    np.savez_compressed(packed, crops=crops, keypoints=keypoints)
+    np.savez(plain, crops=crops, **outputs)
+    np.savez_compressed(packed, crops=crops, **outputs)
 
     def array(rng: random.Random) -> bytes:
         shape = rng.choice(
@@ -174,11 +175,12 @@ def golden_case(folder: Path) -> Case:
         data = head.encode() + b"\n"
         return b"\x93NUMPY\x02\x00" + struct.pack("<I", len(data)) + data + rng.choice((b"", crops.tobytes()))
 
-    def archive(crops_npy: bytes, keypoints_npy: bytes, method: int) -> bytes:
+    def archive(crops_npy: bytes, output_npy: bytes, method: int) -> bytes:
         out = io.BytesIO()
         with zipfile.ZipFile(out, "w", method) as file:
             file.writestr("crops.npy", crops_npy)
-            file.writestr("keypoints.npy", keypoints_npy)
+            for name in outputs:
+                file.writestr(f"{name}.npy", output_npy)
         return out.getvalue()
 
     methods = (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
@@ -195,6 +197,8 @@ def golden_case(folder: Path) -> Case:
         golden = golden_from_bytes(data, spec)
         assert golden.crops.shape[1:] == (1, 64, 64)
         assert golden.keypoints.shape == (len(golden.crops), 68, 2)
+        assert golden.lost_score is not None
+        assert golden.lost_score.shape == (len(golden.crops),)
 
     return case
 
@@ -205,7 +209,7 @@ def onnx_case(folder: Path) -> Case:
     from kp_runtime.spec import ModelSpec
     from tests.models import tiny_graph
 
-    spec, seed = ModelSpec("m", size=64), tiny_graph(64)
+    spec, seed = ModelSpec("m", size=64, lost_limit=0.5), tiny_graph(64)
     whole, crops = seed.SerializeToString(), np.full((2, 1, 64, 64), 7, np.uint8)
 
     def damaged(rng: random.Random) -> bytes:
@@ -238,9 +242,10 @@ def onnx_case(folder: Path) -> Case:
 
     def case(rng: random.Random) -> None:
         data = damaged(rng)
-        keypoints = OrtCpuBackend(Path("model.onnx"), spec, 1, read=lambda: data).infer(crops)
-        assert keypoints.shape == (2, 68, 2)
-        assert keypoints.dtype == np.float32
+        answer = OrtCpuBackend(Path("model.onnx"), spec, 1, read=lambda: data).answer(crops)
+        for array, shape in zip(answer.outputs(), ((2, 68, 2), (2, 1)), strict=True):
+            assert array.shape == shape
+            assert array.dtype == np.float32
 
     return case
 

@@ -13,12 +13,11 @@ The scores, each growing as the face gets lost:
     shape      what a point distribution model of 24 components, fitted here on the other faces of DATA, leaves over
     shifted    mean distance to the points of a second look, 7% to the right and down; in longer sides of the box
     larger     the same, the second box 12% larger
-    both       the same, shifted and larger: `kp_runtime.track.disagreement`, which the tracker uses
-    head       what one more output of the last layer could say at no cost: the best linear map from its 512 inputs to 0
-               for a face and 1 for none, fitted here on such views of as many faces that the model was trained on
+    both       the same, shifted and larger: `kp_runtime.track.disagreement`, by which the tracker judges a model that
+               does not say itself
+    own        the model's own lost score, where it has one
 
-The last table tells the same of single points, those over 8% of the eye distance off: by nothing but which point it
-is, by the distance of its two looks, and by a linear map from the same 512 inputs to the logarithm of its error.
+The last table shows the held-out faces in ever worse boxes and pictures, and how many both scores give up.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import skimage
-import torch
 from rich.progress import track
 
 from kp_cli.report import one_line_errors, print_table
@@ -40,25 +39,25 @@ from kp_runtime.detect import YuNetDetector
 from kp_runtime.files import writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import (
-    apply_matrix,
     boxes_from_points,
-    crop_from_luma,
-    invert_matrix,
-    matrices_from_boxes,
     overlaps,
 )
-from kp_runtime.pipeline import load
+from kp_runtime.pipeline import Model, load
 from kp_runtime.spec import Manifest
 from kp_runtime.track import LOST, disagreement, second_looks
-from kp_train.checkpoint import load_checkpoint
 from kp_train.data import Face, luma_from_file, parse_source
-from kp_train.metrics import FAILURE, point_errors
+from kp_train.metrics import point_errors
 
 OTHER_THINGS = ("brick", "grass", "gravel", "coffee", "chelsea", "coins", "page", "text", "horse", "moon", "ihc")
 FACES = ("face", "face, box off")
 COMPONENTS = 24
-PULL = {"head": 0.01, "points": 0.1}
-"""Of the ridge regressions, in mean squares of the inputs."""
+WORSE = (
+    "off 10%", "off 20%", "off 30%", "off 50%", "box 0.5x", "box 0.7x", "box 1.4x", "box 1.6x", "box 2x", "turned 20°",
+    "turned 40°", "turned 60°", "turned 90°", "covered 10%", "covered 20%", "covered 40%", "noise 20", "noise 40",
+    "darker 0.3x", "darker 0.1x",
+)  # fmt: skip
+"""How faces are shown otherwise: by how much of its longer side the box is off, times its size, degrees, a grey patch
+on so much of the box, the noise's standard deviation in grey levels, times the grey levels."""
 
 
 @dataclass(frozen=True)
@@ -155,32 +154,42 @@ class ShapeModel:
         return np.stack([turned.real, turned.imag], axis=-1)
 
 
-class LastLayer:
-    """What the last layer of a bundle's network sees of views, and what it answers."""
+def shown_otherwise(luma: np.ndarray, box: np.ndarray, how: str, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
+    """A photo and a face's box, made worse in one of the ways of `WORSE`."""
+    what, _, much = how.partition(" ")
+    amount = float(much.rstrip("%°x") or 0) / (100 if much.endswith("%") else 1)
+    if what == "off":
+        return luma, moved_anyhow(box, amount, amount, (1, 1), rng)
+    if what == "box":
+        return luma, moved(box, 0, 0, amount)
+    if what == "turned":
+        middle = (box[:2] + box[2:]) / 2
+        turn = cv2.getRotationMatrix2D(middle.tolist(), amount * rng.choice([-1, 1]), 1)
+        return cv2.warpAffine(luma, turn, luma.shape[::-1], borderMode=cv2.BORDER_REPLICATE), box
+    if what == "covered":
+        side = box[2:] - box[:2]
+        corner = box[:2] + rng.uniform(0, 1, 2) * (1 - amount**0.5) * side
+        (x0, y0), (x1, y1) = np.maximum(corner, 0).astype(int), (corner + amount**0.5 * side).astype(int)
+        luma = luma.copy()
+        luma[y0:y1, x0:x1] = 127
+        return luma, box
+    if what == "noise":
+        return np.clip(luma + rng.normal(0, amount, luma.shape), 0, 255).astype(np.uint8), box
+    return (luma * amount).astype(np.uint8), box  # darker
 
-    def __init__(self, bundle: Path) -> None:
-        self._net, manifest = load_checkpoint(bundle)
-        self._spec, self._head, self._net.backbone.fc = manifest.spec, self._net.backbone.fc, torch.nn.Identity()
 
-    @torch.inference_mode()
-    def __call__(self, views: Sequence[View]) -> tuple[np.ndarray, np.ndarray]:
-        """Its inputs `(n, 513)`, the last one 1, and the points `(n, 68, 2)`, pixels of the image; both float64."""
-        size, inputs, points = self._spec.size, [], []
-        for view in track(views, "looking at the last layer"):
-            matrix = matrices_from_boxes(view.box[None], size, self._spec.margin)[0]
-            seen = self._net.raw(torch.from_numpy(crop_from_luma(view.luma, matrix, size))[None, None])
-            xy_crop = self._net.decode(self._head(seen))[0].double().numpy()
-            inputs.append(seen[0].double().numpy())
-            points.append(apply_matrix(invert_matrix(matrix), xy_crop))
-        return np.pad(np.stack(inputs), ((0, 0), (0, 1)), constant_values=1), np.stack(points)
-
-
-def fitted(inputs: np.ndarray, wanted: np.ndarray, pull: float) -> np.ndarray:
-    """The linear map from `(n, 513)` to `(n,)` or `(n, 68)` by ridge regression."""
-    square = inputs.T @ inputs / len(inputs)
-    return np.linalg.solve(
-        square + pull * square.diagonal().mean() * np.eye(len(square)), inputs.T @ wanted / len(inputs)
-    )
+def given_up_otherwise(model: Model, faces: Sequence[Face], rng: np.random.Generator) -> list[tuple[str, str, str]]:
+    """The share of faces that two looks, and the model itself, give up in each of the ways of `WORSE`."""
+    limit, rows = float(model.spec.lost_limit or 0), []
+    for how in track(WORSE, "showing otherwise"):
+        both, own = [], []
+        for face in faces:
+            luma, box = shown_otherwise(luma_from_file(face.image), boxes_from_points(face.xy), how, rng)
+            found = model(Frame(luma, "gray"), np.stack([box, *second_looks(box[None])]))
+            both.append(disagreement(found.xy[:1], found.xy[1:], box[None])[0] > LOST)
+            own.append(found.lost_score is not None and found.lost_score[0] > limit)
+        rows.append((how, f"{np.mean(both):.1%}", f"{np.mean(own):.1%}"))
+    return rows
 
 
 def auc(face: np.ndarray, other: np.ndarray) -> float:
@@ -200,7 +209,7 @@ def plot(path: Path, title: str, scores: dict[str, np.ndarray], is_face: np.ndar
         limits = np.sort(score[is_face])[::-1][: 1 + int(0.1 * is_face.sum())]
         given_up = [(score[is_face] > limit).mean() * 100 for limit in limits]
         noticed = [(score[~is_face] > limit).mean() * 100 for limit in limits]
-        axes.step(given_up, noticed, where="post", label=name, linewidth=2 if name == "both" else 1)
+        axes.step(given_up, noticed, where="post", label=name, linewidth=2 if name in ("both", "own") else 1)
     axes.set(xlim=(0, 10), ylim=(40, 100.5), xlabel="faces given up, %", ylabel="lost faces noticed, %")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)
@@ -218,24 +227,24 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=150, help="faces of each source, evenly spread")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    rng, rng_learned = np.random.default_rng(68), np.random.default_rng(69)
+    rng = np.random.default_rng(68)
     yunet = YuNetDetector(args.yunet, score=0.3)
     model, manifest = load(args.bundle, threads=1), Manifest.read(args.bundle)
-    views, others, learned = views_of_things(rng), [], []
+    views, others, faces = views_of_things(rng), [], []
     for source in map(parse_source, args.data):
         held_out = held_out_faces(source, manifest).faces
         people = {face.person for face in held_out}
-        known = [face for face in source.faces if face.person not in people]
-        others += [face.xy for face in known]
-        for faces, of, draws in ((held_out, views, rng), (known, learned, rng_learned)):
-            chosen = np.linspace(0, len(faces) - 1, min(args.most, len(faces))).astype(int)
-            for i in track(chosen, f"photos of {source.path.name}"):
-                of += views_of_face(faces[i], yunet, draws)
-    points = []
+        others += [face.xy for face in source.faces if face.person not in people]
+        faces += [held_out[int(i)] for i in np.linspace(0, len(held_out) - 1, min(args.most, len(held_out)))]
+    for face in track(faces, "photos"):
+        views += views_of_face(face, yunet, rng)
+    points, own_scores = [], []
     for view in track(views, "looking"):
         box = view.box[None]
         looks = np.stack([view.box, moved(view.box, 0.07, 0.07, 1), moved(view.box, 0, 0, 1.12), *second_looks(box)])
-        points.append(model(Frame(view.luma, "gray"), looks).xy.astype(np.float64))
+        found = model(Frame(view.luma, "gray"), looks)
+        points.append(found.xy.astype(np.float64))
+        own_scores.append(None if found.lost_score is None else found.lost_score[0])
     first, *seconds = np.stack(points).swapaxes(0, 1)
     boxes, kinds = np.stack([view.box for view in views]), np.array([view.kind for view in views])
     own = boxes_from_points(first)
@@ -246,10 +255,8 @@ def main() -> None:
     for name, second in zip(("shifted", "larger", "both"), seconds, strict=True):
         scores[name] = disagreement(first, second, boxes)
     is_face = np.isin(kinds, FACES)
-    last_layer = LastLayer(args.bundle)
-    (inputs, found), (learned_inputs, learned_found) = last_layer(views), last_layer(learned)
-    was_face = np.isin([view.kind for view in learned], FACES)
-    scores["head"] = inputs @ fitted(learned_inputs, ~was_face, PULL["head"])
+    if model.spec.lost_limit is not None:
+        scores["own"] = np.array(own_scores, np.float64)
     rest = [kind for kind in dict.fromkeys(kinds.tolist()) if kind not in FACES]
     rows = []
     for name, score in scores.items():
@@ -260,23 +267,16 @@ def main() -> None:
     counts = ", ".join(f"{(kinds == kind).sum()} {kind}" for kind in dict.fromkeys(kinds.tolist()))
     print(counts)
     print_table(f"AUC, {manifest.spec.name}", ("score", "all", *rest, "missed where 1% of faces are given up"), rows)
-    for name, limits in (("both", sorted({LOST, 0.035, 0.04, 0.045, 0.05, 0.06})), ("head", (0.3, 0.4, 0.5, 0.6))):
+    tried = {"both": (LOST, 0.035, 0.04, 0.045, 0.05, 0.06), "own": (0.3, 0.4, 0.5, 0.6, 0.7)}
+    for name in tried.keys() & scores.keys():
         face, lost = scores[name][is_face], scores[name][~is_face]
-        rows = [(f"{limit:g}", f"{(face > limit).mean():.2%}", f"{(lost <= limit).mean():.2%}") for limit in limits]
+        rows = [(f"{k:g}", f"{(face > k).mean():.2%}", f"{(lost <= k).mean():.2%}") for k in tried[name]]
         print_table(f"{name}, by limit", ("limit", "faces given up", "lost faces missed"), rows)
-    truth, learned_truth = (np.stack([v.truth for v in some if v.truth is not None]) for some in (views, learned))
+    truth = np.stack([view.truth for view in views if view.truth is not None])
     for name, xy in (("first look", first), ("mean of both", (first + seconds[-1]) / 2)):
         print(f"NME of the faces, {name}: {point_errors(xy[is_face], truth).mean():.2%}")
-    errors = point_errors(found[is_face], truth)
-    log_errors = np.log(point_errors(learned_found[was_face], learned_truth) + 0.003)
-    sides = (boxes[is_face, 2:] - boxes[is_face, :2]).max(axis=1, keepdims=True)
-    tell = {
-        "which point it is": np.broadcast_to(log_errors.mean(axis=0), errors.shape),
-        "both, of the point": np.linalg.norm(first - seconds[-1], axis=-1)[is_face] / sides,
-        "head, of the point": inputs[is_face] @ fitted(learned_inputs[was_face], log_errors, PULL["points"]),
-    }
-    rows = [(name, f"{auc(score[errors <= FAILURE], score[errors > FAILURE]):.3f}") for name, score in tell.items()]
-    print_table(f"points over {FAILURE:.0%} off, {(errors > FAILURE).mean():.1%} of all", ("score", "AUC"), rows)
+    if model.spec.lost_limit is not None:
+        print_table(f"{len(faces)} faces, given up", ("shown", "both", "own"), given_up_otherwise(model, faces, rng))
     if args.plot:
         plot(args.plot, f"{manifest.spec.name}: {is_face.sum()} faces, {(~is_face).sum()} others", scores, is_face)
 

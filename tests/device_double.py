@@ -13,7 +13,7 @@ from kp_runtime.device_backend import DeviceBackend, Lane
 from kp_runtime.errors import BackendError
 from kp_runtime.spec import ModelSpec
 from tests.cuda_driver_double import DriverDouble
-from tests.models import SIZE, tiny_keypoints
+from tests.models import LOST_LIMIT, SIZE, tiny_outputs
 
 
 class LaneDouble(Lane):
@@ -25,7 +25,7 @@ class LaneDouble(Lane):
     double: DeviceDouble
     count = changes = 0
 
-    def _feed(self, input_ptr: int, output_ptr: int, count: int) -> None:
+    def _feed(self, input_ptr: int, output_ptrs: tuple[int, ...], count: int) -> None:
         api: DriverDouble = self.driver.api
         if self.double.fails:
             raise BackendError("the engine failed")
@@ -40,14 +40,19 @@ class LaneDouble(Lane):
                 kept.append(crops)
                 crops = kept[0]
             given = np.frombuffer(crops, np.uint8).reshape(count, 1, SIZE, SIZE)
-            keypoints = np.zeros((count, 68, 2), np.float32) if self.double.blind else tiny_keypoints(given)
+            keypoints, scores = tiny_outputs(given)
+            if self.double.blind:
+                keypoints[:] = 0
             if in_capture and changes != self.changes:
                 keypoints[:] = -1
-            ctypes.memmove(output_ptr, keypoints.tobytes(), keypoints.nbytes)
+            if in_capture and self.double.stale_scores:
+                scores[:] = -1
+            for address, output in zip(output_ptrs, (keypoints, scores), strict=False):
+                ctypes.memmove(address, output.tobytes(), output.nbytes)
 
         if self.double.elsewhere and in_capture:
             return  # work that a capture does not see
-        api.work(self.stream, compute, input_ptr, output_ptr)
+        api.work(self.stream, compute, input_ptr, *output_ptrs)
         if self.double.waits and in_capture:
             self.driver.call("cuStreamSynchronize", self.stream)
 
@@ -56,21 +61,25 @@ class DeviceDouble(DeviceBackend):
     """The engine.
 
     Attributes:
+        lost_limit: of its model; None for one without a lost score.
         capturable: of its lanes.
         keeps_crops: the network answers for the first crops that a captured call has seen.
         elsewhere: the network runs where a capture does not see it.
         waits: the network waits for the stream, which a capture forbids.
         blind: all crops have the same keypoints.
+        stale_scores: a captured call gives other lost scores.
         fails: the network can't be run.
     """
 
     name = "double"
 
     def __init__(self, **traits: Any) -> None:
-        super().__init__(ModelSpec("tiny", size=SIZE, margin=1.3), CudaDriver())
-        self.capturable, self.keeps_crops, self.elsewhere, self.waits, self.blind, self.fails = (
+        super().__init__(
+            ModelSpec("tiny", size=SIZE, margin=1.3, lost_limit=traits.get("lost_limit", LOST_LIMIT)), CudaDriver()
+        )
+        self.capturable, self.keeps_crops, self.elsewhere, self.waits, self.blind, self.stale_scores, self.fails = (
             traits.get(name, name == "capturable")
-            for name in ("capturable", "keeps_crops", "elsewhere", "waits", "blind", "fails")
+            for name in ("capturable", "keeps_crops", "elsewhere", "waits", "blind", "stale_scores", "fails")
         )
         self.report = BackendReport("double", "none", "fp32", (), None)
 

@@ -1,7 +1,8 @@
 """Tiny ONNX graphs with the contract's input and output, for tests that need an engine, not faces.
 
 `tiny_bundle` writes a bundle whose network answers, for each crop, the mean shape moved by the
-crop's mean grey level: `tiny_keypoints` is the same in numpy, so tests know what must come out.
+crop's mean grey level, and unless it has no `lost_limit` that level itself: `tiny_keypoints` and `tiny_scores` are the
+same in numpy, so tests know what must come out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from kp_runtime.backend import GOLDEN_NAME
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_train.synthetic import mean_shape
 
-SIZE = 64
+SIZE, LOST_LIMIT = 64, 0.5
 
 
 def tiny_keypoints(crops: np.ndarray) -> np.ndarray:
@@ -27,8 +28,18 @@ def tiny_keypoints(crops: np.ndarray) -> np.ndarray:
     return (base[None] + level[:, None, None]).astype(np.float32)
 
 
-def tiny_graph(size: int = SIZE) -> onnx.ModelProto:
-    """The graph: cast, mean, scale, add the mean shape."""
+def tiny_scores(crops: np.ndarray) -> np.ndarray:
+    """Likewise to `(n,)` float32: the crop's mean grey level, 0 to 1."""
+    return (crops.astype(np.float64).mean(axis=(1, 2, 3)) / 255).astype(np.float32)
+
+
+def tiny_outputs(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both, as the graph's outputs: `(n, 68, 2)` and `(n, 1)`."""
+    return tiny_keypoints(crops), tiny_scores(crops)[:, None]
+
+
+def tiny_graph(size: int = SIZE, *, scores: bool = True) -> onnx.ModelProto:
+    """The graph: cast, mean, scale, add the mean shape; and the scaled mean as the lost score."""
     base = ((mean_shape() * 0.3 + 0.5) * size).astype(np.float32)[None]
     weights = [
         numpy_helper.from_array(base, "base"),
@@ -43,25 +54,34 @@ def tiny_graph(size: int = SIZE) -> onnx.ModelProto:
         helper.make_node("Reshape", ["level", "shape"], ["flat"]),
         helper.make_node("Add", ["flat", "base"], ["keypoints"]),
     ]
+    outputs = [helper.make_tensor_value_info("keypoints", TensorProto.FLOAT, ["batch", 68, 2])]
+    if scores:
+        weights.append(numpy_helper.from_array(np.array([-1, 1], np.int64), "column"))
+        nodes.append(helper.make_node("Reshape", ["level", "column"], ["lost_score"]))
+        outputs.append(helper.make_tensor_value_info("lost_score", TensorProto.FLOAT, ["batch", 1]))
     graph = helper.make_graph(
         nodes,
         "tiny",
         [helper.make_tensor_value_info("crops", TensorProto.UINT8, ["batch", 1, size, size])],
-        [helper.make_tensor_value_info("keypoints", TensorProto.FLOAT, ["batch", 68, 2])],
+        outputs,
         weights,
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
-def tiny_bundle(folder: Path, size: int = SIZE, *, golden: bool = True, margin: float = 1.3) -> Path:
+def tiny_bundle(
+    folder: Path, size: int = SIZE, *, golden: bool = True, margin: float = 1.3, lost_limit: float | None = LOST_LIMIT
+) -> Path:
     """Writes a bundle with `model.fp32.onnx` and, unless told otherwise, a golden crop."""
     folder.mkdir(parents=True, exist_ok=True)
+    spec = ModelSpec("tiny", size=size, margin=margin, lost_limit=lost_limit)
     model = folder / "model.fp32.onnx"
-    model.write_bytes(tiny_graph(size).SerializeToString())
+    model.write_bytes(tiny_graph(size, scores=lost_limit is not None).SerializeToString())
     files = {model.name: file_entry(model, "onnx", precision="fp32")}
     if golden:
         crops = np.random.default_rng(0).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
-        np.savez(folder / GOLDEN_NAME, crops=crops, keypoints=tiny_keypoints(crops))
+        outputs = dict(zip(spec.outputs, tiny_outputs(crops), strict=False))
+        np.savez(folder / GOLDEN_NAME, crops=crops, **outputs)
         files[GOLDEN_NAME] = file_entry(folder / GOLDEN_NAME, "golden")
-    Manifest(spec=ModelSpec("tiny", size=size, margin=margin), files=files).write(folder)
+    Manifest(spec=spec, files=files).write(folder)
     return folder

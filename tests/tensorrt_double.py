@@ -18,14 +18,18 @@ from typing import Any
 import numpy as np
 
 from kp_export.cuda_device import CudaDevice
-from tests.models import SIZE, tiny_keypoints
+from tests.models import SIZE, tiny_outputs
 from tests.real_tensorrt import committed_listing
 
 ORIN = CudaDevice(0, "Orin", "8.7", "12.6", "540.4.0", "R36 (release), REVISION: 4.0")
 PLAN = b"ftrt the engine's bytes"
 
 
-TENSORS = {"crops": ("INPUT", "UINT8", (-1, 1, SIZE, SIZE)), "keypoints": ("OUTPUT", "FLOAT", (-1, 68, 2))}
+TENSORS = {
+    "crops": ("INPUT", "UINT8", (-1, 1, SIZE, SIZE)),
+    "keypoints": ("OUTPUT", "FLOAT", (-1, 68, 2)),
+    "lost_score": ("OUTPUT", "FLOAT", (-1, 1)),
+}
 """Of the plan that it loads: mode, type and shape."""
 
 
@@ -388,13 +392,14 @@ class _Context:
         if not (script.executes and least <= shape[0] <= most):
             return False
         self._double.tape.batches.append(shape[0])
-        crops, keypoints = self._addresses["crops"], self._addresses["keypoints"]
+        crops, *outputs = (self._addresses[name] for name in script.tensors)  # all must have been given
 
         def compute() -> None:
             given = np.frombuffer(ctypes.string_at(crops, int(np.prod(shape))), np.uint8).reshape(shape)
-            ctypes.memmove(keypoints, tiny_keypoints(given).tobytes(), shape[0] * 68 * 2 * 4)
+            for address, output in zip(outputs, tiny_outputs(given), strict=False):
+                ctypes.memmove(address, output.tobytes(), output.nbytes)
 
-        script.device.work(stream_handle, compute, crops, keypoints)
+        script.device.work(stream_handle, compute, crops, *outputs)
         return True
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import gc
 import re
 import shutil
@@ -20,7 +21,7 @@ from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError, missing_or_broken
 from kp_runtime.feeding import TRIES
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
-from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints
+from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints, tiny_outputs, tiny_scores
 from tests.tolerances import FP32_PX, MAP_PX, assert_close
 
 MODEL = "model.fp32.onnx"
@@ -187,19 +188,51 @@ def test_engine_that_fails_while_it_runs(tmp_path: Path, crops: np.ndarray) -> N
 def test_golden_keypoints_that_the_engine_does_not_give(wrong: float, tmp_path: Path, crops: np.ndarray) -> None:
     expected = tiny_keypoints(crops[:2])
     expected[1, 30, 0] += wrong
-    bundle = with_golden(tiny_bundle(tmp_path), crops=crops[:2], keypoints=expected)
+    scores = tiny_scores(crops[:2])[:, None]
+    bundle = with_golden(tiny_bundle(tmp_path), crops=crops[:2], keypoints=expected, lost_score=scores)
     with pytest.raises(BackendError, match=r"golden keypoint (0\.050|nan) px from PyTorch's \(at most 0\.02 px"):
         open_backend(bundle)
+
+
+@pytest.mark.parametrize("wrong", [0.01, np.nan])
+def test_golden_lost_scores_that_the_engine_does_not_give(wrong: float, tmp_path: Path, crops: np.ndarray) -> None:
+    keypoints, scores = tiny_outputs(crops[:2])
+    arrays = {"crops": crops[:2], "keypoints": keypoints, "lost_score": scores}
+    assert open_backend(with_golden(tiny_bundle(tmp_path), **arrays)).report.golden_error_px is not None
+    scores[1] += wrong
+    with pytest.raises(BackendError, match=r"golden crop a lost score (0\.010|nan) from PyTorch's \(at most 0\.002 is"):
+        open_backend(with_golden(tmp_path, **arrays))
+
+
+def test_a_model_without_a_lost_score(tmp_path: Path, crops: np.ndarray) -> None:
+    answer = open_backend(tiny_bundle(tmp_path, lost_limit=None)).answer(crops)
+    assert_close(answer.keypoints, tiny_keypoints(crops), FP32_PX, "keypoints")
+    assert answer.lost_score is None
+    manifest = Manifest.read(tmp_path)
+    dataclasses.replace(manifest, spec=dataclasses.replace(manifest.spec, lost_limit=0.5)).write(tmp_path)
+    with pytest.raises(
+        BackendError, match=r"does not have the contract's input and output: .* instead of .*lost_score"
+    ):
+        open_backend(tmp_path)
 
 
 @pytest.mark.parametrize(
     "arrays",
     [
         {"crops": np.zeros((1, 1, SIZE, SIZE), np.uint8)},
-        {"crops": np.zeros((1, 1, SIZE, SIZE), np.uint8), "keypoints": np.zeros((1, 5, 2))},
-        {"crops": np.zeros((0, 1, SIZE, SIZE), np.uint8), "keypoints": np.zeros((0, 68, 2))},
+        {"crops": np.zeros((1, 1, SIZE, SIZE), np.uint8), "keypoints": np.zeros((1, 68, 2))},
+        {
+            "crops": np.zeros((1, 1, SIZE, SIZE), np.uint8),
+            "keypoints": np.zeros((1, 5, 2)),
+            "lost_score": np.zeros((1, 1)),
+        },
+        {
+            "crops": np.zeros((0, 1, SIZE, SIZE), np.uint8),
+            "keypoints": np.zeros((0, 68, 2)),
+            "lost_score": np.zeros((0, 1)),
+        },
     ],
-    ids=["no keypoints", "5 points", "no crops"],
+    ids=["no keypoints", "no lost score", "5 points", "no crops"],
 )
 def test_golden_file_with_the_wrong_arrays(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"golden\.npz is no golden crop .*; export the bundle again"):
@@ -241,7 +274,9 @@ def test_every_way_to_feed_a_batch_gives_every_crop_its_own_answer(
         crops = rng.integers(0, 256, (n, 1, SIZE, SIZE), dtype=np.uint8)
         wanted = tiny_keypoints(crops)
         for _ in range(4 * (TRIES + 1) + 2):
-            assert_close(backend.infer(crops), wanted, MAP_PX, f"{n} crops on {threads} threads")
+            answer = backend.answer(crops)
+            assert_close(answer.keypoints, wanted, MAP_PX, f"{n} crops on {threads} threads")
+            assert_close(answer.lost_score, tiny_scores(crops), 1e-6, f"scores of {n} crops")
     assert list(backend.batch_times()) == [2, 4, 16]
     names = {"whole", "one by one", "by 4"} | ({"side by side"} if threads > 1 else set())
     assert set(backend.batch_times()[16]) == names

@@ -28,7 +28,7 @@ from kp_runtime.pipeline_cuda import LANES
 from kp_runtime.spec import Manifest, file_entry
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.emulation import EmulatedKernel
-from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints
+from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints, tiny_outputs, tiny_scores
 from tests.tolerances import FP32_PX, assert_close
 
 NAMES = {"ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
@@ -187,7 +187,9 @@ def test_keypoints_of_every_number_of_crops(backend: str, driver: DriverDouble, 
     engine = opened(bundle, backend)
     for n in (3, 1, 70, 0, 32, 3):
         crops = some_crops(rng, n)
-        assert_close(engine.infer(crops), tiny_keypoints(crops), FP32_PX, f"{n} crops")
+        answer = engine.answer(crops)
+        assert_close(answer.keypoints, tiny_keypoints(crops), FP32_PX, f"{n} crops")
+        assert_close(answer.lost_score, tiny_scores(crops), 1e-6, f"scores of {n} crops")
     assert (engine.report.backend, Session.said.provider) == (backend, NAMES[backend])
     assert engine.report.golden_error_px is not None
 
@@ -487,7 +489,7 @@ def test_auto_passes_over_a_gpu_that_can_not_cut_crops(
 def test_auto_falls_back_to_the_cpu_and_says_why(
     driver: DriverDouble, bundle: Path, monkeypatch: pytest.MonkeyPatch, rng: Any
 ) -> None:
-    monkeypatch.setattr(OrtCudaBackend, "_run", lambda self, crops: tiny_keypoints(crops) + 1)
+    monkeypatch.setattr(OrtCudaBackend, "_run", lambda self, crops: [a + 1 for a in tiny_outputs(crops)])
     backend = open_backend(bundle)
     assert backend.report.backend == "ort-cpu"
     assert "ort-cuda: ort-cuda puts a golden keypoint 1.414 px from PyTorch's" in backend.report.rejected[1]

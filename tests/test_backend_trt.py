@@ -20,7 +20,7 @@ from kp_runtime.pipeline import load
 from kp_runtime.spec import Manifest, file_entry
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.emulation import EmulatedKernel
-from tests.models import SIZE, tiny_bundle, tiny_keypoints
+from tests.models import SIZE, tiny_bundle, tiny_keypoints, tiny_scores
 from tests.real_tensorrt import WHEELS
 from tests.tensorrt_double import PLAN, TENSORS, tensorrt_double
 from tests.tolerances import FP32_PX, MAP_PX, assert_close
@@ -92,7 +92,9 @@ def test_keypoints_of_every_number_of_crops(version: str, install: Any, tmp_path
     trt.tape.batches.clear()
     for n in (3, 1, 23, 10, 2, 0, 11):
         crops = some_crops(rng, n)
-        assert_close(backend.infer(crops), tiny_keypoints(crops), FP32_PX, f"{n} crops")
+        answer = backend.answer(crops)
+        assert_close(answer.keypoints, tiny_keypoints(crops), FP32_PX, f"{n} crops")
+        assert_close(answer.lost_score, tiny_scores(crops), 1e-6, f"scores of {n} crops")
     assert trt.tape.batches == [3, 2, 10, 10, 3, 10, 2, 10, 2]  # parts of at most 10; one crop runs as two
     assert backend.report.backend == "tensorrt"
     assert (backend.report.file, backend.report.precision, backend.report.rejected) == (
@@ -117,7 +119,7 @@ def test_lanes_keep_their_own_memory_and_streams(install: Any, driver: DriverDou
     driver.cuStreamSynchronize(second.stream)
     driver.cuStreamSynchronize(first.stream)
     for lane, crops in ((first, a), (second, b)):
-        found = np.frombuffer(ctypes.string_at(lane.output_ptr, len(crops) * 544), np.float32).reshape(-1, 68, 2)
+        found = np.frombuffer(ctypes.string_at(lane.output_ptrs[0], len(crops) * 544), np.float32).reshape(-1, 68, 2)
         assert_close(found, tiny_keypoints(crops), FP32_PX, "keypoints")
     for bad in (0, 6):
         with pytest.raises(BackendError, match=f"this lane takes 1 to 5 faces, got {bad}; open a larger one"):
@@ -134,7 +136,7 @@ def test_memory_goes_back(install: Any, driver: DriverDouble, tmp_path: Path, rn
     lane.close()  # a second time is fine
     backend.infer(some_crops(rng, 3))
     backend.infer(some_crops(rng, 50))
-    assert len(driver.memory) == 4  # the thread's one lane: input, output, and a part of each
+    assert len(driver.memory) == 6  # the thread's one lane: input, two outputs, and a part of each
     del backend
     gc.collect()
     assert driver.memory == {}
@@ -263,6 +265,13 @@ def test_plan_of_another_contract(install: Any, tmp_path: Path) -> None:
     install(tensors=TENSORS | {"crops": ("INPUT", "FLOAT", (-1, 1, SIZE, SIZE))})
     with pytest.raises(BackendError, match=r"the plan does not have the contract's input and output: .*FLOAT.*UINT8"):
         opened(with_plan(tmp_path))
+    install(tensors={name: tensor for name, tensor in TENSORS.items() if name != "lost_score"})
+    with pytest.raises(BackendError, match=r"the plan does not have the contract's input and output: .*lost_score"):
+        opened(with_plan(tmp_path))
+    answer = opened(with_plan(tiny_bundle(tmp_path / "older", lost_limit=None))).answer(
+        np.zeros((1, 1, SIZE, SIZE), np.uint8)
+    )
+    assert answer.lost_score is None
 
 
 def test_cuda_that_tensorrt_can_not_use(install: Any, tmp_path: Path) -> None:
@@ -314,7 +323,7 @@ def test_no_cuda_python(install: Any, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_wrong_keypoints_are_refused(install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install()
-    monkeypatch.setattr("tests.tensorrt_double.tiny_keypoints", lambda crops: tiny_keypoints(crops) + 0.6)
+    monkeypatch.setattr("tests.tensorrt_double.tiny_outputs", lambda crops: (tiny_keypoints(crops) + 0.6,))
     with pytest.raises(BackendError, match=r"tensorrt puts a golden keypoint 0\.8\d\d px from PyTorch's"):
         opened(with_plan(tmp_path))
     backend = opened(tmp_path, golden=False)

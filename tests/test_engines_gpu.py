@@ -86,7 +86,7 @@ def test_a_lane_reads_and_writes_its_own_memory(engine: DeviceBackend) -> None:
         stream = engine.driver.api.CUstream(lane.stream)
         call("cuMemcpyHtoDAsync", lane.input_ptr, crops.ctypes.data, crops.nbytes, stream)
         lane.enqueue(20)
-        call("cuMemcpyDtoHAsync", keypoints.ctypes.data, lane.output_ptr, keypoints.nbytes, stream)
+        call("cuMemcpyDtoHAsync", keypoints.ctypes.data, lane.output_ptrs[0], keypoints.nbytes, stream)
         call("cuStreamSynchronize", stream)
     assert_close(keypoints, tiny_keypoints(crops), MAP_PX, "keypoints")
 

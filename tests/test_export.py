@@ -19,7 +19,7 @@ import kp_export.bundle
 from kp_export.bundle import export_bundle, predict_from_net
 from kp_export.onnx_from_checkpoint import check_fits_half
 from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
-from kp_runtime.backend import open_backend
+from kp_runtime.backend import Answer, open_backend
 from kp_runtime.errors import ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
@@ -251,7 +251,7 @@ def test_parity_finds_the_worst_face_and_region() -> None:
     base[:, 45, 0] = 20.0  # the eyes are 20 px apart
     moved = base.copy()
     moved[1, 50] += (3, 4)
-    report = parity(lambda c: base[: len(c)], lambda c: moved[: len(c)], faces, file="f", precision="fp32")
+    report = parity(Answer(base), Answer(moved), faces, file="f", precision="fp32")
     assert report.worst_face == "b"
     assert report.max_px == 5.0
     assert report.nme == pytest.approx(5 / 68 / 20 / 3 * 100)
@@ -266,11 +266,11 @@ def test_labels_show_a_rise_of_the_error() -> None:
     truth[:, 45, 0] = 20.0
     right, off = truth.astype(np.float32), (truth + np.array([0, 0.001])).astype(np.float32)
     faces = FaceSet(("a", "b"), crops, "made up", truth)
-    report = parity(lambda c: right, lambda c: off, faces, file="f", precision="fp32")
+    report = parity(Answer(right), Answer(off), faces, file="f", precision="fp32")
     assert report.rise == pytest.approx(0.001 / 20 * 100, rel=1e-3)
     with pytest.raises(ParityError, match=r"rise of the NME 0\.005 percentage points"):
         check_parity(report, SIZE)
-    assert parity(lambda c: off, lambda c: right, faces, file="f", precision="fp32").rise < 0  # type: ignore[operator]
+    assert parity(Answer(off), Answer(right), faces, file="f", precision="fp32").rise < 0  # type: ignore[operator]
 
 
 def test_a_nan_is_as_far_as_can_be() -> None:
@@ -278,7 +278,7 @@ def test_a_nan_is_as_far_as_can_be() -> None:
     base = np.zeros((1, 68, 2), np.float32)
     base[:, 45, 0] = 20.0
     for precision in LIMITS:
-        report = parity(lambda c: base, lambda c: base * np.nan, faces, file="f", precision=precision)
+        report = parity(Answer(base), Answer(base * np.nan), faces, file="f", precision=precision)
         with pytest.raises(ParityError, match="worst point inf px"):
             check_parity(report, SIZE)
 

@@ -25,9 +25,9 @@ from kp_runtime.golden import golden_from_bytes
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import SafetensorsIO, load_checkpoint
 from kp_train.data import read_pts, read_source
-from tests.models import SIZE, tiny_graph
+from tests.models import LOST_LIMIT, SIZE, tiny_graph
 
-SPEC = ModelSpec("m", size=SIZE)
+SPEC = ModelSpec("m", size=SIZE, lost_limit=LOST_LIMIT)
 
 
 def opened(data: bytes) -> OrtCpuBackend:

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
-import torch
+import pytest
 
-from kp_runtime.geometry import boxes_from_points, crop_from_luma, matrices_from_boxes
-from kp_runtime.spec import Manifest, ModelSpec
-from kp_train.checkpoint import load_checkpoint, save_checkpoint
-from kp_train.model import KeypointNet
-from kp_train.synthetic import drawn_face
-from scripts.lost_faces import LastLayer, View, auc, fitted
+from scripts.lost_faces import WORSE, auc, shown_otherwise
 
 
 def test_a_score_that_tells_nothing_and_one_that_tells_all() -> None:
@@ -21,26 +14,27 @@ def test_a_score_that_tells_nothing_and_one_that_tells_all() -> None:
     assert auc(np.array([1.0, 1.0]), np.array([1.0])) == 0.5
 
 
-def test_a_linear_map_is_found_and_a_strong_pull_leaves_nothing_of_it() -> None:
-    rng = np.random.default_rng(0)
-    inputs, truth = rng.normal(size=(200, 13)), rng.normal(size=13)
-    np.testing.assert_allclose(fitted(inputs, inputs @ truth, 1e-9), truth, atol=1e-6)
-    assert np.abs(fitted(inputs, inputs @ truth, 1e9)).max() < 1e-6
-
-
-def test_what_the_last_layer_sees_gives_what_the_network_answers(tmp_path: Path) -> None:
-    """Points of the image are those of the crop, moved there; inputs times weights are the points of the crop."""
-    torch.manual_seed(0)
-    spec = ModelSpec("x", size=64)
-    save_checkpoint(tmp_path / "bundle", KeypointNet(64), Manifest(spec))
-    net, _ = load_checkpoint(tmp_path / "bundle")
-    image, xy = drawn_face(np.random.default_rng(1), (300, 260))
-    luma, box = np.ascontiguousarray(image[:, :, 0]), boxes_from_points(xy)
-    inputs, points = LastLayer(tmp_path / "bundle")([View(luma, box, "face", xy)])
-    matrix = matrices_from_boxes(box[None], 64, spec.margin)[0]
-    with torch.no_grad():
-        answer = net(torch.from_numpy(crop_from_luma(luma, matrix, 64))[None, None])[0].numpy()
-    np.testing.assert_allclose(points[0] @ matrix[:, :2].T + matrix[:, 2], answer, atol=1e-3)
-    row = torch.cat([net.backbone.fc.weight, net.backbone.fc.bias[:, None]], dim=1).detach().double()
-    again = net.decode(torch.from_numpy(inputs) @ row.T)[0].numpy()
-    np.testing.assert_allclose(again, answer, atol=1e-3)
+@pytest.mark.parametrize("how", WORSE)
+def test_a_photo_is_made_worse_by_as_much_as_is_said(how: str) -> None:
+    rng = np.random.default_rng(1)
+    luma = rng.integers(60, 190, (300, 300), dtype=np.uint8)
+    box = np.array([100.0, 90, 200, 210])
+    shown, seen = shown_otherwise(luma, box, how, rng)
+    what, amount = how.split(" ")[0], float(how.split(" ")[1].rstrip("%°x"))
+    middle, size = (seen[:2] + seen[2:]) / 2, seen[2:] - seen[:2]
+    assert np.linalg.norm(middle - (150, 150)) == pytest.approx(120 * amount / 100 if what == "off" else 0)
+    assert size == pytest.approx(np.array([100, 120]) * (amount if what == "box" else 1))
+    if what in ("off", "box"):
+        assert shown is luma
+    elif what == "turned":  # the middle stays, what is turned by as much comes there from the side
+        way = np.radians(amount) * np.array([1, -1])
+        places = np.stack([150 + 40 * np.cos(way), 150 - 40 * np.sin(way)], axis=1).round().astype(int)
+        near = [np.abs(shown[150, 190].astype(int) - luma[y - 1 : y + 2, x - 1 : x + 2]).min() for x, y in places]
+        assert min(near) < 25
+    elif what == "covered":
+        assert (shown != luma).sum() == pytest.approx(120 * 100 * amount / 100, rel=0.05)
+        assert (shown[(shown != luma)] == 127).all()
+    elif what == "noise":
+        assert (shown.astype(float) - luma).std() == pytest.approx(amount, rel=0.1)
+    else:
+        assert shown.mean() == pytest.approx(luma.mean() * amount, rel=0.05)

@@ -156,8 +156,8 @@ def test_a_second_look_is_a_call_with_the_box_of_the_points(model: Model, image:
 class OneSpot(Backend):
     name = "one spot"
 
-    def _run(self, crops: np.ndarray) -> np.ndarray:
-        return np.full((len(crops), 68, 2), 5, np.float32)
+    def _run(self, crops: np.ndarray) -> list[np.ndarray]:
+        return [np.full((len(crops), 68, 2), 5, np.float32)]
 
 
 def test_a_second_look_that_has_no_box_leaves_the_first(image: np.ndarray) -> None:
@@ -173,6 +173,7 @@ def test_a_look_at_the_mirror_image_counts_as_much_as_the_plain_one(model: Model
     back = in_mirror.xy[:, MIRROR] * (-1, 1) + (last, 0)
     assert np.abs(back - plain.xy).max() > 1  # the two are not alike
     assert_close(both.xy, (plain.xy + back) / 2, LEVEL_PX, "keypoints")
+    assert_close(both.lost_score, (plain.lost_score + in_mirror.lost_score) / 2, 1e-5, "lost scores")
     assert np.array_equal(both.crop_from_image, plain.crop_from_image)
     assert np.array_equal(model(image, boxes, mirror=True, looks=2).boxes_xyxy, boxes)
     out = np.empty((2, 68, 2), np.float32)

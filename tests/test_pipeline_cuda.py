@@ -95,6 +95,10 @@ def check(model: Model, cpu: Model, image: Any, boxes: np.ndarray, host: Any = N
     assert np.array_equal(got.crop_from_image, wanted.crop_from_image)
     assert np.array_equal(got.boxes_xyxy, wanted.boxes_xyxy)
     assert (got.size_hw, got.xy.dtype) == (wanted.size_hw, np.float32)
+    assert got.lost_score is not None
+    assert wanted.lost_score is not None
+    assert np.abs(got.lost_score - wanted.lost_score).max(initial=0) <= 1e-5
+    assert got.lost_score.shape == (len(boxes),)
 
 
 def test_every_layout_number_of_faces_and_size_of_frames(model: Model, cpu: Model, driver: DriverDouble) -> None:
@@ -188,6 +192,7 @@ def test_warmup_keeps_the_largest_graphs(model: Model) -> None:
         ("keeps_crops", "a graph puts a keypoint .* px from where the same calls put it without one"),
         ("elsewhere", "a graph puts a keypoint"),
         ("waits", "cuStreamSynchronize says CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"),
+        ("stale_scores", "a graph gives a lost score .* from what the same calls give without one"),
         ("blind", "two different pictures give the same keypoints"),
     ],
 )
@@ -209,6 +214,15 @@ def test_graphs_that_the_canary_refuses(trait: str, message: str, driver: Driver
     assert not driver.memory
     assert not driver.graphs
     assert not driver.captures
+
+
+def test_a_model_without_a_lost_score(driver: DriverDouble, cpu: Model) -> None:
+    with Model(DeviceDouble(lost_limit=None)) as model:
+        for i in range(4):
+            got = model(picture(i), boxes_of(i, 4), mirror=i == 3)
+            assert np.abs(got.xy - cpu(picture(i), boxes_of(i, 4), mirror=i == 3).xy).max() <= 1e-3
+            assert got.lost_score is None
+        assert model.graphs.captured == ((3, 4),)
 
 
 def test_no_memory_for_a_graph(model: Model, cpu: Model, driver: DriverDouble) -> None:

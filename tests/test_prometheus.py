@@ -89,10 +89,8 @@ def test_a_tracker_counts_faces_tracks_and_losses(model: Any) -> None:
 
     def finds(image: Any, boxes: Any, **rest: Any) -> kp_runtime.Keypoints:
         boxes = np.asarray(boxes, np.float64)
-        answers = np.stack([xy] * len(boxes))
-        if not there:  # the two looks at a box do not agree
-            answers[len(boxes) // 2 :] += 50
-        return kp_runtime.Keypoints(answers, boxes, np.zeros((len(boxes), 2, 3)), (96, 128))
+        answers, scores = np.stack([xy] * len(boxes)), np.full(len(boxes), 0.1 if there else 0.9, np.float32)
+        return kp_runtime.Keypoints(answers, boxes, np.zeros((len(boxes), 2, 3)), (96, 128), scores)
 
     finds.spec, finds.backend = model.spec, model.backend  # type: ignore[attr-defined]
     tracker = metrics.tracker(finds, lambda image: np.array(BOX) if there else np.empty((0, 4)))  # type: ignore[arg-type]

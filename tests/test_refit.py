@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import check_start, load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig
 from kp_train.data import Source, luma_from_file, read_source
+from kp_train.lost_score import LIMIT
 from kp_train.model import KeypointNet
 from kp_train.refit import _Seen, refit, solved_head
 from kp_train.synthetic import mean_shape, write_csv_source
@@ -42,6 +44,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     save_checkpoint(folder, net, Manifest(ModelSpec("x", size=64), training=TRAINING, licence={"code": "MIT"}))
     return folder
+
+
+SCORE = ("backbone.lost_score.weight", "backbone.lost_score.bias")
+
+
+def changed(old: KeypointNet, new: KeypointNet) -> set[str]:
+    """The tensors that are new or others."""
+    before = old.state_dict()
+    return {
+        name for name, value in new.state_dict().items() if name not in before or not torch.equal(value, before[name])
+    }
 
 
 class Detector:
@@ -91,8 +104,9 @@ def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path) -> None
     result = refit(run, [source], tmp_path / "new", Detector(source))
     assert all(result.after[kind] < 0.9 * result.before[kind] for kind in ("keypoints", "detector", "jittered"))
     old, new = load_checkpoint(run), load_checkpoint(tmp_path / "new")
-    changed = {name for name, value in new[0].state_dict().items() if not torch.equal(value, old[0].state_dict()[name])}
-    assert changed == {"backbone.fc.weight", "backbone.fc.bias"}
+    assert changed(old[0], new[0]) == {"backbone.fc.weight", "backbone.fc.bias"}
+    assert not result.lost_score.is_of_use, "this network finds no face"
+    assert new[1].spec.lost_limit is None
     record = new[1].training["refit"]
     assert record["start_sha256"] == old[1].files["checkpoint.safetensors"].sha256
     assert record["strength"] == result.strength
@@ -104,6 +118,52 @@ def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path) -> None
     assert result.held_out.keys() == result.after.keys()
     with pytest.raises(KpError, match="already holds a bundle; name another folder"):
         refit(run, [source], tmp_path / "new", Detector(source))
+
+
+def test_a_lost_score_that_is_of_no_use_is_left_out(
+    source: Source, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_cli.training.open_detector", lambda name, threads: Detector(source))
+    words = ("refit", run, "--data", source.path, "--out")
+    printed = kp(capsys, *words, tmp_path / "a")[1]
+    assert re.search(r"lost score: .* taken for a face; left out: the model does not find faces well enough", printed)
+    status, _, error = kp(capsys, *words, tmp_path / "b", "--score-only")
+    assert status == 1
+    assert re.search(
+        r"^kp: the lost score is of no use on the held-out faces \(.*\); nothing was written$", error, re.M
+    )
+    assert not (tmp_path / "b" / "manifest.json").exists()
+
+
+def test_the_lost_score_alone_moves_no_keypoint(
+    source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_train.lost_score.MOST_WRONG", 1.0)
+    result = refit(run, [source], tmp_path / "a", Detector(source), score_only=True)
+    (old, _), (new, manifest) = load_checkpoint(run), load_checkpoint(tmp_path / "a")
+    assert changed(old, new) == set(SCORE)
+    crops = torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8)
+    keypoints, scores = new.outputs(crops)
+    assert torch.equal(keypoints, old(crops))
+    assert scores.shape == (3, 1)
+    assert (result.strength, result.before) == (0, result.after)
+    assert manifest.training["refit"]["lost_score"] == dataclasses.asdict(result.lost_score)
+    assert result.lost_score.lost > 50
+    assert manifest.spec.lost_limit == LIMIT
+
+
+def test_a_last_layer_that_is_the_best_stays_and_gets_a_lost_score(
+    source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_train.refit.STRENGTHS", ())
+    with pytest.raises(KpError, match="no last layer is better on the held-out faces than the one there is"):
+        refit(run, [source], tmp_path / "c", None)  # nor is the lost score of use
+    monkeypatch.setattr("kp_train.lost_score.MOST_WRONG", 1.0)
+    assert refit(run, [source], tmp_path / "a", None).strength == 0
+    assert changed(load_checkpoint(run)[0], load_checkpoint(tmp_path / "a")[0]) == set(SCORE)
+    with pytest.raises(KpError, match="no last layer is better on the held-out faces than the one there is"):
+        refit(tmp_path / "a", [source], tmp_path / "b", None)
+    assert not (tmp_path / "b" / "manifest.json").exists()
 
 
 def test_what_can_not_be_refitted(source: Source, run: Path, tmp_path: Path) -> None:
@@ -148,7 +208,10 @@ def test_without_a_detector_its_boxes_are_left_out(source: Source, run: Path, tm
 
     result = refit(run, [source], tmp_path / "new", None, track=track)
     assert result.after.keys() == result.held_out.keys() == {"keypoints", "jittered"}
-    assert loops == ["measuring how the labels lie", *["looking, keypoints", "looking, jittered"] * 2]
+    looks = ["looking, keypoints", "looking, jittered", "looking, anywhere", "finding places without a face"]
+    assert "looking, elsewhere" in loops  # though most drawn faces fill their photos
+    loops = [text for text in loops if text != "looking, elsewhere"]
+    assert loops == ["measuring how the labels lie", *looks[:2] * 2, *looks[2:] * 2]
 
 
 def test_the_command(
@@ -169,6 +232,7 @@ def test_the_command(
     assert record["detector_sha256"] == sha256_of_file(CHECKOUT_DETECTOR / "manifest.json")
     status, printed, _ = kp(capsys, *words, tmp_path / "b", "--json")
     assert json.loads(printed)["after"].keys() == {"keypoints", "detector", "jittered"}
+    assert json.loads(printed)["lost_score"].keys() == {"faces", "given_up", "lost", "missed"}
     assert kp(capsys, *words, tmp_path / "b")[2] == (
         f"kp: {tmp_path / 'b'} already holds a bundle; name another folder with --out\n"
     )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -23,6 +24,13 @@ def test_json_there_and_back(n: int) -> None:
     for face, xy, box in zip(raw["faces"], keypoints.xy, keypoints.boxes_xyxy, strict=True):
         assert_close(face["keypoints_xy"], xy, MAP_PX, "points")
         assert_close(face["box_xyxy"], box, MAP_PX, "box")
+
+
+def test_a_lost_score_is_there_where_the_model_gives_one() -> None:
+    plain = made_up(2)
+    assert all("lost_score" not in face for face in plain.to_json()["faces"])
+    scored = dataclasses.replace(plain, lost_score=np.array([0.12345, 1.5], np.float32))
+    assert [face.pop("lost_score") for face in scored.to_json()["faces"]] == [0.123, 1.5]
 
 
 def test_pts_counts_pixels_from_one() -> None:

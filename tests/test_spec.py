@@ -112,6 +112,8 @@ def test_file_name_that_leaves_the_folder(name: str, bundle: Path) -> None:
         ({"size": 1025}, "crop size must be 32 to 1024 pixels, got 1025"),
         ({"margin": 0.4}, "margin must be 0.5 to 4, got 0.4"),
         ({"margin": float("nan")}, "margin must be 0.5 to 4, got nan"),
+        ({"lost_limit": 1.0}, "lost_limit must be between 0 and 1, or null; got 1.0"),
+        ({"lost_limit": True}, "lost_limit must be between 0 and 1, or null; got True"),
         ({"box": "square"}, "box must be 'keypoints' or 'frame', got 'square'"),
         ({"points": 5}, "any other number is of the mark-up own; got 5 points of 'ibug68'"),
         ({"scheme": "wflw98"}, "got 68 points of 'wflw98'"),

@@ -13,6 +13,7 @@ from kp_runtime.detect import HaarDetector
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.pipeline import checked_boxes, load
 from kp_runtime.results import Keypoints
+from kp_runtime.spec import ModelSpec
 from kp_runtime.track import LOST, Track, Tracker, TrackerSettings, disagreement, second_looks
 from kp_train.synthetic import mean_shape
 
@@ -22,11 +23,20 @@ Way = Callable[[int], "tuple[float, float] | None"]
 """Where a face's centre is on a frame; None where it is away or hidden."""
 
 
+@pytest.fixture(params=[False, True], ids=["two looks", "own score"], autouse=True)
+def says(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that do not say that a face is lost, and ones that do."""
+    monkeypatch.setattr(World, "says", request.param)
+
+
 class World:
     """Faces of 100 px that move as told; model and detector at once, with a count of their calls."""
 
+    says = False
+
     def __init__(self, *ways: Way, false_boxes: tuple[tuple[float, ...], ...] = ()) -> None:
         self.ways, self.false_boxes, self.now = ways, false_boxes, 0
+        self.spec = ModelSpec("world", lost_limit=0.5 if self.says else None)
         self.batches: list[int] = []
         self._rng = np.random.default_rng(1)
 
@@ -39,21 +49,27 @@ class World:
         boxes = [box for box in boxes if box[0] < 1280]
         return np.stack(boxes) if boxes else np.empty((0, 4))
 
-    def model(self, image: np.ndarray, boxes_xyxy: object) -> Keypoints:
+    def __call__(self, image: np.ndarray, boxes_xyxy: object, /) -> Keypoints:
         boxes = checked_boxes(boxes_xyxy, (720, 1280))  # type: ignore[arg-type]
         self.batches.append(len(boxes))
-        xy = np.stack([self._points(box) for box in boxes]).astype(np.float32)
-        return Keypoints(xy, boxes, np.zeros((len(boxes), 2, 3)), (720, 1280))
+        found = [self._face(box) for box in boxes]
+        xy = np.stack([self._nothing(box) if face is None else face for face, box in zip(found, boxes, strict=True)])
+        scores = np.array([0.9 if face is None else 0.1 for face in found], np.float32) if self.says else None
+        return Keypoints(xy.astype(np.float32), boxes, np.zeros((len(boxes), 2, 3)), (720, 1280), scores)
 
-    def _points(self, box: np.ndarray) -> np.ndarray:
+    def _face(self, box: np.ndarray) -> np.ndarray | None:
         side, centre = (box[2:] - box[:2]).max(), (box[:2] + box[2:]) / 2
         faces = sorted(self.faces(), key=lambda face: np.linalg.norm(face.mean(axis=0) - centre))
         if faces and np.linalg.norm(boxes_from_points(faces[0]).reshape(2, 2).mean(axis=0) - centre) < 0.5 * side:
             return faces[0]
+        return None
+
+    def _nothing(self, box: np.ndarray) -> np.ndarray:
+        side, centre = (box[2:] - box[:2]).max(), (box[:2] + box[2:]) / 2
         return mean_shape() * side / 2 + centre + self._rng.normal(0, 0.1 * side, (68, 2))
 
     def tracker(self, **settings: object) -> Tracker:
-        return Tracker(self.model, self.detect, TrackerSettings(**{"smooth": False, **settings}))  # type: ignore[arg-type]
+        return Tracker(self, self.detect, TrackerSettings(**{"smooth": False, **settings}))  # type: ignore[arg-type]
 
     def run(self, tracker: Tracker, frames: range) -> list[tuple[Track, ...]]:
         found = []
@@ -74,7 +90,7 @@ def test_a_face_in_view_costs_the_detector_few_frames() -> None:
     assert 1 < tracker.detector_runs <= 0.05 * 300
     for world.now, (track,) in enumerate(found):
         np.testing.assert_allclose(track.xy, world.faces()[0], atol=1e-3)
-        assert track.lost_score <= LOST
+        assert track.lost_score <= (world.spec.lost_limit or LOST)
     # the next box is that of the last points
     world.now = 41
     np.testing.assert_allclose(found[42][0].box_xyxy, boxes_from_points(world.faces()[0]), atol=1e-3)
@@ -86,7 +102,14 @@ def test_faces_of_a_frame_are_one_batch() -> None:
     world.run(tracker, range(1))
     world.batches.clear()
     assert ids(world.run(tracker, range(1, 2))[0]) == [1, 2, 3]
-    assert world.batches == [6]
+    assert world.batches == [3 if world.says else 6]
+
+
+def test_the_settings_limit_goes_before_the_models() -> None:
+    world = World(lambda t: (300, 300))
+    limit = 0.05 if world.says else 1e-9  # scores are 0.1, and with two looks 0
+    found = world.run(world.tracker(lost=limit), range(3))
+    assert [ids(tracks) for tracks in found] == ([[]] * 3 if world.says else [[1]] * 3)
 
 
 def test_a_lost_face_is_noticed_at_once_and_comes_back_with_its_id() -> None:

@@ -68,7 +68,10 @@ def test_each_run_starts_from_one_that_is_done(place: Path) -> None:
         assert out is not None
         assert out not in done
         done.append(out)
-    assert [name for out in done if (name := Path(out).name).startswith("resnet")] == ["resnet18-68-lite", "resnet18-68"]
+    assert [name for out in done if (name := Path(out).name).startswith("resnet")] == [
+        "resnet18-68-lite",
+        "resnet18-68",
+    ]
     assert chain(place) == [], "nothing is left to do"
 
 

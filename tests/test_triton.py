@@ -230,12 +230,14 @@ def test_images_are_answered_as_one_by_one(images: ImagesModel, bundle: Path, as
     model, detector = kp_runtime.load(bundle, threads=1), kp_runtime.load_detector()
     answers = images([pictures[:2], [pictures[2]], [pictures[3]]])
     found = [faces for answer in answers if not isinstance(answer, Exception) for faces in answer]
-    for data, (boxes, keypoints) in zip(pictures, found, strict=True):
+    for data, (boxes, keypoints, scores) in zip(pictures, found, strict=True):
         image = kp_runtime.image_from_bytes(data)
         wanted = model(image, detector(image))
         assert (boxes == wanted.boxes_xyxy.astype(np.float32)).all()
         assert np.abs(keypoints - wanted.xy).max(initial=0) < 1e-3
-    assert [len(boxes) for boxes, _ in found] == [2, 1, 0, 1]
+        assert wanted.lost_score is not None
+        assert np.abs(scores - wanted.lost_score).max(initial=0) < 1e-5
+    assert [len(boxes) for boxes, *_ in found] == [2, 1, 0, 1]
 
 
 def test_a_bad_image_is_its_callers_alone(images: ImagesModel, astronaut: Path) -> None:
@@ -249,12 +251,12 @@ def test_a_bad_image_is_its_callers_alone(images: ImagesModel, astronaut: Path) 
 
 
 def test_the_probe_runs_the_network(images: ImagesModel) -> None:
-    ((boxes, keypoints),) = images([[PROBE]])[0]  # type: ignore[misc]
-    assert (boxes.shape, keypoints.shape) == ((0, 4), (0, 68, 2))
+    ((boxes, keypoints, scores),) = images([[PROBE]])[0]  # type: ignore[misc]
+    assert (boxes.shape, keypoints.shape, scores.shape) == ((0, 4), (0, 68, 2), (0,))
     images._golden.keypoints[...] += 1
     (error,) = images([[PROBE]])
     assert isinstance(error, BackendError)
-    assert "1.000 px from where it must be; restart the server" in str(error)
+    assert "puts a golden keypoint 1.414 px from PyTorch's" in str(error)
 
 
 def test_numpy_2_is_refused() -> None:

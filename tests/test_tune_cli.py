@@ -124,8 +124,9 @@ class Shifted(Backend):
         super().__init__(backend.spec)
         self._inner, self._px, self.report = backend, px, backend.report
 
-    def _run(self, crops: np.ndarray) -> np.ndarray:
-        return self._inner.infer(crops) + np.float32((self._px, 0))
+    def _run(self, crops: np.ndarray) -> list[np.ndarray]:
+        keypoints, *scores = self._inner.answer(crops).outputs()
+        return [keypoints + np.float32((self._px, 0)), *scores]
 
 
 def test_the_rise_is_measured_on_labelled_faces(net: Path, tmp_path: Path) -> None:
