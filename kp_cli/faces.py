@@ -134,6 +134,7 @@ def predict(
     else:
         for photo in results:
             typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}")
+            _note_lost(photo, opened.spec.lost_limit)
         if times:
             print_times("stages of a photo", timer.summaries())
         for file in [*(p.drawn for p in results if p.drawn), *written][-8:]:
@@ -146,6 +147,18 @@ def predict(
         raise KpError("; ".join([*failed, *undrawn]))
     if stop.is_set():
         raise typer.Exit(130)  # as a shell reports Ctrl-C
+
+
+def _note_lost(photo: Any, limit: float | None) -> None:
+    """Says which boxes of a `Photo` hold no face, where the model tells."""
+    if limit is None or photo.keypoints.lost_score is None:
+        return
+    for box, score in zip(photo.keypoints.boxes_xyxy, photo.keypoints.lost_score.tolist(), strict=True):
+        if score > limit:
+            place = ",".join(f"{value:.0f}" for value in box)
+            note(
+                f"{photo.path}: box {place} seems to hold no face (lost score {score:.2f}, a face has up to {limit:g})"
+            )
 
 
 def _check_labels(photos: list[Path], out: Path) -> None:

@@ -195,13 +195,16 @@ def print_parity(reports: Sequence[Any]) -> None:
             p.faces,
             *(f"{v:.4f}" for v in (p.mean_px, p.p50_px, p.p99_px, p.max_px, p.nme)),
             "" if p.rise is None else f"{p.rise:+.4f}",
+            "" if p.score is None else f"{p.score:.4f}",
             *(f"{v:.4f}" for v in p.regions_px.values()),
         )
         for p in reports
     ]
     regions = [f"{name} px" for name in reports[0].regions_px]
     title = f"distance to PyTorch on {reports[0].origin}"
-    print_table(title, ("file", "faces", "mean px", "p50 px", "p99 px", "max px", "NME %", "rise", *regions), rows)
+    print_table(
+        title, ("file", "faces", "mean px", "p50 px", "p99 px", "max px", "NME %", "rise", "score", *regions), rows
+    )
     if any(p.rise is None for p in reports):
         typer.echo("these faces have no labels: how far the accuracy itself moves was not measured, --data does that")
 
@@ -361,6 +364,9 @@ def _provenance(manifest: Any) -> list[str]:
     if isinstance(refit := training.get("refit"), dict):
         found = f", boxes of {refit['detector']} too" if "detector" in refit else ""
         lines.append(f"last layer solved anew on {refit.get('faces')} faces, strength {refit.get('strength')}{found}")
+    if isinstance(score := training.get("lost_score"), dict):
+        told = [f"{score[key]:.2%}" if isinstance(score.get(key), float) else "?" for key in ("given_up", "missed")]
+        lines.append(f"lost score: {told[0]} of held-out faces given up, {told[1]} of what is none taken for a face")
     for data, measured in manifest.accuracy.items():
         if {"nme", "failures", "faces"} <= set(measured):
             numbers = f"NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"

@@ -110,6 +110,7 @@ def _table(verification: Verification) -> str:
         "max px",
         "NME distance %",
         "NME rise, points",
+        "lost score",
         *(f"{r} px" for r in regions),
     )
     start = f"<th>file</th>{_cells('th class=text', ('verdict', 'precision'))}"
@@ -124,12 +125,18 @@ def _table(verification: Verification) -> str:
 
 
 def _row(file: FileVerdict, regions: Sequence[str]) -> str:
-    measured, count = file.parity, 6 + len(regions)
+    measured, count = file.parity, 7 + len(regions)
     numbers: Sequence[str] = [""] * count
     if measured is not None:
         values = (measured.mean_px, measured.p50_px, measured.p99_px, measured.max_px, measured.nme)
         rise = "no labels" if measured.rise is None else f"{round(measured.rise, 5) + 0.0:+.5f}"
-        numbers = [*(f"{v:.5f}" for v in values), rise, *(f"{measured.regions_px[name]:.5f}" for name in regions)]
+        score = "none" if measured.score is None else f"{measured.score:.5f}"
+        numbers = [
+            *(f"{v:.5f}" for v in values),
+            rise,
+            score,
+            *(f"{measured.regions_px[name]:.5f}" for name in regions),
+        ]
     verdict = f"<td class='text {file.verdict.replace(' ', '-')}'>{file.verdict}</td>"
     precision = f"<td class=text>{escape(file.entry.precision or '')}</td>"
     faces = measured.faces if measured else ""
@@ -143,7 +150,7 @@ def _cells(tag: str, texts: Iterable[str]) -> str:
 def _limit(limit: Limit) -> str:
     bounds = [("worst point", limit.max_px, "px"), ("99th percentile", limit.p99_px, "px")]
     parts = [f"{what} {most:g} {unit}" for what, most, unit in bounds if math.isfinite(most)]
-    return ", ".join([*parts, f"rise of the NME {limit.rise:g} percentage points"])
+    return ", ".join([*parts, f"rise of the NME {limit.rise:g} percentage points", f"lost score {limit.score:g}"])
 
 
 def _reasons(verification: Verification) -> str:

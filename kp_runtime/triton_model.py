@@ -34,7 +34,7 @@ DETECTOR_FOLDER = "detector"
 
 Faces = tuple[NDArray[np.float32], ...]
 """Boxes `(n, 4)` and keypoints `(n, points, 2)` of an image, float32, pixels of the image; behind them the lost scores
-`(n,)` of a model that gives them."""
+`(n, 1)` of a model that gives them."""
 
 
 def check_numpy(version: str = np.__version__) -> None:
@@ -115,7 +115,7 @@ class ImagesModel:
             return [known if isinstance(known, KpError) else error for known in answers]
         start = 0
         for answer, i, matrices in cut:
-            xy_crop, *scores = (array[start : start + len(matrices)] for array in given if array is not None)
+            xy_crop, *scores = (array[start : start + len(matrices)] for array in given.outputs())
             xy = apply_matrix(invert_matrix(matrices), xy_crop).astype(np.float32)
             answer[i] = (*answer[i], xy, *scores)
             start += len(matrices)

@@ -122,8 +122,8 @@ class ScoreQuality:
 
     def __str__(self) -> str:
         return (
-            f"{self.given_up:.2%} of {self.faces} views of a face given up, {self.missed:.2%} of {self.lost} without one "
-            "taken for a face"
+            f"{self.given_up:.2%} of {self.faces} views of a face given up, {self.missed:.2%} of {self.lost} without "
+            "one taken for a face"
         )
 
 

@@ -164,20 +164,34 @@ def refit(
             _fill(solved.backbone.lost_score, score[None])
     counts = {kind: len(seen.xy) for kind, seen in chosen_by.items()}
     result = Refit(strength, len(faces), counts, before, after, quality)
-    noted = [bias if bias is None else bias.tolist() for bias in biases]
-    record = {
-        "start_sha256": manifest.files[CHECKPOINT_NAME].sha256,
-        "sources": [
-            {"name": s.path.name, "sha256": s.sha256, "weight": s.weight, "label_bias": bias}
-            for s, bias in zip(sources, noted, strict=True)
-        ],
-        **(made or {}),
-        **dataclasses.asdict(result),
-    }
-    training = manifest.training | {"refit": record}
+    start = {"start_sha256": manifest.files[CHECKPOINT_NAME].sha256, **(made or {})}
+    training = _records(manifest.training, start, sources, biases, result)
     spec = dataclasses.replace(manifest.spec, lost_limit=LIMIT if solved.scores else None)
-    save_checkpoint(run, solved, Manifest(spec=spec, training=training, licence=manifest.licence))
+    accuracy = manifest.accuracy if best is old else {}  # no keypoint has moved
+    save_checkpoint(run, solved, Manifest(spec, training=training, accuracy=accuracy, licence=manifest.licence))
     return result
+
+
+def _records(
+    training: dict[str, Any],
+    start: dict[str, Any],
+    sources: Sequence[Source],
+    biases: Sequence[NDArray[np.float64] | None],
+    result: Refit,
+) -> dict[str, Any]:
+    """The manifest's record with what became of the last layer and of the lost score."""
+    rest = {key: value for key, value in training.items() if key != "lost_score"}
+    named = [{"name": source.path.name, "sha256": source.sha256} for source in sources]
+    if result.strength:
+        of_layer = {key: value for key, value in vars(result).items() if key != "lost_score"}
+        weighed = [
+            one | {"weight": source.weight, "label_bias": None if bias is None else bias.tolist()}
+            for one, source, bias in zip(named, sources, biases, strict=True)
+        ]
+        rest["refit"] = start | {"sources": weighed, **of_layer}
+    if result.lost_score.is_of_use:
+        rest["lost_score"] = start | {"sources": named, **vars(result.lost_score)}
+    return rest
 
 
 def _fill(layer: nn.Linear, weights: Tensor) -> None:

@@ -58,7 +58,7 @@ def mean_of(runs: Sequence[Path]) -> tuple[KeypointNet, Manifest]:
     mean = {name: torch.stack([s[name].double() for s in states]).mean(dim=0).to(first.dtype)
             for name, first in states[0].items()}  # fmt: skip
     net.load_state_dict(mean)
-    training = {key: value for key, value in manifest.training.items() if key != "refit"}
+    training = {key: value for key, value in manifest.training.items() if key not in ("refit", "lost_score")}
     record = {"mean_of": [_told(theirs) for _, theirs in loaded]}
     return net, Manifest(manifest.spec, training=training | record, licence=manifest.licence)
 

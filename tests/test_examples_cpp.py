@@ -57,10 +57,11 @@ def entry_of(path: Path, **changed: Any) -> FileEntry:
 def plan_bundle(tmp_path: Path) -> Callable[..., Path]:
     """Writes a bundle with one plan that the stub takes, and the golden crops beside it."""
 
-    def write(text: str = f"STUB 1 2 {SIZE}", **changed: Any) -> Path:
+    def write(text: str = f"STUB 1 2 {SIZE}", lost_limit: float | None = None, **changed: Any) -> Path:
         plan = tmp_path / "model.fp16.sm87.trt10.3.0.plan"
         plan.write_text(text)
-        Manifest(ModelSpec("stub", size=SIZE), {plan.name: entry_of(plan, **changed)}).write(tmp_path)
+        spec = ModelSpec("stub", size=SIZE, lost_limit=lost_limit)
+        Manifest(spec, {plan.name: entry_of(plan, **changed)}).write(tmp_path)
         crops = np.random.default_rng(3).integers(0, 256, (5, 1, SIZE, SIZE), dtype=np.uint8)
         first_two = crops[:, 0, :1, :2].astype("<f4")  # what the stub's network answers 68 times
         golden = {"crops": crops, "keypoints": np.broadcast_to(first_two, (5, 68, 2))}
@@ -99,6 +100,14 @@ def test_golden_crops_in_batches_of_the_profile(program: Path, plan_bundle: Call
     status, out, err = run(program, plan_bundle(text))
     assert (status, err) == (0, "")
     assert json.loads(out) == {"plan": "model.fp16.sm87.trt10.3.0.plan", "crops": 5, "worst_px": 0}
+
+
+def test_a_plan_with_a_lost_score(program: Path, plan_bundle: Callable[..., Path]) -> None:
+    """Each output needs a place on the device: the stub, as TensorRT, fails without one."""
+    status, _, err = run(program, plan_bundle(f"STUB 1 2 {SIZE} 1", lost_limit=0.5))
+    assert (status, err) == (0, "")
+    assert "the plan's tensor lost_score is not the contract's" in refusal(program, plan_bundle(lost_limit=0.5))
+    assert "TensorRT failed on 2 crops" in refusal(program, plan_bundle(f"STUB 1 2 {SIZE} 1"))
 
 
 @pytest.mark.parametrize("wrong", [1.0, float("nan")])

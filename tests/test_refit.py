@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -147,7 +146,10 @@ def test_the_lost_score_alone_moves_no_keypoint(
     assert torch.equal(keypoints, old(crops))
     assert scores.shape == (3, 1)
     assert (result.strength, result.before) == (0, result.after)
-    assert manifest.training["refit"]["lost_score"] == dataclasses.asdict(result.lost_score)
+    told = manifest.training["lost_score"]
+    assert {key: told[key] for key in vars(result.lost_score)} == vars(result.lost_score)
+    assert told["start_sha256"] == Manifest.read(run).files["checkpoint.safetensors"].sha256
+    assert "refit" not in manifest.training
     assert result.lost_score.lost > 50
     assert manifest.spec.lost_limit == LIMIT
 

@@ -7,6 +7,7 @@ import dataclasses
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -21,13 +22,13 @@ import pytest
 import kp_runtime
 from kp_export import triton
 from kp_export.triton import TritonModel, pbtxt, write_repository
-from kp_runtime import triton_health
+from kp_runtime import triton_health, triton_model
 from kp_runtime.errors import BackendError, BundleError, ExportError, ImageError
 from kp_runtime.spec import DetectorManifest, Manifest, file_entry
 from kp_runtime.triton_health import check_triton
 from kp_runtime.triton_model import PROBE, ImagesModel, check_numpy, detector_of
 from tests.conftest import DETECTOR
-from tests.models import tiny_bundle
+from tests.models import LOST_LIMIT, tiny_bundle
 from tests.test_cli import kp
 
 
@@ -223,6 +224,28 @@ def jpeg(image: np.ndarray) -> bytes:
     return data
 
 
+@pytest.mark.parametrize("lost_limit", [LOST_LIMIT, None])
+def test_answers_have_the_dimensions_of_the_config(
+    lost_limit: float | None, tmp_path: Path, astronaut: Path, own_detector: Path
+) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny", lost_limit=lost_limit)
+    write_repository(bundle, tmp_path / "repo")
+    config = (tmp_path / "repo/tiny-images/config.pbtxt").read_text()
+    wanted = dict(re.findall(r'output {\n  name: "(\w+)"\n.*\n  dims: (.*)\n', config))
+    images = ImagesModel(bundle, "ort-cpu", threads=1)
+    (answer,) = images([[jpeg(kp_runtime.image_from_file(astronaut))]])
+    assert not isinstance(answer, Exception)
+    found = triton_model._arrays(answer)
+    assert list(found) == list(wanted) == ["faces", "boxes", "keypoints", *["lost_score"] * (lost_limit is not None)]
+    for name, array in found.items():
+        dims = json.loads(wanted[name])
+        assert len(dims) == array.ndim - 1
+        assert all(dim in (-1, length) for dim, length in zip(dims, array.shape[1:], strict=True))
+    crops = (tmp_path / "repo/tiny-crops-onnx/config.pbtxt").read_text()
+    dims = dict(re.findall(r'output {\n  name: "(\w+)"\n.*\n  dims: (.*)\n', crops))
+    assert dims == {name: str(list(shape)) for name, shape in Manifest.read(bundle).spec.outputs.items()}
+
+
 def test_images_are_answered_as_one_by_one(images: ImagesModel, bundle: Path, astronaut: Path) -> None:
     one = kp_runtime.image_from_file(astronaut)
     two, dark = np.hstack([one, one]), (one * 0.6).astype(np.uint8)
@@ -236,7 +259,7 @@ def test_images_are_answered_as_one_by_one(images: ImagesModel, bundle: Path, as
         assert (boxes == wanted.boxes_xyxy.astype(np.float32)).all()
         assert np.abs(keypoints - wanted.xy).max(initial=0) < 1e-3
         assert wanted.lost_score is not None
-        assert np.abs(scores - wanted.lost_score).max(initial=0) < 1e-5
+        assert np.abs(scores[:, 0] - wanted.lost_score).max(initial=0) < 1e-5
     assert [len(boxes) for boxes, *_ in found] == [2, 1, 0, 1]
 
 
@@ -252,7 +275,7 @@ def test_a_bad_image_is_its_callers_alone(images: ImagesModel, astronaut: Path) 
 
 def test_the_probe_runs_the_network(images: ImagesModel) -> None:
     ((boxes, keypoints, scores),) = images([[PROBE]])[0]  # type: ignore[misc]
-    assert (boxes.shape, keypoints.shape, scores.shape) == ((0, 4), (0, 68, 2), (0,))
+    assert (boxes.shape, keypoints.shape, scores.shape) == ((0, 4), (0, 68, 2), (0, 1))
     images._golden.keypoints[...] += 1
     (error,) = images([[PROBE]])
     assert isinstance(error, BackendError)

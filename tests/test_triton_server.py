@@ -63,7 +63,7 @@ class Server:
         given = module.InferInput("image", [len(pictures), 1], "BYTES")
         given.set_data_from_numpy(np.array(pictures, object)[:, None])
         answer = client.infer(MODEL, [given])
-        return {name: answer.as_numpy(name) for name in ("faces", "boxes", "keypoints")}
+        return {name: answer.as_numpy(name) for name in ("faces", "boxes", "keypoints", "lost_score")}
 
     def counts(self) -> tuple[int, int]:
         """Images that were answered, and calls of the model for them."""
@@ -169,9 +169,12 @@ def test_answers_are_those_of_kp_runtime(server: Server, pictures: list[bytes], 
     assert found["faces"].tolist() == [[n] for n in counts]
     assert found["keypoints"].shape == (batch, max(counts), 68, 2)
     assert found["boxes"].shape == (batch, max(counts), 4)
+    assert found["lost_score"].shape == (batch, max(counts), 1)
     for i, each in enumerate(wanted):
         assert_close(found["keypoints"][i, : len(each)], each.xy, FP32_PX, f"keypoints of image {i}")
         assert_close(found["boxes"][i, : len(each)], each.boxes_xyxy, FP32_PX, f"boxes of image {i}")
+        assert each.lost_score is not None
+        assert_close(found["lost_score"][i, : len(each), 0], each.lost_score, 1e-5, f"lost scores of image {i}")
         assert np.isnan(found["keypoints"][i, len(each) :]).all()
         assert np.isnan(found["boxes"][i, len(each) :]).all()
 
@@ -182,6 +185,7 @@ def test_an_image_without_a_face_is_no_error(server: Server, pictures: list[byte
     assert found["faces"].tolist() == [[0]]
     assert found["boxes"].shape == (1, 0, 4)
     assert found["keypoints"].shape == (1, 0, 68, 2)
+    assert found["lost_score"].shape == (1, 0, 1)
 
 
 def test_requests_that_come_together_share_calls(server: Server, pictures: list[bytes]) -> None:
@@ -288,7 +292,7 @@ def test_a_new_version_is_served_when_it_is_loaded(server: Server, pictures: lis
     assert check_triton(server.url, MODEL) is None
     before = server.ask("http", pictures[:1])
     golden = np.load(server.bundle / "golden.npz")
-    np.savez(server.bundle / "golden.npz", crops=golden["crops"], keypoints=golden["keypoints"])
+    np.savez(server.bundle / "golden.npz", **golden)
     manifest = Manifest.read(server.bundle)
     manifest.files["golden.npz"] = file_entry(server.bundle / "golden.npz", "golden")
     manifest.write(server.bundle)

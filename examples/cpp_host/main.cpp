@@ -74,12 +74,14 @@ class Network {
         if (!engine_) throw Refused("TensorRT can't load " + plan.name + "; its message is above; build it here again");
         check_tensor("crops", nvinfer1::TensorIOMode::kINPUT, nvinfer1::DataType::kUINT8, {1, size_, size_});
         check_tensor("keypoints", nvinfer1::TensorIOMode::kOUTPUT, nvinfer1::DataType::kFLOAT, {points_, 2});
+        if (plan.has_score) check_tensor(kScore, nvinfer1::TensorIOMode::kOUTPUT, nvinfer1::DataType::kFLOAT, {1});
         least_ = static_cast<int>(engine_->getProfileShape("crops", 0, nvinfer1::OptProfileSelector::kMIN).d[0]);
         most_ = static_cast<int>(engine_->getProfileShape("crops", 0, nvinfer1::OptProfileSelector::kMAX).d[0]);
         context_.reset(engine_->createExecutionContext());
         if (!context_) throw Refused("TensorRT has no memory for an execution context");
         input_ = device_memory(most_ * crop_bytes());
         output_ = device_memory(most_ * result_bytes());
+        if (plan.has_score) score_ = device_memory(most_ * sizeof(float));
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "create a stream");
         check(cudaMemsetAsync(input_.get(), 0, most_ * crop_bytes(), stream_), "clear memory");
     }
@@ -101,7 +103,8 @@ class Network {
             // a profile may ask for more crops than there are: what else lies in the memory fills it up
             const nvinfer1::Dims4 shape{std::max(count, least_), 1, size_, size_};
             if (!context_->setInputShape("crops", shape) || !context_->setTensorAddress("crops", input_.get()) ||
-                !context_->setTensorAddress("keypoints", output_.get()) || !context_->enqueueV3(stream_))
+                !context_->setTensorAddress("keypoints", output_.get()) ||
+                (score_ && !context_->setTensorAddress(kScore, score_.get())) || !context_->enqueueV3(stream_))
                 throw Refused("TensorRT failed on " + std::to_string(count) + " crops; its message is above");
             check(cudaMemcpyAsync(answer, output_.get(), count * result_bytes(), cudaMemcpyDeviceToHost, stream_),
                   "copy keypoints");
@@ -119,12 +122,13 @@ class Network {
         if (!fits) throw Refused(std::string("the plan's tensor ") + name + " is not the contract's; build it again");
     }
 
+    static constexpr const char* kScore = "lost_score";
     int size_, points_, least_ = 1, most_ = 1;
     Logger logger_;  // outlives what is made with it
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
     std::unique_ptr<nvinfer1::IExecutionContext> context_;
-    DeviceMemory input_, output_;
+    DeviceMemory input_, output_, score_;  // the score tells whether a face is there; it stays on the device here
     cudaStream_t stream_ = nullptr;
 };
 

@@ -84,9 +84,10 @@ Plan plan_of(const std::filesystem::path& bundle, const ordered_json& manifest, 
         if (reason.empty()) {
             const auto& options = made.at("options");
             const auto dla = options.value("dla_core", ordered_json());
-            return {name, entry.at("precision"), checked_bytes(bundle / name, entry), manifest.at("spec").at("size"),
-                    manifest.at("spec").at("points"), options.at("version_compatible"),
-                    dla.is_null() ? -1 : dla.get<int>()};
+            const auto& spec = manifest.at("spec");
+            return {name, entry.at("precision"), checked_bytes(bundle / name, entry), spec.at("size"),
+                    spec.at("points"), options.at("version_compatible"), dla.is_null() ? -1 : dla.get<int>(),
+                    !spec.value("lost_limit", ordered_json()).is_null()};
         }
         if (reasons.empty()) rebuild = made.value("rebuild", rebuild);
         reasons += (reasons.empty() ? "" : "; ") + name + " " + reason;

@@ -31,6 +31,7 @@ struct Plan {
     int points = 0;
     bool runs_host_code = false;  // a version-compatible plan brings its own run-time
     int dla_core = -1;
+    bool has_score = false;  // whether it also says, in the output lost_score, that a box holds no face
 };
 
 // The bundle's first plan that fits this machine.

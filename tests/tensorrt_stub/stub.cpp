@@ -17,7 +17,7 @@ int setting(const char* name, int otherwise) {
     return text ? std::atoi(text) : otherwise;
 }
 
-int least, most, side;
+int least, most, side, has_score = 0;
 nvinfer1::ILogger* logger_of_runtime;
 std::map<std::string, unsigned char*> addresses;
 int64_t batch;
@@ -73,13 +73,15 @@ void IRuntime::setDLACore(int32_t) noexcept {}
 void IRuntime::setEngineHostCodeAllowed(bool) noexcept { std::fputs("host code is allowed\n", stderr); }
 ICudaEngine* IRuntime::deserializeCudaEngine(void const* blob, std::size_t size) noexcept {
     const std::string text(static_cast<const char*>(blob), size);
-    if (std::sscanf(text.c_str(), "STUB %d %d %d", &least, &most, &side) == 3) return new ICudaEngine;
+    if (std::sscanf(text.c_str(), "STUB %d %d %d %d", &least, &most, &side, &has_score) >= 3) return new ICudaEngine;
     logger_of_runtime->log(ILogger::Severity::kERROR, "the stub does not know this plan");
     return nullptr;
 }
 
 Dims ICudaEngine::getTensorShape(char const* name) const noexcept {
-    return std::strcmp(name, "crops") == 0 ? Dims{4, {-1, 1, side, side}} : Dims{3, {-1, 68, 2}};
+    if (std::strcmp(name, "crops") == 0) return Dims{4, {-1, 1, side, side}};
+    if (std::strcmp(name, "lost_score") == 0) return has_score ? Dims{2, {-1, 1}} : Dims{-1, {}};
+    return Dims{3, {-1, 68, 2}};
 }
 DataType ICudaEngine::getTensorDataType(char const* name) const noexcept {
     return std::strcmp(name, "crops") == 0 ? DataType::kUINT8 : DataType::kFLOAT;
@@ -101,6 +103,8 @@ bool IExecutionContext::setTensorAddress(char const* name, void* data) noexcept 
     return true;
 }
 bool IExecutionContext::enqueueV3(cudaStream_t) noexcept {
+    if (has_score && !addresses["lost_score"]) return false;  // each output needs a place
+    if (has_score) std::memset(addresses["lost_score"], 0, batch * sizeof(float));
     auto* keypoints = reinterpret_cast<float*>(addresses["keypoints"]);
     for (int64_t i = 0; i < batch * 136; ++i) keypoints[i] = addresses["crops"][i / 136 * side * side + i % 2];
     return true;
