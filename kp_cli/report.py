@@ -366,7 +366,7 @@ def _provenance(manifest: Any) -> list[str]:
         lines.append(f"last layer solved anew on {refit.get('faces')} faces, strength {refit.get('strength')}{found}")
     if isinstance(score := training.get("lost_score"), dict):
         told = [f"{score[key]:.2%}" if isinstance(score.get(key), float) else "?" for key in ("given_up", "missed")]
-        lines.append(f"lost score: {told[0]} of held-out faces given up, {told[1]} of what is none taken for a face")
+        lines.append(f"lost score: {told[0]} of held-out views of a face given up, {told[1]} of others taken for one")
     for data, measured in manifest.accuracy.items():
         if {"nme", "failures", "faces"} <= set(measured):
             numbers = f"NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"

@@ -268,7 +268,7 @@ def main() -> None:
     print(counts)
     print_table(f"AUC, {manifest.spec.name}", ("score", "all", *rest, "missed where 1% of faces are given up"), rows)
     tried = {"both": (LOST, 0.035, 0.04, 0.045, 0.05, 0.06), "own": (0.3, 0.4, 0.5, 0.6, 0.7)}
-    for name in tried.keys() & scores.keys():
+    for name in [name for name in tried if name in scores]:
         face, lost = scores[name][is_face], scores[name][~is_face]
         rows = [(f"{k:g}", f"{(face > k).mean():.2%}", f"{(lost <= k).mean():.2%}") for k in tried[name]]
         print_table(f"{name}, by limit", ("limit", "faces given up", "lost faces missed"), rows)

@@ -87,11 +87,15 @@ def _parity(parity: list[dict[str, Any]]) -> Iterator[str]:
                 p["faces"],
                 *(f"{p[key]:.3f}" for key in ("p50_px", "p99_px", "max_px")),
                 "" if p["rise"] is None else f"{p['rise']:+.3f}",
+                "" if p.get("score") is None else f"{p['score']:.4f}",
             ]
             for p in parity
         ]
-        yield "How far the files are from PyTorch, in pixels of the crop, and the rise of the NME in points:"
-        yield _table(["file", "faces", "number", "p50 px", "p99 px", "max px", "rise"], rows)
+        yield (
+            "How far the files are from PyTorch: in pixels of the crop, the rise of the NME in points, the farthest "
+            "lost score:"
+        )
+        yield _table(["file", "faces", "number", "p50 px", "p99 px", "max px", "rise", "score"], rows)
 
 
 def _sources(manifest: Manifest) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Tiny ONNX graphs with the contract's input and output, for tests that need an engine, not faces.
 
 `tiny_bundle` writes a bundle whose network answers, for each crop, the mean shape moved by the
-crop's mean grey level, and unless it has no `lost_limit` that level itself: `tiny_keypoints` and `tiny_scores` are the
-same in numpy, so tests know what must come out.
+crop's mean grey level, and unless it has no `lost_limit` a quarter of that level: `tiny_keypoints` and `tiny_scores`
+are the same in numpy, so tests know what must come out.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def tiny_keypoints(crops: np.ndarray) -> np.ndarray:
 
 
 def tiny_scores(crops: np.ndarray) -> np.ndarray:
-    """Likewise to `(n,)` float32: the crop's mean grey level, 0 to 1."""
-    return (crops.astype(np.float64).mean(axis=(1, 2, 3)) / 255).astype(np.float32)
+    """Likewise to `(n,)` float32: a quarter of the crop's mean grey level, 0 to 0.25."""
+    return (crops.astype(np.float64).mean(axis=(1, 2, 3)) / 255 / 4).astype(np.float32)
 
 
 def tiny_outputs(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +39,7 @@ def tiny_outputs(crops: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tiny_graph(size: int = SIZE, *, scores: bool = True) -> onnx.ModelProto:
-    """The graph: cast, mean, scale, add the mean shape; and the scaled mean as the lost score."""
+    """The graph: cast, mean, scale, add the mean shape; and a quarter of the scaled mean as the lost score."""
     base = ((mean_shape() * 0.3 + 0.5) * size).astype(np.float32)[None]
     weights = [
         numpy_helper.from_array(base, "base"),
@@ -57,7 +57,9 @@ def tiny_graph(size: int = SIZE, *, scores: bool = True) -> onnx.ModelProto:
     outputs = [helper.make_tensor_value_info("keypoints", TensorProto.FLOAT, ["batch", 68, 2])]
     if scores:
         weights.append(numpy_helper.from_array(np.array([-1, 1], np.int64), "column"))
-        nodes.append(helper.make_node("Reshape", ["level", "column"], ["lost_score"]))
+        weights.append(numpy_helper.from_array(np.array(0.25, np.float32), "quarter"))
+        nodes.append(helper.make_node("Reshape", ["level", "column"], ["levels"]))
+        nodes.append(helper.make_node("Mul", ["levels", "quarter"], ["lost_score"]))
         outputs.append(helper.make_tensor_value_info("lost_score", TensorProto.FLOAT, ["batch", 1]))
     graph = helper.make_graph(
         nodes,

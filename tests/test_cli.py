@@ -22,6 +22,7 @@ import kp_cli
 import kp_runtime.photos
 from kp_cli import faces, options, report
 from kp_runtime.spec import Manifest
+from tests.models import tiny_bundle
 from tests.test_export import small_checkpoint
 
 COMMANDS = (
@@ -218,6 +219,21 @@ def test_ray_that_is_not_installed_is_one_line(
     assert "predicting on Ray needs the package ray[data]" in err
     assert "pip install 'kp-edge[ray]'" in err
     assert err.count("\n") == 1
+
+
+def test_boxes_that_hold_no_face_are_said(capsys: pytest.CaptureFixture[str], astronaut: Path, tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny", lost_limit=0.135)  # its score is a quarter of the crop's mean grey level
+    words = ("--model", bundle, "--out", tmp_path / "out", "--box", "175,85,272,180", "--box", "5,300,60,360")
+    status, _, err = kp(capsys, "predict", astronaut, *words)
+    assert status == 0
+    (face, other) = json.loads((tmp_path / "out" / "keypoints.json").read_text())[0]["faces"]
+    assert face["lost_score"] != other["lost_score"]
+    lost = max(face, other, key=lambda box: box["lost_score"])
+    assert min(face["lost_score"], other["lost_score"]) < 0.135 < lost["lost_score"]
+    place = ",".join(f"{value:.0f}" for value in lost["box_xyxy"])
+    assert err.splitlines() == [
+        f"{astronaut}: box {place} seems to hold no face (lost score {lost['lost_score']:.2f}, a face has up to 0.135)"
+    ]
 
 
 def test_one_bad_photo_does_not_stop_the_others(
