@@ -233,9 +233,8 @@ def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntr
     matrix = matrices_from_boxes(boxes_from_points(xy)[None], spec.size, spec.margin)[0]
     crops = crop_from_luma(np.ascontiguousarray(image[:, :, 0]), matrix, spec.size)[None, None]
     with writing(stage / GOLDEN_NAME) as temporary, open(temporary, "wb") as file:
-        with torch.inference_mode():
-            outputs = [output.numpy() for output in net.outputs(torch.from_numpy(crops))]
-        np.savez_compressed(file, crops=crops, **dict(zip(spec.outputs, outputs, strict=True)))  # type: ignore[arg-type]
+        outputs = dict(zip(spec.outputs, answer_from_net(net)(crops).outputs(), strict=True))
+        np.savez_compressed(file, crops=crops, **outputs)  # type: ignore[arg-type]
     return file_entry(stage / GOLDEN_NAME, "golden", parent_sha256=manifest.files[CHECKPOINT_NAME].sha256)
 
 

@@ -48,7 +48,7 @@ class Limit:
         rise: percentage points by which the NME against true labels may rise over PyTorch's.
         max_px: the worst point's distance to PyTorch's.
         p99_px: the 99th percentile of the distance to PyTorch's.
-        score: the largest distance of a lost score to PyTorch's; a face has about 0, what is none about 1.
+        score: the largest distance of a lost score to PyTorch's; what is no face has about 1.
     """
 
     rise: float

@@ -25,7 +25,7 @@ __all__ = ["CANARY_PX", "GraphReport", "GraphSwitch", "GraphWarning", "canary_fa
 CANARY_PX = 1e-3
 """Pixels of the crop: launches of a graph may differ less from plain ones, different pictures must differ more."""
 CANARY_SCORE = 1e-4
-"""What a graph's lost scores may differ by: those of faces are about 0, others about 1."""
+"""What a graph's lost scores may differ by; that of what is no face is about 1."""
 
 
 class GraphWarning(UserWarning):

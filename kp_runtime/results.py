@@ -24,8 +24,8 @@ class Keypoints:
         boxes_xyxy: `(n, 4)` float64, the boxes that were asked for.
         crop_from_image: `(n, 2, 3)` float64, the crop matrices that were used.
         size_hw: the image's height and width.
-        lost_score: `(n,)` float32, about 0 for a face in its box, about 1 where there is none; above
-            `ModelSpec.lost_limit` the points lie on no face. None of a model that does not say.
+        lost_score: `(n,)` float32, how far off the points are expected to be, about 1 where there is no face; above
+            `ModelSpec.lost_limit` they lie on none. None of a model that does not say.
     """
 
     xy: NDArray[np.float32]

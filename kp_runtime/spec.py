@@ -63,7 +63,8 @@ class ModelSpec:
 
     Input `crops`: uint8 `(n, 1, size, size)`, luma 0 to 255. Output `keypoints`: float32
     `(n, points, 2)`, pixels of the crop, x then y, an integer is a pixel's centre. Output `lost_score`,
-    where there is a `lost_limit`: float32 `(n, 1)`, about 0 for a face in its box, about 1 where there is none.
+    where there is a `lost_limit`: float32 `(n, 1)`, how far off the points are expected to be, about 1
+    where there is no face.
 
     Attributes:
         name: the model's name, such as `resnet18-68`.

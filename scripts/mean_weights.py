@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def mean_of(runs: Sequence[Path]) -> tuple[KeypointNet, Manifest]:
         runs: bundles with a checkpoint, two or more.
 
     Returns:
-        The network, and the manifest of the first run with a record of the others (`training["mean_of"]`).
+        The network, and the manifest of the first run with a record of the others (`training["mean_of"]`). Lost scores
+        are left out: `kp refit` solves one for the mean.
 
     Raises:
         BundleError, IntegrityError: no checkpoint there.
@@ -42,10 +44,12 @@ def mean_of(runs: Sequence[Path]) -> tuple[KeypointNet, Manifest]:
         InputError: the runs differ in contract, network, held-out people or licence, or have no start in common.
     """
     loaded = [load_checkpoint(run) for run in runs]
-    net, manifest = loaded[0]
+    first, manifest = loaded[0]
+    net = KeypointNet(first.size, first.reduce, first.points)
+    spec = replace(manifest.spec, lost_limit=None)
     for run, (other, theirs) in zip(runs[1:], loaded[1:], strict=True):
         differ = {
-            "contract": theirs.spec != manifest.spec,
+            "contract": replace(theirs.spec, lost_limit=None) != spec,
             "reduce": other.reduce != net.reduce,
             "held-out people": held_out_fraction(theirs) != held_out_fraction(manifest),
             "licence": theirs.licence != manifest.licence,
@@ -55,12 +59,12 @@ def mean_of(runs: Sequence[Path]) -> tuple[KeypointNet, Manifest]:
         if not set(_lineage(theirs)) & set(_lineage(manifest)):
             raise InputError(f"{run} and {runs[0]} did not begin at the same weights: their mean would be of no use")
     states = [other.state_dict() for other, _ in loaded]
-    mean = {name: torch.stack([s[name].double() for s in states]).mean(dim=0).to(first.dtype)
-            for name, first in states[0].items()}  # fmt: skip
+    mean = {name: torch.stack([s[name].double() for s in states]).mean(dim=0).to(value.dtype)
+            for name, value in net.state_dict().items()}  # fmt: skip
     net.load_state_dict(mean)
     training = {key: value for key, value in manifest.training.items() if key not in ("refit", "lost_score")}
     record = {"mean_of": [_told(theirs) for _, theirs in loaded]}
-    return net, Manifest(manifest.spec, training=training | record, licence=manifest.licence)
+    return net, Manifest(spec, training=training | record, licence=manifest.licence)
 
 
 def _lineage(manifest: Manifest) -> Iterator[str]:

@@ -28,7 +28,7 @@ TRAINING: dict[str, Any] = {
 
 def saved(path: Path, seed: int, spec: ModelSpec = SPEC, licence: str = "MIT", **training: Any) -> Path:
     torch.manual_seed(seed)
-    net = KeypointNet(spec.size)
+    net = KeypointNet(spec.size, scores=spec.lost_limit is not None)
     for value in net.state_dict().values():
         if value.is_floating_point():
             value.copy_(torch.rand(value.shape))
@@ -40,7 +40,8 @@ def test_the_mean_is_that_of_each_number_and_tells_of_all_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     later: dict[str, Any] = {"start": {"checkpoint_sha256": "between", "training": {"refit": {"start_sha256": "ab"}}}}
-    runs = [saved(tmp_path / "a", 1), saved(tmp_path / "b", 2), saved(tmp_path / "c", 3, **later)]
+    scored = saved(tmp_path / "a", 1, dataclasses.replace(SPEC, lost_limit=0.5), lost_score={"start_sha256": "cd"})
+    runs = [scored, saved(tmp_path / "b", 2), saved(tmp_path / "c", 3, **later)]
     monkeypatch.setattr(sys, "argv", ["mean_weights", *map(str, runs), "--out", str(tmp_path / "mean")])
     mean_weights.main()
     assert f"next: kp refit {tmp_path / 'mean'} " in capsys.readouterr().out
@@ -53,7 +54,7 @@ def test_the_mean_is_that_of_each_number_and_tells_of_all_runs(
     assert manifest.licence == {"code": "MIT"}
     assert manifest.training["config"] == TRAINING["config"]
     assert manifest.training["start"] == TRAINING["start"]
-    assert "refit" not in manifest.training, "a mean was not refitted yet"
+    assert not {"refit", "lost_score"} & set(manifest.training), "a mean was not refitted yet"
     told = manifest.training["mean_of"]
     hashes = [Manifest.read(run).files[CHECKPOINT_NAME].sha256 for run in runs]
     assert [entry["sha256"] for entry in told] == hashes
