@@ -53,7 +53,6 @@ class Way:
         detect: the detector, likewise.
         every: frames from one run of the detector to the next.
         faces: on a frame.
-        looks: how often the network sees each: `kp run` looks twice, to notice a lost face.
         host_only: the network runs elsewhere, on a GPU.
     """
 
@@ -61,7 +60,6 @@ class Way:
     detect: str
     every: int
     faces: int
-    looks: int
     host_only: bool = False
 
     def __str__(self) -> str:
@@ -72,14 +70,14 @@ class Way:
 
 
 WAYS = (
-    Way("JPEG 720p", "own 720p", 1, 1, 1),
-    Way("JPEG 720p", "YuNet 720p", 1, 1, 1),
-    Way("JPEG 720p", "Haar 720p", 1, 1, 1),
-    Way("H.264 720p", "own 720p", 30, 1, 2),
-    Way("H.264 720p", "own 720p", 30, 4, 2),
-    Way("H.264 1080p", "own 1080p", 30, 1, 2),
-    Way("H.264 720p", "own 720p", 30, 1, 2, True),
-    Way("H.264 720p", "own 720p", 30, 4, 2, True),
+    Way("JPEG 720p", "own 720p", 1, 1),
+    Way("JPEG 720p", "YuNet 720p", 1, 1),
+    Way("JPEG 720p", "Haar 720p", 1, 1),
+    Way("H.264 720p", "own 720p", 30, 1),
+    Way("H.264 720p", "own 720p", 30, 4),
+    Way("H.264 1080p", "own 1080p", 30, 1),
+    Way("H.264 720p", "own 720p", 30, 1, True),
+    Way("H.264 720p", "own 720p", 30, 4, True),
 )
 STREAM = WAYS[3]
 """The way of the streams that are counted: what `kp run` does."""
@@ -109,12 +107,11 @@ class Costs:
 
     def stages(self, way: Way) -> dict[str, float]:
         """Milliseconds of one core that a frame costs on average, by stage."""
-        crops = way.faces * way.looks
         return {
             "decode": self.of("decode", way.decode),
             "detect": self.of("detect", way.detect) / way.every,
-            "crop": self.of_faces("crop", crops),
-            "network": 0.0 if way.host_only else self.of_faces("network", crops),
+            "crop": self.of_faces("crop", way.faces),
+            "network": 0.0 if way.host_only else self.of_faces("network", way.faces),
         }
 
     def known(self, way: Way) -> bool:
@@ -238,8 +235,7 @@ def _measured_on(costs: Costs) -> str:
     return (
         f"Processor time of one core of {machine_name(costs.record.machine)}, milliseconds a frame; "
         f"{costs.record.bundle['name']}, `{costs.record.settings['file']}`. The detector's time is spread over the "
-        "frames between its runs. Faces of a video are looked at twice, as `kp run` does; those of single pictures "
-        "once."
+        "frames between its runs."
     )
 
 
@@ -264,8 +260,7 @@ def _simulated(decode: float, detect: float, work: float, every: int, streams: i
 
 
 def _outcome(costs: Costs, way: Way, streams: int, cores: int) -> Outcome:
-    crops = way.faces * way.looks
-    work = costs.of_faces("crop", crops) + costs.of_faces("network", crops)
+    work = costs.of_faces("crop", way.faces) + costs.of_faces("network", way.faces)
     return _simulated(costs.of("decode", way.decode), costs.of("detect", way.detect), work, way.every, streams, cores)
 
 
