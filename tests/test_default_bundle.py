@@ -32,6 +32,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for measured in report.parity:
         assert measured.faces == 128
         assert measured.max_px <= most[measured.precision], measured
+        assert measured.score is not None
+        assert measured.score <= 1e-3, measured
     return bundle
 
 
@@ -57,6 +59,24 @@ def test_many_boxes_are_each_as_alone(exported: Path, astronaut: Path) -> None:
 
 MODELS = sorted(path.parent for path in ENGINES.glob("resnet18-68*/manifest.json"))
 each_model = pytest.mark.parametrize("bundle", MODELS, ids=[bundle.name for bundle in MODELS])
+
+
+@each_model
+def test_a_portrait_has_a_face_and_other_pictures_have_none(bundle: Path, astronaut: Path) -> None:
+    """By its int8 file: in the face's box and ones that are off by a tenth, then in those of anything else."""
+    model, image = load(bundle, "ort-cpu"), image_from_file(astronaut)
+    limit, box = model.spec.lost_limit, np.array([180.0, 90, 262, 182])
+    assert limit is not None
+    near = box + 8 * np.array([[0, 0, 0, 0], [1, 1, 1, 1], [-1, 0, -1, 0], [1, 1, -1, -1], [-1, -1, 1, 1]])
+    other = box + np.array(
+        [[-150, 0, -150, 0], [150, 20, 150, 20], [0, 200, 0, 200], [60, 0, 60, 0], [-90, 260, 90, 330]]
+    )
+    noise = np.random.default_rng(0).integers(0, 256, image.shape, np.uint8)
+    lost = [(image, other), *((picture, box[None]) for picture in (noise, np.full_like(image, 90), image[::-1].copy()))]
+    for picture, boxes, is_face in [(image, near, True), *((picture, boxes, False) for picture, boxes in lost)]:
+        score = model(picture, boxes).lost_score
+        assert score is not None
+        assert ((score < limit) == is_face).all(), score
 
 
 @each_model

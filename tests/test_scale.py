@@ -97,7 +97,7 @@ def test_what_a_frame_costs() -> None:
 
 
 def test_streams_that_a_machine_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A frame costs 12.5 ms: two cores could do 160 a second, ten streams; of one core with nothing lumpy all are held."""
+    """A frame costs 12.5 ms: two cores could do 160 a second, ten streams; of one with nothing lumpy all are held."""
     costs = Costs(stages_record())
     assert scale._bound(costs, scale.STREAM, 2) == pytest.approx(2e3 / 12.5 / 15)
     assert 1 <= streams_held(costs, scale.STREAM, 2) <= 10
