@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 import time
@@ -47,10 +46,10 @@ class OrtCpuBackend(Backend):
     ) -> None:
         super().__init__(spec)
         self._model, self._read = model, read or model.read_bytes
-        self._outputs = list(spec.outputs)
         self.threads = threads or usable_cores()
-        self._session = open_session(model, self._read, self.threads)
-        check_contract(self._session, spec, str(model))
+        session = open_session(model, self._read, self.threads)
+        check_contract(session, spec, str(model))
+        self._ask = _asker(session, spec)
         self._feeder = Feeder([way for way in WAYS if self.threads > 1 or not way.side_by_side])
         self._lock = threading.Lock()
         self._beside: _SideBySide | None = None
@@ -59,7 +58,7 @@ class OrtCpuBackend(Backend):
         crops = np.ascontiguousarray(crops)
         try:
             if len(crops) == 1:
-                return self._ask(self._session, crops)
+                return self._ask(crops)
             way = self._feeder.next(len(crops))
             start = time.perf_counter()
             outputs = self._fed(crops, way)
@@ -75,15 +74,12 @@ class OrtCpuBackend(Backend):
         if way.side_by_side:
             with self._lock:
                 if self._beside is None:
-                    ask = functools.partial(self._ask, open_session(self._model, self._read, 1))
-                    self._beside = _SideBySide(ask, self.threads)
+                    session = open_session(self._model, self._read, 1)
+                    self._beside = _SideBySide(_asker(session, self.spec), self.threads)
             return self._beside.run(crops)
         if way.part is None:
-            return self._ask(self._session, crops)
-        return _joined([self._ask(self._session, crops[i : i + way.part]) for i in range(0, len(crops), way.part)])
-
-    def _ask(self, session: Any, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        return session.run(self._outputs, {"crops": crops})  # type: ignore[no-any-return]
+            return self._ask(crops)
+        return _joined([self._ask(crops[i : i + way.part]) for i in range(0, len(crops), way.part)])
 
     def _settled(self, faces: int) -> bool:
         return faces == 1 or self._feeder.decided(faces)
@@ -97,10 +93,19 @@ class OrtCpuBackend(Backend):
         self._feeder.settle(faces, way)
 
 
+Ask = Callable[[NDArray[np.uint8]], list[NDArray[np.float32]]]
+
+
+def _asker(session: Any, spec: ModelSpec) -> Ask:
+    """What runs a session on crops; it knows nothing of the backend, which goes when its last user does."""
+    names = list(spec.outputs)
+    return lambda crops: session.run(names, {"crops": crops})
+
+
 class _SideBySide:
     """Parts of a batch at the same time, each on one thread, through one session, which `ask` runs."""
 
-    def __init__(self, ask: Callable[[NDArray[np.uint8]], list[NDArray[np.float32]]], threads: int) -> None:
+    def __init__(self, ask: Ask, threads: int) -> None:
         self._ask, self._threads = ask, threads
         self._pool = ThreadPoolExecutor(threads, "kp-faces")
 

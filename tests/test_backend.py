@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -281,6 +282,21 @@ def test_every_way_to_feed_a_batch_gives_every_crop_its_own_answer(
     names = {"whole", "one by one", "by 4"} | ({"side by side"} if threads > 1 else set())
     assert set(backend.batch_times()[16]) == names
     assert all(ms > 0 for times in backend.batch_times().values() for ms in times.values())
+
+
+@two_cores
+def test_an_engine_goes_with_its_last_user(bundle: Path) -> None:
+    """And both its sessions with it: a collector that comes some time would leave thousands of them."""
+    backend = open_backend(bundle, threads=2)
+    backend.settle(4, "side by side")
+    backend.infer(np.zeros((4, 1, SIZE, SIZE), np.uint8))
+    there = weakref.ref(backend)
+    gc.disable()
+    try:
+        del backend
+        assert there() is None
+    finally:
+        gc.enable()
 
 
 @two_cores

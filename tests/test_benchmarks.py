@@ -30,7 +30,7 @@ from kp_runtime.spec import Manifest, ModelSpec
 from kp_runtime.timing import StageTimer, measure_in_turns
 from kp_train.checkpoint import save_checkpoint
 from kp_train.model import KeypointNet
-from tests.models import SIZE, tiny_bundle, tiny_keypoints
+from tests.models import LOST_LIMIT, SIZE, tiny_bundle, tiny_keypoints
 from tests.tolerances import CROP_GREY, FP32_PX, assert_close
 
 SCRIPTS = ("compare_engines", "profile_batches", "start", "crop_path", "table")
@@ -45,7 +45,8 @@ def crops() -> np.ndarray:
 def full_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint beside a file that is not made from it."""
     folder = tmp_path_factory.mktemp("benchmarks") / "full"
-    save_checkpoint(folder, KeypointNet(SIZE).eval(), Manifest(ModelSpec("tiny", size=SIZE)))
+    spec = ModelSpec("tiny", size=SIZE, lost_limit=LOST_LIMIT)
+    save_checkpoint(folder, KeypointNet(SIZE, scores=True).eval(), Manifest(spec))
     checkpoint = Manifest.read(folder).files
     tiny_bundle(folder)
     manifest = Manifest.read(folder)
@@ -233,8 +234,9 @@ def test_profile(bundle: Path) -> None:
     (file,) = result.files
     assert (result.calls, file.file, file.precision) == (2, "model.fp32.onnx", "fp32")
     assert {kind.kind for kind in file.kinds} == {"Cast", "ReduceMean", "Mul", "Reshape", "Add"}
-    assert all(kind.nodes == 1 and len(kind.us_a_face) == 2 for kind in file.kinds)
-    assert len(file.nodes) == 5
+    assert {kind.kind for kind in file.kinds if kind.nodes == 2} == {"Mul", "Reshape"}  # of the lost score, too
+    assert all(len(kind.us_a_face) == 2 for kind in file.kinds)
+    assert len(file.nodes) == 7
 
 
 def test_start(bundle: Path) -> None:

@@ -365,7 +365,7 @@ def test_wrong_keypoints_are_a_problem(bundle: Path, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     shutil.copytree(bundle, wrong)
     with np.load(bundle / "golden.npz") as golden:
-        np.savez(wrong / "golden.npz", crops=golden["crops"], keypoints=golden["keypoints"] + 5)
+        np.savez(wrong / "golden.npz", **{**golden, "keypoints": golden["keypoints"] + 5})
     manifest = Manifest.read(wrong)
     golden_entry = {"golden.npz": file_entry(wrong / "golden.npz", "golden")}
     dataclasses.replace(manifest, files=manifest.files | golden_entry).write(wrong)
