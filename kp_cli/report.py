@@ -153,6 +153,7 @@ def print_accuracy(name: str, result: Any) -> None:
     rows = [
         ("faces", measured.faces),
         ("missed by the detector", result.missed),
+        *([] if result.given_up is None else [("taken for no face", f"{result.given_up:.2%}")]),
         ("NME", f"{measured.nme:.2%}"),
         ("NME median / p95", f"{measured.median:.2%} / {measured.p95:.2%}"),
         ("AUC at 8%", f"{measured.auc:.3f}"),

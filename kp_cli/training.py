@@ -282,7 +282,7 @@ def evaluate(
             robustness(opened, result.faces, progress("showing otherwise"), looks, mirror)
         )
     if record is not None:
-        shown = {"missed": result.missed, "looks": looks, "mirror": mirror}
+        shown = {"missed": result.missed, "given_up": result.given_up, "looks": looks, "mirror": mirror}
         kept = {record: dataclasses.asdict(result.accuracy) | shown | more}
         bundle = model if model.is_dir() else model.parent
         manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
@@ -297,6 +297,7 @@ def evaluate(
             "detector": named,
             "split": split.value,
             "missed": result.missed,
+            "given_up": result.given_up,
             "looks": looks,
             "mirror": mirror,
         }

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_export.bundle import predict_from_net
-from kp_export.parity import Predict
+from kp_export.bundle import answer_from_net
+from kp_export.parity import Ask
 from kp_runtime.backend import Backend, open_backend
 from kp_runtime.detect import Detector
 from kp_runtime.errors import DataError, InputError
@@ -33,7 +33,7 @@ from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Face, Source, held_out_fraction, is_held_out, luma_from_file
 from kp_train.metrics import Accuracy, accuracy, point_errors
 
-__all__ = ["Evaluation", "OpenModel", "evaluate", "held_out_faces", "measured_rise", "open_model", "predict_in_frames"]
+__all__ = ["Evaluation", "OpenModel", "answer_in_frames", "evaluate", "held_out_faces", "measured_rise", "open_model"]
 
 BATCH = 32
 MOST = 512
@@ -42,11 +42,11 @@ MOST = 512
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model ready to predict: what was opened, its manifest, and the predictor of crops."""
+    """A model ready to predict: what was opened, its manifest, and what answers to crops."""
 
     name: str
     manifest: Manifest
-    predict: Predict
+    answer: Ask
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Evaluation:
         missed: faces that the detector did not find; they are not in `faces` and not in the
             accuracy, so this number belongs beside it.
         accuracy: over `faces`.
+        given_up: share of `faces` whose lost score is over the model's limit; None of a model that gives none.
     """
 
     faces: tuple[Face, ...]
@@ -69,6 +70,7 @@ class Evaluation:
     errors: NDArray[np.float64]
     missed: int
     accuracy: Accuracy
+    given_up: float | None
 
 
 def open_model(path: Path, threads: int | None = None) -> OpenModel:
@@ -79,10 +81,10 @@ def open_model(path: Path, threads: int | None = None) -> OpenModel:
     """
     if path.is_dir() or path.name == CHECKPOINT_NAME or not path.is_file():
         net, manifest = load_checkpoint(path)
-        return OpenModel(f"{manifest.spec.name} {CHECKPOINT_NAME} (PyTorch)", manifest, predict_from_net(net))
+        return OpenModel(f"{manifest.spec.name} {CHECKPOINT_NAME} (PyTorch)", manifest, answer_from_net(net))
     backend = open_backend(path, threads=threads)
     manifest = Manifest.read(path.parent)
-    return OpenModel(f"{manifest.spec.name} {path.name} ({backend.name})", manifest, backend.infer)
+    return OpenModel(f"{manifest.spec.name} {path.name} ({backend.name})", manifest, backend.answer)
 
 
 def held_out_faces(source: Source, manifest: Manifest) -> Source:
@@ -117,7 +119,7 @@ def evaluate(
         detector: gives the boxes; the keypoints' own boxes when None. Of several boxes in a photo
             the one with the largest overlap counts.
         track: wraps the list of batches, to show progress.
-        looks: as `predict_in_frames` takes them.
+        looks: as `answer_in_frames` takes them.
         mirror: likewise.
 
     Raises:
@@ -127,6 +129,7 @@ def evaluate(
     spec = model.manifest.spec
     kept: list[Face] = []
     predicted: list[NDArray[np.float64]] = []
+    scores: list[NDArray[np.float32]] = []
     boxes: list[NDArray[np.float64]] = []
     sizes: list[tuple[int, int]] = []
     batches = [faces[i : i + BATCH] for i in range(0, len(faces), BATCH)]
@@ -141,7 +144,9 @@ def evaluate(
             found.append(box)
             kept.append(face)
         if frames:
-            predicted.append(predict_in_frames(model, frames, np.stack(found), looks, mirror))
+            points, lost_score = answer_in_frames(model, frames, np.stack(found), looks, mirror)
+            predicted.append(points)
+            scores += [] if lost_score is None else [lost_score]
             boxes += found
             sizes += [frame.size_hw for frame in frames]
     if not kept:
@@ -154,6 +159,7 @@ def evaluate(
         errors=point_errors(points, truth).mean(axis=1),
         missed=len(faces) - len(kept),
         accuracy=accuracy(points, truth, np.array(sizes)),
+        given_up=float((np.concatenate(scores) > spec.lost_limit).mean()) if scores and spec.lost_limit else None,
     )
 
 
@@ -178,17 +184,17 @@ def measured_rise(first: Path, sources: Sequence[Source]) -> Callable[[Path, Bac
     reference = evaluate(open_model(first / fp32[0] if fp32 else first), faces).accuracy.nme
 
     def rise(bundle: Path, backend: Backend) -> Rise:
-        opened = OpenModel(backend.report.file, Manifest.read(bundle), backend.infer)
+        opened = OpenModel(backend.report.file, Manifest.read(bundle), backend.answer)
         nme = evaluate(opened, faces).accuracy.nme
         return Rise((nme - reference) * 100, f"measured on {len(faces)} labelled faces")
 
     return rise
 
 
-def predict_in_frames(
+def answer_in_frames(
     model: OpenModel, frames: Sequence[Frame], boxes_xyxy: NDArray[np.float64], looks: int = 1, mirror: bool = False
-) -> NDArray[np.float64]:
-    """Keypoints of a face on each frame.
+) -> tuple[NDArray[np.float64], NDArray[np.float32] | None]:
+    """Keypoints of a face on each frame, and whether it is lost.
 
     Args:
         model: from `open_model`.
@@ -199,7 +205,7 @@ def predict_in_frames(
         mirror: each look is at the crop and at its mirror image, and the mean counts.
 
     Returns:
-        `(n, 68, 2)` float64, pixels of each frame.
+        `(n, 68, 2)` float64, pixels of each frame; and the last look's lost scores `(n,)`, of a model that gives them.
 
     Raises:
         InputError: `looks` is under 1, or over 1 for a model whose crop is not cut around the face.
@@ -207,7 +213,7 @@ def predict_in_frames(
     spec = model.manifest.spec
     if looks < 1 or (looks > 1 and spec.box != "keypoints"):
         raise InputError(f"looks must be 1{' or more' if spec.box == 'keypoints' else ' for this model'}, got {looks}")
-    points = np.empty((0, spec.points, 2))
+    points, lost_score = np.empty((0, spec.points, 2)), None
     for _ in range(looks):
         matrices = matrices_from_boxes(boxes_xyxy, spec.size, spec.margin)
         if mirror:
@@ -218,10 +224,13 @@ def predict_in_frames(
                 for frame, m in zip([*frames, *frames], matrices, strict=False)
             ]
         )
-        points = apply_matrix(invert_matrix(matrices), model.predict(crops))
-        points = mean_of_mirrored(points) if mirror else points
+        answer = model.answer(crops)
+        points, lost_score = apply_matrix(invert_matrix(matrices), answer.keypoints), answer.lost_score
+        if mirror:
+            points = mean_of_mirrored(points)
+            lost_score = None if lost_score is None else lost_score.reshape(2, -1).mean(axis=0)
         boxes_xyxy = boxes_from_points(points)
-    return points
+    return points, lost_score
 
 
 def _box(face: Face, frame: Frame, detector: Detector | None) -> NDArray[np.float64] | None:

@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_export.evaluate import Evaluation, OpenModel, predict_in_frames
+from kp_export.evaluate import Evaluation, OpenModel, answer_in_frames
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.scheme68 import MIRROR, POINTS
@@ -83,7 +83,7 @@ def robustness(
         model: from `evaluate.open_model`; one that takes face boxes.
         faces: labelled faces.
         track: wraps the list of faces, to show progress.
-        looks: as `evaluate.predict_in_frames` takes them.
+        looks: as `evaluate.answer_in_frames` takes them.
         mirror: likewise.
 
     Raises:
@@ -96,7 +96,7 @@ def robustness(
         views += [_enlarged(luma, box, k) for k in ENLARGED]
         views.append(_View(np.ascontiguousarray(luma[:, ::-1]), _mirrored_box(box, luma.shape[1])))
         frames, boxes = [Frame(view.luma, "gray") for view in views], np.stack([view.box_xyxy for view in views])
-        points = predict_in_frames(model, frames, boxes, looks, mirror)
+        points, _ = answer_in_frames(model, frames, boxes, looks, mirror)
         n = 1 + len(SHAKES)
         base.append(points[0])
         shaken.append(points[1:n])

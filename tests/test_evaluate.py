@@ -12,6 +12,7 @@ import pytest
 from kp_export.evaluate import OpenModel, evaluate, held_out_faces, open_model
 from kp_export.pictures import error_curve, point_error_map, worst_faces
 from kp_export.robustness import turns
+from kp_runtime.backend import Answer
 from kp_runtime.errors import BackendError, BundleError, DataError, InputError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
@@ -36,10 +37,10 @@ def oracle(source: Source, spec: ModelSpec, error_px: float = 0.0) -> OpenModel:
         answers.append((face.xy - (low + high) / 2) * spec.size / side + (spec.size - 1) / 2 + (error_px, 0))
     queue = iter(answers)
 
-    def predict(crops: np.ndarray) -> np.ndarray:
-        return np.stack([next(queue) for _ in crops]).astype(np.float32)
+    def answer(crops: np.ndarray) -> Answer:
+        return Answer(np.stack([next(queue) for _ in crops]).astype(np.float32))
 
-    return OpenModel("oracle", Manifest(spec=spec, training={"held_out": {"val_fraction": 0.3}}), predict)
+    return OpenModel("oracle", Manifest(spec=spec, training={"held_out": {"val_fraction": 0.3}}), answer)
 
 
 def test_the_truth_has_no_error(source: Source) -> None:
@@ -61,7 +62,7 @@ def test_a_second_look_is_cut_around_the_points_of_the_first(source: Source) -> 
     """A network that puts the same points into every crop: where they end can be reckoned."""
     spec, middle = ModelSpec("x", SIZE), (SIZE - 1) / 2
     points = (mean_shape() * 0.6 + 0.04) * SIZE + middle
-    fixed = OpenModel("fixed", Manifest(spec=spec), lambda crops: np.repeat(points[None], len(crops), axis=0))
+    fixed = OpenModel("fixed", Manifest(spec=spec), lambda crops: Answer(np.repeat(points[None], len(crops), axis=0)))
     twice = evaluate(fixed, source.faces, looks=2)
     for face, found in zip(source.faces, twice.predicted, strict=True):
         box = boxes_from_points(face.xy)
@@ -70,6 +71,23 @@ def test_a_second_look_is_cut_around_the_points_of_the_first(source: Source) -> 
             xy = (points - middle) * side / SIZE + centre
             box = boxes_from_points(xy)
         np.testing.assert_allclose(found, xy, atol=1e-6)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_faces_that_are_taken_for_none_are_counted(source: Source, mirror: bool) -> None:
+    """A network whose lost score is the face's number over their number; its mirror image has that less a half."""
+    spec, number = ModelSpec("x", SIZE, lost_limit=0.5), iter(range(len(source.faces)))
+    points = (mean_shape() * 0.6 * SIZE + (SIZE - 1) / 2).astype(np.float32)
+
+    def answer(crops: np.ndarray) -> Answer:
+        faces = len(crops) // (2 if mirror else 1)
+        score = np.array([next(number) for _ in range(faces)], np.float32) / len(source.faces)
+        both = np.concatenate([score, score - 0.5]) if mirror else score
+        return Answer(np.repeat(points[None], len(crops), axis=0), both)
+
+    model = OpenModel("x", Manifest(spec=spec), answer)
+    assert evaluate(model, source.faces, mirror=mirror).given_up == (5 if mirror else 11) / 24
+    assert evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces).given_up is None
 
 
 def test_looks_that_cannot_be(source: Source) -> None:
@@ -103,11 +121,11 @@ def test_a_detectors_boxes_and_misses(source: Source) -> None:
 def test_a_frame_model_sees_the_original_projects_view(source: Source) -> None:
     seen = []
 
-    def predict(crops: np.ndarray) -> np.ndarray:
+    def answer(crops: np.ndarray) -> Answer:
         seen.append(crops)
-        return np.zeros((len(crops), 68, 2), np.float32)
+        return Answer(np.zeros((len(crops), 68, 2), np.float32))
 
-    model = OpenModel("frame", Manifest(spec=ModelSpec("x", 224, margin=1.0, box="frame")), predict)
+    model = OpenModel("frame", Manifest(spec=ModelSpec("x", 224, margin=1.0, box="frame")), answer)
     result = evaluate(model, source.faces[:1])
     luma = cv2.imread(str(source.faces[0].image), cv2.IMREAD_GRAYSCALE)
     scale = 250 / min(luma.shape)

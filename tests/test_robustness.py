@@ -9,6 +9,7 @@ import pytest
 
 from kp_export.evaluate import Evaluation, OpenModel, evaluate
 from kp_export.robustness import SHAKES, groups, robustness, turns
+from kp_runtime.backend import Answer
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.data import Face, read_source
@@ -25,7 +26,7 @@ def faces(tmp_path: Path) -> tuple[Face, ...]:
 def fixed(points: np.ndarray) -> OpenModel:
     """A model that puts the same points into every crop: they follow the box."""
     spec = ModelSpec("x", SIZE)
-    return OpenModel("fixed", Manifest(spec=spec), lambda crops: np.repeat(points[None], len(crops), axis=0))
+    return OpenModel("fixed", Manifest(spec=spec), lambda crops: Answer(np.repeat(points[None], len(crops), axis=0)))
 
 
 def symmetric() -> np.ndarray:
@@ -78,13 +79,13 @@ def test_enlarged_photos_are_seen_enlarged(faces: tuple[Face, ...]) -> None:
     """A model that reads the crop sees much the same crop whatever the photo's resolution."""
     spec = ModelSpec("x", SIZE)
 
-    def predict(crops: np.ndarray) -> np.ndarray:
+    def answer(crops: np.ndarray) -> Answer:
         y, x = np.mgrid[:SIZE, :SIZE]
         weight = crops[:, 0].astype(np.float64)
         centre = np.stack([(weight * x).sum((1, 2)), (weight * y).sum((1, 2))], axis=-1) / weight.sum((1, 2))[:, None]
-        return np.repeat(centre[:, None], 68, axis=1).astype(np.float32)
+        return Answer(np.repeat(centre[:, None], 68, axis=1).astype(np.float32))
 
-    found = robustness(OpenModel("centre of light", Manifest(spec=spec), predict), faces)
+    found = robustness(OpenModel("centre of light", Manifest(spec=spec), answer), faces)
     assert 0 < max(found.enlarged.values()) < 0.01
 
 
@@ -99,7 +100,7 @@ def turned(turn: float, eyes: float) -> Face:
 def test_groups_by_size_and_turn() -> None:
     faces = (turned(0.0, 20), turned(0.2, 50), turned(-0.2, 55), turned(0.9, 200))
     errors = np.array([0.01, 0.02, 0.04, 0.08])
-    result = Evaluation(faces, np.empty(0), np.empty(0), errors, 0, None)  # type: ignore[arg-type]
+    result = Evaluation(faces, np.empty(0), np.empty(0), errors, 0, None, None)  # type: ignore[arg-type]
     found = {(g.by, g.low, g.high): (g.faces, g.nme) for g in groups(result)}
     assert found == {
         ("eye distance px", 0, 30): (1, 0.01),
