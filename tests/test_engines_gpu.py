@@ -16,7 +16,7 @@ from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError
 from kp_runtime.spec import Manifest, file_entry
-from tests.models import SIZE, tiny_bundle, tiny_keypoints
+from tests.models import SIZE, tiny_bundle, tiny_keypoints, tiny_scores
 from tests.tolerances import MAP_PX, assert_close
 
 pytestmark = pytest.mark.gpu
@@ -60,7 +60,9 @@ def some_crops(n: int) -> np.ndarray:
 
 @pytest.mark.parametrize("n", [1, 2, 8, 9, 31, 100])
 def test_keypoints(n: int, engine: DeviceBackend) -> None:
-    assert_close(engine.infer(some_crops(n)), tiny_keypoints(some_crops(n)), MAP_PX, f"{n} crops")
+    answer = engine.answer(some_crops(n))
+    assert_close(answer.keypoints, tiny_keypoints(some_crops(n)), MAP_PX, f"{n} crops")
+    assert_close(answer.lost_score, tiny_scores(some_crops(n)), 1e-4, f"lost scores of {n} crops")
 
 
 def test_several_threads_at_once(engine: DeviceBackend) -> None:
