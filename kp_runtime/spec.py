@@ -9,6 +9,7 @@ licences weights and data come. Its schema has a version; newer ones are refused
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -104,12 +105,12 @@ class ModelSpec:
         if self.lost_limit is not None and not (type(self.lost_limit) in (int, float) and 0 < self.lost_limit < 1):
             raise BundleError(f"the model's lost_limit must be between 0 and 1, or null; got {_short(self.lost_limit)}")
 
-    @property
+    @functools.cached_property  # asked for in each call of an engine
     def outputs(self) -> dict[str, tuple[int, ...]]:
         """What the model gives, all float32: name to shape behind the number of crops, in the order of its files."""
         return {"keypoints": (self.points, 2)} | ({} if self.lost_limit is None else {"lost_score": (1,)})
 
-    @property
+    @functools.cached_property
     def output_bytes(self) -> tuple[int, ...]:
         """Bytes a crop of each of `outputs`."""
         return tuple(4 * math.prod(shape) for shape in self.outputs.values())

@@ -26,7 +26,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -154,10 +153,12 @@ class ShapeModel:
         return np.stack([turned.real, turned.imag], axis=-1)
 
 
-def shown_otherwise(luma: np.ndarray, box: np.ndarray, how: str, rng: np.random.Generator) -> tuple[np.ndarray, Any]:
+def shown_otherwise(
+    luma: np.ndarray, box: np.ndarray, how: str, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """A photo and a face's box, made worse in one of the ways of `WORSE`."""
     what, _, much = how.partition(" ")
-    amount = float(much.rstrip("%°x") or 0) / (100 if much.endswith("%") else 1)
+    amount = float(much.rstrip("%°x")) / (100 if much.endswith("%") else 1)
     if what == "off":
         return luma, moved_anyhow(box, amount, amount, (1, 1), rng)
     if what == "box":

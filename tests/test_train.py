@@ -19,12 +19,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kp_runtime.errors import DataError, KpError
-from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint
+from kp_runtime.spec import Manifest, ModelSpec
+from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import RECIPES, TrainConfig, recipe
 from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
 from kp_train.loaders import SourceSampler
+from kp_train.model import KeypointNet
 from kp_train.synthetic import write_csv_source
-from kp_train.train import train
+from kp_train.train import _start_weights, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -264,3 +266,15 @@ def test_a_killed_run_ends_where_an_undisturbed_one_does(
     assert resumed.stat().st_mtime >= began - 1
     weights = _last_weights(tmp_path / "r")
     assert [name for name in undisturbed if not torch.equal(weights[name], undisturbed[name])] == []
+
+
+def test_a_run_begins_at_a_model_with_a_lost_score(tmp_path: Path) -> None:
+    """`kp refit` gives it one, and a run from there has none until it is refitted itself."""
+    torch.manual_seed(0)
+    scored, net = KeypointNet(64, scores=True), KeypointNet(64)
+    save_checkpoint(tmp_path / "run", scored, Manifest(ModelSpec("x", size=64, lost_limit=0.5)), half=False)
+    start, _ = _start_weights(net, None, "none", tmp_path / "run")  # type: ignore[arg-type]
+    assert start["points"] == 68
+    stored = scored.state_dict()
+    assert all(torch.equal(value, stored[name]) for name, value in net.state_dict().items())
+    assert set(stored) - set(net.state_dict()) == {"backbone.lost_score.weight", "backbone.lost_score.bias"}
