@@ -78,6 +78,10 @@ def train(
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = None,
     weights: Annotated[str, typer.Option(help="auto, imagenet, none, or a torchvision ResNet-18 .pth file.")] = "auto",
     init: Annotated[Path | None, typer.Option(help="Start from this checkpoint instead.")] = None,
+    teacher: Annotated[
+        list[Path] | None,
+        typer.Option(help="Learn from this bundle's answers too: targets are the mean of label and teachers. Repeatable."),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     devices: Annotated[str, typer.Option(help="Number of devices, or auto.")] = "auto",
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
@@ -117,7 +121,7 @@ def train(
     )
     path = run(
         [parse_source(text, config.points) for text in data], config, out, name=name, weights=weights, init=init,
-        resume=resume, devices=devices, accelerator=accelerator, strategy=strategy, workers=workers,
+        teachers=teacher or [], resume=resume, devices=devices, accelerator=accelerator, strategy=strategy, workers=workers,
         picture_every=picture_every, progress=sys.stdout.isatty(),
     )  # fmt: skip
     run_folder, refitted = shlex.quote(str(out)), shlex.quote(f"{out}-refitted")

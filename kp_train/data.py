@@ -244,7 +244,7 @@ def luma_from_file(path: Path) -> NDArray[np.uint8]:
 class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Crops and their points, ready for the network.
 
-    An item is `(crop, xy_crop)`: uint8 `(1, size, size)` and float32 `(68, 2)`, pixels of the crop.
+    An item is `(crop, xy_crop)`: uint8 `(1, size, size)` and float32 `(68, 2)`, pixels of the crop (but see `detail`).
     All images are decoded to grey once and kept in memory (about 50 KB a face of the public
     data sets), so that worker processes share them and an epoch reads no files.
 
@@ -253,6 +253,8 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         spec: the contract: size, margin and what a box is.
         augment: how crops are varied; `None` gives the plain crop of the run-time.
         boxes_xyxy: `(n, 4)` boxes of the faces, pixels of the images; those of their points when None.
+        detail: crops are that many times larger, as a network of that size sees them; points stay in pixels of the
+            plain crop.
     """
 
     def __init__(
@@ -261,8 +263,10 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         spec: ModelSpec,
         augment: Augment | None = None,
         boxes_xyxy: NDArray[np.float64] | None = None,
+        detail: int = 1,
     ) -> None:
         self.faces = faces
+        self.detail = detail
         self.spec = spec
         self.augment = augment
         self._boxes = boxes_xyxy
@@ -281,24 +285,27 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def _item(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         luma, xy, spec = self._lumas[index], self.faces[index].xy, self.spec
+        size = spec.size * self.detail
         if self._boxes is not None:
             box = self._boxes[index]
         else:
             box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(xy)
         jitter = self.augment.draw_jitter((luma.shape[0], luma.shape[1])) if self.augment else {}
-        matrix = matrices_from_boxes(box[None], spec.size, spec.margin, **jitter)[0]
+        matrix = matrices_from_boxes(box[None], size, spec.margin, **jitter)[0]
         if self.augment:
-            matrix = self.augment.deform(matrix, spec.size)
+            matrix = self.augment.deform(matrix, size)
         # labels with a bias have it in the varied picture too: they are varied without it, and get it again
         side = spec.margin * float(max(box[2] - box[0], box[3] - box[1]))
         known = self.faces[index].bias
         bias = np.zeros((len(xy), 2)) if known is None or not self.augment else known * side
-        image = tv_tensors.Image(torch.from_numpy(crop_from_luma(luma, matrix, spec.size))[None])
+        image = tv_tensors.Image(torch.from_numpy(crop_from_luma(luma, matrix, size))[None])
         points = tv_tensors.KeyPoints(
-            torch.from_numpy(apply_matrix(matrix, xy - bias)).float(), canvas_size=(spec.size, spec.size)
+            torch.from_numpy(apply_matrix(matrix, xy - bias)).float(), canvas_size=(size, size)
         )
         if self.augment:
             image, points = self.augment(image, points)
         scale = math.sqrt(matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0])
         xy_crop = points.as_subclass(torch.Tensor) + torch.from_numpy(bias * scale).float()
+        if self.detail > 1:
+            xy_crop = (xy_crop + 0.5) / self.detail - 0.5
         return image.as_subclass(torch.Tensor), xy_crop

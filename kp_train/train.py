@@ -28,7 +28,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kp_runtime.errors import DataError, KpError
+from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.files import writing
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import Manifest, ModelSpec
@@ -51,6 +51,7 @@ from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet, load_backbone_weights
+from kp_train.teachers import Teachers, load_teachers, reduced
 
 __all__ = ["run_record", "split_by_person", "stored_record", "train"]
 
@@ -58,15 +59,17 @@ __all__ = ["run_record", "split_by_person", "stored_record", "train"]
 class KeypointModule(L.LightningModule):
     """The network with its loss, optimiser and validation measures."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, teachers: Teachers) -> None:
         super().__init__()
         self.config = config
+        self.teachers = teachers  # no module of this one: they are neither trained nor saved with it
         self.net = KeypointNet(config.size, config.reduce, config.points).to(memory_format=torch.channels_last)
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch of `(crops, xy_crop)`."""
         crops, xy = batch
-        loss = keypoint_loss(self.net.raw(crops), self.net.encode(xy), self.config.beta)
+        target = self.teachers.target(crops, self.net.encode(xy))
+        loss = keypoint_loss(self.net.raw(reduced(crops, self.net.size)), target, self.config.beta)
         size = len(crops)
         self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
@@ -108,6 +111,7 @@ def train(
     name: str = "resnet18-68",
     weights: str = "auto",
     init: Path | None = None,
+    teachers: Sequence[Path] = (),
     resume: bool = False,
     devices: str = "auto",
     accelerator: str = "auto",
@@ -126,6 +130,7 @@ def train(
         name: the model's name in its contract.
         weights: where the backbone starts, see `load_backbone_weights`.
         init: a checkpoint to start from instead.
+        teachers: models to learn from beside the labels, see `Teachers`.
         resume: go on from `run/state/last`. Below torchrun a run that has begun always goes on.
         devices: as Lightning takes them: `auto`, a number, a list. torchrun says it by its processes.
         accelerator: `auto`, `cpu`, `gpu`.
@@ -151,19 +156,25 @@ def train(
     spec = ModelSpec(
         name, config.size, config.margin, config.box, config.points, "ibug68" if config.points == POINTS else "own"
     )
+    taught = load_teachers(teachers, spec)
     mirror = mirror_from_pairs(config.pairs, config.points)
     training, held_out = split_by_person(sources, config)
     augment = augment_from_name(config.augment, mirror)
     order = mirror if augment and augment.mirror else None
-    train_set = FaceDataset([f for part in training for f in part], spec, augment)
+    train_set = FaceDataset([f for part in training for f in part], spec, augment, detail=taught.size // spec.size)
     val_set = FaceDataset(held_out, spec)
 
-    module = KeypointModule(config)
+    module = KeypointModule(config, taught)
     if resume:
         record = stored_record(run, sources, config)
+        if record.get("teachers", []) != list(taught.records):
+            raise KpError(f"the run in {run} began with other teachers; give the same ones")
     else:
         start, before = _start_weights(module.net, train_set, weights, init)
         record = run_record(sources, training, held_out, config, start)
+        if taught.records:
+            record["teachers"] = list(taught.records)
+            record["start"] |= {"licence": _licence(start, taught)}
         if before is not None and before.points == config.points:
             known = dataclasses.replace(spec, size=before.size)  # crops of another size it may not read yet
             biases = source_biases(before, sources, config.val_fraction, known, order)
@@ -181,7 +192,7 @@ def train(
         _print_biases(sources, biases, "mirrored faces keep to that")
     # before the weight averaging, which takes its weights out again when validation ends
     trainer.callbacks.insert(0, FacesPicture(val_set, run / "pictures", picture_every))  # type: ignore[attr-defined]
-    beginning = {"settings": config.to_json(), "data": [(s.sha256, s.weight) for s in sources], "state": resume}
+    beginning = {"settings": config.to_json(), "data": [(s.sha256, s.weight) for s in sources], "state": resume, "teachers": taught.records}
     trainer.callbacks.append(Together(beginning, resume))  # type: ignore[attr-defined]
     sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
     if len(sampler) < trainer.world_size:
@@ -319,6 +330,14 @@ def _start_weights(
         return start | {"licence": manifest.licence, "training": manifest.training}, other
     _start_from_mean(net, faces)
     return {"weights": load_backbone_weights(net, weights)}, None
+
+
+def _licence(start: dict[str, Any], taught: Teachers) -> dict[str, str]:
+    """That of the weights which a run began at and of its teachers: what is learned from them stays under it."""
+    licences = [*([start["licence"]] if start.get("licence") else []), *(known for known in taught.licences if known)]
+    if odd := [licence for licence in licences if licence != licences[0]]:
+        raise InputError(f"the licences of start and teachers differ: {licences[0]}, {odd[0]}; take models of one")
+    return licences[0] if licences else {}
 
 
 def _print_biases(sources: Sequence[Source], biases: Sequence[NDArray[np.float64] | None], what: str) -> None:
