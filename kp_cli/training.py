@@ -80,7 +80,9 @@ def train(
     init: Annotated[Path | None, typer.Option(help="Start from this checkpoint instead.")] = None,
     teacher: Annotated[
         list[Path] | None,
-        typer.Option(help="Learn from this bundle's answers too: targets are the mean of label and teachers. Repeatable."),
+        typer.Option(
+            help="Learn from this bundle's answers too: targets are the mean of label and teachers. Repeatable."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     devices: Annotated[str, typer.Option(help="Number of devices, or auto.")] = "auto",
@@ -121,8 +123,8 @@ def train(
     )
     path = run(
         [parse_source(text, config.points) for text in data], config, out, name=name, weights=weights, init=init,
-        teachers=teacher or [], resume=resume, devices=devices, accelerator=accelerator, strategy=strategy, workers=workers,
-        picture_every=picture_every, progress=sys.stdout.isatty(),
+        teachers=teacher or [], resume=resume, devices=devices, accelerator=accelerator, strategy=strategy,
+        workers=workers, picture_every=picture_every, progress=sys.stdout.isatty(),
     )  # fmt: skip
     run_folder, refitted = shlex.quote(str(out)), shlex.quote(f"{out}-refitted")
     lines = [f"checkpoint: {path}", f"curves: tensorboard --logdir {run_folder}"]

@@ -80,8 +80,7 @@ def load_teachers(paths: Sequence[Path], spec: ModelSpec) -> Teachers:
     return Teachers(
         nets=tuple(net.eval().to(memory_format=torch.channels_last).requires_grad_(False) for net, _ in loaded),
         records=tuple(
-            {"name": manifest.spec.name, "sha256": manifest.files[CHECKPOINT_NAME].sha256}
-            for _, manifest in loaded
+            {"name": manifest.spec.name, "sha256": manifest.files[CHECKPOINT_NAME].sha256} for _, manifest in loaded
         ),
         licences=tuple(manifest.licence for _, manifest in loaded),
         size=size,

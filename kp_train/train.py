@@ -192,7 +192,8 @@ def train(
         _print_biases(sources, biases, "mirrored faces keep to that")
     # before the weight averaging, which takes its weights out again when validation ends
     trainer.callbacks.insert(0, FacesPicture(val_set, run / "pictures", picture_every))  # type: ignore[attr-defined]
-    beginning = {"settings": config.to_json(), "data": [(s.sha256, s.weight) for s in sources], "state": resume, "teachers": taught.records}
+    data = [(source.sha256, source.weight) for source in sources]
+    beginning = {"settings": config.to_json(), "data": data, "teachers": taught.records, "state": resume}
     trainer.callbacks.append(Together(beginning, resume))  # type: ignore[attr-defined]
     sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
     if len(sampler) < trainer.world_size:
