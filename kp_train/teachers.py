@@ -35,10 +35,10 @@ class Teachers:
         size: side of the crops that all sides are reduced from, in pixels.
     """
 
-    nets: tuple[KeypointNet, ...] = ()
-    records: tuple[dict[str, Any], ...] = ()
-    licences: tuple[dict[str, str], ...] = ()
-    size: int = 0
+    nets: tuple[KeypointNet, ...]
+    records: tuple[dict[str, Any], ...]
+    licences: tuple[dict[str, str], ...]
+    size: int
 
     @torch.no_grad()
     def target(self, crops: Tensor, target: Tensor) -> Tensor:
@@ -67,15 +67,16 @@ def load_teachers(paths: Sequence[Path], spec: ModelSpec) -> Teachers:
 
     Raises:
         BundleError, IntegrityError: no checkpoint there.
-        InputError: a model of another contract, or sizes of which none is a multiple of all.
+        InputError: a model of another contract, or a size that does not divide the largest.
     """
     loaded = [load_checkpoint(path) for path in paths]
     for path, (_, manifest) in zip(paths, loaded, strict=True):
         for what in ("points", "scheme", "box", "margin"):
             if (theirs := getattr(manifest.spec, what)) != (ours := getattr(spec, what)):
-                raise InputError(f"{path} can't teach this run: its {what} is {theirs}, the run's {ours}")
-    size = max(spec.size, *(net.size for net, _ in loaded)) if loaded else spec.size
-    if odd := [side for side in (spec.size, *(net.size for net, _ in loaded)) if size % side]:
+                raise InputError(f"{path} can't teach this run: it has {what} {theirs}, the run {ours}")
+    sizes = [spec.size, *(net.size for net, _ in loaded)]
+    size = max(sizes)
+    if odd := [side for side in sizes if size % side]:
         raise InputError(f"crops of {size} pixels can't be reduced to {odd[0]}; take teachers of sizes that divide it")
     return Teachers(
         nets=tuple(net.eval().to(memory_format=torch.channels_last).requires_grad_(False) for net, _ in loaded),

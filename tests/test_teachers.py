@@ -122,9 +122,9 @@ def test_a_run_goes_on_with_its_teachers_alone(faces: Path, tmp_path: Path) -> N
 
 def test_teachers_of_another_contract_are_refused(tmp_path: Path) -> None:
     spec = ModelSpec("run", size=64)
-    with pytest.raises(InputError, match=r"wide can't teach this run: its margin is 1\.5, the run's 1\.3"):
+    with pytest.raises(InputError, match=r"wide can't teach this run: it has margin 1\.5, the run 1\.3"):
         load_teachers([model(tmp_path / "wide", 64, margin=1.5)], spec)
-    with pytest.raises(InputError, match=r"few can't teach this run: its points is 5, the run's 68"):
+    with pytest.raises(InputError, match=r"few can't teach this run: it has points 5, the run 68"):
         load_teachers([model(tmp_path / "few", 64, points=5, scheme="own")], spec)
     with pytest.raises(
         InputError, match="crops of 96 pixels can't be reduced to 64; take teachers of sizes that divide"
