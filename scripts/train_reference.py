@@ -2,11 +2,11 @@
 
     python scripts/train_reference.py --data training_frames_keypoints.csv --data photos_68 --out runs/reference
 
-Two parts: `ideas` (one change each against the base, at 112 px) and `final` (both models, three
-seeds each, and each with its last layer solved anew, as `kp refit`); after each run the Markdown table of all of them
-is written, by NME on the held-out people alone. Each run is a folder; one that is finished is kept, one that was cut
-off is resumed, so the same command goes on after a kill. The test rows are not read here: `kp eval` measures the
-chosen models on them at the end.
+Two parts: `ideas` (one change each against the base, at 112 px) and `final` (both models, three seeds each; then each
+taught by the 224 px models of all seeds; and each of these with its last layer solved anew, as `kp refit`). After each
+run the Markdown table of all of them is written, by NME on the held-out people alone. Each run is a folder; one that is
+finished is kept, one that was cut off is resumed, so the same command goes on after a kill. The test rows are not read
+here: `kp eval` measures the chosen models on them at the end.
 
 Made for a CUDA GPU (`--precision bf16-mixed --workers 14`); it runs on a CPU too, for days.
 """
@@ -32,17 +32,21 @@ from kp_train.refit import refit
 from kp_train.train import train
 
 VAL_FRACTION = 0.1
-MODELS = ("resnet18-68-lite", "resnet18-68")
+FIRST, LITE, FULL = "resnet18-68-first", "resnet18-68-lite", "resnet18-68"
+TAUGHT = {model: f"{model}-taught" for model in (LITE, FULL)}
+FINAL = (LITE, FULL, *TAUGHT.values())
+"""What is refitted, and has a line with its spread over the seeds."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what it changes against the base, and how often faces of the second source are drawn."""
+    """One run: what it changes, how often faces of the second source are drawn, where it begins, who teaches it."""
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
     photos: float = 1.0
     init: str | None = None
+    teachers: tuple[str, ...] = ()
 
 
 def ideas(epochs: int) -> list[Run]:
@@ -67,18 +71,24 @@ def ideas(epochs: int) -> list[Run]:
     return [*runs, Run("idea-photos-0.5", base, photos=0.5), Run("idea-photos-2", base, photos=2.0)]
 
 
-def final(epochs: int, seeds: list[int], changes: dict[str, Any], photos: float) -> list[Run]:
-    """Both models for each seed.
+def final(epochs: int, taught_epochs: int, seeds: list[int], changes: dict[str, Any], photos: float) -> list[Run]:
+    """Both models for each seed, and what all of them teach.
 
     A short run first, which is there to measure the labels' bias; the small model begins at its weights, and the large
-    one at the small one's.
+    one at the small one's. Large models of other seeds err otherwise, so that the mean of their answers and the label
+    is a better target than either; both models go on with that.
     """
     runs = []
     for seed in seeds:
-        first, lite = f"resnet18-68-first-{seed}", f"resnet18-68-lite-{seed}"
+        first, lite, full = (f"{model}-{seed}" for model in (FIRST, LITE, FULL))
         runs.append(Run(first, {"size": 112, "epochs": max(1, epochs // 5), "seed": seed} | changes, photos))
         runs.append(Run(lite, {"size": 112, "epochs": epochs, "seed": seed} | changes, photos, first))
-        runs.append(Run(f"resnet18-68-{seed}", {"size": 224, "epochs": epochs, "seed": seed} | changes, photos, lite))
+        runs.append(Run(full, {"size": 224, "epochs": epochs, "seed": seed} | changes, photos, lite))
+    teachers = tuple(f"{FULL}-{seed}" for seed in seeds)
+    for seed in seeds:
+        for model, size in ((LITE, 112), (FULL, 224)):
+            taught = {"size": size, "epochs": taught_epochs, "seed": seed} | changes
+            runs.append(Run(f"{TAUGHT[model]}-{seed}", taught, photos, f"{model}-{seed}", teachers))
     return runs
 
 
@@ -89,8 +99,9 @@ def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace)
         print(f"== {run.name}: {run.changes}", flush=True)
         train(
             weighted(sources, run.photos), config_of(run, args.precision), folder,
-            name=run.name.rpartition("-")[0], weights="none",
-            init=None if run.init is None else out / run.init, resume=has_begun(folder),
+            name=kind_of(run).removesuffix("-taught"), weights="none",
+            init=None if run.init is None else out / run.init, teachers=[out / name for name in run.teachers],
+            resume=has_begun(folder),
             devices="1", accelerator=args.accelerator, workers=args.workers, picture_every=50, progress=False,
         )  # fmt: skip
     return measure(run, sources, folder)
@@ -98,8 +109,8 @@ def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace)
 
 def finish_refit(run: Run, sources: list[Source], out: Path) -> dict[str, Any] | None:
     """Solves the last layer of a finished run anew and measures that too; None where no last layer is better."""
-    model, _, seed = run.name.rpartition("-")
-    refitted = replace(run, name=f"{model}-refitted-{seed}")
+    kind, _, seed = run.name.rpartition("-")
+    refitted = replace(run, name=f"{kind}-refitted-{seed}")
     folder = out / refitted.name
     if not (folder / CHECKPOINT_NAME).is_file():
         print(f"== {refitted.name}", flush=True)
@@ -113,12 +124,18 @@ def finish_refit(run: Run, sources: list[Source], out: Path) -> dict[str, Any] |
     return measure(refitted, sources, folder)
 
 
+def kind_of(run: Run) -> str:
+    """A run's name without its seed."""
+    return run.name.rpartition("-")[0]
+
+
 def measure(run: Run, sources: list[Source], folder: Path) -> dict[str, Any]:
     """NME of a run on the held-out people of each source, once."""
     measured = folder / "held_out.json"
     if not measured.is_file():
         model = open_model(folder)
-        result: dict[str, Any] = {"run": run.name, "changes": run.changes, "photos": run.photos, "init": run.init}
+        result: dict[str, Any] = {"run": run.name, "changes": run.changes, "photos": run.photos, "init": run.init,
+                                  "teachers": run.teachers}  # fmt: skip
         for source in sources:
             faces = [face for face in source.faces if is_held_out(face.person, VAL_FRACTION)]
             if faces:
@@ -156,7 +173,7 @@ def table(results: list[dict[str, Any]], names: list[str]) -> str:
         lines.append(
             f"| {result['run']} | {text} | " + " | ".join(f"{result.get(n, np.nan):.2%}" for n in names) + " |"
         )
-    for model in [name + kind for name in MODELS for kind in ("", "-refitted")]:
+    for model in [name + kind for name in FINAL for kind in ("", "-refitted")]:
         seeds = [r for r in results if r["run"].rpartition("-")[0] == model]
         if len(seeds) > 1:
             spread = [[r.get(name, np.nan) for r in seeds] for name in names]
@@ -186,6 +203,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("ideas", "final", "all"), default="all")
     parser.add_argument("--idea-epochs", type=int, default=60)
     parser.add_argument("--epochs", type=int, default=250, help="of each final run")
+    parser.add_argument("--taught-epochs", type=int, default=80, help="of each run that is taught")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--change", action="append", default=[], help="NAME=JSON: a setting of the final runs")
     parser.add_argument("--photos", type=float, default=1.0, help="weight of the second source in the final runs")
@@ -196,13 +214,14 @@ def main() -> None:
     sources = [parse_source(text) for text in args.data]
     changes = dict(map(change_from_text, args.change))
     runs = ideas(args.idea_epochs) if args.part != "final" else []
-    runs += final(args.epochs, args.seeds, changes, args.photos) if args.part != "ideas" else []
+    if args.part != "ideas":
+        runs += final(args.epochs, args.taught_epochs, args.seeds, changes, args.photos)
     for run in runs:
         config_of(run, args.precision)  # what is wrong is said now, not after days
     results = []
     for run in runs:
         results.append(finish(run, sources, args.out, args))
-        if run.name.rpartition("-")[0] in MODELS and (refitted := finish_refit(run, sources, args.out)):
+        if kind_of(run) in FINAL and (refitted := finish_refit(run, sources, args.out)):
             results.append(refitted)
         text = table(results, [source.path.name for source in sources])
         (args.out / "runs.md").write_text(text, encoding="utf-8")

@@ -23,7 +23,8 @@ def test_runs_are_measured_kept_and_put_in_a_table(
     out = tmp_path / "runs"
     command = [
         "train_reference.py", "--data", str(data), "--out", str(out), "--part", "final", "--epochs", "1",
-        "--seeds", "7", "--change", "batch_size=8", "--change", "size=64", "--accelerator", "cpu", "--workers", "0",
+        "--taught-epochs", "1", "--seeds", "7", "--change", "batch_size=8", "--change", "size=64",
+        "--accelerator", "cpu", "--workers", "0",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", command)
     train_reference.main()
@@ -31,14 +32,25 @@ def test_runs_are_measured_kept_and_put_in_a_table(
     begun = json.loads((out / "resnet18-68-lite-7" / "run.json").read_text())["start"]["training"]["config"]
     assert (begun["seed"], begun["epochs"]) == (7, 1)  # of the short run that comes first
     assert "| resnet18-68-first-7 |" in first
-    names = ["resnet18-68-lite-7", "resnet18-68-lite-refitted-7", "resnet18-68-7", "resnet18-68-refitted-7"]
+    names = [
+        f"{model}{kind}{refitted}-7"
+        for kind in ("", "-taught")
+        for model in ("resnet18-68-lite", "resnet18-68")
+        for refitted in ("", "-refitted")
+    ]
     for name in names:
         measured = json.loads((out / name / "held_out.json").read_text())
         assert f"| {name} |" in first
         assert f"{measured[data.name]:.2%}" in first
     assert json.loads((out / names[1] / "manifest.json").read_text())["training"]["refit"]["faces"] > 0
-    record = json.loads((out / names[2] / "run.json").read_text())
-    assert record["start"]["training"]["config"]["seed"] == 7  # began at the small model of its seed
+    lite, full = (json.loads((out / name / "manifest.json").read_text()) for name in (names[0], names[2]))
+    hashes = [bundle["files"]["checkpoint.safetensors"]["sha256"] for bundle in (lite, full)]
+    assert full["training"]["start"]["checkpoint_sha256"] == hashes[0]  # began at the small model of its seed
+    for name, begun_at in zip(names[4::2], hashes, strict=True):
+        taught = json.loads((out / name / "manifest.json").read_text())
+        assert taught["training"]["start"]["checkpoint_sha256"] == begun_at
+        assert taught["training"]["teachers"] == [{"name": "resnet18-68", "sha256": hashes[1]}]
+        assert f"{taught['spec']['name']}-taught-7" == name
     made = [(out / name / "checkpoint.safetensors").stat().st_mtime_ns for name in names]
     train_reference.main()  # everything is finished: nothing is trained again
     assert capsys.readouterr().out.endswith(first[first.index("| run |") :])
@@ -59,6 +71,19 @@ def test_the_table_tells_the_spread_over_seeds() -> None:
     text = train_reference.table(results, ["a.csv"])
     assert "| resnet18-68-2 | seed 2, photos 2 | 4.00% |" in text
     assert "| resnet18-68, 3 seeds | mean ± standard deviation | 4.00% ± 1.00% |" in text
+
+
+def test_the_large_models_of_all_seeds_teach() -> None:
+    runs = train_reference.final(10, 4, [1, 2], {}, 1.5)
+    made: set[str] = set()
+    for run in runs:
+        assert {*run.teachers, *([run.init] if run.init else [])} <= made  # what a run needs is there before it
+        made.add(run.name)
+    taught = {run.name: run for run in runs if run.teachers}
+    assert set(taught) == {f"resnet18-68{kind}-taught-{seed}" for kind in ("", "-lite") for seed in (1, 2)}
+    for run in taught.values():
+        assert run.teachers == ("resnet18-68-1", "resnet18-68-2")
+        assert (run.changes["epochs"], run.photos) == (4, 1.5)
 
 
 def test_every_idea_is_a_valid_setting() -> None:
