@@ -108,7 +108,8 @@ class HaarDetector(_OpenCvDetector):
         if not hasattr(cv2, "CascadeClassifier"):
             raise BackendError(
                 f"OpenCV {cv2.__version__} has no Haar cascades (version 5 dropped them); "
-                "run: pip install 'opencv-python-headless<5', or use YuNet, or give the boxes"
+                "use the project's own detector (pip install 'kp-edge[model,ort]') or YuNet, or give the boxes; "
+                "or run: pip install 'opencv-python-headless<5'"
             )
         # the wheels from PyPI bring the cascades along, Debian and JetPack keep them in a system folder
         folder = cv2.data.haarcascades if hasattr(cv2, "data") else "/usr/share/opencv4/haarcascades"

@@ -10,8 +10,8 @@ bilinear, edge pixels repeated. Where the square is larger than 2 x `size`, the 
 averaged in whole k x k blocks, k = floor(side / size), counted from the image's top-left
 pixel; the last block of a row or column repeats the edge where the image ends inside it.
 
-Bilinear means OpenCV's `warpAffine`: positions to 1/32 px, grey levels rounded; a float path may
-differ by one level on a smooth picture.
+Bilinear means `warpAffine` of OpenCV 4: positions to 1/32 px, grey levels rounded; a float path, as OpenCV 5's, may
+differ by one level on a smooth picture. So there OpenCV is told the positions, and gives the same bits.
 
 Training and every run-time path read their crops through this file or are tested against it.
 """
@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.floating]
+
+_FAR = 32767 << 10
+"""The farthest position that `remap` takes, in 1024ths of a pixel; all beyond it has the edge's grey level, as this."""
 
 
 def boxes_from_points(xy: FloatArray) -> NDArray[np.float64]:
@@ -229,15 +232,21 @@ def crop_from_window(
     Returns:
         `(size, size)` uint8 (`out` when given).
     """
-    cv2 = import_cv2()
-    crop: NDArray[np.uint8] = cv2.warpAffine(
-        luma if plan.block == 1 else _block_means(luma, plan.block, scratch or Scratch()),
-        plan.source_from_crop,
-        (size, size),
-        dst=out,
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
+    cv2, scratch = import_cv2(), scratch or Scratch()
+    source = luma if plan.block == 1 else _block_means(luma, plan.block, scratch)
+    crop: NDArray[np.uint8]
+    if cv2.__version__.startswith("4."):
+        crop = cv2.warpAffine(
+            source,
+            plan.source_from_crop,
+            (size, size),
+            dst=out,
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+    else:
+        pixels, weights = _fixed_point_maps(plan.source_from_crop, size, scratch)
+        crop = cv2.remap(source, pixels, weights, cv2.INTER_LINEAR, dst=out, borderMode=cv2.BORDER_REPLICATE)
     return crop
 
 
@@ -245,6 +254,41 @@ def crop_from_luma(luma: NDArray[np.uint8], matrix: FloatArray, size: int) -> ND
     """One crop of a whole grey image: `(h, w)` uint8 and `(2, 3)` `crop_from_image` to `(size, size)` uint8."""
     plan = crop_plan(matrix, size, (luma.shape[0], luma.shape[1]))
     return crop_from_window(luma[plan.y0 : plan.y1, plan.x0 : plan.x1], plan, size)
+
+
+def _fixed_point_maps(
+    source_from_crop: NDArray[np.float64], size: int, scratch: Scratch
+) -> tuple[NDArray[np.int16], NDArray[np.uint16]]:
+    """Where `warpAffine` of OpenCV 4 samples, as `remap` takes it; `preprocess.cu` has the formula.
+
+    Args:
+        source_from_crop: as `CropPlan`'s.
+        size: side of the crop.
+        scratch: working memory that the result lies in.
+
+    Returns:
+        Of each pixel of the crop the upper left of the four pixels that it is sampled from, `(size, size, 2)` int16, x
+        then y, and the weights of the right and the lower ones in 32nds, x + 32 y, `(size, size)` uint16.
+    """
+    steps, along = 1024 * source_from_crop, np.arange(size)
+    upright = not steps[0, 1] and not steps[1, 0]  # then x is the same in all rows, and y in all columns
+    by_column, by_row = (
+        np.rint(np.clip(position, -_FAR, _FAR)).astype(np.int32)
+        for position in (steps[:, :1] * along, steps[:, 1:2] * along + steps[:, 2:])
+    )
+    by_row += 16
+    x = by_column[0] + by_row[0, : 1 if upright else None, None]
+    y = by_column[1, : 1 if upright else None] + by_row[1, :, None]
+    pixels = scratch.array("pixels", (size, size, 2), np.int16)
+    weights = scratch.array("weights", (size, size), np.uint16)
+    for i, position in enumerate((x, y)):
+        np.clip(position, -_FAR, _FAR, out=position)
+        np.right_shift(position, 10, out=pixels[..., i], casting="unsafe")
+    x >>= 5
+    x &= 31
+    y &= 31 << 5
+    np.bitwise_or(x, y, out=weights, casting="unsafe")
+    return pixels, weights
 
 
 def _block_means(luma: NDArray[np.uint8], k: int, scratch: Scratch) -> NDArray[np.uint8]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -16,6 +17,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 DETECTOR = Path(__file__).resolve().parents[1] / "engines" / "face-detector"
+
+needs_haar = pytest.mark.skipif(not hasattr(cv2, "CascadeClassifier"), reason="OpenCV 5 dropped the Haar cascades")
 
 
 @pytest.fixture

@@ -44,6 +44,23 @@ def bilinear(image: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return upper * (1 - fy) + lower * fy
 
 
+def reference_bits(source: np.ndarray, source_from_crop: np.ndarray, size: int) -> np.ndarray:
+    """`(size, size)` uint8: what OpenCV 4's `warpAffine` samples, in integers (`preprocess.cu`)."""
+    m = 1024 * source_from_crop
+    u = v = np.arange(size)
+    height, width = source.shape
+    sides = []
+    for row, last in ((m[0], width - 1), (m[1], height - 1)):
+        position = (np.rint(row[0] * u) + np.rint(row[1] * v + row[2])[:, None] + 16).astype(np.int64)
+        first = position >> 10
+        sides.append((first.clip(0, last), (first + 1).clip(0, last), position >> 5 & 31))
+    (left, right, weight_x), (top, below, weight_y) = sides
+    grey = source.astype(np.int64)
+    upper = grey[top, left] * (32 - weight_x) + grey[top, right] * weight_x
+    lower = grey[below, left] * (32 - weight_x) + grey[below, right] * weight_x
+    return ((upper * (32 - weight_y) + lower * weight_y + 512) >> 10).astype(np.uint8)
+
+
 def reference_luma(bgr: np.ndarray) -> np.ndarray:
     """BT.601 luma of `(h, w, 3)` BGR in OpenCV's 15-bit integers (`color_rgb.simd.hpp`, RGB2Gray<uchar>)."""
     b, g, r = (bgr[..., i].astype(np.int64) for i in range(3))

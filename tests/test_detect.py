@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +12,11 @@ import numpy as np
 import pytest
 
 from kp_runtime import detect
-from kp_runtime.detect import BoxMap, HaarDetector, YuNetDetector, map_from_pairs
+from kp_runtime.detect import BoxMap, Detector, HaarDetector, YuNetDetector, map_from_pairs
 from kp_runtime.errors import BackendError, ImageError, InputError, MissingExtraError
 from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import as_frame, image_from_file
-from tests.conftest import SHARED
+from tests.conftest import SHARED, needs_haar
 from tests.models import tiny_graph
 
 YUNET = SHARED / "detectors" / "yunet_n_640_640.onnx"
@@ -45,6 +46,7 @@ def small_part(photo: np.ndarray) -> np.ndarray:
     return photo[40:240, 120:320]
 
 
+@needs_haar
 def test_haar_finds_the_astronaut(photo: np.ndarray) -> None:
     boxes = HaarDetector()(photo)
     assert boxes.dtype == np.float64
@@ -52,6 +54,7 @@ def test_haar_finds_the_astronaut(photo: np.ndarray) -> None:
     assert iou(boxes[0], FACE) > 0.7
 
 
+@needs_haar
 def test_haar_sees_the_same_in_every_layout(photo: np.ndarray) -> None:
     bgr = small_part(photo)
     detector = HaarDetector()
@@ -74,20 +77,27 @@ def test_yunet_finds_the_astronaut(photo: np.ndarray) -> None:
     assert iou(grey[0], FACE) > 0.7
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(HaarDetector, marks=needs_haar),
+        pytest.param(lambda: YuNetDetector(YUNET), marks=pytest.mark.skipif(bool(YUNET_BLOCKER), reason=YUNET_BLOCKER)),
+    ],
+    ids=["haar", "yunet"],
+)
 @pytest.mark.parametrize("size_hw", [(1, 1), (7, 300), (300, 32), (60, 60)])
-def test_image_without_a_face(size_hw: tuple[int, int]) -> None:
-    image = np.full((*size_hw, 3), 90, np.uint8)
-    assert HaarDetector()(image).shape == (0, 4)
-    if not YUNET_BLOCKER:
-        assert YuNetDetector(YUNET)(image).shape == (0, 4)
+def test_image_without_a_face(size_hw: tuple[int, int], make: Callable[[], Detector]) -> None:
+    assert make()(np.full((*size_hw, 3), 90, np.uint8)).shape == (0, 4)
 
 
+@needs_haar
 def test_largest_face_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = np.array([[0, 0, 10, 10], [50, 0, 90, 40], [0, 50, 20, 70]], float)
     monkeypatch.setattr(HaarDetector, "raw", lambda self, frame: raw)
     assert np.array_equal(HaarDetector()(np.zeros((99, 99), np.uint8)), HaarDetector.BOX_MAP.apply(raw[[1, 2, 0]]))
 
 
+@needs_haar
 def test_a_box_that_a_model_would_refuse_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HaarDetector, "BOX_MAP", BoxMap(0, 1.5, 1, 1))
     raw = np.array([[10.0, 10, 40, 40], [10, 70, 40, 100], [5, 5, 5.2, 5.2]])
@@ -96,11 +106,13 @@ def test_a_box_that_a_model_would_refuse_is_left_out(monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(boxes, [[10, 55, 40, 85]])
 
 
+@needs_haar
 def test_bad_image_is_refused() -> None:
     with pytest.raises(ImageError, match="must be uint8"):
         HaarDetector()(np.zeros((50, 50, 3)))  # type: ignore[arg-type]
 
 
+@needs_haar
 def test_threads_may_share_a_detector(photo: np.ndarray) -> None:
     detector, pictures = HaarDetector(), [photo, photo[60:320, 100:360]]
     wanted = [detector(picture) for picture in pictures]

@@ -17,6 +17,7 @@ from kp_runtime.detectors import DetectorWarning, detector_name, load_detector
 from kp_runtime.errors import BackendError, BundleError, InputError
 from kp_runtime.frame import image_from_file
 from kp_runtime.geometry import overlaps
+from tests.conftest import needs_haar
 
 SHIPPED = Path(__file__).resolve().parents[1] / "engines" / "face-detector"
 
@@ -57,6 +58,7 @@ def test_a_checkout_counts_only_where_it_is_named() -> None:
         load_detector("own")
 
 
+@needs_haar
 def test_auto_says_that_it_takes_haar() -> None:
     with pytest.warns(DetectorWarning, match=r"Haar cascade, .* not installed; run pip install 'kp-edge\[model\]'"):
         assert isinstance(load_detector(), HaarDetector)
@@ -71,6 +73,7 @@ def test_auto_without_onnxruntime_is_haar(monkeypatch: pytest.MonkeyPatch) -> No
         assert detector_name("auto", checkout=SHIPPED) == "haar"
 
 
+@needs_haar
 def test_the_variable_says_what_auto_means(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -109,6 +112,7 @@ def test_auto_with_a_public_key_takes_no_detector_without_a_signature(tmp_path: 
         assert detector_name("auto", checkout=SHIPPED, public_key=tmp_path / "key.pub.pem") == "haar"
 
 
+@needs_haar
 def test_the_default_one_and_haar_see_the_same_face(astronaut: Path) -> None:
     photo = image_from_file(astronaut)
     boxes = [kp_runtime.load_detector(name)(photo) for name in (f"own={SHIPPED}", "haar")]

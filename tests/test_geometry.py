@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+import cv2
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ from kp_runtime.geometry import (
     matrices_from_boxes,
     mirrored_matrices,
 )
-from tests.reference import reference_blocks, reference_crop, waves
+from tests.reference import reference_bits, reference_blocks, reference_crop, waves
 from tests.tolerances import CROP_GREY, CROP_GREY_MEAN, CROP_NOISE, CROP_NOISE_MEAN, MAP_PX, assert_close
 
 SIZE, MARGIN = 64, 1.3
@@ -111,6 +112,36 @@ def test_block_is_the_floor_of_the_scale(side: float, k: int, angle: float) -> N
 def origin(plan: CropPlan) -> np.ndarray:
     """What a plan's map gains when the window is the whole image, in blocks."""
     return np.array([[0, 0, plan.x0 / plan.block], [0, 0, plan.y0 / plan.block]])
+
+
+@pytest.mark.parametrize("version", ["as installed", "5.0.0"])
+@pytest.mark.parametrize("kind", ["upright", "mirrored", "turned", "sheared", "far away", "farther", "a point"])
+def test_every_bit_is_the_same_with_every_opencv(
+    kind: str, version: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenCV 5 samples otherwise by itself, so it is told where; OpenCV 4 does the same when it is told."""
+    if version != "as installed":
+        monkeypatch.setattr(cv2, "__version__", version)
+    luma = rng.integers(0, 256, (120, 150), dtype=np.uint8)
+    for _ in range(20):
+        scale, angle = rng.uniform(0.1, 2), rng.uniform(-3, 3)
+        matrix = np.array([[scale, 0, rng.uniform(-60, 150)], [0, scale, rng.uniform(-60, 120)]])
+        if kind == "mirrored":
+            matrix[0, 0] *= -1
+        elif kind == "turned":
+            matrix[:, :2] = [
+                [scale * np.cos(angle), -scale * np.sin(angle)],
+                [scale * np.sin(angle), scale * np.cos(angle)],
+            ]
+        elif kind == "sheared":
+            matrix[:, :2] = rng.uniform(-2, 2, (2, 2))
+        elif kind in ("far away", "farther"):
+            matrix[rng.integers(2), 2] = rng.choice([-1, 1]) * (40_000 if kind == "far away" else 500_000)
+        elif kind == "a point":
+            matrix[:, :2] = 0
+        plan = CropPlan(0, 0, 150, 120, 1, matrix)
+        for size in (37, SIZE):
+            assert np.array_equal(crop_from_window(luma, plan, size), reference_bits(luma, matrix, size))
 
 
 @pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())

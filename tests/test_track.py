@@ -9,13 +9,14 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_runtime.detect import HaarDetector
+from kp_runtime.detectors import load_detector
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.pipeline import checked_boxes, load
 from kp_runtime.results import Keypoints
 from kp_runtime.spec import ModelSpec
 from kp_runtime.track import LOST, Track, Tracker, TrackerSettings, disagreement, second_looks
 from kp_train.synthetic import mean_shape
+from tests.conftest import DETECTOR
 
 LITE = Path(__file__).resolve().parents[1] / "engines" / "resnet18-68-lite"
 IMAGE = np.zeros((720, 1280, 3), np.uint8)
@@ -248,7 +249,7 @@ def test_the_shipped_network_follows_a_face_and_notices_its_loss(lite: object, a
         shift = np.array([[1, 0, 20 + 2 * t], [0, 1, 30 + 10 * np.sin(t / 7)]])
         return cv2.warpAffine(photo, shift, (480, 300), borderMode=cv2.BORDER_REFLECT)
 
-    tracker = Tracker(lite, HaarDetector())  # type: ignore[arg-type]
+    tracker = Tracker(lite, load_detector(f"own={DETECTOR}"))  # type: ignore[arg-type]
     found = [tracker(frame(t), t / 30) for t in range(60)]
     assert [ids(tracks) for tracks in found] == [[1]] * 60
     assert tracker.detector_runs <= 3
