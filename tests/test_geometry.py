@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 
 import cv2
 import numpy as np
 import pytest
 
+from kp_runtime import geometry
 from kp_runtime.errors import MissingExtraError
 from kp_runtime.geometry import (
     CropPlan,
@@ -20,7 +22,7 @@ from kp_runtime.geometry import (
     matrices_from_boxes,
     mirrored_matrices,
 )
-from tests.reference import reference_bits, reference_blocks, reference_crop, waves
+from tests.reference import bilinear, reference_bits, reference_blocks, reference_crop, waves
 from tests.tolerances import CROP_GREY, CROP_GREY_MEAN, CROP_NOISE, CROP_NOISE_MEAN, MAP_PX, assert_close
 
 SIZE, MARGIN = 64, 1.3
@@ -114,14 +116,42 @@ def origin(plan: CropPlan) -> np.ndarray:
     return np.array([[0, 0, plan.x0 / plan.block], [0, 0, plan.y0 / plan.block]])
 
 
-@pytest.mark.parametrize("version", ["as installed", "5.0.0"])
+def warp_in_floats(source: np.ndarray, matrix: np.ndarray, size_wh: tuple[int, int], **_: object) -> np.ndarray:
+    """An OpenCV's that samples as version 5 does."""
+    y, x = np.mgrid[: size_wh[1], : size_wh[0]]
+    (a, b, c), (d, e, f) = matrix
+    return np.rint(bilinear(source, a * x + b * y + c, d * x + e * y + f)).astype(np.uint8)
+
+
+@pytest.fixture
+def way_asked_anew() -> Iterator[None]:
+    """What an OpenCV can is found anew, in the test and after it."""
+    geometry._way_to_sample.cache_clear()
+    yield
+    geometry._way_to_sample.cache_clear()
+
+
+@pytest.mark.usefixtures("way_asked_anew")
+def test_the_fastest_way_that_gives_the_bits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    four = cv2.__version__.startswith("4.")
+    assert geometry._way_to_sample() is (geometry._by_warp if four else geometry._by_remap)
+    geometry._way_to_sample.cache_clear()
+    monkeypatch.setattr(cv2, "warpAffine", warp_in_floats)
+    assert geometry._way_to_sample() is geometry._by_remap
+    geometry._way_to_sample.cache_clear()
+    monkeypatch.setattr(cv2, "remap", lambda source, pixels, *_, **__: np.zeros(pixels.shape[:2], np.uint8))
+    with pytest.warns(RuntimeWarning, match="samples otherwise than the models were trained with; crops are right"):
+        crop_from_luma(waves(60, 60, 20), one_matrix((5, 5, 40, 40)), SIZE)
+    assert geometry._way_to_sample() is geometry._by_numpy
+
+
+@pytest.mark.parametrize("way", ["as installed", "_by_remap", "_by_numpy"])
 @pytest.mark.parametrize("kind", ["upright", "mirrored", "turned", "sheared", "far away", "farther", "a point"])
-def test_every_bit_is_the_same_with_every_opencv(
-    kind: str, version: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+def test_every_bit_is_the_same_in_every_way(
+    kind: str, way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """OpenCV 5 samples otherwise by itself, so it is told where; OpenCV 4 does the same when it is told."""
-    if version != "as installed":
-        monkeypatch.setattr(cv2, "__version__", version)
+    if way != "as installed":
+        monkeypatch.setattr(geometry, "_way_to_sample", lambda: getattr(geometry, way))
     luma = rng.integers(0, 256, (120, 150), dtype=np.uint8)
     for _ in range(20):
         scale, angle = rng.uniform(0.1, 2), rng.uniform(-3, 3)
