@@ -20,7 +20,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 BOUNDS = (nox.param("oldest", id="oldest"), nox.param("newest", id="newest"))
 TESTS_NEED = ("onnx", "pytest")
 SYSTEM_PACKAGES = {

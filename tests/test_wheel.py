@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("kp_runtime", "kp_cli")
 TOOLS = ("kp_train", "kp_export")
-PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 PIP = (sys.executable, "-m", "pip", "--isolated", "--quiet", "--disable-pip-version-check")
 EXTRAS = {
     "image": {"numpy", "opencv-python-headless"},
