@@ -75,7 +75,7 @@ def diagnose(
     tensorrt = {name: here.ask("module", name, seconds=seconds) for name in checks.TENSORRT_MODULES}
     findings += [checks.tensorrt(here, gpu, tensorrt)]
     step("OpenCV")
-    findings += [checks.opencv(here, here.ask("module", "cv2", seconds=seconds))]
+    findings += [checks.opencv(here, here.ask("cv2", seconds=seconds))]
     step("face detector")
     findings += [checks.detector(here.ask("detector", str(detector or ""), seconds=seconds))]
     manifest, found = _bundle(bundle, no_bundle)

@@ -363,7 +363,7 @@ def detector(answer: Answer) -> Finding:
 
 
 def opencv(here: Surroundings, answer: Answer) -> Finding:
-    """Whether one OpenCV is here, and fits numpy."""
+    """Whether one OpenCV is here, fits numpy, and samples as the crop rule says."""
     wheels, folders = here.wheels(OPENCV_WHEELS), here.folders_with("cv2")
     if len(wheels) > 1:
         text = f"{' and '.join(wheels)} are installed; they write into one folder"
@@ -380,4 +380,7 @@ def opencv(here: Surroundings, answer: Answer) -> Finding:
         others = ", ".join(str(folder) for folder in folders[1:])
         text = f"{answer.facts['version']} in {folders[0]} hides another one in {others}"
         return Finding("OpenCV", WARNING, text, "remove the one that you do not mean")
+    if answer.facts["sampling"] == "numpy":
+        text = f"{answer.facts['version']} samples otherwise than training did; crops are cut in numpy, slowly"
+        return Finding("OpenCV", WARNING, text, "pip install 'kp-edge[image]'")
     return Finding("OpenCV", OK, answer.facts["version"])

@@ -42,6 +42,7 @@ __all__ = [
     "matrices_from_boxes",
     "mirrored_matrices",
     "overlaps",
+    "way_to_sample",
 ]
 
 FloatArray = NDArray[np.floating]
@@ -237,7 +238,7 @@ def crop_from_window(
     """
     scratch = scratch or Scratch()
     source = luma if plan.block == 1 else _block_means(luma, plan.block, scratch)
-    return _way_to_sample()(source, plan.source_from_crop, size, out, scratch)
+    return way_to_sample()(source, plan.source_from_crop, size, out, scratch)
 
 
 def crop_from_luma(luma: NDArray[np.uint8], matrix: FloatArray, size: int) -> NDArray[np.uint8]:
@@ -247,7 +248,7 @@ def crop_from_luma(luma: NDArray[np.uint8], matrix: FloatArray, size: int) -> ND
 
 
 @functools.cache
-def _way_to_sample() -> Callable[..., NDArray[np.uint8]]:
+def way_to_sample() -> Callable[..., NDArray[np.uint8]]:
     """The fastest way in which the OpenCV that is here gives the rule's bits, found on a small picture.
 
     OpenCV 5's `warpAffine` does not, and a build with a vendor's kernels need not.

@@ -184,6 +184,14 @@ def onnxruntime() -> Facts:
     return facts
 
 
+def cv2() -> Facts:
+    """OpenCV's version, and how it is made to cut crops that are right to the bit."""
+    from kp_runtime.geometry import way_to_sample
+
+    module = importlib.import_module("cv2")
+    return {"version": module.__version__, "sampling": way_to_sample().__name__.removeprefix("_by_")}
+
+
 def module(name: str) -> Facts:
     """A module's version and file."""
     found = importlib.import_module(name)
@@ -214,7 +222,7 @@ def detector(checkout: str) -> Facts:
 
 
 PROBES: dict[str, Callable[..., Facts]] = {
-    probe.__name__: probe for probe in (driver, nvrtc, crops, onnxruntime, module, detector, backend)
+    probe.__name__: probe for probe in (driver, nvrtc, crops, onnxruntime, cv2, module, detector, backend)
 }
 
 

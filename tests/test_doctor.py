@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from kp_runtime import doctor, probes
 from kp_runtime.backend import BACKENDS
 from kp_runtime.doctor import Diagnosis, diagnose
 from kp_runtime.doctor_checks import Finding, Surroundings
+from kp_runtime.geometry import way_to_sample
 from kp_runtime.gpu_code import GpuCode, gpu_code_from_library
 from kp_runtime.probes import Answer, answer_from_command, ask
 from kp_runtime.spec import FileEntry, Manifest, file_entry
@@ -50,7 +52,7 @@ PLAIN = {
     "module tensorrt": ABSENT,
     "module tensorrt_lean": ABSENT,
     "module tensorrt_dispatch": ABSENT,
-    "module cv2": answered(version="4.12.0", file="cv2.py"),
+    "cv2": answered(version="4.12.0", sampling="warp"),
     "detector": answered(name="own=wheel", missed=""),
     "backend ort-cpu": answered(file="model.onnx", golden_error_px=0.25),
 }
@@ -264,8 +266,10 @@ def test_gpus_that_do_not_work(
     ({"module tensorrt": ABSENT}, [], "TensorRT", "warning", "not installed", "pip install tensorrt-cu12"),
     ({}, ["opencv-python==4.12", "opencv-contrib-python-headless==4.12"], "OpenCV", "problem",
      "opencv-contrib-python-headless and opencv-python are installed", "then install one"),
-    ({"module cv2": ABSENT}, [], "OpenCV", "warning", "not installed", "kp-edge[image]"),
-    ({"module cv2": Answer("failed", "ImportError: bad")}, ["opencv-python==4.12"], "OpenCV", "problem",
+    ({"cv2": ABSENT}, [], "OpenCV", "warning", "not installed", "kp-edge[image]"),
+    ({"cv2": answered(version="9.0.0", sampling="numpy")}, [], "OpenCV", "warning",
+     "9.0.0 samples otherwise than training did; crops are cut in numpy", "kp-edge[image]"),
+    ({"cv2": Answer("failed", "ImportError: bad")}, ["opencv-python==4.12"], "OpenCV", "problem",
      "can't be imported: ImportError: bad", "pip install --force-reinstall opencv-python"),
     ({"backend ort-cuda": Answer("crashed", "ended by SIGSEGV")}, [], "ort-cuda", "problem", "ended by SIGSEGV", "fit"),
     ({"backend ort-cuda": Answer("hung", "no answer within 300 s")}, [], "ort-cuda", "problem", "300 s", "--timeout"),
@@ -287,10 +291,15 @@ def test_what_does_not_fit(
 
 
 def test_numpy_2_beside_a_system_s_opencv(bundle: Path, tmp_path: Path) -> None:
-    answers = PLAIN | {"module cv2": Answer("failed", "ImportError: numpy.core.multiarray failed to import")}
+    answers = PLAIN | {"cv2": Answer("failed", "ImportError: numpy.core.multiarray failed to import")}
     finding = about(looked(bundle, tmp_path, answers, numpy="2.1.0"), "OpenCV")
     assert (finding.status, finding.advice) == ("problem", "pip install 'numpy<2'")
     assert "numpy is 2.1.0" in finding.found
+
+
+def test_the_opencv_of_this_machine() -> None:
+    way = way_to_sample().__name__.removeprefix("_by_")
+    assert ask("cv2", seconds=60) == answered(version=cv2.__version__, sampling=way)
 
 
 @pytest.mark.parametrize(

@@ -126,23 +126,23 @@ def warp_in_floats(source: np.ndarray, matrix: np.ndarray, size_wh: tuple[int, i
 @pytest.fixture
 def way_asked_anew() -> Iterator[None]:
     """What an OpenCV can is found anew, in the test and after it."""
-    geometry._way_to_sample.cache_clear()
+    geometry.way_to_sample.cache_clear()
     yield
-    geometry._way_to_sample.cache_clear()
+    geometry.way_to_sample.cache_clear()
 
 
 @pytest.mark.usefixtures("way_asked_anew")
 def test_the_fastest_way_that_gives_the_bits_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     four = cv2.__version__.startswith("4.")
-    assert geometry._way_to_sample() is (geometry._by_warp if four else geometry._by_remap)
-    geometry._way_to_sample.cache_clear()
+    assert geometry.way_to_sample() is (geometry._by_warp if four else geometry._by_remap)
+    geometry.way_to_sample.cache_clear()
     monkeypatch.setattr(cv2, "warpAffine", warp_in_floats)
-    assert geometry._way_to_sample() is geometry._by_remap
-    geometry._way_to_sample.cache_clear()
+    assert geometry.way_to_sample() is geometry._by_remap
+    geometry.way_to_sample.cache_clear()
     monkeypatch.setattr(cv2, "remap", lambda source, pixels, *_, **__: np.zeros(pixels.shape[:2], np.uint8))
     with pytest.warns(RuntimeWarning, match="samples otherwise than the models were trained with; crops are right"):
         crop_from_luma(waves(60, 60, 20), one_matrix((5, 5, 40, 40)), SIZE)
-    assert geometry._way_to_sample() is geometry._by_numpy
+    assert geometry.way_to_sample() is geometry._by_numpy
 
 
 @pytest.mark.parametrize("way", ["as installed", "_by_remap", "_by_numpy"])
@@ -151,7 +151,7 @@ def test_every_bit_is_the_same_in_every_way(
     kind: str, way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if way != "as installed":
-        monkeypatch.setattr(geometry, "_way_to_sample", lambda: getattr(geometry, way))
+        monkeypatch.setattr(geometry, "way_to_sample", lambda: getattr(geometry, way))
     luma = rng.integers(0, 256, (120, 150), dtype=np.uint8)
     for _ in range(20):
         scale, angle = rng.uniform(0.1, 2), rng.uniform(-3, 3)
