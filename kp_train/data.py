@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ __all__ = [
     "parse_source",
     "read_pts",
     "read_source",
+    "start_of_workers",
 ]
 
 
@@ -239,6 +241,14 @@ def luma_from_file(path: Path) -> NDArray[np.uint8]:
         reason = getattr(error, "strerror", None) or str(error) or "too large for the memory here"
         raise DataError(f"{path} is missing, cut off or no image ({reason}); replace or remove it") from error
     return np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
+
+
+def start_of_workers(workers: int) -> str | None:
+    """How a loader's processes begin: on Linux by fork, so that they share the images in memory; None leaves it open.
+
+    From Python 3.14 on each would otherwise be sent a copy.
+    """
+    return "fork" if workers and sys.platform == "linux" else None
 
 
 class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):

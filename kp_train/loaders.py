@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from kp_train.data import FaceDataset
+from kp_train.data import FaceDataset, start_of_workers
 
 __all__ = ["Loaders", "SourceSampler", "held_out_batches"]
 
@@ -91,6 +91,7 @@ class Loaders(L.LightningDataModule):
             sampler=self.sampler,
             drop_last=len(self.sampler) >= self.batch_size,
             num_workers=self.workers,
+            multiprocessing_context=start_of_workers(self.workers),
             persistent_workers=self.workers > 0,
         )
 

@@ -21,7 +21,7 @@ from kp_runtime.files import writing
 from kp_runtime.spec import DetectorManifest, DetectorSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, check_finite, check_start, save_detector
 from kp_train.config import DetectorConfig
-from kp_train.data import Source
+from kp_train.data import Source, start_of_workers
 from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
 from kp_train.face_windows import Pictures, WindowDataset
 from kp_train.train import run_record, split_by_person, stored_record
@@ -84,7 +84,11 @@ def train_detector(
     weights = [source.weight for source, part in zip(sources, training, strict=True) for _ in part]
     windows = WindowDataset(faces, weights, pictures, config.seed, config.steps * config.batch_size)
     loader = DataLoader(
-        windows, config.batch_size, sampler=range(state.step * config.batch_size, len(windows)), num_workers=workers
+        windows,
+        config.batch_size,
+        sampler=range(state.step * config.batch_size, len(windows)),
+        num_workers=workers,
+        multiprocessing_context=start_of_workers(workers),
     )
     checks = WindowDataset(held_out, [1.0] * len(held_out), pictures, config.seed, VALIDATION_WINDOWS)
     try:

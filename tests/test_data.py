@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from kp_runtime.errors import DataError
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import boxes_from_points, matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import ModelSpec
-from kp_train.data import FaceDataset, is_held_out, luma_from_file, parse_source, read_pts, read_source
+from kp_train.data import (
+    FaceDataset,
+    is_held_out,
+    luma_from_file,
+    parse_source,
+    read_pts,
+    read_source,
+    start_of_workers,
+)
 from kp_train.face_windows import read_pictures
 from kp_train.synthetic import drawn_face, write_csv_source
 
@@ -181,3 +191,16 @@ def test_the_split_is_by_person_and_does_not_depend_on_order() -> None:
     assert 150 < len(held) < 250
     assert held == [p for p in reversed(people) if is_held_out(p, 0.1)][::-1]
     assert all(is_held_out(p, 0.2) for p in held)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes begin as the platform has it")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12 on fork beside threads
+def test_workers_share_the_images_instead_of_a_copy(csv_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: FaceDataset) -> None:
+        raise AssertionError("images were copied to a worker")
+
+    monkeypatch.setattr(FaceDataset, "__reduce__", refuse)
+    shown = FaceDataset(read_source(csv_source).faces, ModelSpec("shared", size=64))
+    assert [start_of_workers(n) for n in (0, 1, 4)] == [None, "fork", "fork"]
+    loader = DataLoader(shown, 4, num_workers=1, multiprocessing_context=start_of_workers(1))
+    assert sum(len(crops) for crops, _ in loader) == len(shown)
