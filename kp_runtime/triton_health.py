@@ -61,7 +61,8 @@ def check_triton(url: str, model: str, seconds: float = 10.0) -> None:
 
 def _reason(error: urllib.error.HTTPError) -> str:
     """What the server says of an error."""
-    text = error.read(2000).decode(errors="replace")
+    with error:
+        text = error.read(2000).decode(errors="replace")
     with contextlib.suppress(KeyError, TypeError, ValueError):
         text = str(json.loads(text)["error"])
     return " ".join(text.split())[:300] or f"HTTP status {error.code}"
