@@ -30,6 +30,7 @@ from kp_runtime.backend import Backend, open_backend
 from kp_runtime.errors import BackendError, MissingExtraError
 from kp_runtime.spec import Manifest
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
+from kp_train.config import has_bfloat16
 
 __all__ = [
     "OPENVINO",
@@ -48,9 +49,6 @@ Infer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 ORT, OPENVINO = "ONNX Runtime", "OpenVINO"
 EAGER, COMPILED = "PyTorch", "torch.compile"
-
-BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
-"""What Linux calls bfloat16 arithmetic: on x86 the first two, on ARM the last (/proc/cpuinfo)."""
 
 
 @dataclass(frozen=True)
@@ -209,12 +207,10 @@ def _import_openvino() -> Any:
 
 def bf16_blocker(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     """Why bfloat16 would be emulated here; None where the CPU has it."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
-    except OSError:
+    known = has_bfloat16(cpuinfo)
+    if known is None:
         return f"whether this CPU has bfloat16 arithmetic can't be read on {platform.system()}"
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
-    return None if BF16_FLAGS & set(flags) else "this CPU has no bfloat16 arithmetic (no avx512_bf16, amx_bf16, bf16)"
+    return None if known else "this CPU has no bfloat16 arithmetic (no avx512_bf16, amx_bf16, bf16)"
 
 
 def why(error: Exception) -> str:

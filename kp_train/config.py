@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from kp_runtime.errors import KpError
 
-__all__ = ["AUGMENTS", "RECIPES", "DetectorConfig", "TrainConfig", "recipe"]
+__all__ = ["AUGMENTS", "RECIPES", "DetectorConfig", "TrainConfig", "has_bfloat16", "recipe"]
 
 AUGMENTS = ("faces", "varied", "bent", "light", "crop", "none")
 """How crops are varied, see `TrainConfig.augment`."""
@@ -168,3 +169,16 @@ def recipe(name: str, **changes: Any) -> TrainConfig:
     if name not in RECIPES:
         raise KpError(f"there is no recipe {name!r}; the recipes are: {', '.join(RECIPES)}")
     return dataclasses.replace(RECIPES[name], **{k: v for k, v in changes.items() if v is not None})
+
+
+def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool | None:
+    """Whether this processor computes in bfloat16, by what Linux says of it; None where that can't be read.
+
+    One that does not takes many times longer for it than for float32.
+    """
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags)  # the last is ARM's

@@ -44,7 +44,7 @@ from kp_train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from kp_train.config import DetectorConfig, TrainConfig
+from kp_train.config import DetectorConfig, TrainConfig, has_bfloat16
 from kp_train.data import Face, FaceDataset, Source, is_held_out
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
@@ -152,6 +152,9 @@ def train(
     resume = resume or (elastic and has_begun(run))
     check_start(run, resume)
     trainer = _trainer(config, run, devices, accelerator, strategy, progress)
+    on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu and config.precision.startswith("bf16") and has_bfloat16() is False and trainer.is_global_zero:
+        print(f"this processor has no bfloat16: {config.precision} is far slower on it than 32-true", flush=True)
     L.seed_everything(config.seed, workers=True, verbose=False)
     spec = ModelSpec(
         name, config.size, config.margin, config.box, config.points, "ibug68" if config.points == POINTS else "own"

@@ -50,6 +50,17 @@ def trained(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(faces, tmp_path_factory.mktemp("runs") / "r", epochs=8, batch_size=8, augment="none").parent
 
 
+@pytest.mark.parametrize(("has", "said"), [(False, True), (True, False), (None, False)])
+def test_bfloat16_on_a_processor_without_it_is_said(
+    has: bool | None, said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kp_train.train.has_bfloat16", lambda: has)
+    with pytest.raises(DataError):  # ends before anything is trained
+        train([], recipe("default", precision="bf16-mixed"), tmp_path / "r", accelerator="cpu", progress=False)
+    told = "this processor has no bfloat16: bf16-mixed is far slower on it than 32-true"
+    assert (told in capsys.readouterr().out) == said
+
+
 def test_a_run_learns(trained: Path, faces: Path) -> None:
     """Held-out faces are met better than by the mean face that the network starts from."""
     net, manifest = load_checkpoint(trained)
