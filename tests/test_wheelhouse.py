@@ -114,6 +114,8 @@ def install(house: Path) -> subprocess.CompletedProcess[str]:
     """The line of README.txt, for the board's Python and processor, writing nothing."""
     (line,) = re.findall(r"bin/pip (install .*)", (house / "README.txt").read_text())
     other = ["--dry-run", "--ignore-installed", "--target", str(house / "site"), "--only-binary=:all:"]
+    if sys.version_info >= (3, 13):  # pip asks markers about the Python that it runs on, for which numpy is newer
+        other.append("--no-deps")
     board = ["--python-version", "3.10", "--platform", "manylinux_2_17_aarch64", "--platform", "manylinux_2_28_aarch64"]
     return subprocess.run(
         [sys.executable, "-m", "pip", "--isolated", *line.split(), *other, *board],
