@@ -1,4 +1,7 @@
-"""The settings of a training run, of keypoints or of the detector: a flat dataclass, stored with the weights."""
+"""The settings of a training run, of keypoints or of the detector: a flat dataclass, stored with the weights.
+
+And whether this processor has the arithmetic that a precision wants.
+"""
 
 from __future__ import annotations
 
