@@ -99,7 +99,7 @@ def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace)
         print(f"== {run.name}: {run.changes}", flush=True)
         train(
             weighted(sources, run.photos), config_of(run, args.precision), folder,
-            name=kind_of(run).removesuffix("-taught"), weights="none",
+            name=kind_of(run.name).removesuffix("-taught"), weights="none",
             init=None if run.init is None else out / run.init, teachers=[out / name for name in run.teachers],
             resume=has_begun(folder),
             devices="1", accelerator=args.accelerator, workers=args.workers, picture_every=50, progress=False,
@@ -124,9 +124,9 @@ def finish_refit(run: Run, sources: list[Source], out: Path) -> dict[str, Any] |
     return measure(refitted, sources, folder)
 
 
-def kind_of(run: Run) -> str:
+def kind_of(run: str) -> str:
     """A run's name without its seed."""
-    return run.name.rpartition("-")[0]
+    return run.rpartition("-")[0]
 
 
 def measure(run: Run, sources: list[Source], folder: Path) -> dict[str, Any]:
@@ -134,8 +134,8 @@ def measure(run: Run, sources: list[Source], folder: Path) -> dict[str, Any]:
     measured = folder / "held_out.json"
     if not measured.is_file():
         model = open_model(folder)
-        result: dict[str, Any] = {"run": run.name, "changes": run.changes, "photos": run.photos, "init": run.init,
-                                  "teachers": run.teachers}  # fmt: skip
+        told = {"changes": run.changes, "photos": run.photos, "init": run.init, "teachers": run.teachers}
+        result: dict[str, Any] = {"run": run.name} | told
         for source in sources:
             faces = [face for face in source.faces if is_held_out(face.person, VAL_FRACTION)]
             if faces:
@@ -174,7 +174,7 @@ def table(results: list[dict[str, Any]], names: list[str]) -> str:
             f"| {result['run']} | {text} | " + " | ".join(f"{result.get(n, np.nan):.2%}" for n in names) + " |"
         )
     for model in [name + kind for name in FINAL for kind in ("", "-refitted")]:
-        seeds = [r for r in results if r["run"].rpartition("-")[0] == model]
+        seeds = [r for r in results if kind_of(r["run"]) == model]
         if len(seeds) > 1:
             spread = [[r.get(name, np.nan) for r in seeds] for name in names]
             cells = " | ".join(f"{np.mean(v):.2%} ± {np.std(v, ddof=1):.2%}" for v in spread)
@@ -221,7 +221,7 @@ def main() -> None:
     results = []
     for run in runs:
         results.append(finish(run, sources, args.out, args))
-        if kind_of(run) in FINAL and (refitted := finish_refit(run, sources, args.out)):
+        if kind_of(run.name) in FINAL and (refitted := finish_refit(run, sources, args.out)):
             results.append(refitted)
         text = table(results, [source.path.name for source in sources])
         (args.out / "runs.md").write_text(text, encoding="utf-8")

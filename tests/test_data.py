@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from kp_runtime.errors import DataError
 from kp_runtime.frame import as_frame, image_from_file
@@ -26,6 +26,7 @@ from kp_train.data import (
     start_of_workers,
 )
 from kp_train.face_windows import read_pictures
+from kp_train.loaders import Loaders, SourceSampler
 from kp_train.synthetic import drawn_face, write_csv_source
 
 
@@ -201,6 +202,9 @@ def test_workers_share_the_images_instead_of_a_copy(csv_source: Path, monkeypatc
 
     monkeypatch.setattr(FaceDataset, "__reduce__", refuse)
     shown = FaceDataset(read_source(csv_source).faces, ModelSpec("shared", size=64))
-    assert [start_of_workers(n) for n in (0, 1, 4)] == [None, "fork", "fork"]
-    loader = DataLoader(shown, 4, num_workers=1, multiprocessing_context=start_of_workers(1))
+    loaders = Loaders(shown, shown, SourceSampler([len(shown)], [1.0], 0), batch_size=len(shown), workers=1)
+    loaders.trainer = SimpleNamespace(global_rank=0, world_size=1)  # type: ignore[assignment]
+    loader = loaders.train_dataloader()
+    assert loader.multiprocessing_context.get_start_method() == "fork"  # whatever this Python's own is
     assert sum(len(crops) for crops, _ in loader) == len(shown)
+    assert start_of_workers(0) is None
