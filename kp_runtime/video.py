@@ -69,10 +69,13 @@ class Ahead(Generic[T]):
         items: what is worked through.
         room: most items that wait.
         newest: drop the oldest waiting item rather than stop; `dropped` counts them.
+        stop: once it is set, only what waits is given, as what is asked for the next item may never answer.
     """
 
-    def __init__(self, items: Iterable[T], room: int = _ROOM, *, newest: bool = False) -> None:
-        self._items, self._room, self._newest = items, room, newest
+    def __init__(
+        self, items: Iterable[T], room: int = _ROOM, *, newest: bool = False, stop: threading.Event | None = None
+    ) -> None:
+        self._items, self._room, self._newest, self._stop = items, room, newest, stop or threading.Event()
         self._waiting: deque[T] = deque()
         self._changed = threading.Condition()
         self._ended = self._closed = False
@@ -86,7 +89,7 @@ class Ahead(Generic[T]):
         while True:
             with self._changed:
                 # in turns, so that the main thread gets to see Ctrl-C on every system
-                while not self._waiting and not self._ended:
+                while not self._waiting and not self._ended and not self._stop.is_set():
                     self._changed.wait(_TURN_S)
                 if not self._waiting:
                     break
@@ -204,7 +207,7 @@ def run_video(
 
     Raises:
         ImageError: the source broke off, or its frames changed their size; what came before is written.
-        KpError: a sink can't write any more; the other files are finished.
+        KpError: a sink can't write any more; the other files are finished, and it says what each holds.
     """
     stop = stop or threading.Event()
     room = 1 if source.live else _ROOM
@@ -227,37 +230,44 @@ def run_video(
                 picture = draw(frame.image, tracks) if pictures else None
             yield frame, tracks, picture
 
-    begin, came, frames = time.perf_counter(), 0, 0
-    read = Ahead(_until(source, stop, stage), room, newest=source.live)
+    begin, frames = time.perf_counter(), 0
+    read = Ahead(_until(source, stop, stage), room, newest=source.live, stop=stop)
     found = Ahead(tracked(), room)
     drawn = Ahead(pictured(), room)
     if metrics:
         metrics.queues({"read": read.waiting, "tracked": found.waiting, "drawn": drawn.waiting})
         metrics.dropped(lambda: read.dropped)
-    failures: list[KpError] = []
+    failed: dict[int, KpError] = {}  # by the id of the sink, or of the source
     try:
         for frame, tracks, picture in drawn:
-            came += 1
             with stage("write"):
                 for sink in sinks:
-                    sink.write(frame, tracks, picture)
+                    try:
+                        sink.write(frame, tracks, picture)
+                    except KpError as error:
+                        failed[id(sink)] = error
+            if failed:
+                break
             frames += 1
             step(frames)
             if window is not None and picture is not None and not window.show(picture):
                 stop.set()
     except KpError as error:
-        failures.append(error)
+        failed[id(source)] = error
     finally:
         for ahead in (read, found, drawn):
             ahead.close()
-        failures += _closed(sinks, keep=came > 0)
-        if window is not None:
-            window.close()
-    files = tuple(sink.path for sink in sinks if came and sink.path.exists())
-    if failures:
+        with contextlib.ExitStack() as closing:  # every one of them, whatever another raises
+            if window is not None:
+                closing.callback(window.close)
+            for sink in reversed(sinks):
+                closing.callback(_close, sink, frames > 0, failed)
+    files = tuple(sink.path for sink in sinks if frames and id(sink) not in failed)
+    if failed:
+        first, *others = failed.values()
         kept = f"; {frames} frames are in {', '.join(map(str, files))}" if files else ""
-        failures[0].args = (f"{'; '.join(map(str, failures))}{kept}",)
-        raise failures[0]
+        first.args = (f"{'; '.join(map(str, (first, *others)))}{kept}",)
+        raise first
     seconds = time.perf_counter() - begin
     return VideoRun(frames, read.dropped, tracker.faces, tracker.detector_runs, seconds, stop.is_set(), files)
 
@@ -272,12 +282,9 @@ def _until(source: Source, stop: threading.Event, stage: Callable[[str], Any]) -
         yield frame
 
 
-def _closed(sinks: Sequence[Sink], keep: bool) -> list[KpError]:
-    """Closes all sinks, and gives what went wrong."""
-    failures = []
-    for sink in sinks:
-        try:
-            sink.close(keep)
-        except KpError as error:
-            failures.append(error)
-    return failures
+def _close(sink: Sink, keep: bool, failed: dict[int, KpError]) -> None:
+    """Closes a sink, which knows best what became of it."""
+    try:
+        sink.close(keep)
+    except KpError as error:
+        failed[id(sink)] = error

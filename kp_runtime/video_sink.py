@@ -1,7 +1,9 @@
 """What is written of a moving picture: the annotated video, and a row a face as JSON Lines or Parquet.
 
 Every sink writes beside its target and takes the target's name when it is closed, whatever ended the run; so
-a file of that name is always whole. Where no frame came through, an older file of that name stays.
+a file of that name can always be read. Where no frame came through, an older file of that name stays. A sink that
+can't write any more keeps what can be read: JSON Lines and videos end early, and of Parquet, whose end tells where all
+is, nothing is left.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import contextlib
 import glob
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,7 +50,11 @@ class Sink(Protocol):
         ...
 
     def close(self, keep: bool = True) -> None:
-        """Finishes the file and gives it its name, or removes what there is of it."""
+        """Finishes the file and gives it its name, or removes what there is of it.
+
+        Raises:
+            KpError: it is not whole, here or since a `write` that failed; says what there is.
+        """
         ...
 
 
@@ -116,7 +122,7 @@ class VideoSink:
         codec: its four characters.
         rate: frames a second.
         size_hw: of all frames.
-        by_clock: frames come when they come, so one is repeated until the next is due: the video then lasts
+        by_clock: frames come when they come, so one is repeated until the next came: the video then lasts
             as long as what it shows. Otherwise each is written once.
 
     Raises:
@@ -129,6 +135,7 @@ class VideoSink:
         cv2 = import_cv2()
         self.path, self._cv2, self._rate, self._by_clock = path, cv2, rate, by_clock
         self._temporary, self._written = _temporary(path), 0
+        self._last: NDArray[np.uint8] | None = None
         fourcc = cv2.VideoWriter_fourcc(*codec)
         self._writer: Any = None
         # what the encoder does not take ends the process in OpenCV 4.5.4, JetPack 6's, so it is not asked
@@ -145,12 +152,14 @@ class VideoSink:
     def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
         """Adds a frame."""
         times = max(0, round(frame.seconds * self._rate) + 1 - self._written) if self._by_clock else 1
-        for _ in range(times):
-            self._writer.write(drawn)
+        for i in range(times, 0, -1):
+            self._writer.write(drawn if i == 1 or self._last is None else self._last)
         self._written += times
+        if self._by_clock:
+            self._last = drawn
 
     def close(self, keep: bool = True) -> None:
-        """Finishes the video, and looks whether it is there: OpenCV does not tell of a full disk."""
+        """See `Sink.close`; looks whether all is there, as OpenCV does not tell of a full disk."""
         self._writer.release()
         if not keep:
             self._temporary.unlink(missing_ok=True)
@@ -158,9 +167,10 @@ class VideoSink:
         check = self._cv2.VideoCapture(str(self._temporary))
         there = int(check.get(self._cv2.CAP_PROP_FRAME_COUNT)) if check.isOpened() else 0
         check.release()
-        _end(self._temporary, self.path, keep)
+        _end(self._temporary, self.path, keep=there > 0)
         if there < self._written:
-            raise KpError(f"{self.path} has {there} of the {self._written} frames written to it; is the disk full?")
+            have = f"{self.path} has {there}" if there else f"can't write {self.path}: it would have none"
+            raise KpError(f"{have} of the {self._written} frames written to it; is the disk full?")
 
 
 class LinesSink:
@@ -174,26 +184,38 @@ class LinesSink:
 
     def __init__(self, path: Path) -> None:
         self.path, self._temporary = path, _temporary(path)
+        self._whole = 0  # bytes that are in the file for certain
+        self._error: OSError | None = None
         try:
-            self._file = open(self._temporary, "w", encoding="utf-8")  # noqa: SIM115 - open until close()
+            self._file = open(self._temporary, "wb")  # noqa: SIM115 - open until close()
         except OSError as error:
             raise _unwritable(path, error) from error
 
     def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
         """Adds a line a face."""
+        lines = "".join(json.dumps(_row(frame, track)) + "\n" for track in tracks).encode()
         try:
-            self._file.writelines(json.dumps(_row(frame, track)) + "\n" for track in tracks)
+            self._file.write(lines)
+            self._file.flush()
         except OSError as error:
+            self._error = error
             raise _unwritable(self.path, error) from error
+        self._whole += len(lines)
 
     def close(self, keep: bool = True) -> None:
-        """Finishes the file."""
+        """See `Sink.close`; where it failed, the last frame that fitted is the last."""
         try:
             self._file.close()
         except OSError as error:
-            raise _unwritable(self.path, error) from error
-        finally:
+            self._error = self._error or error
+        if self._error is None:
             _end(self._temporary, self.path, keep)
+            return
+        kept = keep and self._whole > 0
+        if kept:
+            os.truncate(self._temporary, self._whole)
+        _end(self._temporary, self.path, kept)
+        raise _unwritable(self.path, self._error, "it ends with the last frame that fitted" if kept else "")
 
 
 class ParquetSink:
@@ -214,6 +236,7 @@ class ParquetSink:
             raise MissingExtraError("pyarrow", "parquet", "writing Parquet") from error
         self.path, self._temporary, self._pa = path, _temporary(path), pa
         self._rows: list[dict[str, Any]] = []
+        self._error: Exception | None = None
         point = pa.list_(pa.float32(), 2)
         self._schema = pa.schema([
             ("time", pa.float64()), ("frame", pa.int64()), ("track", pa.int64()),
@@ -229,23 +252,27 @@ class ParquetSink:
         """Adds a row a face; they reach the disk by the thousand."""
         self._rows += [_row(frame, track) for track in tracks]
         if len(self._rows) >= _ROWS_AT_ONCE:
-            self._flush()
+            self._to_disk(self._flush)
 
     def close(self, keep: bool = True) -> None:
-        """Writes the last rows and the file's end."""
+        """See `Sink.close`; writes the last rows and the file's end."""
+        with contextlib.suppress(KpError):
+            if self._error is None:
+                self._to_disk(self._flush)
+            self._to_disk(self._writer.close)
+        _end(self._temporary, self.path, keep and self._error is None)
+        if self._error is not None:
+            raise _unwritable(self.path, self._error)
+
+    def _to_disk(self, work: Callable[[], None]) -> None:
         try:
-            self._flush()
-            self._writer.close()
-        except OSError as error:
+            work()
+        except (OSError, self._pa.ArrowException) as error:
+            self._error = self._error or error
             raise _unwritable(self.path, error) from error
-        finally:
-            _end(self._temporary, self.path, keep)
 
     def _flush(self) -> None:
-        try:
-            self._writer.write_table(self._pa.Table.from_pylist(self._rows, self._schema))
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
+        self._writer.write_table(self._pa.Table.from_pylist(self._rows, self._schema))
         self._rows = []
 
 
@@ -267,10 +294,12 @@ def _end(temporary: Path, path: Path, keep: bool) -> None:
         if not keep:
             temporary.unlink(missing_ok=True)
             return
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise KpError(f"can't write {path}: {error.strerror or error}; what was written is {temporary}") from error
 
 
-def _unwritable(path: Path, error: OSError) -> KpError:
-    return KpError(f"can't write {path}: {error.strerror or error}")
+def _unwritable(path: Path, error: Exception, left: str = "") -> KpError:
+    return KpError(f"can't write {path}: {getattr(error, 'strerror', None) or error}{left and f'; {left}'}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import errno
 import json
 import os
 import subprocess
@@ -21,7 +22,7 @@ from kp_runtime.errors import BackendError, ImageError, InputError, KpError, Mis
 from kp_runtime.results import Keypoints
 from kp_runtime.track import Track, Tracker
 from kp_runtime.video import Ahead, Window, draw_tracks, run_video
-from kp_runtime.video_sink import LinesSink, Sink, VideoSink, open_sinks
+from kp_runtime.video_sink import LinesSink, ParquetSink, Sink, VideoSink, open_sinks
 from kp_runtime.video_source import FileSource, FolderSource, LiveSource, VideoFrame
 
 SIZE_HW = (96, 128)
@@ -227,7 +228,7 @@ def test_a_video_by_the_clock_lasts_as_long_as_what_it_shows(tmp_path: Path) -> 
         frame = VideoFrame(index, seconds, picture(50 * index))
         sink.write(frame, (), frame.image)
     sink.close()
-    assert levels(tmp_path / "a.avi") == pytest.approx([0, 50, 50, 150, 150, 150], abs=3)
+    assert levels(tmp_path / "a.avi") == pytest.approx([0, 0, 50, 100, 100, 150], abs=3)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="whether a process lives is asked by signal 0, which is POSIX")
@@ -290,16 +291,100 @@ def test_outputs_that_can_not_be_written(tmp_path: Path) -> None:
         sinks_for(source, tmp_path, "gif")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
-def test_a_full_disk_ends_one_file_and_keeps_the_other(tmp_path: Path) -> None:
+class FullDisk:
+    """A file on a disk that takes `room` bytes and no more."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.file, self.room = open(path, "wb", buffering=0), room
+
+    def write(self, data: bytes) -> int:
+        taken = self.file.write(data[: max(0, self.room - self.file.tell())])
+        if taken < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return taken
+
+    def flush(self) -> None:
+        pass
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+
+    @property
+    def closed(self) -> bool:
+        return self.file.closed
+
+
+def on_a_full_disk(sink: Sink, room: int) -> Sink:
+    """The same sink of lines, on such a disk."""
+    assert isinstance(sink, LinesSink)
+    sink._file.close()
+    sink._file = FullDisk(sink._temporary, room)  # type: ignore[assignment]
+    return sink
+
+
+def test_lines_on_a_full_disk_end_with_a_whole_frame_and_the_other_files_go_on_to_there(tmp_path: Path) -> None:
     source = FolderSource(folder_of_frames(tmp_path / "frames"))
-    picture_sink, lines = sinks_for(source, tmp_path, "avi", "jsonl")
-    lines._file.close()  # type: ignore[attr-defined]
-    lines._file = open("/dev/full", "w", buffering=1)  # type: ignore[attr-defined]  # noqa: SIM115
-    with pytest.raises(KpError, match=r"can't write .*frames_keypoints.jsonl: No space left"):
-        run_video(source, one_face(), [picture_sink, lines])
-    assert (tmp_path / "frames_keypoints.avi").is_file()
-    assert len(levels(tmp_path / "frames_keypoints.avi")) >= 1
+    lines, pictures = sinks_for(source, tmp_path, "jsonl", "avi")
+    run_video(source, one_face(), sinks_for(source, tmp_path / "whole", "jsonl"))
+    whole = (tmp_path / "whole" / "frames_keypoints.jsonl").read_bytes()
+    with pytest.raises(KpError, match=r"can't write .*frames_keypoints.jsonl: No space left") as raised:
+        run_video(source, one_face(), [on_a_full_disk(lines, len(whole) // 2 + 100), pictures])
+    assert "it ends with the last frame that fitted; 3 frames are in" in str(raised.value)
+    assert str(raised.value).count(".jsonl") == 1  # among the files that hold these frames it is not
+    assert lines.path.read_bytes() == whole[: len(whole) // 2]  # all rows are of one length but for the time's digits
+    assert len(levels(pictures.path)) == 4
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_is_full_from_the_first_frame_on_leaves_the_older_files(tmp_path: Path) -> None:
+    source = FolderSource(folder_of_frames(tmp_path / "frames"))
+    for name in ("jsonl", "avi"):
+        (tmp_path / f"frames_keypoints.{name}").write_text("older")
+    lines, pictures = sinks_for(source, tmp_path, "jsonl", "avi")
+    with pytest.raises(KpError, match=r"can't write .*jsonl: No space left on device$"):
+        run_video(source, one_face(), [on_a_full_disk(lines, 10), pictures])
+    assert lines.path.read_text() == pictures.path.read_text() == "older"
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("rows", [1, 1000])  # a row each reaches the disk, or all at the end
+def test_parquet_on_a_full_disk_leaves_the_older_file_and_closes_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("kp_runtime.video_sink._ROWS_AT_ONCE", rows)
+    source = FolderSource(folder_of_frames(tmp_path / "frames"))
+    (tmp_path / "frames_keypoints.parquet").write_text("older")
+    table, pictures = sinks_for(source, tmp_path, "parquet", "avi")
+    assert isinstance(table, ParquetSink)
+    table._writer.close()
+    disk = FullDisk(table._temporary, 2000)
+    table._writer = pq.ParquetWriter(pa.PythonFile(disk, "w"), table._schema)
+    with pytest.raises(KpError, match=r"can't write .*frames_keypoints.parquet: .*No space left"):
+        run_video(source, one_face(), [table, pictures])
+    disk.close()
+    assert table.path.read_text() == "older"
+    assert rows == 1 or len(levels(pictures.path)) == 6
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_sink_that_breaks_off_does_not_keep_the_others_open(tmp_path: Path) -> None:
+    class Broken:
+        path, pictures = tmp_path / "none", False
+
+        def write(self, *frame: object) -> None:
+            pass
+
+        def close(self, keep: bool = True) -> None:
+            raise RuntimeError("not foreseen")
+
+    source = FolderSource(folder_of_frames(tmp_path / "frames"))
+    with pytest.raises(RuntimeError, match="not foreseen"):
+        run_video(source, one_face(), [Broken(), *sinks_for(source, tmp_path, "avi")])
+    assert len(levels(tmp_path / "frames_keypoints.avi")) == 6
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +409,31 @@ def test_stop_finishes_what_was_read(tmp_path: Path) -> None:
     assert run.stopped
     assert 5 <= run.frames < 30
     assert len(levels(run.files[0])) == run.frames
+
+
+def test_stop_does_not_wait_for_a_camera_that_gives_nothing(tmp_path: Path) -> None:
+    stop, hangs, release = threading.Event(), threading.Event(), threading.Event()
+
+    class Hanging(Camera):
+        def read(self) -> tuple[bool, np.ndarray | None]:
+            if not self.script:
+                hangs.set()
+                release.wait(60)
+            return super().read()
+
+    source, runs = live(Hanging(*range(0, 50, 10))), []
+    run = threading.Thread(
+        target=lambda: runs.append(run_video(source, one_face(), sinks_for(source, tmp_path, "jsonl"), stop=stop))
+    )
+    run.start()
+    assert hangs.wait(30)
+    stop.set()
+    run.join(30)
+    was_alive = run.is_alive()
+    release.set()
+    assert not was_alive
+    assert runs[0].stopped
+    assert len(runs[0].files[0].read_text().splitlines()) == runs[0].frames > 0
 
 
 def test_a_window_is_shown_every_frame_and_may_end_the_run(tmp_path: Path) -> None:
