@@ -349,7 +349,7 @@ def run(
     address = address_from_text(metrics) if metrics else None
     watch = Metrics() if address else None
     draw = draw_effect(open_effect(effect)) if effect else draw_tracks
-    few = threads or max(1, usable_cores() - 1)  # reading, drawing and writing go on meanwhile
+    few = max(1, usable_cores() - 1) if threads is None else threads  # reading, drawing and writing go on meanwhile
     import_cv2().setNumThreads(few)
     opened = load_model(model, tuned, "auto", threads if tuned else few, public_key)
     if opened.spec.box == "frame":

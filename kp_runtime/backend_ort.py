@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,23 +60,35 @@ class OrtCpuBackend(Backend):
         try:
             if len(crops) == 1:
                 return self._ask(crops)
-            way = self._feeder.next(len(crops))
+            way = self._next_way(len(crops))
             start = time.perf_counter()
             outputs = self._fed(crops, way)
             self._feeder.record(len(crops), way, time.perf_counter() - start)
-        except KpError:  # the file was changed before a second session was made of it
-            raise
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             reason = reason_of(error)
             raise BackendError(f"ONNX Runtime failed on {len(crops)} crops: {reason}; try fewer at once") from error
         return outputs
 
+    def _next_way(self, faces: int) -> Way:
+        """How to feed so many faces, with the second session ready where it needs that."""
+        way = self._feeder.next(faces)
+        if not way.side_by_side:
+            return way
+        with self._lock:
+            if self._beside is not None:
+                return way
+            try:
+                session = open_session(self._model, self._read, 1)
+            except KpError as error:  # the file was exchanged or removed since; the first session goes on
+                self._feeder.drop(way)
+                warnings.warn(f"faces are no longer fed side by side: {error}", RuntimeWarning, stacklevel=4)
+                return self._feeder.next(faces)
+            self._beside = _SideBySide(_asker(session, self.spec), self.threads)
+        return way
+
     def _fed(self, crops: NDArray[np.uint8], way: Way) -> list[NDArray[np.float32]]:
         if way.side_by_side:
-            with self._lock:
-                if self._beside is None:
-                    session = open_session(self._model, self._read, 1)
-                    self._beside = _SideBySide(_asker(session, self.spec), self.threads)
+            assert self._beside is not None  # `_next_way` has made it
             return self._beside.run(crops)
         if way.part is None:
             return self._ask(crops)

@@ -59,12 +59,19 @@ class Feeder:
         Raises:
             InputError: there is no such way.
         """
-        way = next((way for way in self._ways if way.name == name), None)
+        with self._lock:
+            way = next((way for way in self._ways if way.name == name), None)
         if way is None:
             names = ", ".join(way.name for way in self._ways)
             raise InputError(f"there is no way {name!r:.40} to feed a batch; choose from {names}")
         with self._lock:
             self._settled[_size(faces)] = way
+
+    def drop(self, way: Way) -> None:
+        """Takes away a way that does not work here."""
+        with self._lock:
+            self._ways = tuple(other for other in self._ways if other != way)
+            self._settled = {size: other for size, other in self._settled.items() if other != way}
 
     def next(self, faces: int) -> Way:
         """The way to feed this call: one that was tried too little, or the chosen one."""

@@ -24,10 +24,12 @@ def writing(path: Path) -> Iterator[Path]:
     A block that raises, or a process that is killed, leaves the old file whole. A full disk or
     a folder that can't be written becomes a `KpError` that names the path.
     """
-    if not path.name:
-        raise KpError(f"can't write {path}: it is a folder; name a file")
+    if reason := _fault_of_name(path):
+        raise KpError(f"can't write {str(path)!r}: {reason}; name a file")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
+        if path.exists() and not path.is_file():
+            raise KpError(f"can't write {path}: it is a folder, device or pipe; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with open(temporary, "rb") as file:
@@ -38,6 +40,16 @@ def writing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _fault_of_name(path: Path) -> str | None:
+    """Why a path can't be a file's, as of a name out of a damaged label file."""
+    if not path.name:
+        return "it is a folder"
+    try:
+        return "there is a zero byte in its name" if b"\0" in os.fsencode(path) else None
+    except UnicodeEncodeError:
+        return "its name is no text"
 
 
 def read_plain(path: Path, largest: int) -> bytes:

@@ -202,8 +202,8 @@ def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     path = Path(path)
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise ImageError(f"{path} can't be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise ImageError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
     return image_from_bytes(data, str(path))
 
 

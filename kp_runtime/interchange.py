@@ -8,7 +8,8 @@
 | `parquet` | columns image, face, box (4 numbers), keypoints (136 numbers) | 0 |
 
 In memory an integer is a pixel's centre and pixels count from 0; numbers are kept to a thousandth of
-a pixel. What a format has no place for (a box in `.pts`, the image's size in all but COCO) is left out.
+a pixel. What a format has no place for (a box in `.pts`, the image's size in all but COCO) is left out. The rows of a
+CSV have one length, so its faces have all a box or none has.
 """
 
 from __future__ import annotations
@@ -370,7 +371,12 @@ def _write_csv(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
     count = len(faces[0].xy) if faces else POINTS
     names = point_names() if count == POINTS else tuple(f"point_{i}" for i in range(count))
     columns = [f"{name}_{axis}" for name in names for axis in "xy"]
-    whole = all(box is not None for box in boxes)
+    whole = not boxes or boxes[0] is not None
+    if odd := [face.image for face in faces if (face.box_xyxy is not None) is not whole]:
+        raise InputError(
+            f"{path}: some faces have a box, and others, as one of {odd[0]}, have not, which a CSV has no place for; "
+            "write coco or parquet instead"
+        )
     writer.writerow(["image", *(["face", "x0", "y0", "x1", "y1"] if whole else []), *columns])
     for face, index in zip(faces, _face_numbers(faces), strict=True):
         middle = [index, *_rounded(face.box_xyxy)] if whole and face.box_xyxy is not None else []
@@ -398,14 +404,14 @@ def _read_parquet(path: Path) -> list[LabelledFace]:
     except (pa.ArrowException, KeyError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise DataError(f"{path} is no Parquet file of labelled faces ({reason})") from error
-    return [
-        LabelledFace(
-            str(row["image"]),
-            _points(row["keypoints"], f"{path}, row {i}"),
-            None if row["box"] is None else _box(row["box"], f"{path}, row {i}"),
-        )
-        for i, row in enumerate(rows)
-    ]
+    faces = []
+    for i, row in enumerate(rows):
+        where = f"{path}, row {i}"
+        if not isinstance(row["image"], str):
+            raise DataError(f"{where}: the image's name is no text")
+        box = None if row["box"] is None else _box(row["box"], where)
+        faces.append(LabelledFace(row["image"], _points(row["keypoints"], where), box))
+    return faces
 
 
 def parquet_table(faces: Sequence[LabelledFace]) -> Any:

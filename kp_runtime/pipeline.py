@@ -319,7 +319,7 @@ def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np
     if hasattr(boxes_xyxy, "__cuda_array_interface__"):
         raise BoxError("the boxes lie in GPU memory; copy them to the host: boxes.cpu() in PyTorch, .get() in CuPy")
     try:
-        boxes = np.asarray(boxes_xyxy, np.float64)
+        boxes = np.array(boxes_xyxy, np.float64)  # a copy, for the result: the caller may use its array again
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise BoxError(f"boxes must be numbers, (n, 4) as x0, y0, x1, y1: {error}") from error
     if boxes.size == 0:

@@ -314,5 +314,8 @@ def _rate(capture: Any) -> float:
 def _without_password(address: str) -> str:
     """`rtsp://user:password@host/path` without what only its owner should see."""
     scheme, _, rest = address.partition("://")
-    host, slash, path = rest.partition("/")
+    place, slash, path = rest.partition("/")
+    host, _, query = place.partition("?")
+    if "@" in query:  # of a password or of a query: which can't be told
+        return f"{scheme}://…"
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"

@@ -285,6 +285,17 @@ def test_every_way_to_feed_a_batch_gives_every_crop_its_own_answer(
 
 
 @two_cores
+def test_an_open_model_goes_on_when_its_bundle_is_gone(tmp_path: Path, crops: np.ndarray) -> None:
+    backend = open_backend(tiny_bundle(tmp_path / "bundle"), threads=2)
+    backend.settle(len(crops), "side by side")  # which needs the file once more
+    shutil.rmtree(tmp_path / "bundle")
+    with pytest.warns(RuntimeWarning, match="no longer fed side by side: .*model.fp32.onnx stands in the manifest but"):
+        first = backend.infer(crops)
+    for keypoints in (first, backend.infer(crops), backend.infer(crops)):  # later ones warn no more
+        assert_close(keypoints, tiny_keypoints(crops), FP32_PX, "keypoints")
+
+
+@two_cores
 def test_an_engine_goes_with_its_last_user(bundle: Path) -> None:
     """And both its sessions with it: a collector that comes some time would leave thousands of them."""
     backend = open_backend(bundle, threads=2)

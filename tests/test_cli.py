@@ -280,6 +280,7 @@ def test_two_photos_of_one_name_are_not_mixed_up(
         (("predict", "{photo}", "--times", "--json"), "--times prints a table: leave out --json"),
         (("run", ""), "the source has no name"),
         (("run", "x" * 300 + " ! appsink", "--model", "{bundle}"), "GStreamer"),
+        (("run", "{photo}", "--model", "{bundle}", "--threads", "0"), "threads must be 1 to"),
         (("run", "/dev/video1000", "--model", "{bundle}"), "there is no camera 1000"),
         (("convert", "nowhere.pts", "{out}"), "nowhere.pts can't be read: No such file"),
         (("convert", "nowhere", "{out}", "--from", "pts"), "nowhere can't be read: No such file"),

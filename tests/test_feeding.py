@@ -55,6 +55,16 @@ def test_parts_that_hold_all_are_not_tried() -> None:
     assert [way.name for way in feeder.ways(5)] == [way.name for way in WAYS]
 
 
+def test_a_way_that_does_not_work_is_dropped() -> None:
+    feeder = Feeder(WAYS)
+    feed(feeder, 8, 40, COST | {"side by side": 1.0})
+    feeder.settle(16, "side by side")
+    feeder.drop(WAYS[-1])
+    assert feeder.next(8).name == "by 4"
+    assert feeder.next(16).name != "side by side"
+    assert "side by side" not in [way.name for way in feeder.ways(32)]
+
+
 def test_one_slow_call_does_not_change_the_choice() -> None:
     feeder = Feeder(WAYS)
     feed(feeder, 8, 40, COST)

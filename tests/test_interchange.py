@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_runtime.errors import DataError, ImageError, InputError, MissingExtraError
+from kp_runtime.errors import DataError, ImageError, InputError, KpError, MissingExtraError
 from kp_runtime.interchange import (
     FORMATS,
     LabelledFace,
@@ -193,6 +193,30 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, name: str, text: str, mess
         faces_from_file(tmp_path / name)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_faces_of_which_some_have_no_box_are_no_csv(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"some faces have a box, and others, as one of b\.png, have not.*write coco"):
+        faces_to_file([FACES[0], replace(FACES[0], image="b.png", box_xyxy=None)], tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("image", [None, b"a\xff.jpg"])
+def test_an_image_without_a_name_in_parquet(tmp_path: Path, image: object) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (path,) = faces_to_file(FACES[:1], tmp_path / "a.parquet")
+    row = pq.read_table(path).to_pylist()[0] | {"image": image}
+    pq.write_table(pa.Table.from_pylist([row]), path)
+    with pytest.raises(DataError, match="row 0: the image's name is no text"):
+        faces_from_file(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b.jpg", "a\ud800.jpg"])
+def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    face = replace(FACES[0], image=name, size_hw=None)
+    with pytest.raises(ImageError, match="can't be read"):
+        with_sizes([face], tmp_path)
+    with pytest.raises(KpError, match=r"can't write .*: (there is a zero byte in its name|its name is no text)"):
+        faces_to_file([face], tmp_path, "pts")
 
 
 def test_formats_and_places_that_are_not_there(tmp_path: Path) -> None:

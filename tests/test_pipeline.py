@@ -123,6 +123,13 @@ def test_stages_are_timed_in_order(model: Model, image: np.ndarray) -> None:
     assert list(timer.seconds) == ["crop", "infer", "map back"]
 
 
+def test_a_result_keeps_its_boxes_when_the_caller_uses_the_array_again(model: Model, image: np.ndarray) -> None:
+    boxes = np.array([[10.0, 10, 50, 50]])
+    found = model(image, boxes)
+    boxes += 5
+    assert found.boxes_xyxy.tolist() == [[10, 10, 50, 50]]
+
+
 def test_out_is_the_result_and_may_be_used_again(model: Model, image: np.ndarray) -> None:
     out = np.zeros((1, 68, 2), np.float32)
     result = model(image, [BOX], out=out)

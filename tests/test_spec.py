@@ -211,6 +211,19 @@ def test_writing_under_a_file(tmp_path: Path) -> None:
         pass  # the folder can't be made, the block is not reached
 
 
+def test_writing_takes_the_place_of_plain_files_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for path in (tmp_path / "pipe", tmp_path / "link", tmp_path):
+        with (
+            pytest.raises(KpError, match=r"can't write .*: it is a folder, device or pipe; name a file"),
+            writing(path),
+        ):
+            pass
+    assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "link").is_symlink()
+
+
 @pytest.mark.parametrize(
     "name",
     [

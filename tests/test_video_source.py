@@ -98,11 +98,23 @@ def test_a_pipeline_needs_an_opencv_with_gstreamer(monkeypatch: pytest.MonkeyPat
         open_source("videotestsrc ! appsink")
 
 
-def test_passwords_stay_out_of_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("address", "name", "stem"),
+    [
+        (
+            "rtsp://me:secret@camera.local:554/live?token=x",
+            "rtsp://camera.local:554/live",
+            "rtsp_camera_local_554_live",
+        ),
+        ("rtsp://camera.local?user=me&password=secret", "rtsp://camera.local", "rtsp_camera_local"),
+        ("rtsp://me:sec?ret@camera.local/live", "rtsp://…", "rtsp"),
+        ("rtsp://camera.local?password=sec@ret", "rtsp://…", "rtsp"),
+    ],
+)
+def test_passwords_stay_out_of_messages(address: str, name: str, stem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2, "VideoCapture", lambda *words: Camera(5))
-    source = open_source("rtsp://me:secret@camera.local:554/live?token=x")
-    assert source.name == "rtsp://camera.local:554/live"
-    assert source.stem == "rtsp_camera_local_554_live"
+    source = open_source(address)
+    assert (source.name, source.stem) == (name, stem)
 
 
 def test_a_file_behind_an_address_is_a_file(tmp_path: Path) -> None:
