@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ class PlanReport:
         driver: version of the kernel driver, where known.
         tensorrt: version that built it; only this one loads it, unless version compatible.
         l4t: release line of a Jetson's system.
+        processor: of the machine, such as `aarch64`: TensorRT does not carry plans from one kind to another.
         profile: batch sizes min, opt, max of the input `crops`.
         onnx_sha256: of the ONNX file.
         options: all options.
@@ -70,6 +72,7 @@ class PlanReport:
     driver: str | None
     tensorrt: str
     l4t: str | None
+    processor: str
     profile: tuple[int, int, int]
     onnx_sha256: str
     options: PlanOptions
@@ -155,12 +158,15 @@ def tensorrt_module() -> Any:
         BackendError: it is not installed, or can't be loaded.
     """
     try:
-        return importlib.import_module("tensorrt")
+        module = importlib.import_module("tensorrt")
+        if not hasattr(module, "Builder"):
+            raise ImportError("tensorrt is a folder without code, as after an uninstall")
     except ImportError as error:
         raise BackendError(
             f"TensorRT is not installed here ({error}): JetPack brings it for the system's Python, elsewhere "
             "pip install tensorrt"
         ) from error
+    return module
 
 
 def _find(trt: Any, device: CudaDevice | None) -> tuple[Any, CudaDevice]:
@@ -212,6 +218,7 @@ def _report(
         driver=device.driver,
         tensorrt=version,
         l4t=device.l4t,
+        processor=platform.machine(),
         profile=(options.min_batch, options.opt_batch, options.max_batch),
         onnx_sha256=sha256_of_file(onnx_path),
         options=options,

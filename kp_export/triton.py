@@ -287,7 +287,7 @@ def _scalar(value: Any) -> str:
 
 
 def _check_contract(folder: Path, config: dict[str, Any]) -> None:
-    """Refuses to add a version to a model that takes or gives something else."""
+    """Refuses to add a version to a model that takes or gives something else, or more at once."""
     if not folder.exists():
         return
     contract = next(p["value"]["string_value"] for p in config["parameters"] if p["key"] == "kp_contract")
@@ -297,6 +297,12 @@ def _check_contract(folder: Path, config: dict[str, Any]) -> None:
         raise ExportError(
             f"{folder} is there and is not a model of {contract!r}: its clients would get something else; "
             "remove it, or name another repository"
+        )
+    takes, most = re.search(r"^max_batch_size: *(\d+)", text, re.MULTILINE), config["max_batch_size"]
+    if config["backend"] == "tensorrt" and takes and int(takes[1]) > most:
+        raise ExportError(
+            f"{folder} takes {takes[1]} crops at once, and the plan {most}, which Triton refuses to load; build "
+            f"it with --max-batch {takes[1]}, or remove the folder"
         )
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import platform
 import re
 import shlex
 import threading
@@ -45,9 +46,13 @@ def tensorrt_runtime() -> Any:
     reasons = []
     for name in MODULES:
         try:
-            return importlib.import_module(name)
+            module = importlib.import_module(name)
         except ImportError as error:
             reasons.append((str(error).splitlines() or [name])[0])
+            continue
+        if hasattr(module, "Runtime"):
+            return module
+        reasons.append(f"{name} is a folder without code, as after an uninstall")
     raise BackendError(
         f"TensorRT is not installed here ({reasons[0]}): JetPack brings it for the system's Python, elsewhere "
         "pip install tensorrt"
@@ -72,9 +77,18 @@ def open_plan(
         if reason is None:
             passed_over += reasons
             plan, entry = manifest.read_file(folder, name), manifest.files[name]
-            return name, TensorRtBackend(plan, entry, manifest.spec, driver, trt, _rebuild(folder, entry))
+            try:
+                return name, TensorRtBackend(plan, entry, manifest.spec, driver, trt, _rebuild(folder, entry))
+            except _RefusedError as error:
+                if len(names) == 1:
+                    raise
+                reason = f"does not load: {error}"
         reasons.append(f"{name} {reason}")
     raise BackendError(f"{'; '.join(reasons)}; {_rebuild(folder, manifest.files[names[0]])}")
+
+
+class _RefusedError(BackendError):
+    """TensorRT does not take this plan; it may take another one."""
 
 
 def _rebuild(folder: Path, entry: FileEntry) -> str:
@@ -96,11 +110,14 @@ def plan_mismatch(entry: FileEntry, driver: CudaDriver, trt: Any) -> str | None:
         any_newer, any_ampere = bool(options["version_compatible"]), bool(options["hardware_compatible"])
         if not isinstance(options.get("dla_core", 0), int | None):
             raise TypeError("dla_core")
+        processor = str(made.get("processor", platform.machine()))  # older entries do not say
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         return f"has an entry that does not say for which GPU and TensorRT it is ({error!r})"
     shared = min(len(built_tensorrt), len(here))
     is_same = built_tensorrt[:shared] == here[:shared]
     is_ampere = _compute_capability(driver.arch) >= 80 <= _compute_capability(built_arch)
+    if processor != platform.machine():
+        return f"is for a {' '.join(processor.split())[:20]} machine, this one is {platform.machine()}"
     if driver.arch != built_arch and not (any_ampere and is_ampere):
         return f"is for {' '.join(str(made.get('gpu')).split())[:60]} ({built_arch}), this GPU is {driver.arch}"
     if not is_same and not (any_newer and here > built_tensorrt):
@@ -163,7 +180,7 @@ class TensorRtBackend(DeviceBackend):
             runtime.DLA_core = options["dla_core"]
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise BackendError(f"TensorRT {trt.__version__} can't load the plan: {self._errors.last()}; {rebuild}")
+            raise _RefusedError(f"TensorRT {trt.__version__} can't load the plan: {self._errors.last()}; {rebuild}")
         self._check_contract(engine, trt)
         self._engine, self._alive = engine, (runtime, logger)
         shapes = engine.get_tensor_profile_shape("crops", 0)
@@ -180,7 +197,7 @@ class TensorRtBackend(DeviceBackend):
             **{n: (trt.TensorIOMode.OUTPUT, trt.DataType.FLOAT, shape) for n, shape in self.spec.outputs.items()},
         }
         if found != wanted:
-            raise BackendError(f"the plan does not have the contract's input and output: {found} instead of {wanted}")
+            raise _RefusedError(f"the plan does not have the contract's input and output: {found} instead of {wanted}")
 
     def open_lane(self, max_faces: int) -> Lane:
         """See `DeviceBackend.open_lane`."""

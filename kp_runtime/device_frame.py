@@ -20,6 +20,7 @@ _LONGEST = 32767
 """OpenCV's warpAffine takes no longer images; here they stop where the CPU path stops."""
 
 _CUDA, _CUDA_MANAGED, _UNSIGNED = 2, 13, 1
+_DEFAULT_STREAM = 1  # the legacy one, as both interfaces number it
 """kDLCUDA, kDLCUDAManaged and kDLUInt of DLPack's dlpack.h."""
 
 
@@ -77,7 +78,10 @@ class DeviceFrame:
         """A frame of an object with `__cuda_array_interface__` (CuPy, Numba, PyTorch, VPI, ...).
 
         Args:
-            array: shaped as `frame.Frame` wants its data; pixels without gaps, rows at any distance.
+            array: shaped as `frame.Frame` wants its data; pixels without gaps, rows at any distance. The interface's
+                version 3 names a stream that writes them, or none where they are written. Before it, as PyTorch's,
+                there is no word of it: the crops wait for the default stream, and what another one writes must be
+                waited for, or comes by `from_dlpack`.
             layout: see the class.
             range: see the class.
             device_id: the interface does not tell which GPU the memory belongs to.
@@ -89,6 +93,7 @@ class DeviceFrame:
             interface = array.__cuda_array_interface__
             shape, pointer = tuple(map(_index, interface["shape"])), _index(interface["data"][0])
             dtype, strides = str(interface["typestr"]), interface.get("strides")
+            stream = interface.get("stream") if _index(interface.get("version", 0)) >= 3 else _DEFAULT_STREAM
             if strides is not None:
                 strides = tuple(_index(stride) for stride, _ in zip(strides, shape, strict=True))
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
@@ -99,7 +104,7 @@ class DeviceFrame:
         if dtype[1:] != "u1":
             raise ImageError(f"a device frame must be uint8 ('|u1'), got {dtype[:40]!r}; convert it on the GPU first")
         size_hw, pitch = _rows(layout, range, shape, strides)
-        return cls(pointer, size_hw, pitch, layout, range, device_id, interface.get("stream"), array)
+        return cls(pointer, size_hw, pitch, layout, range, device_id, stream, array)
 
     @classmethod
     def from_dlpack(
@@ -107,7 +112,7 @@ class DeviceFrame:
         array: Any,
         layout: str,
         range: str = "full",  # noqa: A002  as the attribute is called
-        stream: int = 1,
+        stream: int = _DEFAULT_STREAM,
     ) -> DeviceFrame:
         """A frame of an object with `__dlpack__` on a CUDA device (PyTorch, JAX, CuPy, ...).
 

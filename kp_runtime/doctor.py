@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kp_runtime import doctor_checks as checks
-from kp_runtime.backend import BACKENDS
+from kp_runtime.backend import BACKENDS, ORDER
 from kp_runtime.doctor_checks import ABSENT, OK, PROBLEM, WARNING, Finding, Gpu, Surroundings
 from kp_runtime.errors import KpError
 from kp_runtime.probes import Answer
@@ -134,6 +134,9 @@ def _not_claimed(
         return "no bundle to run"
     if engine == "tensorrt" and all(entry.kind != "plan" for entry in manifest.files.values()):
         return "the bundle has no plan; kp plan builds one"
+    has = {entry.precision for entry in manifest.files.values() if entry.kind == "onnx"}
+    if engine == "ort" and provider != "cpu" and not has & set(ORDER[name]):
+        return f"the bundle has no {' or '.join(ORDER[name])} file; kp export BUNDLE --fp16 --out FOLDER makes one"
     return None
 
 

@@ -186,6 +186,9 @@ def _gpu(subject: str, device: Mapping[str, Any], more: str, broken: str) -> Fin
     return Finding(subject, OK, f"{told}, {free:.1f} of {total:.1f} GiB free; {more}")
 
 
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+
+
 def _no_gpu(here: Surroundings, answer: Answer) -> Finding:
     """Why there is none."""
     seen = _nvidia_hardware(here.root)
@@ -198,14 +201,14 @@ def _no_gpu(here: Surroundings, answer: Answer) -> Finding:
         advice = "install NVIDIA's driver; in a container, start it with --gpus all (Jetson: --runtime nvidia)"
         return Finding("GPU", WARNING, f"{seen}, but libcuda can't be loaded", advice)
     versions = _versions(here, answer)
-    hidden = here.environment.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None:
+    hidden, status = here.environment.get("CUDA_VISIBLE_DEVICES"), answer.facts["status"]
+    if hidden is not None and status in (0, _NO_DEVICE):
         advice = "unset CUDA_VISIBLE_DEVICES to use the GPU"
         return Finding("GPU", WARNING, f"none that CUDA_VISIBLE_DEVICES={hidden!r} shows; {versions}", advice)
     if not seen:
         return Finding("GPU", ABSENT, f"none; {versions}")
     advice = "see what nvidia-smi says; kernel module and library must be of one version: reboot after an update"
-    text = f"{seen}, but CUDA finds no device (error {answer.facts['status']}); {versions}"
+    text = f"{seen}, but CUDA finds no device (error {status}); {versions}"
     return Finding("GPU", PROBLEM, text, advice)
 
 
@@ -356,7 +359,7 @@ def detector(answer: Answer) -> Finding:
     if answer.state == "absent":
         return Finding(subject, ABSENT, answer.text)
     if answer.state != "answered":
-        return Finding(subject, PROBLEM, answer.text, "name another one: kp predict --detector haar")
+        return Finding(subject, PROBLEM, answer.text, "name another one: --detector own=BUNDLE, or yunet=FILE")
     if missed := answer.facts["missed"]:
         return Finding(subject, WARNING, missed, "KP_DETECTOR=haar, if that is what you want")
     return Finding(subject, OK, answer.facts["name"])

@@ -279,8 +279,10 @@ class CudaCropper:
         Raises:
             InputError: matrices that are not taken.
             ImageError: a frame on another device, or not in CUDA memory.
-            BackendError: CUDA failed.
+            BackendError: CUDA failed, or the cropper is closed.
         """
+        if not self._slots:
+            raise BackendError("this cropper is closed; make another one")
         call = self._driver.call
         self._driver.make_current()
         check_frame(frame, self._driver)

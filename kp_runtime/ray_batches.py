@@ -193,6 +193,7 @@ def _run(ray: Any, photos: int, out: Path, tools: Tools) -> None:
         rows = rows.map_batches(
             _Predictor,
             fn_constructor_args=(tools,),
+            batch_size=part if tools.gpus else None,  # Ray wants a number beside GPUs
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(min_size=1, max_size=most),
             num_cpus=tools.cpus,

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import platform
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kp_export.plan_from_onnx import tensorrt_module
 from kp_runtime.backend import open_backend
 from kp_runtime.backend_trt import MODULES, TensorRtBackend, tensorrt_runtime
 from kp_runtime.device_backend import DeviceBackend
@@ -189,6 +192,7 @@ def test_no_memory_for_more_faces_leaves_the_rest_usable(
         ({"tensorrt": "10.3.0\nrm -r"}, {}, r"has an entry that does not say for which GPU and TensorRT it is"),
         ({"dla_core": "x"}, {}, r"has an entry that does not say for which GPU and TensorRT it is"),
         ({"gpu": "a\nb", "compute_capability": "9.0"}, {}, r"is for a b \(sm_90\)"),
+        ({"processor": "riscv64\n"}, {}, rf"is for a riscv64 machine, this one is {platform.machine()}"),
         ({"cuda": None}, {}, r"has an entry that does not say for which GPU and TensorRT it is"),
     ],
 )
@@ -220,6 +224,7 @@ def test_a_foreign_command_is_not_shown(install: Any, tmp_path: Path) -> None:
         ({"tensorrt": "10.3.0.26"}, {}),
         ({"cuda": "12.8"}, {}),
         ({"cuda": "11.8"}, {}),
+        ({"processor": platform.machine()}, {}),
     ],
 )
 def test_plan_that_fits_in_another_way(made: Any, here: Any, install: Any, tmp_path: Path) -> None:
@@ -259,6 +264,23 @@ def test_plan_that_tensorrt_refuses(install: Any, tmp_path: Path) -> None:
     install(loads=False)
     with pytest.raises(BackendError, match=r"TensorRT 10\.3\.0 can't load the plan: .*; build one here: kp plan"):
         opened(with_plan(tmp_path))
+
+
+def test_a_plan_that_tensorrt_refuses_does_not_stand_before_one_that_it_takes(install: Any, tmp_path: Path) -> None:
+    install(refuses=b"ftrt of another platform")
+    bundle = with_plan(with_plan(tmp_path, b"ftrt of another platform", "model.fp16.first.plan"))
+    report = opened(bundle).report
+    assert report.file == NAME
+    assert any("model.fp16.first.plan does not load: TensorRT 10.3.0 can't load the plan" in r for r in report.rejected)
+
+
+def test_a_folder_of_that_name_is_no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in MODULES:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))  # what Python makes of such a folder
+    for find in (tensorrt_runtime, tensorrt_module):
+        with pytest.raises(BackendError, match=r"not installed here \(tensorrt is a folder without code"):
+            find()
 
 
 def test_plan_of_another_contract(install: Any, tmp_path: Path) -> None:

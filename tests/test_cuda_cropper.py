@@ -93,6 +93,18 @@ def test_streams_of_other_libraries(driver: DriverDouble, rng: np.random.Generat
         cropper.crops_from_frame(frame, some_matrices(rng, 1), SIZE, 1, "stream")
 
 
+@pytest.mark.parametrize("uses", [0, 4])
+def test_a_closed_cropper_says_so(driver: DriverDouble, rng: np.random.Generator, uses: int) -> None:
+    frame = on_device(driver, Frame(rng.integers(0, 256, (300, 401), dtype=np.uint8), "gray"))
+    cropper = CudaCropper(cubin=b"cubin")
+    driver.failing["cuLaunchKernel"] = Result.CUDA_SUCCESS
+    for _ in range(uses):
+        cropper.crops_from_frame(frame, some_matrices(rng, 1), SIZE, 1, Stream())
+    cropper.close()
+    with pytest.raises(BackendError, match="this cropper is closed; make another one"):
+        cropper.crops_from_frame(frame, some_matrices(rng, 1), SIZE, 1, Stream())
+
+
 def test_a_frame_on_another_device(driver: DriverDouble) -> None:
     frame = DeviceFrame(1, (10, 10), 10, "gray", device_id=1)
     with pytest.raises(ImageError, match=r"on CUDA device 1, its crops are cut on 0; .*CUDA_VISIBLE_DEVICES=1"):

@@ -94,6 +94,8 @@ def test_stream_of_the_interface() -> None:
     array = np.zeros((4, 6), np.uint8)
     assert DeviceFrame.from_cuda_array_interface(Interface(array, stream=7), "gray").stream == 7
     assert DeviceFrame.from_cuda_array_interface(Interface(array), "gray").stream is None
+    # PyTorch's, of version 2, knows no streams: what is written on the default one may be under way
+    assert DeviceFrame.from_cuda_array_interface(Interface(array, version=2), "gray").stream == 1
 
 
 @dlpack

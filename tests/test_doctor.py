@@ -224,6 +224,8 @@ PCI = {
      "/proc/driver/nvidia/version is there, but CUDA finds no device (error 803); driver 580.95.05, CUDA 13.0"),
     (answered(cuda=13000, status=100, devices=[]), KERNEL, {"CUDA_VISIBLE_DEVICES": ""}, "warning",
      "none that CUDA_VISIBLE_DEVICES='' shows; driver 580.95.05, CUDA 13.0"),
+    (answered(cuda=13000, status=803, devices=[]), KERNEL, {"CUDA_VISIBLE_DEVICES": "0"}, "problem",
+     "/proc/driver/nvidia/version is there, but CUDA finds no device (error 803); driver 580.95.05, CUDA 13.0"),
     (answered(cuda=12040, status=100, devices=[]), {}, {}, "absent", "none; driver unknown, CUDA 12.4"),
 ])  # fmt: skip
 def test_gpus_that_do_not_work(
@@ -350,6 +352,21 @@ def test_backends_that_do_not_claim_to_work_are_not_tried(bundle: Path, tmp_path
     diagnosis = looked(bundle, tmp_path, WITH_GPU | answers | {"module tensorrt": ABSENT}, files=library)
     assert about(diagnosis, "ort-tensorrt").status == "ok"
     assert about(diagnosis, "tensorrt").found == "the bundle has no plan; kp plan builds one"
+
+
+@pytest.mark.usefixtures("all_backends")
+def test_a_bundle_without_a_file_for_the_gpu_is_no_fault_of_the_machine(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "packed")
+    manifest = Manifest.read(bundle)
+    files = {name: dataclasses.replace(entry, precision="int8") for name, entry in manifest.files.items()}
+    dataclasses.replace(manifest, files=files).write(tmp_path / "packed")
+    answers = {name: answer for name, answer in WITH_GPU.items() if "backend" not in name}
+    diagnosis = looked(tmp_path / "packed", tmp_path, answers | {"backend ort-cpu": PLAIN["backend ort-cpu"]})
+    assert diagnosis.healthy
+    for name, kinds in (("ort-cuda", "fp16 or fp32"), ("ort-tensorrt", "int8-trt or fp16 or fp32")):
+        finding = about(diagnosis, name)
+        told = f"the bundle has no {kinds} file; kp export BUNDLE --fp16 --out FOLDER makes one"
+        assert (finding.status, finding.found) == ("absent", told)
 
 
 def test_nothing_works(bundle: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -202,6 +203,12 @@ def test_manifests_that_are_not_taken(program: Path, plan_bundle: Callable[..., 
 def test_what_tensorrt_refuses(program: Path, plan_bundle: Callable[..., Path]) -> None:
     assert "TensorRT can't load model.fp16" in refusal(program, plan_bundle("nonsense"))
     assert "the plan's tensor crops is not the contract's" in refusal(program, plan_bundle("STUB 1 2 64"))
+
+
+def test_a_plan_of_another_kind_of_machine(program: Path, plan_bundle: Callable[..., Path]) -> None:
+    told = refusal(program, plan_bundle(processor="riscv64"))
+    assert f"is for a riscv64 machine, this one is {platform.machine()}" in told
+    assert run(program, plan_bundle(processor=platform.machine()))[0] == 0
 
 
 def test_the_first_plan_that_fits_is_taken(program: Path, plan_bundle: Callable[..., Path]) -> None:

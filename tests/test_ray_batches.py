@@ -105,6 +105,19 @@ def test_a_killed_actor_loses_nothing(photos: list[Path], bundle: Path, tmp_path
         predict_batches(photos, tmp_path, tools, {"model": "b"}, step=kill_once)
 
 
+@pytest.mark.slow
+def test_actors_that_want_a_gpu(photos: list[Path], bundle: Path, tmp_path: Path) -> None:
+    """Ray only counts GPUs, so one that is made up will do; the model stays on the CPU."""
+    ray = ray_batches._ray("local")
+    ray.init(address="local", num_cpus=3, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        tools = Tools(partial(load, bundle, "ort-cpu", 1), Boxes, gpus=1)
+        result = predict_batches(photos, tmp_path, tools, {}, step=lambda done, count: None)
+    finally:
+        ray.shutdown()
+    assert (result.photos, result.done, result.faces) == (PHOTOS, PHOTOS, 2 * (PHOTOS - 2))
+
+
 LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 """127.0.0.1, the same in IPv6, and ::1, as Linux's /proc/net writes them."""
 

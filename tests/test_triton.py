@@ -168,6 +168,24 @@ def test_another_contract_is_refused_before_anything_is_written(own: Path, tmp_p
     assert files_of(repo) == before
 
 
+def test_a_plan_for_fewer_than_the_model_takes_is_refused(own: Path, tmp_path: Path) -> None:
+    """Triton does not load such a version, and it would be the newest one."""
+    repo = tmp_path / "repo"
+    with_plan(own, "model.fp16.sm87.trt10.3.0.plan", (1, 8, 32))
+    write_repository(own, repo)
+    before = files_of(repo)
+    with_plan(own, "model.fp16.sm87.trt10.3.0.plan", (1, 2, 4))
+    told = r"sm87-trt10\.3\.0 takes 32 crops at once, and the plan 4, .*; build it with --max-batch 32, or remove"
+    with pytest.raises(ExportError, match=told):
+        write_repository(own, repo)
+    assert files_of(repo) == before
+    config = repo / "tiny-crops-sm87-trt10.3.0/config.pbtxt"
+    config.write_text(config.read_text().replace("max_batch_size: 32", "max_batch_size: 4"))  # a user's own choice
+    with_plan(own, "model.fp16.sm87.trt10.3.0.plan", (1, 2, 8))
+    write_repository(own, repo)
+    assert "max_batch_size: 4" in config.read_text()
+
+
 def test_bundles_that_lack_something(own: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(own)
     golden = {"golden.npz": manifest.files["golden.npz"]}

@@ -14,6 +14,7 @@
 //                 Not run: TensorRT, a GPU
 #include <NvInfer.h>
 #include <cuda_runtime_api.h>
+#include <sys/utsname.h>
 
 #include <algorithm>
 #include <cmath>
@@ -49,7 +50,9 @@ kp::Machine this_machine() {
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "ask for the GPU's kind");
     check(cudaDriverGetVersion(&driver), "ask for the driver's version");
     const int version = getInferLibVersion();  // (major * 100 + minor) * 100 + patch, from TensorRT 10 on
-    return {major * 10 + minor, {version / 10000, version / 100 % 100, version % 100}, driver / 1000};
+    utsname system{};
+    uname(&system);
+    return {major * 10 + minor, {version / 10000, version / 100 % 100, version % 100}, driver / 1000, system.machine};
 }
 
 struct Free {

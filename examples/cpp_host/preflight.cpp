@@ -45,6 +45,9 @@ std::string mismatch(const ordered_json& made, const Machine& machine) {
     const bool any_newer = options.at("version_compatible").get<bool>();
     const bool any_ampere = options.at("hardware_compatible").get<bool>();
 
+    // older entries do not say; TensorRT does not carry plans from one kind of machine to another
+    if (const auto processor = made.value("processor", machine.processor); processor != machine.processor)
+        return "is for a " + processor + " machine, this one is " + machine.processor;
     if (machine.compute_capability != built_for &&
         !(any_ampere && built_for >= 80 && machine.compute_capability >= 80))
         return "is for " + made.at("gpu").get<std::string>() + " (sm_" + std::to_string(built_for) +
