@@ -41,7 +41,7 @@ bench-gpu: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.table
 	$(BIN)/python -m benchmarks.scale
 
-# the run-time on every Python from 3.10 to 3.13 that is here, with the oldest and the newest packages
+# the run-time on every Python from 3.10 to 3.14 that is here, with the oldest and the newest packages
 test-pythons: $(STAMP)
 	$(BIN)/nox
 

@@ -34,8 +34,8 @@ def default_bundle(checkout: Path | None = None) -> Path:
     if (found := _installed_or(MODEL_PACKAGE, checkout)) is not None:
         return found
     raise BundleError(
-        f"no model was named and there is no default one: run pip install 'kp-edge[model]', set {MODEL_VARIABLE} "
-        "to a bundle's folder, or name a bundle"
+        f"no model was named and there is no default one: name a bundle (a checkout has engines/resnet18-68), set "
+        f"{MODEL_VARIABLE} to its folder, or install the wheel kp-edge-model"
     )
 
 

@@ -81,17 +81,17 @@ def detector_name(name: str, *, checkout: Path | None = None, public_key: Public
         origin = f" ({DETECTOR_VARIABLE} names it)" if said else ""
         raise InputError(f"there is no detector {given!r}{origin}; choose from {DETECTORS}")
     bundle = default_detector(checkout)
-    get = "run pip install 'kp-edge[model]'"
+    get = "name it (a checkout has it): own=engines/face-detector, or install the wheel kp-edge-model"
     if given == "own":
         if bundle is None:
-            raise BundleError(f"the project's own face detector is not installed: {get}, or name one: own=BUNDLE")
+            raise BundleError(f"the project's own face detector is not installed: {get}")
         return f"own={bundle}"
     if bundle is None:
-        reason = f"the project's own detector is not installed; {get}, or choose haar"
+        reason = f"the project's own detector is not installed; {get}"
     elif importlib.util.find_spec("onnxruntime") is None:
-        reason = "the project's own detector needs ONNX Runtime; run pip install 'kp-edge[ort]', or choose haar"
+        reason = "the project's own detector needs ONNX Runtime; run pip install 'kp-edge[ort]'"
     elif public_key is not None and not is_signed(bundle):
-        reason = f"the project's own in {bundle} is not signed, and a public key was given; sign a copy, or choose haar"
+        reason = f"the project's own in {bundle} is not signed, and a public key was given; sign a copy"
     else:
         return f"own={bundle}"
     warnings.warn(

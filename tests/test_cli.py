@@ -171,7 +171,7 @@ def test_without_a_bundle_it_is_the_default_one(
     monkeypatch.setattr(options, "DEFAULT_BUNDLE", Path("not-there"))
     status, _, err = kp(capsys, "inspect")
     assert (status, err.count("\n")) == (1, 1)
-    assert "pip install 'kp-edge[model]', set KP_MODEL to a bundle's folder, or name a bundle" in err
+    assert "name a bundle (a checkout has engines/resnet18-68), set KP_MODEL to its folder, or install" in err
 
 
 def test_predict_with_boxes_needs_no_detector(

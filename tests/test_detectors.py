@@ -52,15 +52,13 @@ def test_the_model_wheel_has_the_default_one(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_checkout_counts_only_where_it_is_named() -> None:
     assert detector_name("auto", checkout=SHIPPED) == f"own={SHIPPED}"
-    with pytest.raises(
-        BundleError, match=r"not installed: run pip install 'kp-edge\[model\]', or name one: own=BUNDLE"
-    ):
+    with pytest.raises(BundleError, match=r"not installed: name it .*: own=engines/face-detector, or install the wheel"):
         load_detector("own")
 
 
 @needs_haar
 def test_auto_says_that_it_takes_haar() -> None:
-    with pytest.warns(DetectorWarning, match=r"Haar cascade, .* not installed; run pip install 'kp-edge\[model\]'"):
+    with pytest.warns(DetectorWarning, match=r"Haar cascade, .* not installed; name it .*: own=engines/face-det"):
         assert isinstance(load_detector(), HaarDetector)
     with pytest.warns(DetectorWarning):
         detector_name("auto", checkout=Path("nowhere"))

@@ -83,7 +83,7 @@ NOT_RUN = {
     "Needs the full data sets": Reason(r"--data|--calibration"),
     "Needs the network": Reason(r"pip install|make (demo|wheelhouse)"),
     "Takes hours": Reason(r"kp train|train_reference|train-shipped|make (fuzz|soak|nightly)"),
-    "Takes minutes": Reason(r"kp (export|bench|eval|tune|refit)|make bench"),
+    "Takes minutes": Reason(r"kp (export|bench|eval|tune|refit|train-detector)|make bench"),
 }
 """The titles of blocks that are not run."""
 
@@ -289,6 +289,8 @@ def _check_command(words: list[str], where: str) -> None:
         with open(ROOT / "pyproject.toml", "rb") as file:
             known = set(tomllib.load(file)["project"]["optional-dependencies"])
         assert set(extras[1].split(",")) <= known, f"{where}: an extra of {extras[1]} is none of the project's"
+        is_copy = extras[0].startswith(".") and "cli" in extras[1] and "-e" not in words
+        assert not is_copy, f"{where}: without -e, kp finds no model beside its code"
     elif name in ("python", "python3") and words[1:2] and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file(), f"{where}: there is no {words[1]}"
     elif name in ("python", "python3") and words[1:2] == ["-m"] and words[2].startswith("benchmarks."):
@@ -316,6 +318,7 @@ def _check_kp(words: list[str], where: str) -> None:
         ("sudo kp trane", "Needs a Jetson", "there is no kp trane"),
         ("X=1 make fuzzy; make fuzz", "Takes hours", "make has no .'fuzzy'"),
         ('pip install ".[image,imago]"', "Needs the network", "an extra of image,imago"),
+        ('pip install ".[image,ort,cli]"', "Needs the network", "without -e, kp finds no model"),
         ("pip install 'kp-edge[metric]'", "Needs the network", "an extra of metric "),
         ("python scripts/nothing.py | kp train", "Takes hours", "there is no scripts/nothing.py"),
         ("ls", "Needs a Jetson", "does not look like"),

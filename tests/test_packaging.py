@@ -115,6 +115,7 @@ def test_the_unit_is_an_ordinary_user_s_and_reads_only() -> None:
     assert set_here.keys() - {"KP_CACHE"} <= variables_of_the_service()
     (readable,) = [value for name, value in service if name == "ReadOnlyPaths"]
     assert Path(set_here["KP_MODEL"]).is_relative_to(readable)
+    assert Path(set_here["KP_DETECTOR"].removeprefix("own=")).is_relative_to(readable)
     assert not any(name == "ReadWritePaths" for name, _ in service)
     assert ("DevicePolicy", "closed") in service
     assert ("DeviceAllow", "/dev/nvmap rw") in service
