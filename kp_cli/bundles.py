@@ -66,6 +66,8 @@ def export(
         if as_json:
             print_json(written)
         return
+    if calibration and not int8:
+        raise InputError("--calibration finds the ranges of int8: add --int8, or leave it out")
     from kp_export.plan_from_onnx import plan_blocker
     from kp_runtime.errors import ExportError
 

@@ -201,7 +201,8 @@ def train_detector(
         float | None, typer.Option(help="From which score on it finds a face; scripts/measure_detectors.py helps.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out; --steps may be more or fewer than before.")
+        bool,
+        typer.Option("--resume", help="Go on with the run in --out, by its own settings; --steps may be other ones."),
     ] = False,
     workers: Annotated[int, typer.Option(min=0, help="Processes that make windows beside the training.")] = 0,
     threads: Threads = None,
@@ -215,12 +216,14 @@ def train_detector(
     from kp_train.config import DetectorConfig
     from kp_train.data import parse_source
     from kp_train.face_windows import read_pictures
+    from kp_train.train_detector import begun_config
     from kp_train.train_detector import train_detector as run
 
     if score is not None:
         DetectorSpec(name, score=score)  # refused now, not after the training
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
-    config = dataclasses.replace(DetectorConfig(), **{key: value for key, value in given.items() if value is not None})
+    began = begun_config(out) if resume else DetectorConfig()
+    config = dataclasses.replace(began, **{key: value for key, value in given.items() if value is not None})
     run(
         [parse_source(text) for text in data], read_pictures(no_faces or []), config, out, name=name, resume=resume,
         workers=workers, threads=threads, say=lambda text: print(text, flush=True),

@@ -17,7 +17,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from kp_export.int8_from_onnx import check_calibration, search_int8
+from kp_export.int8_from_onnx import calibration_stride, check_calibration, search_int8
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, check_fits_half, layer_types, onnx_from_checkpoint
 from kp_export.operators import check_operators
 from kp_export.parity import (
@@ -80,7 +80,8 @@ def export_bundle(
         precisions: of `fp32`, `fp16`, `int8`, `int8-trt`; `fp32` is always made.
         sources: the user's labelled faces for the parity check; scikit-image's when empty.
         calibration: labelled faces for the ranges of int8. Without `sources`, those of about
-            half of the people are kept out of it and measure the accuracy.
+            half of the people are kept out of it and measure the accuracy. With them, the manifest says how many
+            images do both.
         step: told what is being done.
 
     Raises:
@@ -176,7 +177,8 @@ class _Export:
             "rejected": list(report.rejected),
             "calibration": {
                 "origin": self.calibration.origin,
-                "images": list(self.calibration.names),
+                "images": (images := list(self.calibration.names[:: calibration_stride(report.choice)])),
+                "also_measured": len(set(images) & set(self.faces.names)),
             },
         }
 

@@ -72,7 +72,8 @@ def export_detector(bundle: Path, score: float | None = None) -> Path:
             ),
             GOLDEN_NAME: file_entry(golden, "golden", parent_sha256=checkpoint.sha256),
         }
-        DetectorManifest(spec, files, manifest.training, manifest.accuracy, manifest.licence).write(stage)
+        accuracy = manifest.accuracy if spec == manifest.spec else {}  # at another score it finds other faces
+        DetectorManifest(spec, files, manifest.training, accuracy, manifest.licence).write(stage)
         CenterDetector(stage, threads=1)  # compares the golden cells
     return bundle / MODEL_NAME
 

@@ -9,14 +9,14 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import draw_keypoints, make_grid, save_image
 
 from kp_runtime.errors import KpError
 from kp_train.data import FaceDataset
 
-__all__ = ["EpochLines", "FacesPicture", "Together"]
+__all__ = ["EpochLines", "FacesPicture", "StateKeeper", "Together"]
 
 
 class Together(Callback):
@@ -47,6 +47,24 @@ class Together(Callback):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.resume and trainer.is_global_zero:
             print(f"goes on after epoch {trainer.current_epoch} of {trainer.max_epochs}", flush=True)
+
+
+class StateKeeper(ModelCheckpoint):
+    """Lightning's keeper of states, whose folder may have been moved before a run goes on.
+
+    Lightning's own forgets the best state then, and overwrites it with the next one.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the paths in a stored state for those of the same files in the folder of today."""
+        assert self.dirpath is not None
+
+        def here(path: str) -> str:
+            return str(Path(str(self.dirpath), Path(path).name)) if path else path
+
+        moved = {key: here(path) for key, path in state_dict.items() if key.endswith("_model_path")}
+        kept = {here(path): score for path, score in state_dict["best_k_models"].items()}
+        super().load_state_dict(state_dict | moved | {"best_k_models": kept, "dirpath": self.dirpath})
 
 
 class FacesPicture(Callback):

@@ -86,6 +86,7 @@ class TrainConfig:
         _check(self.patience >= 0, "patience", self.patience, "0 (off) or more")
         _check(self.augment in AUGMENTS, "augment", self.augment, f"one of {', '.join(AUGMENTS)}")
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
 
     def to_json(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -126,6 +127,7 @@ class DetectorConfig:
         _check(0 < self.lr < 1, "lr", self.lr, "over 0 and under 1")
         _check(0 <= self.ema < 1, "ema", self.ema, "0 to under 1")
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
 
     def to_json(self) -> dict[str, Any]:
         """All fields, ready for JSON."""

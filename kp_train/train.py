@@ -22,7 +22,6 @@ from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
     LearningRateMonitor,
-    ModelCheckpoint,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
@@ -31,9 +30,9 @@ from torch import Tensor
 from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.files import writing
 from kp_runtime.scheme68 import POINTS
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.spec import MANIFEST_NAME, Manifest, ModelSpec
 from kp_train.augment import augment_from_name, mirror_from_pairs
-from kp_train.callbacks import EpochLines, FacesPicture, Together
+from kp_train.callbacks import EpochLines, FacesPicture, StateKeeper, Together
 from kp_train.checkpoint import (
     CHECKPOINT_NAME,
     LAST_STATE,
@@ -131,7 +130,8 @@ def train(
         weights: where the backbone starts, see `load_backbone_weights`.
         init: a checkpoint to start from instead.
         teachers: models to learn from beside the labels, see `Teachers`.
-        resume: go on from `run/state/last`. Below torchrun a run that has begun always goes on.
+        resume: go on from `run/state/last`. Below torchrun a run that has begun always goes on. A run that is
+            finished is left as it is, with what was exported and measured since.
         devices: as Lightning takes them: `auto`, a number, a list. torchrun says it by its processes.
         accelerator: `auto`, `cpu`, `gpu`.
         strategy: Lightning's, such as `ddp`.
@@ -170,17 +170,20 @@ def train(
     module = KeypointModule(config, taught)
     if resume:
         record = stored_record(run, sources, config)
-        if record.get("teachers", []) != list(taught.records):
-            raise KpError(f"the run in {run} began with other teachers; give the same ones")
+        _check_resumed(run, record, name, init, taught)
+        if (run / MANIFEST_NAME).exists():  # written last
+            if trainer.is_global_zero:
+                print(f"the run in {run} is finished", flush=True)
+            return run / CHECKPOINT_NAME
     else:
         start, before = _start_weights(module.net, train_set, weights, init)
-        record = run_record(sources, training, held_out, config, start)
+        record = {"name": name} | run_record(sources, training, held_out, config, start)
         if taught.records:
             record["teachers"] = list(taught.records)
             record["start"] |= {"licence": _licence(start, taught)}
-        if before is not None and before.points == config.points:
-            known = dataclasses.replace(spec, size=before.size)  # crops of another size it may not read yet
-            biases = source_biases(before, sources, config.val_fraction, known, order)
+        if before is not None and _sees_alike(before[1], spec):
+            known = dataclasses.replace(spec, size=before[1].size)  # crops of another size it may not read yet
+            biases = source_biases(before[0], sources, config.val_fraction, known, order)
             for source, bias in zip(record["sources"], biases, strict=True):
                 source["label_bias"] = bias if bias is None else bias.tolist()
         if trainer.is_global_zero:
@@ -222,7 +225,7 @@ def train(
     if trainer.is_global_zero:
         state = last if config.keep == "last" else last.with_name("best.state")
         net = _write_checkpoint(state, run, spec, record, trainer)
-        if record["start"].get("points") != config.points:  # nothing could tell before
+        if any("label_bias" not in source for source in record["sources"]):  # nothing could tell before
             what = f"this run's mirrored faces did not keep to that, a run with --init {run} will"
             _print_biases(sources, source_biases(net, sources, config.val_fraction, spec, order), what)
     return run / CHECKPOINT_NAME
@@ -233,8 +236,8 @@ def _trainer(
 ) -> L.Trainer:
     """Lightning's trainer, made first: what it does not understand fails before an image is read."""
     states = (run / LAST_STATE).parent
-    best = ModelCheckpoint(states, "best", monitor="val_loss", enable_version_counter=False)
-    newest = ModelCheckpoint(states, LAST_STATE.stem, every_n_epochs=1, save_top_k=1, enable_version_counter=False)
+    best = StateKeeper(states, "best", monitor="val_loss", enable_version_counter=False)
+    newest = StateKeeper(states, LAST_STATE.stem, every_n_epochs=1, save_top_k=1, enable_version_counter=False)
     for callback in (best, newest):
         callback.FILE_EXTENSION = LAST_STATE.suffix
     each, nodes = _devices_and_nodes(devices)
@@ -303,6 +306,23 @@ def stored_record(
     return stored
 
 
+def _check_resumed(run: Path, record: dict[str, Any], name: str, init: Path | None, taught: Teachers) -> None:
+    """Refuses to go on under another name, from other weights, or with other teachers."""
+    if record.get("teachers", []) != list(taught.records):
+        raise KpError(f"the run in {run} began with other teachers; give the same ones")
+    if (began := record.get("name", name)) != name:
+        raise KpError(f"the run in {run} began with --name {began}; give the same one")
+    if init is not None:
+        _, manifest = load_checkpoint(init)
+        if manifest.files[CHECKPOINT_NAME].sha256 != record["start"].get("checkpoint_sha256"):
+            raise KpError(f"the run in {run} began at other weights than {init}; leave --init out")
+
+
+def _sees_alike(one: ModelSpec, other: ModelSpec) -> bool:
+    """Whether two models are shown the same of a photo, and answer with the same points."""
+    return (one.box, one.margin, one.points) == (other.box, other.margin, other.points)
+
+
 def split_by_person(
     sources: Sequence[Source], config: TrainConfig | DetectorConfig
 ) -> tuple[list[list[Face]], list[Face]]:
@@ -320,8 +340,8 @@ def split_by_person(
 
 def _start_weights(
     net: KeypointNet, faces: FaceDataset, weights: str, init: Path | None
-) -> tuple[dict[str, Any], KeypointNet | None]:
-    """Fills the network; returns what it started from, for the record, and the network of the checkpoint `init`."""
+) -> tuple[dict[str, Any], tuple[KeypointNet, ModelSpec] | None]:
+    """Fills the network; returns what it started from, for the record, and the model of the checkpoint `init`."""
     if init is not None:
         other, manifest = load_checkpoint(init)
         state = other.backbone.state_dict()
@@ -331,7 +351,7 @@ def _start_weights(
         net.backbone.load_state_dict(state, strict=False)
         sha256 = manifest.files[CHECKPOINT_NAME].sha256
         start = {"checkpoint_sha256": sha256, "points": other.points}
-        return start | {"licence": manifest.licence, "training": manifest.training}, other
+        return start | {"licence": manifest.licence, "training": manifest.training}, (other, manifest.spec)
     _start_from_mean(net, faces)
     return {"weights": load_backbone_weights(net, weights)}, None
 

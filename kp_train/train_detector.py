@@ -6,6 +6,7 @@ that was killed goes on as if nothing had happened.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from kp_runtime.errors import KpError
 from kp_runtime.files import writing
-from kp_runtime.spec import DetectorManifest, DetectorSpec
+from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, DetectorSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, check_finite, check_start, save_detector
 from kp_train.config import DetectorConfig
 from kp_train.data import Source, start_of_workers
@@ -26,7 +27,7 @@ from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detect
 from kp_train.face_windows import Pictures, WindowDataset
 from kp_train.train import run_record, split_by_person, stored_record
 
-__all__ = ["train_detector"]
+__all__ = ["begun_config", "train_detector"]
 
 VALIDATION_WINDOWS = 256
 
@@ -52,7 +53,8 @@ def train_detector(
         config: the run's settings.
         run: folder of the run; becomes a bundle with the checkpoint, beside `state/` (to resume).
         name: the detector's name in its contract.
-        resume: go on from `run/state/last`; the number of steps may be another one.
+        resume: go on from `run/state/last`; the number of steps may be another one, but no less than are done. A run
+            that is finished is left as it is.
         workers: processes that make windows beside this one.
         threads: of PyTorch; its own choice when None.
         keep_every: steps between two states; each is told with the held-out loss.
@@ -74,12 +76,17 @@ def train_detector(
             raise KpError(f"the run in {run} began with other pictures without faces; give the same --no-faces")
     else:
         record = run_record(sources, training, held_out, config, {}) | {"pictures_sha256": pictures.sha256}
-    with writing(run / "run.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
     state = _State(config)
     if resume:
         state.load(SafetensorsIO().load_checkpoint(last))
+        if state.step > config.steps:
+            raise KpError(f"the run in {run} has done {state.step} steps; give --steps {state.step} or more")
+        if state.step == config.steps and (run / MANIFEST_NAME).exists():  # written last
+            say(f"the run in {run} is finished")
+            return run / CHECKPOINT_NAME
+    with writing(run / "run.json") as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
     faces = [face for part in training for face in part]
     weights = [source.weight for source, part in zip(sources, training, strict=True) for _ in part]
     windows = WindowDataset(faces, weights, pictures, config.seed, config.steps * config.batch_size)
@@ -103,6 +110,17 @@ def train_detector(
             f"the state that is kept every {keep_every} steps"
         ) from error
     return _write_checkpoint(state.mean_net, run, name, record)
+
+
+def begun_config(run: Path) -> DetectorConfig:
+    """The settings that the run in a folder began with; the default ones where none has begun."""
+    try:
+        began = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+        return dataclasses.replace(DetectorConfig(), **began)
+    except FileNotFoundError:
+        return DetectorConfig()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
 
 
 class _State:

@@ -68,10 +68,11 @@ def pack(source: Source, out: Path, cut: float = CUT, most: int = FACE, quality:
     if there := [place for place in (out / f"{name}.csv", out / name) if place.exists()]:
         raise InputError(f"{there[0]} is already there, and nothing is written over; name another folder with --out")
     base = Path(os.path.commonpath([face.image.parent for face in source.faces]))
-    seen: dict[Path, int] = {}
+    images = {_plain(face, base) for face in source.faces}
+    given: set[Path] = set()
     faces = []
     for face in track(source.faces, name):
-        image = _name(face, base, seen)
+        image = _name(_plain(face, base), images, given)
         part, xy = packed_face(luma_from_file(face.image), face.xy, cut, most)
         done, data = cv2.imencode(".webp", part, [cv2.IMWRITE_WEBP_QUALITY, quality])
         if not done:
@@ -84,11 +85,18 @@ def pack(source: Source, out: Path, cut: float = CUT, most: int = FACE, quality:
     return faces_to_file(faces, out / f"{name}.csv", "csv")[0]
 
 
-def _name(face: Face, base: Path, seen: dict[Path, int]) -> Path:
-    """A face's picture: its image's name, numbered behind the person where the image has several."""
-    image = face.image.relative_to(base).with_suffix("")
-    number = seen[image] = seen.get(image, 0) + 1
-    return image.with_name(f"{image.name}{'' if number == 1 else f'-{number}'}.webp")
+def _plain(face: Face, base: Path) -> Path:
+    return face.image.relative_to(base).with_suffix("")
+
+
+def _name(plain: Path, images: set[Path], given: set[Path]) -> Path:
+    """A face's picture: its image's name, numbered where that is given already, so that the person stays the same."""
+    name, number, mark = plain, 1, "-" if "_" in plain.name else "_"  # the person is what stands before the last "_"
+    while name in given or (number > 1 and name in images):
+        number += 1
+        name = plain.with_name(f"{plain.name}{mark}{number}")
+    given.add(name)
+    return name.with_name(f"{name.name}.webp")
 
 
 def main() -> None:

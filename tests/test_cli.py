@@ -303,6 +303,7 @@ def test_two_photos_of_one_name_are_not_mixed_up(
         (("eval", "nowhere", "--data", "x"), "there is no checkpoint at nowhere"),
         (("eval", "{bundle}/model.fp32.onnx", "--data", "x"), "neither a CSV"),
         (("export", "{bundle}", "--engine", "required"), "no plan can be built here: TensorRT is not installed here"),
+        (("export", "{bundle}", "--calibration", "{out}"), "--calibration finds the ranges of int8: add --int8"),
         (("export", "{bundle}", "--int8", "--calibration", "{out}"), "neither a CSV of 68 points nor a folder"),
         (("plan", "{bundle}", "--max-batch", "0"), "batch sizes must be 1 <= min <= opt <= max"),
         (("plan", "{bundle}"), "has no model.fp16.onnx"),

@@ -52,7 +52,7 @@ def test_the_model_wheel_has_the_default_one(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_checkout_counts_only_where_it_is_named() -> None:
     assert detector_name("auto", checkout=SHIPPED) == f"own={SHIPPED}"
-    with pytest.raises(BundleError, match=r"not installed: name it .*: own=engines/face-detector, or install the wheel"):
+    with pytest.raises(BundleError, match=r"not installed: name it .*: own=engines/face-detector, or install"):
         load_detector("own")
 
 

@@ -111,6 +111,25 @@ def test_the_manifest_tells_what_was_chosen_and_on_which_images(exported: Path, 
     assert entry.made["layers"] == {"int8": 20, "fp32": 1}
 
 
+def test_the_manifest_names_the_images_that_percentile_uses(
+    checkpoint: Path, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    class Counts(module._Reader):
+        def __init__(self, crops: np.ndarray) -> None:
+            read.append(len(crops))
+            super().__init__(crops)
+
+    monkeypatch.setattr(module, "_Reader", Counts)
+    monkeypatch.setattr(module, "CHOICES", (module.Int8Choice("percentile", 0),))
+    export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), sources=[source], calibration=[source])
+    made = Manifest.read(tmp_path / "b").files["model.int8.onnx"].made
+    assert made["choice"]["method"] == "percentile"
+    assert len(made["calibration"]["images"]) == read[-1] < len(source.faces)
+    assert made["calibration"]["also_measured"] == len(made["calibration"]["images"])  # all faces were measured
+
+
 def test_int8_is_what_a_cpu_takes_by_itself(exported: Path) -> None:
     report = open_backend(exported).report
     assert (report.file, report.precision) == ("model.int8.onnx", "int8")

@@ -64,6 +64,20 @@ def test_folders_and_several_faces_of_a_picture(tmp_path: Path, monkeypatch: pyt
     assert [face.image.name for face in packed.faces] == ["person0_0.webp", "person1_0.webp", "person0_0-2.webp"]
     assert [face.person for face in packed.faces] == ["person0", "person1", "person0"]
 
+    plain = tmp_path / "plain" / data.name
+    (plain.parent / "training").mkdir(parents=True)
+    rows = [text[1].partition(",")[2], text[2].partition(",")[2]]
+    for name, number in (("party", 0), ("party_2", 1)):
+        shutil.copy(read_source(data).faces[number].image, plain.parent / "training" / f"{name}.png")
+    names = ("party.png", "party.png", "party_2.png", "party.png")
+    plain.write_text("\n".join([text[0], *(f"{name},{rows[i % 2]}" for i, name in enumerate(names))]) + "\n")
+    pack(monkeypatch, plain, "--out", tmp_path / "again")
+    packed_plain = read_source(tmp_path / "again" / data.name)
+    assert [face.image.name for face in packed_plain.faces] == [
+        "party.webp", "party_3.webp", "party_2.webp", "party_4.webp",
+    ]  # fmt: skip
+    assert {face.person for face in packed_plain.faces} == {"party"}  # so all are held out, or none
+
     nested = tmp_path / "photos_68"
     for part, face in zip(("helen", "afw"), packed.faces, strict=False):
         (nested / part).mkdir(parents=True)

@@ -99,6 +99,19 @@ def test_faces_that_are_labelled_wrongly_hardly_count() -> None:
     assert off.max() < 1.5
 
 
+def test_it_is_the_mean_nme_that_falls() -> None:
+    """Of one answer for all: 80 faces of double size stand against 30, and would lose were distances squared."""
+    torch.manual_seed(0)
+    net = KeypointNet(64)
+    near, far = torch.zeros(30, 68, 2, dtype=torch.float64), torch.full((80, 68, 2), 50.0, dtype=torch.float64)
+    ones = torch.ones(110, 1, dtype=torch.float64)
+    unit = torch.cat([torch.full((30,), 10.0), torch.full((80,), 20.0)]).double()
+    data = _Seen(torch.cat([0 * ones, ones], dim=1), torch.cat([near, far]), unit, ones[:, 0])
+    old = torch.zeros(136, 2, dtype=torch.float64)
+    found = net.decode(data.features[:1] @ solved_head(net, old, [data], 1e-9).T)
+    assert found.mean() > 35  # towards the 80: 80 / 20 is more than 30 / 10
+
+
 def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path) -> None:
     result = refit(run, [source], tmp_path / "new", Detector(source))
     assert all(result.after[kind] < 0.9 * result.before[kind] for kind in ("keypoints", "detector", "jittered"))

@@ -12,14 +12,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kp_runtime.errors import DataError, KpError
+from kp_runtime.errors import BundleError, DataError, KpError
 from kp_runtime.spec import Manifest, ModelSpec
+from kp_train.callbacks import EpochLines
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import RECIPES, TrainConfig, recipe
 from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
@@ -38,10 +40,11 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(faces: Path, out: Path, **changes: object) -> Path:
     settings = {"size": 64, "epochs": 2, "batch_size": 16, "ema": 0.5, "lr": 1e-3} | changes
-    name = str(settings.pop("recipe", "default"))
+    base = str(settings.pop("recipe", "default"))
+    more: dict[str, Any] = {key: settings.pop(key) for key in ("resume", "name", "init") if key in settings}
     return train(
-        [read_source(faces)], recipe(name, **settings), out,
-        weights="none", accelerator="cpu", workers=0, picture_every=1, progress=False,
+        [read_source(faces)], recipe(base, **settings), out,
+        weights="none", accelerator="cpu", workers=0, picture_every=1, progress=False, **more,
     )  # fmt: skip
 
 
@@ -137,6 +140,63 @@ def test_a_second_run_in_one_folder_is_refused(trained: Path, faces: Path) -> No
         run(faces, trained)
 
 
+def test_a_run_that_was_moved_keeps_its_best_epoch(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The held-out loss rises from epoch to epoch, so that the first one stays the best, wherever the folder lies."""
+    rises = {"lr": 0.02, "ema": 0, "warmup": 0.9, "epochs": 3}
+
+    class Stops(EpochLines):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 1:
+                raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr("kp_train.train.EpochLines", Stops)
+        with pytest.raises(KpError, match="stopped in epoch 2 of 3"):
+            run(faces, tmp_path / "here", **rises)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    path = run(faces, tmp_path / "there", resume=True, **rises)
+    assert load_checkpoint(path)[1].training["best_epoch"] == 1
+    assert [state.name for state in sorted((tmp_path / "there" / "state").iterdir())] == ["best.state", "last.state"]
+
+
+def test_a_finished_run_is_left_as_it_is(
+    trained: Path, faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what was exported and measured since."""
+    shutil.copytree(trained, tmp_path / "r")
+    manifest = Manifest.read(tmp_path / "r")
+    dataclasses.replace(manifest, accuracy={"rows": {"nme": 0.1}}).write(tmp_path / "r")
+    before = (tmp_path / "r" / "manifest.json").read_bytes()
+    run(faces, tmp_path / "r", epochs=8, batch_size=8, augment="none", resume=True)
+    assert "r is finished" in capsys.readouterr().out
+    assert (tmp_path / "r" / "manifest.json").read_bytes() == before
+
+
+def test_another_name_or_start_can_not_resume_a_run(trained: Path, faces: Path, tmp_path: Path) -> None:
+    settings = {"epochs": 8, "batch_size": 8, "augment": "none", "resume": True}
+    with pytest.raises(KpError, match="began with --name resnet18-68; give the same one"):
+        run(faces, trained, name="other", **settings)
+    with pytest.raises(KpError, match=r"began at other weights than .*; leave --init out"):
+        run(faces, trained, init=trained, **settings)
+    with pytest.raises(BundleError, match="there is no checkpoint at"):
+        run(faces, trained, init=tmp_path / "gone", **settings)
+
+
+def test_a_model_that_sees_another_part_of_a_photo_is_not_asked_how_labels_lie(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    for margin in (1.0, 1.3):
+        torch.manual_seed(0)
+        init = tmp_path / f"{margin}"
+        save_checkpoint(init, KeypointNet(64), Manifest(ModelSpec("x", 64, margin)))
+        path = run(faces, tmp_path / f"from {margin}", epochs=1, init=init)
+        asked.append("label_bias" in load_checkpoint(path)[1].training["sources"][0])
+    assert asked == [False, True]
+
+
 def test_nothing_to_resume_and_other_settings_are_said(trained: Path, faces: Path, tmp_path: Path) -> None:
     with pytest.raises(KpError, match="nothing to resume"):
         train([read_source(faces)], recipe("default"), tmp_path / "none", resume=True)
@@ -188,7 +248,12 @@ def test_too_few_people_to_hold_any_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"size": 50}, "size must be"), ({"lr": 2.0}, "lr must be"), ({"epochs": 0}, "epochs must be")],
+    [
+        ({"size": 50}, "size must be"),
+        ({"lr": 2.0}, "lr must be"),
+        ({"epochs": 0}, "epochs must be"),
+        ({"seed": 2**32}, "seed must be"),
+    ],
 )
 def test_settings_out_of_range(change: dict[str, float], message: str) -> None:
     with pytest.raises(KpError, match=message):

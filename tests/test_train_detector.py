@@ -170,6 +170,8 @@ def test_runs_that_can_not_go_on(source: Path, tmp_path: Path) -> None:
     further = dataclasses.replace(SMALL, steps=2, batch_size=2)
     run(source, tmp_path / "a", further, resume=True)
     assert DetectorManifest.read(tmp_path / "a").training["config"]["steps"] == 2
+    with pytest.raises(KpError, match="has done 2 steps; give --steps 2 or more"):
+        run(source, tmp_path / "a", dataclasses.replace(further, steps=1), resume=True)
     with pytest.raises(KpError, match="other pictures without faces"):
         train_detector([parse_source(str(source))], Pictures((), "x"), further, tmp_path / "a", resume=True)
     tree = tmp_path / "a" / "state" / "last.state" / "tree.json"
@@ -178,7 +180,9 @@ def test_runs_that_can_not_go_on(source: Path, tmp_path: Path) -> None:
         run(source, tmp_path / "a", further, resume=True)
 
 
-@pytest.mark.parametrize("setting", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"ema": 1.0}, {"val_fraction": 1.0}])
+@pytest.mark.parametrize(
+    "setting", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"ema": 1.0}, {"val_fraction": 1.0}, {"seed": -1}]
+)
 def test_settings_out_of_range(setting: dict[str, float]) -> None:
     with pytest.raises(KpError, match=f"the setting {next(iter(setting))} must be"):
         DetectorConfig(**setting)  # type: ignore[arg-type]
@@ -213,6 +217,20 @@ def test_checkpoints_that_can_not_be_exported(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match="cut off"):
         export_detector(bundle)
     assert sorted(path.name for path in bundle.iterdir()) == [CHECKPOINT_NAME, "manifest.json"]
+
+
+def test_a_finished_run_keeps_what_was_measured_and_another_score_does_not(source: Path, tmp_path: Path) -> None:
+    config = DetectorConfig(steps=1, batch_size=2, val_fraction=0.3)
+    bundle = run(source, tmp_path / "d", config).parent
+    export_detector(bundle, score=0.3)
+    measured = dataclasses.replace(DetectorManifest.read(bundle), accuracy={"rows": {"found": 1}})
+    measured.write(bundle)
+    run(source, bundle, config, resume=True)
+    export_detector(bundle)
+    assert DetectorManifest.read(bundle).accuracy == measured.accuracy
+    assert DetectorManifest.read(bundle).spec.score == 0.3
+    export_detector(bundle, score=0.4)
+    assert DetectorManifest.read(bundle).accuracy == {}
 
 
 def test_it_learns_drawn_faces(source: Path, tmp_path: Path) -> None:
@@ -256,3 +274,11 @@ def test_the_command_trains_and_exports(source: Path, tmp_path: Path, monkeypatc
         kp_cli.main()
     assert end.value.code == 1
     assert "already holds a run" in capsys.readouterr().err
+    words = ["--data", source, "--out", tmp_path / "d", "--resume", "--score", 0.35, "--threads", 1]
+    monkeypatch.setattr("sys.argv", ["kp", "train-detector", *map(str, words)])  # the rest is the run's own
+    with pytest.raises(SystemExit) as end:
+        kp_cli.main()
+    assert not end.value.code
+    assert "d is finished" in capsys.readouterr().out
+    manifest = DetectorManifest.read(tmp_path / "d")
+    assert (manifest.spec.score, manifest.training["config"]["steps"]) == (0.35, 1)
