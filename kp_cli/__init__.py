@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -42,6 +43,8 @@ app.command()(machines.doctor)
 
 def main() -> None:
     """Runs the command; errors that a user can do something about become one line on stderr and exit status 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text, and most locales refuse to print it
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see kp_runtime.backend_ort.import_onnxruntime
     try:
         with one_line_errors("kp"):

@@ -128,7 +128,11 @@ def predict(
                 undrawn.append(f"{error} (--drawn FILE); its keypoints are kept")
             except KpError as error:
                 failed.append(str(error))
-    written = write_results(results, out, formats or ["json"]) if results else []
+    written, unwritten = [], []
+    try:
+        written = write_results(results, out, formats or ["json"]) if results else []
+    except KpError as error:  # told in the end, after what was found
+        unwritten.append(str(error))
     if as_json:
         print_json(results_json(results))
     else:
@@ -143,8 +147,8 @@ def predict(
         note(f"stopped after {len(results) + len(failed)} of {len(paths)} photos; what is written is of these")
     if failed:
         failed = [f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed)]
-    if failed or undrawn:
-        raise KpError("; ".join([*failed, *undrawn]))
+    if failed or undrawn or unwritten:
+        raise KpError("; ".join([*failed, *undrawn, *unwritten]))
     if stop.is_set():
         raise typer.Exit(130)  # as a shell reports Ctrl-C
 
@@ -169,8 +173,13 @@ def _check_labels(photos: list[Path], out: Path) -> None:
 
 def _check_targets(photos: list[Path], drawn: list[Path]) -> None:
     """Refuses pictures that would replace each other, or one of the photos."""
-    if len(set(drawn)) < len(drawn):
-        raise InputError("two of the photos have the same name; take them in two runs with their own --out")
+    first: dict[Path, Path] = {}
+    for photo, target in zip(photos, drawn, strict=True):
+        if (other := first.setdefault(target, photo)) is photo:
+            continue
+        if other.resolve() == photo.resolve():
+            raise InputError(f"{photo} is named twice; name it once")
+        raise InputError(f"{other} and {photo} would both be drawn as {target}; rename one, or take them in two runs")
     if replaced := {path.resolve() for path in drawn} & {path.resolve() for path in photos}:
         raise InputError(f"the drawn picture would replace the photo {min(replaced)}; name another place")
 
@@ -259,13 +268,17 @@ def put_effect(
     opened = load_model(model, tuned, "auto", threads, public_key)
     finder = open_detector(detector, threads=threads, public_key=public_key)
     results, failed = [], []
-    for path, target in progress("drawing")(list(zip(paths, targets, strict=True))):
-        try:
-            results.append(
-                predict_photo(opened, path, detector=finder, drawn=target, draw=put, looks=looks, mirror=mirror)
-            )
-        except KpError as error:
-            failed.append(str(error))
+    stop = threading.Event()
+    with _stopped_by_signals(stop):
+        for path, target in progress("drawing")(list(zip(paths, targets, strict=True))):
+            if stop.is_set():
+                break
+            try:
+                results.append(
+                    predict_photo(opened, path, detector=finder, drawn=target, draw=put, looks=looks, mirror=mirror)
+                )
+            except KpError as error:
+                failed.append(str(error))
     if as_json:
         print_json([{"image": p.path, "faces": len(p.keypoints), "drawn": p.drawn} for p in results])
     for photo in results:
@@ -273,8 +286,12 @@ def put_effect(
             typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}: {photo.drawn}")
         if not len(photo.keypoints):
             note(f"{photo.path}: no face was found, so {photo.drawn} shows the photo as it is")
+    if stop.is_set():
+        note(f"stopped after {len(results) + len(failed)} of {len(paths)} photos")
     if failed:
         raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
+    if stop.is_set():
+        raise typer.Exit(130)  # as a shell reports Ctrl-C
 
 
 def run(

@@ -104,7 +104,12 @@ def bench(
             admit = gate(old, anyway)
             face = photo or _astronaut()
             result = run_bench(
-                bundle_or_default(bundle), face, open_detector(detector), settings, admit=admit, step=step
+                bundle_or_default(bundle),
+                face,
+                open_detector(detector, threads=threads),
+                settings,
+                admit=admit,
+                step=step,
             )
     comparison = compared(old, result, anyway=anyway) if old else None
     if as_json:

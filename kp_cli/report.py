@@ -143,8 +143,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(_harmless, row))
-    # a table that is cut at 80 columns in a log helps nobody
-    Console(width=None if Console().is_terminal else 170, markup=False).print(table)
+    # a table whose cells are cut at 80 columns helps nobody; a narrow terminal breaks its lines
+    Console(width=max(170, Console().width), markup=False).print(table)
 
 
 def print_accuracy(name: str, result: Any) -> None:

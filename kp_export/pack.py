@@ -32,7 +32,7 @@ def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoin
         The new manifest.
 
     Raises:
-        BundleError: the bundle can't be used, or has no model of a precision.
+        BundleError: the bundle can't be used, or has no model of a precision, or no checkpoint that was asked for.
         ExportError: `out` can't be written.
     """
     bundle = bundle.resolve()
@@ -48,6 +48,8 @@ def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoin
     have = sorted({str(entry.precision) for entry in manifest.files.values() if entry.kind in ("onnx", "plan")})
     if missing := [precision for precision in precisions if precision not in have]:
         raise BundleError(f"{bundle} has no model of precision {missing[0]}, only {', '.join(have) or 'none'}")
+    if checkpoint and all(entry.kind != "checkpoint" for entry in kept.values()):
+        raise BundleError(f"{bundle} has no checkpoint to keep; pack it from a bundle that has one")
     with staging(out.resolve()) as stage:
         old = any_manifest(stage).files if (stage / MANIFEST_NAME).exists() else {}
         for name in {**old, **manifest.files}:

@@ -163,11 +163,12 @@ def _reasons(verification: Verification) -> str:
 
 
 def _worst_faces(verification: Verification, file: FileVerdict) -> str:
-    if file.keypoints is None:
+    if file.keypoints is None or file.parity is None:
         return ""
     distance = np.linalg.norm(file.keypoints.astype(np.float64) - verification.reference, axis=-1)
     distance = np.where(np.isfinite(distance), distance, np.inf)
-    order = np.argsort(-distance.max(axis=1), kind="stable")[:WORST].tolist()
+    left_out = len(distance) - file.parity.faces
+    order = (left_out + np.argsort(-distance[left_out:].max(axis=1), kind="stable")[:WORST]).tolist()
     figures = []
     for i in order:
         point = int(distance[i].argmax())

@@ -21,7 +21,7 @@ from kp_runtime.cores import checked_cores, checked_threads, on_cores, usable_co
 from kp_runtime.cuda_driver import CudaDriver, has_driver
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.golden import GOLDEN_NAME, Golden, golden_from_bytes
-from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec
+from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec, folder_of
 
 __all__ = [
     "BACKENDS",
@@ -237,7 +237,7 @@ def open_backend(
     most = usable_cores() if chosen is None else len(chosen)
     checked_threads(threads, most)
     path = Path(bundle)
-    folder = path.parent if path.is_file() else path
+    folder = folder_of(path)
     manifest = Manifest.read(folder, public_key)
     asked = _Asked(folder, manifest, precision, path.name if path.is_file() else None, threads, chosen, golden)
     engines = [backend] if backend != "auto" else list(AUTO)

@@ -197,7 +197,8 @@ def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         `(h, w, 3)` uint8, BGR.
 
     Raises:
-        ImageError: the file is missing, cut off, 16 bits deep, or no image.
+        ImageError: the file is missing, cut off, 16 bits deep, or no image. Damage inside a JPEG is not noticed: the
+            decoder fills what it can't read.
     """
     path = Path(path)
     try:

@@ -40,6 +40,7 @@ __all__ = [
     "any_manifest",
     "any_manifest_of_bytes",
     "file_entry",
+    "folder_of",
     "manifest_bytes",
 ]
 
@@ -363,6 +364,19 @@ def any_manifest_of_bytes(data: bytes, origin: str) -> Manifest:
     spec = raw.get("spec") if isinstance(raw, dict) else None
     kind = DetectorManifest if isinstance(spec, dict) and "task" in spec else Manifest
     return kind.from_json(raw, origin)
+
+
+def folder_of(path: Path) -> Path:
+    """The bundle's folder of a path that is one, or of a file in one.
+
+    Raises:
+        BundleError: a file that lies in no bundle.
+    """
+    if not path.is_file():
+        return path
+    if not (path.parent / MANIFEST_NAME).exists():
+        raise BundleError(f"{path} lies in no bundle: there is no {MANIFEST_NAME} beside it; give a bundle's file")
+    return path.parent
 
 
 def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:

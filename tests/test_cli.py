@@ -21,6 +21,7 @@ import pytest
 import kp_cli
 import kp_runtime.photos
 from kp_cli import faces, options, report
+from kp_runtime.errors import InputError
 from kp_runtime.spec import Manifest
 from tests.models import tiny_bundle
 from tests.test_export import small_checkpoint
@@ -90,7 +91,16 @@ def test_predict_draws_and_writes(
     assert np.abs(drawn.astype(int) - cv2.imread(str(astronaut))).max() > 100
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("predict",), "stopped after 1 of 3 photos; what is written is of these"),
+        (("filter", "--effect", "hat"), "stopped after 1 of 3 photos"),
+    ],
+)
 def test_ctrl_c_keeps_the_photos_that_are_done(
+    command: tuple[str, ...],
+    told: str,
     capsys: pytest.CaptureFixture[str],
     bundle: Path,
     astronaut: Path,
@@ -108,10 +118,11 @@ def test_ctrl_c_keeps_the_photos_that_are_done(
 
     predict = kp_runtime.photos.predict_photo
     monkeypatch.setattr("kp_runtime.photos.predict_photo", predict_photo)
-    status, _, err = kp(capsys, "predict", photos, "--model", bundle, "--out", tmp_path / "out")
-    assert (status, err.splitlines()[-1]) == (130, "stopped after 1 of 3 photos; what is written is of these")
-    (photo,) = json.loads((tmp_path / "out" / "keypoints.json").read_text())
+    status, out, err = kp(capsys, *command, photos, "--model", bundle, "--out", tmp_path / "out", "--json")
+    assert (status, err.splitlines()[-1]) == (130, told)
+    (photo,) = json.loads(out)
     assert photo["image"] == str(photos / "a.png")
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 1
 
 
 def test_a_photo_that_can_not_be_drawn_keeps_its_keypoints(
@@ -251,6 +262,53 @@ def test_one_bad_photo_does_not_stop_the_others(
     assert "a.jpg" in err
 
 
+def test_what_was_found_is_told_where_it_can_not_be_written(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "keypoints.json").mkdir(parents=True)
+    words = ("predict", astronaut, "--model", bundle, "--out", tmp_path / "out", "--box", "165,70,280,195", "--json")
+    status, out, err = kp(capsys, *words)
+    assert status == 1
+    assert len(json.loads(out)) == 1
+    assert err.startswith("kp: can't write ")
+    assert "keypoints.json: it is a folder" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")
+def test_a_photo_whose_name_most_locales_do_not_print(bundle: Path, astronaut: Path, tmp_path: Path) -> None:
+    photo = tmp_path / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(astronaut, photo)
+    done = subprocess.run(
+        [sys.executable, "-m", "kp_cli", "predict", photo, "--box", "165,70,280,195", "--model", bundle],
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "caf\\udce9.png: 1 face" in done.stdout
+
+
+def test_no_cell_of_a_table_is_cut_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
+    report.print_table("t", ("file", "p99"), [("a" * 60, "0.123456789")])
+    assert "a" * 60 in (out := capsys.readouterr().out)
+    assert "0.123456789" in out
+
+
+def test_a_file_beside_no_manifest_is_named(
+    capsys: pytest.CaptureFixture[str], astronaut: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").touch()
+    status, _, err = kp(capsys, "predict", astronaut, "--model", tmp_path / "model.onnx")
+    assert status == 1
+    assert f"{tmp_path / 'model.onnx'} lies in no bundle: there is no manifest.json beside it" in err
+
+
 def test_two_photos_of_one_name_are_not_mixed_up(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
 ) -> None:
@@ -258,7 +316,7 @@ def test_two_photos_of_one_name_are_not_mixed_up(
     shutil.copy(astronaut, other)
     status, _, err = kp(capsys, "predict", astronaut, other, "--model", bundle, "--out", tmp_path / "out")
     assert status == 1
-    assert "two of the photos have the same name" in err
+    assert "would both be drawn as" in err
     assert not (tmp_path / "out").exists()
 
 
@@ -385,6 +443,20 @@ def bench_file(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         sys.argv = old
     return path
+
+
+def test_bench_gives_the_detector_its_threads(
+    capsys: pytest.CaptureFixture[str], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def open_detector(name: str, **options: object) -> object:
+        given.append(options)
+        raise InputError("enough")
+
+    monkeypatch.setattr("kp_cli.machines.open_detector", open_detector)
+    assert kp(capsys, "bench", bundle, "--threads", "1")[0] == 1
+    assert given == [{"threads": 1}]
 
 
 def test_bench_prints_and_writes(

@@ -73,7 +73,7 @@ def test_an_effect_of_your_own_on_a_folder(
         (("filter", "PHOTO", "--effect", "nose"), "there is no effect 'nose'"),
         (("filter", "PHOTO", "--effect", "gone.toml"), "gone.toml can't be read"),
         (("filter", "gone.jpg", "--effect", "hat"), "there is no photo or folder at gone.jpg"),
-        (("filter", "PHOTO", "PHOTO", "--effect", "hat"), "two of the photos have the same name"),
+        (("filter", "PHOTO", "PHOTO", "--effect", "hat"), "is named twice; name it once"),
         (("run", "FRAMES", "--effect", "nose"), "there is no effect 'nose'"),
         (("run", "FRAMES", "--effect", "hat", "--format", "jsonl"), "--effect goes with --format mp4"),
     ],

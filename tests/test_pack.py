@@ -66,6 +66,13 @@ def test_what_is_not_there_is_refused_and_nothing_written(full: Path, tmp_path: 
     assert not (tmp_path / "slim").exists()
 
 
+def test_a_checkpoint_that_is_not_there_can_not_be_kept(full: Path, tmp_path: Path) -> None:
+    pack_bundle(full, tmp_path / "slim", ["fp32"])
+    with pytest.raises(BundleError, match="slim has no checkpoint to keep"):
+        pack_bundle(tmp_path / "slim", tmp_path / "slimmer", ["fp32"], checkpoint=True)
+    assert not (tmp_path / "slimmer").exists()
+
+
 def test_a_changed_file_is_not_packed(full: Path, tmp_path: Path) -> None:
     path = full / "model.int8.onnx"
     path.write_bytes(path.read_bytes()[:-1] + b"x")

@@ -19,10 +19,12 @@ import pytest
 
 from kp_cli.options import load_model
 from kp_cli.report import frames_progress
+from kp_runtime.errors import KpError
 from kp_runtime.video import run_video
+from kp_runtime.video_sink import ParquetSink
 from kp_runtime.video_source import FileSource, FolderSource
 from tests.test_cli import kp
-from tests.test_video import folder_of_frames, levels, one_face, sinks_for, video
+from tests.test_video import FullDisk, folder_of_frames, levels, one_face, sinks_for, video
 
 ENDLESS = """
 import sys, numpy as np
@@ -233,3 +235,24 @@ def test_moving_astronaut_on_720p_keeps_the_detector_idle(
     assert run["detector_runs"] <= 0.05 * 60
     rows = [json.loads(line) for line in (tmp_path / "face_keypoints.jsonl").read_text().splitlines()]
     assert [(row["frame"], row["track"]) for row in rows] == [(i, 1) for i in range(60)]
+
+
+@pytest.mark.parametrize("rows", [1, 1000])  # a row each reaches the disk, or all at the end
+def test_parquet_on_a_full_disk_leaves_the_older_file_and_closes_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("kp_runtime.video_sink._ROWS_AT_ONCE", rows)
+    source = FolderSource(folder_of_frames(tmp_path / "frames"))
+    (tmp_path / "frames_keypoints.parquet").write_text("older")
+    table, pictures = sinks_for(source, tmp_path, "parquet", "avi")
+    assert isinstance(table, ParquetSink)
+    table._writer.close()
+    disk = FullDisk(table._temporary, 2000)
+    table._writer = pq.ParquetWriter(pa.PythonFile(disk, "w"), table._schema)
+    with pytest.raises(KpError, match=r"can't write .*frames_keypoints.parquet: .*No space left"):
+        run_video(source, one_face(), [table, pictures])
+    disk.close()
+    assert table.path.read_text() == "older"
+    assert rows == 1 or len(levels(pictures.path)) == 6
+    assert not list(tmp_path.glob(".*"))

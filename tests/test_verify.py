@@ -50,6 +50,17 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
+@pytest.mark.parametrize("name", ["resnet18-68", "resnet18-68-lite"])
+def test_the_shipped_models_pass_on_the_faces_that_come_with_it(name: str) -> None:
+    bundle = Path(__file__).parents[1] / "engines" / name
+    verified = verify_bundle(bundle, bundled_faces(Manifest.read(bundle).spec))
+    check_verification(verified)
+    (file,) = verified.files
+    assert file.parity is not None
+    assert file.parity.faces == 28  # int8 is not judged by faces of 25 px
+    assert file.parity.worst_face.startswith("astronaut_")
+
+
 @pytest.fixture
 def copied(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "bundle"))

@@ -22,7 +22,7 @@ from kp_runtime.errors import BackendError, ImageError, InputError, KpError, Mis
 from kp_runtime.results import Keypoints
 from kp_runtime.track import Track, Tracker
 from kp_runtime.video import Ahead, Window, draw_tracks, run_video
-from kp_runtime.video_sink import LinesSink, ParquetSink, Sink, VideoSink, open_sinks
+from kp_runtime.video_sink import LinesSink, Sink, VideoSink, open_sinks
 from kp_runtime.video_source import FileSource, FolderSource, LiveSource, VideoFrame
 
 SIZE_HW = (96, 128)
@@ -347,27 +347,6 @@ def test_a_disk_that_is_full_from_the_first_frame_on_leaves_the_older_files(tmp_
     with pytest.raises(KpError, match=r"can't write .*jsonl: No space left on device$"):
         run_video(source, one_face(), [on_a_full_disk(lines, 10), pictures])
     assert lines.path.read_text() == pictures.path.read_text() == "older"
-    assert not list(tmp_path.glob(".*"))
-
-
-@pytest.mark.parametrize("rows", [1, 1000])  # a row each reaches the disk, or all at the end
-def test_parquet_on_a_full_disk_leaves_the_older_file_and_closes_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
-) -> None:
-    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("kp_runtime.video_sink._ROWS_AT_ONCE", rows)
-    source = FolderSource(folder_of_frames(tmp_path / "frames"))
-    (tmp_path / "frames_keypoints.parquet").write_text("older")
-    table, pictures = sinks_for(source, tmp_path, "parquet", "avi")
-    assert isinstance(table, ParquetSink)
-    table._writer.close()
-    disk = FullDisk(table._temporary, 2000)
-    table._writer = pq.ParquetWriter(pa.PythonFile(disk, "w"), table._schema)
-    with pytest.raises(KpError, match=r"can't write .*frames_keypoints.parquet: .*No space left"):
-        run_video(source, one_face(), [table, pictures])
-    disk.close()
-    assert table.path.read_text() == "older"
-    assert rows == 1 or len(levels(pictures.path)) == 6
     assert not list(tmp_path.glob(".*"))
 
 
