@@ -42,11 +42,8 @@ __all__ = [
     "faces_from_file",
     "faces_to_file",
     "format_of",
-    "image_beside",
-    "is_header",
     "parquet_table",
     "pts_files",
-    "pts_from_text",
     "pts_text",
     "with_sizes",
 ]
@@ -59,15 +56,17 @@ class LabelledFace:
     Attributes:
         image: the image's path as the file names it; of a `.pts` file, the photo of that stem beside
             it, or the stem where there is none.
-        xy: `(68, 2)` float64, pixels of the image from 0, an integer is a pixel's centre.
+        xy: `(68, 2)` float64 or as many as there are, pixels of the image from 0, an integer is a pixel's centre.
         box_xyxy: `(4,)` float64 in the same pixels, or None where the file has none.
         size_hw: the image's height and width, or None where the file has none.
+        where: the file and the place in it, for messages; empty where it was read from none.
     """
 
     image: str
     xy: NDArray[np.float64]
     box_xyxy: NDArray[np.float64] | None = None
     size_hw: tuple[int, int] | None = None
+    where: str = ""
 
 
 def format_of(path: Path) -> str:
@@ -96,26 +95,28 @@ def check_format(kind: str) -> None:
         _pyarrow()
 
 
-def faces_from_file(path: Path, kind: str | None = None) -> list[LabelledFace]:
+def faces_from_file(path: Path, kind: str | None = None, points: int = POINTS) -> list[LabelledFace]:
     """Reads labelled faces.
 
     Args:
         path: the file, or for `pts` a folder, searched with its subfolders.
         kind: one of `FORMATS`; by the suffix when None.
+        points: how many each face has.
 
     Raises:
         InputError: no such format.
-        DataError: the file can't be read, or a face in it has not 68 finite points.
+        DataError: the file can't be read, or a face in it has not that many finite points.
         MissingExtraError: Parquet without pyarrow.
     """
-    read, _ = _format(kind or format_of(path))
+    kind = kind or format_of(path)
+    read, _ = _format(kind)
     try:
         path.stat()  # a folder that is not there is no empty one
-        faces = read(path)
+        faces = read(path, points)
     except OSError as error:
         raise DataError(f"{path} can't be read: {error.strerror or error}") from error
     if not faces:
-        raise DataError(f"{path} holds no labelled face")
+        raise DataError(f"{path} holds no labelled face{_EMPTY.get(kind, '')}")
     return faces
 
 
@@ -163,16 +164,18 @@ def _format(kind: str) -> tuple[Reader, Writer]:
     return FORMATS[kind]
 
 
-def _points(numbers: Any, where: str, points: int = POINTS) -> NDArray[np.float64]:
+def _points(numbers: Any, where: str, points: int) -> NDArray[np.float64]:
     """`(points, 2)` of twice as many numbers, or the error that names the place."""
     try:
         values = np.array(numbers, np.float64).ravel()
     except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{where}: a coordinate is not a number ({str(error)[:80]})") from error
+        raise DataError(
+            f"{where}: a coordinate is not a number ({str(error)[:80]}); correct it or remove the face"
+        ) from error
     if len(values) != 2 * points:
         raise DataError(f"{where}: expected {points} points, got {len(values) / 2:g}; is the file cut off?")
     if not np.isfinite(values).all():
-        raise DataError(f"{where}: a coordinate is not finite")
+        raise DataError(f"{where}: a coordinate is not finite; correct it or remove the face")
     return values.reshape(points, 2)
 
 
@@ -194,12 +197,8 @@ def _rounded(values: NDArray[np.floating]) -> list[float]:
 # .pts
 
 
-def pts_from_text(text: str, where: str, points: int = POINTS) -> NDArray[np.float64]:
-    """The points of an iBUG `.pts` text, `(points, 2)`, moved from 1-based to 0-based pixels.
-
-    Raises:
-        DataError: no header, another number of points, or text where numbers belong; `where` stands in the message.
-    """
+def _points_of_pts(text: str, where: str, points: int) -> NDArray[np.float64]:
+    """The points of an iBUG `.pts` text, `(points, 2)`, moved from 1-based to 0-based pixels."""
     head, brace, rest = text.partition("{")
     if "n_points" not in head or not brace:
         raise DataError(f"{where} has no .pts header (version, n_points, then the points between braces)")
@@ -217,21 +216,22 @@ def pts_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".pts" and file.is_file())
 
 
-def image_beside(label: Path) -> Path | None:
+def _image_beside(label: Path) -> Path | None:
     """The photo that a `.pts` file is about: of its stem, in its folder; None where there is none."""
     places = (label.with_suffix(s) for suffix in IMAGE_SUFFIXES for s in (suffix, suffix.upper()))
     return next((place for place in places if place.is_file()), None)
 
 
-def _read_pts(path: Path) -> list[LabelledFace]:
+def _read_pts(path: Path, points: int) -> list[LabelledFace]:
     if path.is_file():
-        return [_pts_face(path, path.stem)]
-    return [_pts_face(file, file.relative_to(path).with_suffix("").as_posix()) for file in pts_files(path)]
+        return [_pts_face(path, path.stem, points)]
+    return [_pts_face(file, file.relative_to(path).with_suffix("").as_posix(), points) for file in pts_files(path)]
 
 
-def _pts_face(file: Path, name: str) -> LabelledFace:
-    image = image_beside(file)
-    return LabelledFace(name + (image.suffix if image else ""), pts_from_text(_text(file), str(file)))
+def _pts_face(file: Path, name: str, points: int) -> LabelledFace:
+    image, where = _image_beside(file), str(file)
+    xy = _points_of_pts(_text(file), where, points)
+    return LabelledFace(name + (image.suffix if image else ""), xy, where=where)
 
 
 def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
@@ -254,7 +254,7 @@ def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
 # COCO keypoints: https://cocodataset.org/#format-data
 
 
-def _read_coco(path: Path) -> list[LabelledFace]:
+def _read_coco(path: Path, points: int) -> list[LabelledFace]:
     text = _text(path)
     try:
         document = json.loads(text)
@@ -280,17 +280,17 @@ def _read_coco(path: Path) -> list[LabelledFace]:
             if annotation["image_id"] not in images:
                 raise DataError(f"{where}: the file lists no image of the image_id {annotation['image_id']!r:.40}")
             image, flat = images[annotation["image_id"]], annotation["keypoints"]
-            if len(names[annotation["category_id"]]) != POINTS:
-                raise DataError(f"{where}: its category has not the {POINTS} points of a face")
+            if len(names[annotation["category_id"]]) != points:
+                raise DataError(f"{where}: its category has not the {points} points of a face")
             box = annotation.get("bbox")
             size = (int(image["height"]), int(image["width"]))
-            xy = _points([value for at, value in enumerate(flat) if at % 3 != 2], where)
-            if len(flat) != 3 * POINTS or not all(flat[2::3]):
-                raise DataError(f"{where}: a point is not labelled (visibility 0); all {POINTS} are needed")
+            xy = _points([value for at, value in enumerate(flat) if at % 3 != 2], where, points)
+            if len(flat) != 3 * points or not all(flat[2::3]):
+                raise DataError(f"{where}: a point is not labelled (visibility 0); all {points} are needed")
             corners = None if box is None else _box(box, where)
             if corners is not None:
                 corners[2:] += corners[:2]
-            faces.append(LabelledFace(str(image["file_name"]), xy, corners, size))
+            faces.append(LabelledFace(str(image["file_name"]), xy, corners, size, where))
         except DataError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -331,21 +331,27 @@ def _write_coco(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
 # CSV
 
 
-def _read_csv(path: Path) -> list[LabelledFace]:
+def _read_csv(path: Path, points: int) -> list[LabelledFace]:
     faces = []
     try:
         for number, row in enumerate(csv.reader(io.StringIO(_text(path), newline="")), start=1):
-            if not row or (number == 1 and is_header(row)):
+            if not row or (number == 1 and _is_header(row)):
                 continue
-            where = f"{path}, line {number}"
-            box = _box(row[2:6], where) if len(row) == 6 + 2 * POINTS else None
-            faces.append(LabelledFace(row[0], _points(row[1 if box is None else 6 :], where), box))
+            where = f"{path}, line {number} ({row[0][:200]})"
+            first = len(row) - 2 * points
+            if first not in (1, 6):
+                raise DataError(
+                    f"{where}: expected a file name and {2 * points} numbers for {points} points, got "
+                    f"{len(row) - 1} numbers; face and box (5 numbers) may stand between"
+                )
+            box = _box(row[2:6], where) if first == 6 else None
+            faces.append(LabelledFace(row[0], _points(row[first:], where, points), box, where=where))
     except csv.Error as error:
-        raise DataError(f"{path} can't be read as CSV: {error}") from error
+        raise DataError(f"{path} can't be read as CSV: {str(error)[:200]}") from error
     return faces
 
 
-def is_header(row: Sequence[str]) -> bool:
+def _is_header(row: Sequence[str]) -> bool:
     """Whether the first line of a CSV of faces is a header: no image's name, or no coordinates behind it.
 
     A name without a suffix is an image's where numbers follow that do not just count from 0, as a table's columns.
@@ -397,7 +403,7 @@ def _face_numbers(faces: Sequence[LabelledFace]) -> list[int]:
 # Parquet
 
 
-def _read_parquet(path: Path) -> list[LabelledFace]:
+def _read_parquet(path: Path, points: int) -> list[LabelledFace]:
     pa, pq = _pyarrow()
     try:
         rows = pq.read_table(path, columns=["image", "box", "keypoints"]).to_pylist()
@@ -410,7 +416,7 @@ def _read_parquet(path: Path) -> list[LabelledFace]:
         if not isinstance(row["image"], str):
             raise DataError(f"{where}: the image's name is no text")
         box = None if row["box"] is None else _box(row["box"], where)
-        faces.append(LabelledFace(row["image"], _points(row["keypoints"], where), box))
+        faces.append(LabelledFace(row["image"], _points(row["keypoints"], where, points), box, where=where))
     return faces
 
 
@@ -461,7 +467,7 @@ def _write(path: Path, text: str) -> Path:
     return path
 
 
-Reader = Callable[[Path], list[LabelledFace]]
+Reader = Callable[[Path, int], list[LabelledFace]]
 Writer = Callable[[Sequence[LabelledFace], Path], list[Path]]
 
 FORMATS: dict[str, tuple[Reader, Writer]] = {
@@ -471,3 +477,9 @@ FORMATS: dict[str, tuple[Reader, Writer]] = {
     "parquet": (_read_parquet, _write_parquet),
 }
 """What can be read and written."""
+
+_EMPTY = {
+    "pts": ": there are no .pts files in it or below it; give the folder that holds the labelled photos",
+    "csv": ": it has no rows below its header line",
+}
+"""What a file without faces lacks."""

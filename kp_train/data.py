@@ -2,7 +2,7 @@
 
 Layout 1, CSV: a file name, then x0, y0, … x67, y67 (or as many points as the model has), in pixels of that
 image, an integer being a pixel's centre; a header line first, or none. Layout 2, folders of photos with an iBUG
-`.pts` file of the same stem beside each; those count pixels from 1 and are moved to 0 here.
+`.pts` file of the same stem beside each. `kp_runtime.interchange` reads both; a box between is left aside.
 
 The person of a face is its file's stem up to the last underscore: both public data sets name
 their files so. Splits are by person, by a hash of the name, so they do not depend on order.
@@ -10,7 +10,7 @@ their files so. Splits are by person, by a hash of the name, so they do not depe
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import hashlib
 import math
 import sys
@@ -27,10 +27,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from kp_runtime.errors import DataError
-from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import IMAGE_SUFFIXES
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
-from kp_runtime.interchange import image_beside, is_header, pts_files, pts_from_text
+from kp_runtime.interchange import LabelledFace, faces_from_file, pts_files
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.augment import Augment
@@ -44,7 +43,6 @@ __all__ = [
     "is_held_out",
     "luma_from_file",
     "parse_source",
-    "read_pts",
     "read_source",
     "start_of_workers",
 ]
@@ -134,49 +132,23 @@ def read_source(path: Path, weight: float = 1.0, points: int = POINTS) -> Source
     Raises:
         DataError: neither of the two, nothing in it, or a label that can't be read.
     """
-    if path.is_dir():
-        return _read_pts_folder(path, weight, points)
-    if path.is_file() and path.suffix.lower() == ".csv":
-        return _read_csv(path, weight, points)
-    raise DataError(f"{path} is neither a CSV of {points} points nor a folder with .pts files; check the path")
+    folder = path.is_dir()
+    if not (folder or (path.is_file() and path.suffix.lower() == ".csv")):
+        raise DataError(f"{path} is neither a CSV of {points} points nor a folder with .pts files; check the path")
+    labelled = faces_from_file(path, "pts" if folder else "csv", points)
+    images = path if folder else _image_folder(path, labelled[0].image)
+    if folder and (alone := [face.where for face in labelled if not (images / face.image).is_file()]):
+        raise DataError(f"{alone[0]} has no image beside it (looked for {', '.join(IMAGE_SUFFIXES)})")
+    faces = tuple(Face(images / face.image, _checked(face)) for face in labelled)
+    return Source(path, weight, faces, _sha256_of_labels(path))
 
 
-def _read_csv(path: Path, weight: float, points: int) -> Source:
-    faces: list[Face] = []
-    images: Path | None = None
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.reader(file), start=1):
-                if not row or (number == 1 and is_header(row)):
-                    continue
-                xy = _points_of_row(path, number, row, points)
-                images = images or _image_folder(path, row[0])
-                faces.append(Face(images / row[0], xy))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} can't be read as CSV: {str(error)[:200]}") from error
-    if not faces:
-        raise DataError(f"{path} has no rows below its header line")
-    return Source(path, weight, tuple(faces), sha256_of_file(path))
-
-
-def _points_of_row(path: Path, number: int, row: list[str], points: int) -> NDArray[np.float32]:
-    where = f"{path}, line {number} ({row[0][:200]})"
-    if len(row) != 1 + 2 * points:
-        raise DataError(
-            f"{where}: expected a file name and {2 * points} numbers for {points} points, got {len(row) - 1} numbers"
-        )
-    try:
-        xy = np.array([float(cell) for cell in row[1:]], np.float32).reshape(points, 2)
-    except ValueError as error:
-        raise DataError(
-            f"{where}: a cell is not a number ({str(error)[:200]}); correct it or remove the row"
-        ) from error
-    return _checked(xy, where)
-
-
-def _checked(xy: NDArray[np.float32], where: str) -> NDArray[np.float32]:
+def _checked(face: LabelledFace) -> NDArray[np.float32]:
+    """A face's points, or the error of those that have no size."""
+    with np.errstate(over="ignore"):
+        xy, where = face.xy.astype(np.float32), face.where
     if not np.isfinite(xy).all():
-        raise DataError(f"{where}: a coordinate is not finite; correct it or remove the face")
+        raise DataError(f"{where}: a coordinate is over what float32 holds; correct it or remove the face")
     if np.ptp(xy, axis=0).max() < 1:
         raise DataError(f"{where}: all points lie on one spot; correct them or remove the face")
     if nme_unit(xy[None])[0] < 1:
@@ -188,37 +160,17 @@ def _checked(xy: NDArray[np.float32], where: str) -> NDArray[np.float32]:
 def _image_folder(path: Path, name: str) -> Path:
     """Beside `training_frames_keypoints.csv` the photos lie in `training/`, or in its own folder."""
     places = [path.parent / path.stem.split("_")[0], path.parent / path.stem, path.parent]
-    for place in places:
-        if (place / name).is_file():
-            return place
+    with contextlib.suppress(OSError):  # of a name that is longer than any file's
+        if found := [place for place in places if (place / name).is_file()]:
+            return found[0]
     raise DataError(f"{path} names the image {name[:200]}, which is in none of: {', '.join(map(str, places))}")
 
 
-def _read_pts_folder(path: Path, weight: float, points: int) -> Source:
-    labels = pts_files(path)
-    if not labels:
-        raise DataError(f"{path} has no .pts files in it or below it; give the folder that holds the labelled photos")
+def _sha256_of_labels(path: Path) -> str:
     digest = hashlib.sha256()
-    faces = []
-    for label in labels:
-        digest.update(label.read_bytes())
-        if (image := image_beside(label)) is None:
-            raise DataError(f"{label} has no image beside it (looked for {', '.join(IMAGE_SUFFIXES)})")
-        faces.append(Face(image, read_pts(label, points)))
-    return Source(path, weight, tuple(faces), digest.hexdigest())
-
-
-def read_pts(path: Path, points: int = POINTS) -> NDArray[np.float32]:
-    """Reads an iBUG `.pts` file: `(points, 2)` float32, moved from 1-based to 0-based pixels.
-
-    Raises:
-        DataError: no header, another number of points, or text where numbers belong.
-    """
-    try:
-        text = path.read_text(encoding="utf-8", errors="strict")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} can't be read as text: {error}") from error
-    return _checked(pts_from_text(text, str(path), points).astype(np.float32), str(path))
+    for file in pts_files(path) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def luma_from_file(path: Path) -> NDArray[np.uint8]:

@@ -310,16 +310,17 @@ def effect_case(folder: Path) -> Case:
 
 def pts_case(folder: Path) -> Case:
     """An iBUG .pts file."""
-    from kp_train.data import read_pts
+    from kp_train.data import read_source
     from kp_train.synthetic import mean_shape
 
     points = "\n".join(f"{x:.3f} {y:.3f}" for x, y in mean_shape() * 10 + 20)
     text, path = f"version: 1\nn_points: 68\n{{\n{points}\n}}\n", folder / "a.pts"
+    (folder / "a.png").touch()
 
     def case(rng: random.Random) -> None:
         path.write_bytes(mutated_text(rng, text, " \n"))
-        xy = read_pts(path)
-        assert xy.shape == (68, 2)
-        assert np.isfinite(xy).all()
+        (face,) = read_source(folder).faces
+        assert face.xy.shape == (68, 2)
+        assert np.isfinite(face.xy).all()
 
     return case

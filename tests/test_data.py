@@ -14,6 +14,7 @@ from PIL import Image
 from kp_runtime.errors import DataError
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import boxes_from_points, matrices_from_boxes
+from kp_runtime.interchange import faces_from_file, faces_to_file, with_sizes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import ModelSpec
 from kp_train.data import (
@@ -21,7 +22,6 @@ from kp_train.data import (
     is_held_out,
     luma_from_file,
     parse_source,
-    read_pts,
     read_source,
     start_of_workers,
 )
@@ -72,6 +72,7 @@ def break_row(path: Path, change: object) -> None:
         (lambda cells: cells[:-2], r"line 3 \(person0_1.png\).* got 134 numbers"),
         (lambda cells: [*cells[:5], "left", *cells[6:]], r"line 3 .*not a number"),
         (lambda cells: [*cells[:5], "nan", *cells[6:]], r"line 3 .*not finite"),
+        (lambda cells: [*cells[:5], "1e39", *cells[6:]], r"line 3 .*over what float32 holds"),
         (lambda cells: [cells[0], *["7"] * 136], r"line 3 .*all points lie on one spot"),
         (lambda cells: [*cells[:91], *cells[73:75], *cells[93:]], r"line 3 .*outer eye corners lie on one spot"),
     ],
@@ -106,6 +107,17 @@ def test_the_first_row_is_a_face_whatever_its_photos_suffix(
         assert [face.image.name for face in read_source(path).faces] == [f"ada_1.{suffix}"]
 
 
+def test_what_kp_convert_writes_is_trained_on(csv_source: Path) -> None:
+    """COCO, as labelling tools have it, to CSV: face and box stand between the photo's name and its points."""
+    faces = with_sizes(faces_from_file(csv_source), csv_source.parent / "training")
+    (coco,) = faces_to_file(faces, csv_source.with_name("faces.json"))
+    (written,) = faces_to_file(faces_from_file(coco), csv_source.with_name("training_of_coco.csv"))
+    assert written.read_text().startswith("image,face,x0,y0,x1,y1,")
+    for face, found in zip(read_source(csv_source).faces, read_source(written).faces, strict=True):
+        assert found.image == face.image
+        np.testing.assert_allclose(found.xy, face.xy, atol=5.1e-4)
+
+
 def test_folders_named_as_labels_and_pictures_are_no_files(csv_source: Path) -> None:
     folder = csv_source.parent / "training"
     (folder / "x.pts").mkdir()
@@ -123,7 +135,7 @@ def test_16_bit_photos_are_refused(tmp_path: Path) -> None:
 
 def test_an_empty_csv_and_an_unknown_path_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("header\n")
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match="holds no labelled face: it has no rows"):
         read_source(tmp_path / "empty.csv")
     with pytest.raises(DataError, match="neither a CSV"):
         read_source(tmp_path / "nothing")
@@ -152,7 +164,7 @@ def test_pts_files_count_from_one(tmp_path: Path, rng: np.random.Generator) -> N
 def test_a_bad_pts_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.pts").write_text(text)
     with pytest.raises(DataError, match=rf"x\.pts.*{message}"):
-        read_pts(tmp_path / "x.pts")
+        read_source(tmp_path)
 
 
 def test_a_pts_file_without_its_photo_is_named(tmp_path: Path, rng: np.random.Generator) -> None:

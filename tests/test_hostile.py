@@ -24,7 +24,7 @@ from kp_runtime.frame import Frame
 from kp_runtime.golden import golden_from_bytes
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import SafetensorsIO, load_checkpoint
-from kp_train.data import read_pts, read_source
+from kp_train.data import read_source
 from tests.models import LOST_LIMIT, SIZE, tiny_graph
 
 SPEC = ModelSpec("m", size=SIZE, lost_limit=LOST_LIMIT)
@@ -205,7 +205,8 @@ def test_messages_stay_short(tmp_path: Path) -> None:
     (tmp_path / "a.pts").write_text("version: 1\nn_points: 68\n{\n" + "a" * 100_000 + "\n}\n")
     (tmp_path / "a.csv").write_text("b" * 100_000 + ".png" + ",1" * 3 + "\n")
     (tmp_path / "b.csv").write_text("c.png," + "a" * 100_000 + ",1" * 135 + "\n")
-    for read, name in ((read_pts, "a.pts"), (read_source, "a.csv"), (read_source, "b.csv")):
+    (tmp_path / "c.csv").write_text("d" * 100_000 + ".png" + ",1,2" * 68 + "\n")
+    for path in (tmp_path, *tmp_path.glob("*.csv")):
         with pytest.raises(DataError) as error:
-            read(tmp_path / name)
+            read_source(path)
         assert len(str(error.value)) < 1000

@@ -82,6 +82,18 @@ def test_every_header_line_of_a_csv_is_none_of_its_faces(tmp_path: Path, header:
     assert [face.image for face in faces_from_file(tmp_path / "f.csv")] == ["a.jpg", "a.jpg"]
 
 
+@pytest.mark.parametrize("kind", ["pts", "csv", "parquet"])
+def test_faces_of_another_number_of_points(kind: str, tmp_path: Path) -> None:
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    faces_to_file([replace(face, xy=face.xy[:5]) for face in FACES[:1]], tmp_path / PLACES[kind])
+    (found,) = faces_from_file(tmp_path / PLACES[kind], points=5)
+    np.testing.assert_allclose(found.xy, FACES[0].xy[:5], atol=5.1e-4)
+    assert str(tmp_path / PLACES[kind]) in found.where
+    with pytest.raises(DataError, match="68 points"):
+        faces_from_file(tmp_path / PLACES[kind])
+
+
 def test_coco_is_what_its_tools_expect(tmp_path: Path) -> None:
     (path,) = faces_to_file(FACES, tmp_path / "c.json")
     document = json.loads(path.read_text())
@@ -165,11 +177,15 @@ def test_a_file_name_that_is_no_text(tmp_path: Path, kind: str) -> None:
         ("a.pts", "version: 1", "has no .pts header"),
         ("a.pts", "n_points: 68\n{\n1 2\n}", "expected 68 points, got 1"),
         ("a.pts", "n_points: 68\n{\n" + "1 x\n" * 68 + "}", "a coordinate is not a number"),
-        ("a.csv", "image,x\na.jpg,1,2\n", "line 2: expected 68 points, got 1"),
-        ("a.csv", "a.jpg" + ",nan" * 136, "line 1: a coordinate is not finite"),
-        ("a.csv", "image,x\na.jpg" + ",inf" * 136, "line 2: a coordinate is not finite"),
-        ("a.csv", "image,x\na.jpg,0,1,2,3,b" + ",1" * 136, "line 2: a number of the box is none"),
-        ("a.csv", "image,x\n", "holds no labelled face"),
+        (
+            "a.csv",
+            "image,x\na.jpg,1,2\n",
+            r"line 2 \(a.jpg\): .* and 136 numbers for 68 points, got 2 numbers",
+        ),
+        ("a.csv", "a.jpg" + ",nan" * 136, r"line 1 \(a.jpg\): a coordinate is not finite; correct it"),
+        ("a.csv", "image,x\na.jpg" + ",inf" * 136, r"line 2 \(a.jpg\): a coordinate is not finite"),
+        ("a.csv", "image,x\na.jpg,0,1,2,3,b" + ",1" * 136, r"line 2 \(a.jpg\): a number of the box is none"),
+        ("a.csv", "image,x\n", "holds no labelled face: it has no rows"),
         ("a.json", "{", "is no JSON"),
         (
             "a.json",
