@@ -18,16 +18,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from kp_runtime.errors import DataError
-from kp_runtime.frame import IMAGE_SUFFIXES
+from kp_runtime.errors import DataError, ImageError
+from kp_runtime.frame import IMAGE_SUFFIXES, as_frame, image_from_file
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.interchange import LabelledFace, faces_from_file, pts_files
 from kp_runtime.scheme68 import POINTS
@@ -174,25 +172,17 @@ def _sha256_of_labels(path: Path) -> str:
 
 
 def luma_from_file(path: Path) -> NDArray[np.uint8]:
-    """Decodes an image file to grey, `(h, w)` uint8, by the formula of OpenCV's BGR2GRAY.
-
-    Pillow decodes, because it refuses a cut-off file; upright by the EXIF orientation, as the
-    run-time's `image_from_file`.
+    """Decodes an image file to grey, `(h, w)` uint8, as the run-time does.
 
     Raises:
-        DataError: the file is missing, cut off, or no image.
+        DataError: as `image_from_file`.
     """
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{path} has more than 8 bits a channel; save it with 8 (convert IN -depth 8 OUT)")
-            rgb = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except DataError:
-        raise
-    except (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or "too large for the memory here"
-        raise DataError(f"{path} is missing, cut off or no image ({reason}); replace or remove it") from error
-    return np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY))
+        frame = as_frame(image_from_file(path))
+    except ImageError as error:
+        raise DataError(f"{error}; mend or remove it") from error
+    height, width = frame.size_hw
+    return frame.luma(0, 0, width, height)
 
 
 def start_of_workers(workers: int) -> str | None:

@@ -37,22 +37,6 @@ def image_case(folder: Path) -> Case:
     return case
 
 
-def training_image_case(folder: Path) -> Case:
-    """Image files as training reads them."""
-    from kp_train.data import luma_from_file
-
-    seeds, path = _images(), folder / "image"
-
-    def case(rng: random.Random) -> None:
-        path.write_bytes(_damaged_image(rng, seeds))
-        luma = luma_from_file(path)
-        assert luma.dtype == np.uint8
-        assert luma.ndim == 2
-        assert luma.size
-
-    return case
-
-
 def _images() -> dict[str, bytes]:
     import cv2
 

@@ -41,7 +41,7 @@ TARGETS = {
     "onnx": Target(bundles.onnx_case, 130),
     "operators": Target(bundles.operators_case, 30),
     "plan": Target(bundles.plan_case, 70),
-    "image": Target(inputs.image_case, 100),
+    "image": Target(inputs.image_case, 140),
     "boxes": Target(inputs.boxes_case, 60),
     "frame": Target(inputs.frame_case, 60),
     "bench": Target(inputs.bench_case, 60),
@@ -51,7 +51,6 @@ TARGETS = {
     "detector": Target(bundles.detector_case, 40),
     "csv": Target(inputs.csv_case, 40, slow_start=True),
     "pts": Target(inputs.pts_case, 40, slow_start=True),
-    "training-image": Target(inputs.training_image_case, 40, slow_start=True),
     "state": Target(bundles.state_case, 25, slow_start=True),
     "checkpoint": Target(bundles.checkpoint_case, 5, slow_start=True),
 }

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
 
 from kp_runtime.errors import DataError
 from kp_runtime.frame import as_frame, image_from_file
@@ -100,7 +99,7 @@ def test_the_first_row_is_a_face_whatever_its_photos_suffix(
     tmp_path: Path, rng: np.random.Generator, suffix: str
 ) -> None:
     image, xy = drawn_face(rng)
-    Image.fromarray(image).save(tmp_path / f"ada_1.{suffix}")
+    cv2.imwrite(str(tmp_path / f"ada_1.{suffix}"), image)
     (tmp_path / "faces.csv").write_text(f"ada_1.{suffix}," + ",".join(map(str, xy.ravel())), encoding="utf-8-sig")
     (tmp_path / "ada_1.pts").write_text(pts_text(xy))
     for path in (tmp_path / "faces.csv", tmp_path):
@@ -129,7 +128,7 @@ def test_folders_named_as_labels_and_pictures_are_no_files(csv_source: Path) -> 
 
 def test_16_bit_photos_are_refused(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "deep.png"), np.full((50, 50), 30000, np.uint16))
-    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits a channel"):
+    with pytest.raises(DataError, match=r"deep\.png has uint16 samples; save it with 8 bits a channel"):
         luma_from_file(tmp_path / "deep.png")
 
 
@@ -176,13 +175,8 @@ def test_a_pts_file_without_its_photo_is_named(tmp_path: Path, rng: np.random.Ge
 def test_a_cut_off_training_image_is_named(csv_source: Path) -> None:
     image = csv_source.parent / "training" / "person1_0.png"
     image.write_bytes(image.read_bytes()[:-200])
-    with pytest.raises(DataError, match=r"person1_0\.png is missing, cut off or no image"):
+    with pytest.raises(DataError, match=r"person1_0\.png is cut off: .*; mend or remove it"):
         FaceDataset(read_source(csv_source).faces, ModelSpec("x", 64))
-
-
-def test_training_and_run_time_decode_alike(astronaut: Path) -> None:
-    luma = as_frame(image_from_file(astronaut)).luma(0, 0, 512, 512)
-    np.testing.assert_array_equal(luma_from_file(astronaut), luma)
 
 
 @pytest.mark.parametrize("size", [64, 112])
