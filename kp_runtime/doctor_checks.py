@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from kp_runtime.gpu_code import GpuCode
-from kp_runtime.machine import jetson_from_system
+from kp_runtime.machine import driver_version, jetson_from_system
 from kp_runtime.probes import Answer, ask
 
 __all__ = [
@@ -229,17 +229,7 @@ def _nvidia_hardware(root: Path) -> str | None:
 def _versions(here: Surroundings, answer: Answer) -> str:
     """The driver's, and the newest CUDA's that it runs."""
     cuda = answer.facts["cuda"]
-    return f"driver {_driver_version(here.root) or 'unknown'}, CUDA {cuda // 1000}.{cuda % 1000 // 10}"
-
-
-def _driver_version(root: Path) -> str | None:
-    """The kernel module's version."""
-    try:
-        text = (root / "proc/driver/nvidia/version").read_text(errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"Kernel Module.*?\s(\d+\.\d+[.\d]*)", text)
-    return found[1] if found else None
+    return f"driver {driver_version(here.root) or 'unknown'}, CUDA {cuda // 1000}.{cuda % 1000 // 10}"
 
 
 def cuda_python(here: Surroundings, gpu: Gpu | None) -> Finding:

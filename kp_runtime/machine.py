@@ -17,7 +17,16 @@ from pathlib import Path
 
 from kp_runtime.cores import usable_cores
 
-__all__ = ["INSTRUCTIONS", "Jetson", "Machine", "jetson_from_system", "load_average", "machine_from_system"]
+__all__ = [
+    "INSTRUCTIONS",
+    "Jetson",
+    "Machine",
+    "driver_version",
+    "jetson_from_system",
+    "l4t_release",
+    "load_average",
+    "machine_from_system",
+]
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
 """Instruction sets that decide how fast float32 and int8 run, by their names in /proc/cpuinfo."""
@@ -130,19 +139,31 @@ def load_average(root: Path = Path("/")) -> tuple[float, ...] | None:
 def jetson_from_system(root: Path = Path("/")) -> Jetson | None:
     """What only a Jetson has; None on other machines. `root` is where its files lie."""
     device = _text(root / "proc/device-tree/model") or ""
-    l4t = _text(root / "etc/nv_tegra_release")
+    l4t = l4t_release(root)
     if l4t is None and "jetson" not in device.lower():
         return None
     devices = root / "sys/class/devfreq"
     gpu = next((d for d in sorted(devices.glob("*")) if _GPU.search(d.name)), devices)
     return Jetson(
-        l4t.splitlines()[0] if l4t else None,
+        l4t,
         _output(root, "nvpmodel", "-q"),
         _joined(_text(root / "var/lib/nvpmodel/status")),
         _number(gpu / "cur_freq", 1e6),
         _number(gpu / "min_freq", 1e6),
         _number(gpu / "max_freq", 1e6),
     )
+
+
+def l4t_release(root: Path = Path("/")) -> str | None:
+    """First line of /etc/nv_tegra_release; None where there is none, as on all but Jetsons."""
+    text = _text(root / "etc/nv_tegra_release")
+    return text.splitlines()[0] if text else None
+
+
+def driver_version(root: Path = Path("/")) -> str | None:
+    """The version of NVIDIA's kernel module; None where the system does not tell."""
+    found = re.search(r"Kernel Module.*?\s(\d+\.\d+[.\d]*)", _text(root / "proc/driver/nvidia/version") or "")
+    return found[1] if found else None
 
 
 def _cpu(info: str) -> str:
