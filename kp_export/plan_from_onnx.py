@@ -11,7 +11,6 @@ Nothing here imports torch, onnx or TensorRT when it is imported.
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 import time
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from kp_export.cuda_device import CudaDevice, cuda_device
 from kp_export.plan_builder import PlanBuilder, Progress
 from kp_export.plan_options import PlanOptions, plan_name, rebuild_command, trtexec_command
 from kp_export.precision_receipt import LEAST_SHARE, PrecisionReceipt, check_receipt, receipt_from_inspector
+from kp_runtime.cubin import cache_folder as default_cache
 from kp_runtime.errors import BackendError, ExportError
 from kp_runtime.files import sha256_of_file, writing
 
@@ -122,7 +122,7 @@ def plan_from_onnx(
         )
     trt, device = _find(trt, device)
     log = BuildLog(f"{onnx_path} -> {plan_path}, {precision}, {options}, {device}, TensorRT {trt.__version__}")
-    build = PlanBuilder(trt, device, options, log, cache_folder or _default_cache_folder(), progress)
+    build = PlanBuilder(trt, device, options, log, cache_folder or default_cache() / "tensorrt", progress)
     started = time.perf_counter()
     try:
         plan, shapes = build.plan(_read(onnx_path))
@@ -191,10 +191,6 @@ def _read(path: Path) -> bytes:
         raise ExportError(
             f"{path} can't be read ({error.strerror}); kp export writes the bundle's ONNX files"
         ) from error
-
-
-def _default_cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kp-edge" / "tensorrt"
 
 
 def _report(

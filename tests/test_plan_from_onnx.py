@@ -45,8 +45,7 @@ def build(folder: Path, trt: Any, options: PlanOptions | None = None, precision:
         precision=precision,
         trt=trt,
         device=ORIN,
-        cache_folder=folder / "cache",
-        **rest,
+        **{"cache_folder": folder / "cache"} | rest,
     )
 
 
@@ -116,6 +115,25 @@ def test_timing_cache_is_used_again(folder: Path, version: str) -> None:
     (kept,) = (folder / "cache").iterdir()
     assert kept.name == f"timing.orin.sm87.trt{trt.__version__}.cache"
     assert kept.read_bytes() == b"+timings+timings"
+
+
+def test_timing_caches_lie_where_compiled_kernels_do(
+    folder: Path, version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KP_CACHE", str(folder / "kept"))
+    build(folder, tensorrt_double(version), cache_folder=None)
+    assert [path.suffix for path in (folder / "kept" / "tensorrt").iterdir()] == [".cache"]
+
+
+def test_a_user_without_a_home_is_told_what_to_set(folder: Path, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("could not determine home directory")
+
+    for name in ("KP_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(BackendError, match="has no home; set KP_CACHE to a folder"):
+        build(folder, tensorrt_double(version), cache_folder=None)
 
 
 def test_stale_timing_cache_counts_as_none(folder: Path, version: str) -> None:
