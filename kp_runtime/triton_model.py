@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import GOLDEN_NAME, golden_error
+from kp_runtime.backend import GOLDEN_NAME, golden_error, open_backend
 from kp_runtime.detectors import load_detector
 from kp_runtime.errors import BackendError, KpError
 from kp_runtime.frame import as_frame, image_from_bytes
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
 from kp_runtime.golden import golden_from_bytes
-from kp_runtime.pipeline import checked_boxes, load
+from kp_runtime.pipeline import checked_boxes
 from kp_runtime.preprocess_cpu import CpuCropper
 from kp_runtime.spec import Manifest
 
@@ -31,6 +31,9 @@ PROBE = b"kp-health"
 
 DETECTOR_FOLDER = "detector"
 """Beside `bundle` in the folder of a version: the face detector of `auto` and `own`."""
+
+FACES = 8
+"""Of a call, for which everything is made ready at the start."""
 
 Faces = tuple[NDArray[np.float32], ...]
 """Boxes `(n, 4)` and keypoints `(n, points, 2)` of an image, float32, pixels of the image; behind them the lost scores
@@ -61,31 +64,27 @@ class ImagesModel:
 
     Args:
         bundle: the bundle's folder.
-        backend: as `load` takes it.
+        backend: as `open_backend` takes it.
         detector: as `load_detector` takes it.
         threads: of the engine on the CPU; None takes all cores.
-        faces: faces of a call for which everything is made ready at the start.
 
     Raises:
         KpError: the bundle, the engine or the detector can't be used.
     """
 
-    def __init__(
-        self, bundle: Path, backend: str = "auto", detector: str = "auto", threads: int | None = None, faces: int = 8
-    ) -> None:
-        self._model = load(bundle, backend, threads)
-        self._backend = self._model.backend
-        self._backend.warmup(faces)
+    def __init__(self, bundle: Path, backend: str = "auto", detector: str = "auto", threads: int | None = None) -> None:
+        self._backend = open_backend(bundle, backend, threads=threads)
+        self._backend.warmup(FACES)
         self._cropper = CpuCropper(self._backend.threads)
         self._detector = load_detector(detector, threads=threads)
         data = Manifest.read(bundle).read_file(bundle, GOLDEN_NAME)
-        self._golden = golden_from_bytes(data, self._model.spec, GOLDEN_NAME)
+        self._golden = golden_from_bytes(data, self._backend.spec, GOLDEN_NAME)
 
     @property
     def report(self) -> str:
         """What runs, as a line."""
         report = self._backend.report
-        return f"{self._model.spec.name}: {report.file} on {report.backend}"
+        return f"{self._backend.spec.name}: {report.file} on {report.backend}"
 
     def __call__(self, calls: Sequence[Sequence[bytes]]) -> list[list[Faces] | KpError]:
         """Answers each of several calls with the faces of its images, or the error of the first bad one.
@@ -123,7 +122,7 @@ class ImagesModel:
 
     def _crops(self, data: bytes, index: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint8]]:
         """Boxes, matrices and crops of an image's faces."""
-        spec = self._model.spec
+        spec = self._backend.spec
         if data == PROBE:
             golden_error(self._backend, self._golden, self._backend.report.precision)
             return np.empty((0, 4)), np.empty((0, 2, 3)), np.empty((0, 1, spec.size, spec.size), np.uint8)
@@ -137,7 +136,6 @@ class ImagesModel:
     def close(self) -> None:
         """Frees what was kept."""
         self._cropper.close()
-        self._model.close()
 
 
 class TritonPythonModel:
