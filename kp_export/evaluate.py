@@ -25,6 +25,7 @@ from kp_runtime.geometry import (
     mirrored_matrices,
     overlaps,
 )
+from kp_runtime.pipeline import boxes_of_next_look
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.recorded_rise import Rise
 from kp_runtime.scheme68 import mean_of_mirrored
@@ -201,7 +202,7 @@ def answer_in_frames(
         frames: `n` images.
         boxes_xyxy: `(n, 4)`, pixels of each frame.
         looks: how often the network sees each face; from the second time on, the box is the one around
-            the points that it found before.
+            the points that it found before, where they have one.
         mirror: each look is at the crop and at its mirror image, and the mean counts.
 
     Returns:
@@ -229,7 +230,7 @@ def answer_in_frames(
         if mirror:
             points = mean_of_mirrored(points)
             lost_score = None if lost_score is None else lost_score.reshape(2, -1).mean(axis=0)
-        boxes_xyxy = boxes_from_points(points)
+        boxes_xyxy = boxes_of_next_look(points, boxes_xyxy, [frame.size_hw for frame in frames])
     return points, lost_score
 
 

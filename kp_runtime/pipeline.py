@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from kp_runtime.timing import StageTimer
 if TYPE_CHECKING:
     from kp_runtime.pipeline_cuda import CudaPipeline
 
-__all__ = ["IN_FLIGHT", "Model", "checked_boxes", "load"]
+__all__ = ["IN_FLIGHT", "Model", "boxes_of_next_look", "checked_boxes", "load"]
 
 
 IN_FLIGHT = 4
@@ -115,10 +115,7 @@ class Model:
             raise InputError(f"looks must be 1{most}; got {looks}")
         found = first = self._predict(image, boxes_xyxy, layout, timer, out, mirror)
         for _ in range(looks - 1):
-            boxes = boxes_from_points(found.xy)
-            for i, box in enumerate(boxes.tolist()):
-                if _box_fault(box, found.size_hw):  # points on one spot or outside: what was seen before stands
-                    boxes[i] = found.boxes_xyxy[i]
+            boxes = boxes_of_next_look(found.xy, found.boxes_xyxy, [found.size_hw] * len(found))
             found = self._predict(image, boxes, layout, timer, out, mirror)
         return found if found is first else replace(found, boxes_xyxy=first.boxes_xyxy)
 
@@ -331,6 +328,23 @@ def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np
     for i, box in enumerate(boxes.tolist()):
         if reason := _box_fault(box, size_hw):
             raise BoxError(f"box {i} {box} {reason}; check the detector or the box's frame of reference")
+    return boxes
+
+
+def boxes_of_next_look(
+    xy: NDArray[np.floating], boxes_xyxy: NDArray[np.float64], sizes_hw: Sequence[tuple[int, int]]
+) -> NDArray[np.float64]:
+    """Boxes `(n, 4)` around the points that a look found; of points on one spot or outside, the box of that look.
+
+    Args:
+        xy: `(n, k, 2)`, pixels of each face's image.
+        boxes_xyxy: `(n, 4)` boxes of the look.
+        sizes_hw: height and width of each face's image.
+    """
+    boxes = boxes_from_points(xy)
+    for i, (box, size_hw) in enumerate(zip(boxes.tolist(), sizes_hw, strict=True)):
+        if _box_fault(box, size_hw):
+            boxes[i] = boxes_xyxy[i]
     return boxes
 
 

@@ -73,6 +73,17 @@ def test_a_second_look_is_cut_around_the_points_of_the_first(source: Source) -> 
         np.testing.assert_allclose(found, xy, atol=1e-6)
 
 
+@pytest.mark.parametrize(("spread", "place"), [(0.0, SIZE / 2), (0.6 * SIZE, -9000.0)])
+def test_points_without_a_box_of_use_are_looked_for_in_the_first_one(
+    source: Source, spread: float, place: float
+) -> None:
+    """A network whose points lie on one spot, or far outside of the photo."""
+    points = mean_shape() * spread + place
+    spot = OpenModel("spot", Manifest(spec=ModelSpec("x", SIZE)), lambda crops: Answer(np.stack([points] * len(crops))))
+    once, twice = (evaluate(spot, source.faces[:4], looks=looks).predicted for looks in (1, 2))
+    np.testing.assert_array_equal(once, twice)
+
+
 @pytest.mark.parametrize("mirror", [False, True])
 def test_faces_that_are_taken_for_none_are_counted(source: Source, mirror: bool) -> None:
     """A network whose lost score is the face's number over their number; its mirror image has that less a half."""
