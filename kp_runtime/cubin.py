@@ -10,12 +10,12 @@ import contextlib
 import hashlib
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from kp_runtime.cuda_driver import bindings
-from kp_runtime.errors import BackendError
+from kp_runtime.errors import BackendError, KpError
+from kp_runtime.files import writing
 
 __all__ = ["cache_folder", "cubin_from_source"]
 
@@ -66,8 +66,8 @@ def cubin_from_source(source: str, arch: str, name: str, folder: Path | None = N
     if (kept := _kept(entry)) is not None:
         return kept
     cubin = _compiled(nvrtc, source, arch, name, version)
-    with contextlib.suppress(OSError):
-        _keep(entry, cubin)
+    with contextlib.suppress(KpError), writing(entry) as temporary:
+        temporary.write_bytes(_HEAD + hashlib.sha256(cubin).hexdigest().encode() + b"\n" + cubin)
     return cubin
 
 
@@ -78,19 +78,6 @@ def _kept(entry: Path) -> bytes | None:
     except OSError:
         return None
     return cubin if head == _HEAD + hashlib.sha256(cubin).hexdigest().encode() else None
-
-
-def _keep(entry: Path, cubin: bytes) -> None:
-    """Writes an entry under another name first, so that nobody reads half of it."""
-    entry.parent.mkdir(parents=True, exist_ok=True)
-    number, temporary = tempfile.mkstemp(prefix=f".{entry.name}.", dir=entry.parent)
-    try:
-        with open(number, "wb") as file:
-            file.write(_HEAD + hashlib.sha256(cubin).hexdigest().encode() + b"\n" + cubin)
-        os.replace(temporary, entry)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _version(nvrtc: Any) -> str:
