@@ -15,6 +15,7 @@ import gc
 import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,20 +25,20 @@ from benchmarks.command import finish, parser, print_table, run
 from benchmarks.faces import portrait
 from benchmarks.record import record_from
 from kp_runtime.backend import Backend
+from kp_runtime.bench import StagedCalls
 from kp_runtime.cores import usable_cores
 from kp_runtime.frame import import_cv2
 from kp_runtime.pipeline import Model
 from kp_runtime.spec import ModelSpec
 from kp_runtime.timing import (
     Ratio,
-    StageTimer,
     TimeSummary,
     measure_in_turns,
     ratio_of_medians,
     summary_from_turns,
 )
 
-__all__ = ["BOXES", "CropPath", "CropPathCase", "Scene", "crops_by_hand", "measure_crop_path", "stage_turns"]
+__all__ = ["BOXES", "CropPath", "CropPathCase", "Scene", "crops_by_hand", "measure_crop_path"]
 
 FRAME_HW = (1080, 1920)
 BOXES = ((1, 80), (1, 200), (1, 400), (1, 700), (1, 1000), (32, 80), (32, 200))
@@ -115,8 +116,8 @@ class Scene:
     def __init__(self, frame: NDArray[np.uint8], faces: int, box: int, size: int, threads: int = 1) -> None:
         self.faces, self.box, self.size, self.threads = faces, box, size, threads
         self.frame, self.boxes_xyxy = frame, spread_boxes(faces, box, frame.shape[:2])
-        self.timer = StageTimer()
         self._model = Model(InstantBackend(ModelSpec("instant", size=size), faces, threads))
+        self.staged = StagedCalls(partial(self._model, self.frame, self.boxes_xyxy))
 
     @property
     def name(self) -> str:
@@ -126,10 +127,6 @@ class Scene:
     def total(self) -> object:
         """The whole call."""
         return self._model(self.frame, self.boxes_xyxy)
-
-    def staged(self) -> object:
-        """The same, its stages timed."""
-        return self._model(self.frame, self.boxes_xyxy, timer=self.timer)
 
     def by_hand(self) -> object:
         """The floor."""
@@ -173,22 +170,6 @@ def crops_by_hand(
     return crops
 
 
-def stage_turns(samples: Sequence[float], turns: Sequence[Sequence[float]]) -> list[list[float]]:
-    """A stage's samples by turn.
-
-    Args:
-        samples: of every call, in order: those of the warm-up, then each turn's untimed call
-            and its timed ones.
-        turns: the timed calls, as `measure_in_turns` gave them.
-    """
-    result: list[list[float]] = []
-    end = len(samples)
-    for turn in reversed(turns):
-        result.append(list(samples[end - len(turn) : end]))
-        end -= len(turn) + 1
-    return result[::-1]
-
-
 def measure_crop_path(
     scenes: Sequence[Scene],
     *,
@@ -226,7 +207,8 @@ def measure_crop_path(
 
 def _case(scene: Scene, turns: dict[str, Any], calls: int) -> CropPathCase:
     staged, by_hand = turns[f"{scene.name} staged"], turns[f"{scene.name} by hand"]
-    crop, back = (stage_turns(scene.timer.seconds[stage], staged) for stage in ("crop", "map back"))
+    stages = scene.staged.turns(staged)
+    crop, back = stages["crop"], stages["map back"]
     return CropPathCase(
         scene.faces,
         scene.box,

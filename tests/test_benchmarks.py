@@ -15,7 +15,7 @@ import pytest
 from benchmarks import table
 from benchmarks.command import finish, run
 from benchmarks.compare_engines import Comparison, compare, print_comparison
-from benchmarks.crop_path import CropPath, Scene, crops_by_hand, measure_crop_path, print_crop_path, stage_turns
+from benchmarks.crop_path import CropPath, Scene, crops_by_hand, measure_crop_path, print_crop_path
 from benchmarks.engines import OPENVINO, ORT, Candidate, LeftOut, bf16_blocker, candidates_from_bundle, openvino_ready
 from benchmarks.faces import varied_crops
 from benchmarks.profile_batches import Profile, print_profile, profile_bundle, profile_file
@@ -27,7 +27,6 @@ from kp_runtime.frame import as_frame
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest, ModelSpec
-from kp_runtime.timing import StageTimer, measure_in_turns
 from kp_train.checkpoint import save_checkpoint
 from kp_train.model import KeypointNet
 from tests.models import LOST_LIMIT, SIZE, tiny_bundle, tiny_keypoints
@@ -192,21 +191,6 @@ def test_by_hand_is_the_crop_rule_without_its_means() -> None:
     boxes = np.array([[100.3, 60.6, 130.3, 90.6], [-5.0, -5.0, 25.0, 25.0]])
     wanted = crops_from_frame(as_frame(frame), matrices_from_boxes(boxes, 32, 1.3), 32)
     assert_close(crops_by_hand(frame, boxes, 32, 1.3), wanted, CROP_GREY, "by hand")
-
-
-def test_stage_samples_go_to_their_turns() -> None:
-    assert stage_turns([9, 9, 8, 1, 2, 8, 3], [[0, 0], [0]]) == [[1, 2], [3]]
-    timer = StageTimer()
-
-    def call() -> None:
-        with timer("work"):
-            sum(range(100))
-
-    turns = measure_in_turns({"a": call}, seconds=0, samples=5, warm_up=0, turn=0, pause=0)["a"]
-    stages = stage_turns(timer.seconds["work"], turns)
-    assert [len(turn) for turn in stages] == [len(turn) for turn in turns]
-    for turn, stage in zip(turns, stages, strict=True):
-        assert all(inner < whole for whole, inner in zip(turn, stage, strict=True))
 
 
 def test_crop_path() -> None:
