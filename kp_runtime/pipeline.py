@@ -184,7 +184,7 @@ class Model:
     ) -> Keypoints:
         if self._gpu is not None and timer is None:
             return self._started(self._gpu, image, boxes_xyxy, layout, out, mirror)()
-        stage: Any = timer or _no_timer
+        stage: Any = timer or contextlib.nullcontext
         frame, boxes = self._checked(image, boxes_xyxy, layout, out)
         if isinstance(frame, DeviceFrame) or self._gpu is not None:
             assert self._gpu is not None  # _checked lets no device frame pass without
@@ -361,7 +361,3 @@ def _box_fault(box: list[float], size_hw: tuple[int, int]) -> str | None:
     if max(x1 - x0, y1 - y0) > 100 * max(height, width):
         return "is over 100 times the image"
     return None
-
-
-def _no_timer(stage: str) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext()

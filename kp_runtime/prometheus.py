@@ -7,7 +7,6 @@ the registry. `docs/metrics.md` lists the names and units.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -150,13 +149,8 @@ class _HistogramTimer(StageTimer):
         super().__init__()
         self._histogram = seconds
 
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._histogram.labels(stage).observe(time.perf_counter() - start)
+    def __call__(self, stage: str) -> Any:
+        return self._histogram.labels(stage).time()
 
 
 class _WatchedModel:
