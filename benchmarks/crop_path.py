@@ -177,7 +177,6 @@ def measure_crop_path(
     samples: int = 20,
     warm_up: float = 0.05,
     calls: int = CALLS,
-    step: Callable[[float], None] = lambda share: None,
 ) -> CropPath:
     """Times all scenes against each other in one run, then counts what their calls allocate.
 
@@ -187,7 +186,6 @@ def measure_crop_path(
         samples: least number of samples of each.
         warm_up: seconds that each runs before anything is measured.
         calls: of each scene with one box, for the growth of memory.
-        step: told the share of the timing that is done.
     """
     cv2 = import_cv2()
     threads = cv2.getNumThreads()
@@ -197,9 +195,7 @@ def measure_crop_path(
         for s in scenes:
             cases |= {f"{s.name} total": s.total, f"{s.name} staged": s.staged, f"{s.name} by hand": s.by_hand}
         # no engine's threads spin here: short turns and pauses are enough
-        turns = measure_in_turns(
-            cases, seconds=seconds, samples=samples, warm_up=warm_up, turn=0.06, pause=0.01, step=step
-        )
+        turns = measure_in_turns(cases, seconds=seconds, samples=samples, warm_up=warm_up, turn=0.06, pause=0.01)
         return CropPath(tuple(_case(s, turns, calls if s.faces == 1 else calls // 10) for s in scenes))
     finally:
         cv2.setNumThreads(threads)

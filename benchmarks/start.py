@@ -14,7 +14,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,16 +62,13 @@ class Start:
     times: tuple[StartTime, ...]
 
 
-def measure_start(
-    bundle: Path, *, threads: int, runs: int = LEAST_RUNS, step: Callable[[float], None] = lambda share: None
-) -> Start:
+def measure_start(bundle: Path, *, threads: int, runs: int = LEAST_RUNS) -> Start:
     """Starts each kind of process `runs` times, in turns.
 
     Args:
         bundle: the bundle's folder; the file that `load` would choose is opened.
         threads: of the engine.
         runs: processes of each kind.
-        step: told the share that is done.
 
     Raises:
         InputError: too few runs to say anything.
@@ -94,10 +90,9 @@ def measure_start(
         run_process(command)
     rng = np.random.default_rng(0)
     samples: dict[str, list[Sample]] = {name: [] for name in kinds}
-    for i in range(runs):
+    for _ in range(runs):
         for name in rng.permutation(list(kinds)).tolist():
             samples[name].append(run_process(kinds[name]))
-        step((i + 1) / runs)
     return Start(opened.report.file, summaries_from_samples(samples))
 
 

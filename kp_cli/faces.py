@@ -140,7 +140,7 @@ def predict(
             typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}")
             _note_lost(photo, opened.spec.lost_limit)
         if times:
-            print_times("stages of a photo", timer.summaries())
+            print_times(timer.summaries())
         for file in [*(p.drawn for p in results if p.drawn), *written][-8:]:
             typer.echo(file)
     if stop.is_set():

@@ -229,10 +229,10 @@ def _ms(time: Any) -> tuple[str, ...]:
     return tuple(f"{value:.2f}" for value in (time.p50_ms, time.p95_ms, time.p99_ms, time.max_ms))
 
 
-def print_times(title: str, stages: dict[str, Any]) -> None:
-    """`TimeSummary` by stage, a stage a line."""
+def print_times(stages: dict[str, Any]) -> None:
+    """`TimeSummary` of a photo by stage, a stage a line."""
     rows = [(stage, time.samples, *_ms(time)) for stage, time in stages.items()]
-    print_table(title, ("stage", "samples", "p50 ms", "p95", "p99", "max"), rows)
+    print_table("stages of a photo", ("stage", "samples", "p50 ms", "p95", "p99", "max"), rows)
 
 
 def _interval(time: Any, divisor: float = 1.0) -> str:

@@ -202,9 +202,9 @@ def calibration_stride(choice: Int8Choice) -> int:
 class _Reader:
     """Calibration crops in batches, as onnxruntime asks for them."""
 
-    def __init__(self, crops: NDArray[np.uint8], batch: int = 32) -> None:
+    def __init__(self, crops: NDArray[np.uint8]) -> None:
         self._batches: Iterator[dict[str, NDArray[np.uint8]]] = (
-            {"crops": crops[i : i + batch]} for i in range(0, len(crops), batch)
+            {"crops": crops[i : i + 32]} for i in range(0, len(crops), 32)
         )
 
     def get_next(self) -> dict[str, NDArray[np.uint8]] | None:

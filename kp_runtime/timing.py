@@ -98,7 +98,6 @@ def measure_in_turns(
     warm_up: float = 0.2,
     turn: float = 0.15,
     pause: float = 0.05,
-    seed: int = 0,
     step: Callable[[float], None] = lambda share: None,
 ) -> dict[str, Turns]:
     """Times calls against each other.
@@ -110,7 +109,6 @@ def measure_in_turns(
         warm_up: seconds that each case runs before anything is measured.
         turn: least seconds of a turn; a turn has at least one sample.
         pause: seconds of rest before each turn.
-        seed: of the order of the turns.
         step: told the share that is done after each turn.
 
     Returns:
@@ -118,7 +116,7 @@ def measure_in_turns(
     """
     for call in cases.values():
         _until(call, warm_up)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     result: dict[str, Turns] = {name: [] for name in cases}
     names = list(cases)
     while names:

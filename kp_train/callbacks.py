@@ -70,9 +70,9 @@ class StateKeeper(ModelCheckpoint):
 class FacesPicture(Callback):
     """Every few epochs, a sheet of held-out faces with truth (green) and prediction (red)."""
 
-    def __init__(self, faces: FaceDataset, folder: Path, every: int, most: int = 32) -> None:
+    def __init__(self, faces: FaceDataset, folder: Path, every: int) -> None:
         self.folder, self.every = folder, every
-        chosen = np.linspace(0, len(faces) - 1, min(most, len(faces))).astype(int)
+        chosen = np.linspace(0, len(faces) - 1, min(32, len(faces))).astype(int)
         items = [faces[int(i)] for i in chosen]
         self.crops = torch.stack([crop for crop, _ in items])
         self.xy = torch.stack([xy for _, xy in items])
