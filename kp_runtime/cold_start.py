@@ -8,10 +8,7 @@ the file, running the golden crop. The files are in the system's cache, since th
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,34 +17,11 @@ from numpy.typing import NDArray
 
 from kp_runtime.bench_results import ColdStart
 from kp_runtime.errors import BackendError
+from kp_runtime.probes import ask
 
 __all__ = ["PROCESSES", "cold_starts"]
 
 PROCESSES = 3
-
-PROGRAM = """
-import json, sys, time
-import numpy as np
-from kp_runtime.backend import open_backend
-
-def peak_kib():
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as file:
-            return next((int(line.split()[1]) for line in file if line.startswith("VmHWM:")), None)
-    except OSError:
-        return None
-
-crop = np.frombuffer(sys.stdin.buffer.read(), np.uint8)
-size = round(len(crop) ** 0.5)
-crop = crop.reshape(1, 1, size, size)
-base = peak_kib()
-start = time.perf_counter()
-backend = open_backend(sys.argv[1], sys.argv[2], threads=json.loads(sys.argv[3]))
-loaded = time.perf_counter()
-backend.infer(crop)
-first = time.perf_counter()
-print(json.dumps([(loaded - start) * 1e3, (first - loaded) * 1e3, base, peak_kib()]))
-"""
 
 
 def cold_starts(
@@ -83,22 +57,9 @@ def _medians(run: list[list[float | None]]) -> ColdStart:
 
 def _run(path: Path, engine: str, crop: NDArray[np.uint8], threads: int | None) -> list[float | None]:
     """Milliseconds of the load and of the first call, KiB of memory before and after them."""
-    # the very kp_runtime that asks, wherever it was imported from
-    house = str(Path(__file__).resolve().parents[1])
-    search = os.pathsep.join(filter(None, [house, os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(path), engine, json.dumps(threads)],
-        input=crop.tobytes(),
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": search},
-    )
-    try:
-        result: list[float | None] = json.loads(done.stdout)
-    except ValueError as error:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        reason = said[-1] if said else "no message"
+    answer = ask("start", str(path), engine, json.dumps(threads), seconds=None, given=crop.tobytes())
+    if answer.state != "answered":
         raise BackendError(
-            f"{path} did not start in a fresh process (exit {done.returncode}): {reason}; a negative exit is "
-            "the signal that ended it, 9 mostly means too little memory"
-        ) from error
-    return result
+            f"{path} did not start in a fresh process: {answer.text}; SIGKILL mostly means too little memory"
+        )
+    return [answer.facts[name] for name in ("load_ms", "first_ms", "base_kib", "peak_kib")]

@@ -13,10 +13,10 @@ import ctypes
 import dataclasses
 import importlib
 import json
+import math
 import os
-import signal
-import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,36 +53,42 @@ class Answer:
         return self.state in ("crashed", "hung")
 
 
-def ask(probe: str, *arguments: str, seconds: float) -> Answer:
+def ask(probe: str, *arguments: str, seconds: float | None, given: bytes = b"") -> Answer:
     """Runs one of `PROBES` in a fresh process.
 
     Args:
         probe: its name.
         arguments: of its function.
-        seconds: time that it has.
+        seconds: time that it has; None sets no end.
+        given: what it reads from stdin.
     """
-    return answer_from_command([sys.executable, "-m", __name__, probe, *arguments], seconds)
+    return answer_from_command([sys.executable, "-m", __name__, probe, *arguments], seconds, given)
 
 
-def answer_from_command(command: Sequence[str], seconds: float) -> Answer:
+def answer_from_command(command: Sequence[str], seconds: float | None, given: bytes = b"") -> Answer:
     """Runs a probe's command line, whatever becomes of it."""
+    import subprocess  # not where a probe runs, which may measure what is in memory
+
     # the very kp_runtime that asks, wherever it was imported from
     house = str(Path(__file__).resolve().parents[1])
     search = os.pathsep.join(filter(None, [house, os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         command,
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": search},
     )
     try:
-        output, said = process.communicate(timeout=seconds)
+        output, said = process.communicate(given, timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a process inside a broken driver can't be ended
             process.communicate(timeout=5)
         return Answer("hung", f"no answer within {seconds:g} s")
+    except BaseException:  # such as Ctrl-C
+        process.kill()
+        raise
     lines = output.decode(errors="replace").splitlines()
     answer = next((line for line in reversed(lines) if line.startswith(_MARK)), None)
     if answer is not None:
@@ -94,6 +100,8 @@ def answer_from_command(command: Sequence[str], seconds: float) -> Answer:
 def _end_of(code: int) -> str:
     if code >= 0:
         return f"the process ended with status {code} and no answer"
+    import signal
+
     try:
         name = signal.Signals(-code).name
     except ValueError:
@@ -208,6 +216,38 @@ def backend(name: str, bundle: str) -> Facts:
     return dataclasses.asdict(report)
 
 
+def start(file: str, engine: str, threads: str) -> Facts:
+    """What a fresh process pays for a model file: time of the load, of the first crop (from stdin), memory."""
+    import numpy as np
+
+    from kp_runtime.backend import open_backend
+
+    crop = np.frombuffer(sys.stdin.buffer.read(), np.uint8)
+    size = math.isqrt(len(crop))
+    crop = crop.reshape(1, 1, size, size)
+    base = _peak_kib()
+    begun = time.perf_counter()
+    backend = open_backend(file, engine, threads=json.loads(threads))
+    loaded = time.perf_counter()
+    backend.infer(crop)
+    first = time.perf_counter()
+    return {
+        "load_ms": (loaded - begun) * 1e3,
+        "first_ms": (first - loaded) * 1e3,
+        "base_kib": base,
+        "peak_kib": _peak_kib(),
+    }
+
+
+def _peak_kib() -> int | None:
+    """Most memory that this process had resident so far; None where the system does not tell."""
+    try:
+        text = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("VmHWM:")), None)
+
+
 def detector(checkout: str) -> Facts:
     """The face detector that is used where none is named, opened; `missed` is why it is not the project's own."""
     import warnings
@@ -222,7 +262,7 @@ def detector(checkout: str) -> Facts:
 
 
 PROBES: dict[str, Callable[..., Facts]] = {
-    probe.__name__: probe for probe in (driver, nvrtc, crops, onnxruntime, cv2, module, detector, backend)
+    probe.__name__: probe for probe in (driver, nvrtc, crops, onnxruntime, cv2, module, detector, backend, start)
 }
 
 
