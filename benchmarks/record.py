@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kp_runtime.bench_results import write_document
 from kp_runtime.errors import InputError
-from kp_runtime.files import writing
 from kp_runtime.machine import load_average, machine_from_system
 from kp_runtime.spec import Manifest
 from kp_runtime.timing import Ratio, ratio_of_medians
@@ -120,10 +120,7 @@ def _versions(kind: str) -> dict[str, str]:
 
 def write_record(record: Record, path: Path) -> None:
     """Writes the record; lists of numbers stand on one line each."""
-    text = json.dumps(dataclasses.asdict(record), indent=1)
-    text = re.sub(r"\[[\s\d.,eE+-]*\]", lambda found: re.sub(r"\s+", "", found[0]), text)
-    with writing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_document(dataclasses.asdict(record), path)
 
 
 def read_record(path: Path) -> Record:

@@ -256,7 +256,7 @@ def test_records_come_back(tmp_path: Path, comparison: Comparison, bundle: Path)
     assert record.file_name.endswith("-cores-tiny-engines.json")
     assert record.file_name == record.file_name.lower()
     text = (tmp_path / record.file_name).read_text()
-    assert re.search(r"^ +\[\d[\d.,e-]*\],?$", text, re.MULTILINE), "a turn stands on one line"
+    assert re.search(r"^ +\[\d[\d., e-]*\],?$", text, re.MULTILINE), "a turn stands on one line"
     assert str(bundle.parent) not in text
 
 
