@@ -14,7 +14,7 @@ from kp_export.bundle import answer_from_net
 from kp_export.parity import Ask
 from kp_runtime.backend import Backend, open_backend
 from kp_runtime.detect import Detector
-from kp_runtime.errors import DataError, InputError
+from kp_runtime.errors import BackendError, DataError, InputError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import (
     apply_matrix,
@@ -126,6 +126,7 @@ def evaluate(
     Raises:
         DataError: an image can't be read, or the detector found none of the faces.
         InputError: more looks at a model of whole frames, or fewer than one.
+        BackendError: points that are not finite: no measure of these means anything.
     """
     spec = model.manifest.spec
     kept: list[Face] = []
@@ -153,6 +154,8 @@ def evaluate(
     if not kept:
         raise DataError(f"the detector found none of the {len(faces)} faces; try --boxes keypoints")
     points, truth = np.concatenate(predicted), np.stack([face.xy for face in kept])
+    if broken := int((~np.isfinite(points)).any(axis=(1, 2)).sum()):
+        raise BackendError(f"{model.name} answers points that are not finite on {broken} of {len(kept)} faces")
     return Evaluation(
         faces=tuple(kept),
         predicted=points,

@@ -200,11 +200,12 @@ def calibration_stride(choice: Int8Choice) -> int:
 
 
 class _Reader:
-    """Calibration crops in batches, as onnxruntime asks for them."""
+    """Calibration crops in batches of one size, as onnxruntime's percentile wants them."""
 
     def __init__(self, crops: NDArray[np.uint8]) -> None:
+        size = next(size for size in range(32, 0, -1) if len(crops) % size == 0)
         self._batches: Iterator[dict[str, NDArray[np.uint8]]] = (
-            {"crops": crops[i : i + 32]} for i in range(0, len(crops), 32)
+            {"crops": crops[i : i + size]} for i in range(0, len(crops), size)
         )
 
     def get_next(self) -> dict[str, NDArray[np.uint8]] | None:

@@ -75,9 +75,10 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether at least one file passed and every required one did."""
-        verdicts = [file.verdict for file in self.files if file.required]
-        return bool(verdicts) and all(verdict == "passed" for verdict in verdicts)
+        """Whether at least one file passed, every required one did, and none failed."""
+        verdicts = {file.verdict for file in self.files}
+        required = all(file.verdict == "passed" for file in self.files if file.required)
+        return "passed" in verdicts and required and "failed" not in verdicts
 
 
 def verify_bundle(

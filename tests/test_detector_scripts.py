@@ -99,4 +99,4 @@ def test_no_map_is_fitted_where_no_face_is_found(run: Run, without_a_face: Path,
     (tmp_path / "empty").mkdir()
     status, _, err = run(fit_box_maps, tmp_path / "empty")
     assert (status, err.count("\n")) == (1, 1)
-    assert "empty has no .pts files in it or below it; give the folder that holds the labelled photos" in err
+    assert "there are no .pts files in it or below it; give the folder that holds the labelled photos" in err

@@ -58,6 +58,16 @@ def test_an_error_in_the_crop_is_an_error_in_the_photo(source: Source) -> None:
     np.testing.assert_allclose(result.errors, sides / SIZE / eyes, rtol=1e-4)
 
 
+@pytest.mark.parametrize("looks", [1, 2])
+def test_points_that_are_no_numbers_are_not_measured(source: Source, looks: int) -> None:
+    def answer(crops: np.ndarray) -> Answer:
+        return Answer(np.full((len(crops), 68, 2), np.nan, np.float32))
+
+    model = OpenModel("broken", Manifest(ModelSpec("x", SIZE)), answer)
+    with pytest.raises(BackendError, match="broken answers points that are not finite on 24 of 24 faces"):
+        evaluate(model, source.faces, looks=looks)
+
+
 def test_a_second_look_is_cut_around_the_points_of_the_first(source: Source) -> None:
     """A network that puts the same points into every crop: where they end can be reckoned."""
     spec, middle = ModelSpec("x", SIZE), (SIZE - 1) / 2

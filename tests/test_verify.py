@@ -19,11 +19,11 @@ from onnx import numpy_helper
 
 from kp_export.bundle import export_bundle
 from kp_export.parity import FaceSet, bundled_faces, faces_from_sources
-from kp_export.verify import check_verification, verification_json, verify_bundle
+from kp_export.verify import FileVerdict, Verification, check_verification, verification_json, verify_bundle
 from kp_export.verify_page import verification_page
 from kp_runtime.backend import Backend, open_backend
 from kp_runtime.errors import BundleError, DataError, IntegrityError, ParityError
-from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
 from kp_train.data import read_source
 from kp_train.synthetic import write_csv_source
 from tests.test_export import SIZE, small_checkpoint
@@ -59,6 +59,28 @@ def test_the_shipped_models_pass_on_the_faces_that_come_with_it(name: str) -> No
     assert file.parity is not None
     assert file.parity.faces == 28  # int8 is not judged by faces of 25 px
     assert file.parity.worst_face.startswith("astronaut_")
+
+
+@pytest.mark.parametrize(
+    ("files", "passed"),
+    [
+        ([("onnx", "passed"), ("plan", "not run")], True),
+        ([("onnx", "passed"), ("plan", "failed")], False),
+        ([("onnx", "not run"), ("plan", "passed")], False),
+        ([("plan", "passed")], True),
+        ([("plan", "not run")], False),
+    ],
+)
+def test_what_counts_as_passed(files: list[tuple[str, str]], passed: bool) -> None:
+    """ONNX files run on every machine; of plans, what was run counts."""
+    entry = FileEntry("0" * 64, 1, "onnx", "fp16")
+    verdicts = tuple(
+        FileVerdict(f"{i}", dataclasses.replace(entry, kind=kind), verdict, "", kind == "onnx")  # type: ignore[arg-type]
+        for i, (kind, verdict) in enumerate(files)
+    )
+    faces = FaceSet((), np.empty((0, 1, SIZE, SIZE), np.uint8), "")
+    result = Verification(Path("x"), ModelSpec("x", SIZE), "", faces, np.empty((0, 68, 2), np.float32), verdicts)
+    assert result.passed == passed
 
 
 @pytest.fixture
