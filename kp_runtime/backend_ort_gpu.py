@@ -26,7 +26,7 @@ from kp_runtime.backend_ort import check_contract, import_onnxruntime
 from kp_runtime.cubin import cache_folder
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend, Lane
-from kp_runtime.errors import BackendError
+from kp_runtime.errors import BackendError, reason_of
 from kp_runtime.spec import FileEntry, ModelSpec
 
 __all__ = ["OrtCudaBackend", "OrtGpuBackend", "OrtTensorRtBackend"]
@@ -153,11 +153,10 @@ class _Sessions:
                 self._model, _session_options(ort), providers=providers, enable_fallback=0
             )
         except Exception as error:  # onnxruntime's exceptions share no base of their own
-            reason = " ".join(str(error).split())
             raise BackendError(
-                f"ONNX Runtime {ort.__version__} can't run the file by {self._provider} alone: {reason}; see that the "
-                "CUDA and cuDNN that it is made for are installed (pip install 'onnxruntime-gpu[cuda,cudnn]') and that "
-                "the GPU has free memory, or take the backend ort-cpu"
+                f"ONNX Runtime {ort.__version__} can't run the file by {self._provider} alone: {reason_of(error)}; see "
+                "that the CUDA and cuDNN that it is made for are installed (pip install 'onnxruntime-gpu[cuda,cudnn]') "
+                "and that the GPU has free memory, or take the backend ort-cpu"
             ) from error
         return opened
 
@@ -210,7 +209,7 @@ class _OrtLane(Lane):
             self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             self._sessions = None  # nobody else gets a session that failed
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise BackendError(f"ONNX Runtime failed on {count} crops: {reason}; try fewer at once") from error
 
     def _bind(self, input_ptr: int, output_ptrs: tuple[int, ...], count: int) -> Any:

@@ -25,7 +25,7 @@ from typing import Any
 
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend, Lane
-from kp_runtime.errors import BackendError
+from kp_runtime.errors import BackendError, reason_of
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 
 __all__ = ["TensorRtBackend", "open_plan", "plan_mismatch", "tensorrt_runtime"]
@@ -48,7 +48,7 @@ def tensorrt_runtime() -> Any:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
-            reasons.append((str(error).splitlines() or [name])[0])
+            reasons.append(reason_of(error, lines=1))
             continue
         if hasattr(module, "Runtime"):
             return module

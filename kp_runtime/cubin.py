@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kp_runtime.cuda_driver import bindings
-from kp_runtime.errors import BackendError, KpError
+from kp_runtime.errors import BackendError, KpError, reason_of
 from kp_runtime.files import writing
 
 __all__ = ["cache_folder", "cubin_from_source"]
@@ -84,11 +84,10 @@ def _version(nvrtc: Any) -> str:
     try:
         _, major, minor = nvrtc.nvrtcVersion()
     except Exception as error:  # the loader's errors are of another kind in each release
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BackendError(
-            f"the crop kernel can't be compiled: NVRTC can't be loaded ({reason}); put the CUDA toolkit's lib64 into "
-            "LD_LIBRARY_PATH, or run: pip install nvidia-cuda-nvrtc (CUDA 12: nvidia-cuda-nvrtc-cu12 and the newest "
-            "cuda-python of CUDA 12), or name a compiled kernel in KP_CUBIN"
+            f"the crop kernel can't be compiled: NVRTC can't be loaded ({reason_of(error, lines=1)}); put the CUDA "
+            "toolkit's lib64 into LD_LIBRARY_PATH, or run: pip install nvidia-cuda-nvrtc (CUDA 12: "
+            "nvidia-cuda-nvrtc-cu12 and the newest cuda-python of CUDA 12), or name a compiled kernel in KP_CUBIN"
         ) from error
     return f"{major}.{minor}"
 

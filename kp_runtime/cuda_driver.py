@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from kp_runtime.errors import BackendError, missing_or_broken
+from kp_runtime.errors import BackendError, missing_or_broken, reason_of
 
 __all__ = ["CudaDriver", "Memory", "bindings", "has_driver", "stream_handle"]
 
@@ -59,10 +59,9 @@ class CudaDriver:
         try:
             self.api.cuInit(0)
         except Exception as error:  # a missing libcuda is an error of another kind in each release
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise BackendError(
-                f"there is no CUDA device: the NVIDIA driver's libcuda can't be loaded ({reason}); where there is a "
-                "GPU, install its driver; elsewhere run on the CPU"
+                f"there is no CUDA device: the NVIDIA driver's libcuda can't be loaded ({reason_of(error, lines=1)}); "
+                "where there is a GPU, install its driver; elsewhere run on the CPU"
             ) from error
         self.call("cuInit", 0)
         count = self.call("cuDeviceGetCount")

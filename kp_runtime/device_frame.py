@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kp_runtime.errors import ImageError
+from kp_runtime.errors import ImageError, reason_of
 from kp_runtime.frame import CHANNELS, check_layout, size_hw_from_shape
 
 __all__ = ["DeviceFrame"]
@@ -206,8 +206,7 @@ def _capsule(array: Any, stream: int) -> Any:
     try:
         return array.__dlpack__(stream=stream)
     except Exception as error:  # each exporter has errors of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ImageError(f"{type(array).__name__} can't be shared by DLPack: {reason}") from error
+        raise ImageError(f"{type(array).__name__} can't be shared by DLPack: {reason_of(error, lines=1)}") from error
 
 
 def _tensor(capsule: Any) -> _DLTensor:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kp_runtime.errors import ImageError, InputError, MissingExtraError
+from kp_runtime.errors import ImageError, InputError, MissingExtraError, reason_of
 from kp_runtime.frame import bgr_copy, import_cv2
 from kp_runtime.geometry import apply_matrix, invert_matrix
 from kp_runtime.point_maps import is_mirrored, mesh_positions, similarity_from_points, triangles_from_points
@@ -280,7 +280,7 @@ def _bgra_from_file(path: Path) -> NDArray[np.uint8]:
     try:
         picture = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
     except cv2.error as error:
-        raise ImageError(f"{path} can't be decoded: {str(error).strip().splitlines()[-1]}") from error
+        raise ImageError(f"{path} can't be decoded: {reason_of(error)}") from error
     if picture is None:
         raise ImageError(f"{path} is no picture that OpenCV can decode; save it as PNG with transparency")
     _check_picture(picture, str(path))

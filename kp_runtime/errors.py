@@ -122,6 +122,6 @@ def missing_or_broken(error: ImportError, module: str, package: str, extra: str,
     )
 
 
-def reason_of(error: BaseException) -> str:
-    """What an error of a library says, as part of a line."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+def reason_of(error: BaseException, lines: int | None = None) -> str:
+    """What an error of a library says, as part of a line: all of it, or its first lines alone."""
+    return " ".join(" ".join(str(error).strip().splitlines()[:lines]).split())[:400] or type(error).__name__

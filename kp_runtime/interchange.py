@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.errors import DataError, InputError, MissingExtraError
+from kp_runtime.errors import DataError, InputError, MissingExtraError, reason_of
 from kp_runtime.files import writing
 from kp_runtime.frame import IMAGE_SUFFIXES, image_from_file
 from kp_runtime.geometry import boxes_from_points
@@ -408,8 +408,7 @@ def _read_parquet(path: Path, points: int) -> list[LabelledFace]:
     try:
         rows = pq.read_table(path, columns=["image", "box", "keypoints"]).to_pylist()
     except (pa.ArrowException, KeyError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise DataError(f"{path} is no Parquet file of labelled faces ({reason})") from error
+        raise DataError(f"{path} is no Parquet file of labelled faces ({reason_of(error, lines=1)})") from error
     faces = []
     for i, row in enumerate(rows):
         where = f"{path}, row {i}"

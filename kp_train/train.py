@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kp_runtime.errors import DataError, InputError, KpError
+from kp_runtime.errors import DataError, InputError, KpError, reason_of
 from kp_runtime.files import writing
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import MANIFEST_NAME, Manifest, ModelSpec
@@ -266,10 +266,9 @@ def _trainer(
             num_sanity_val_steps=0,
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
-        reason = " ".join(str(error).split())
         raise KpError(
             f"Lightning refuses accelerator {accelerator}, devices {devices}, strategy {strategy}, "
-            f"precision {config.precision}: {reason}"
+            f"precision {config.precision}: {reason_of(error)}"
         ) from error
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from kp_runtime.backend import GOLDEN_NAME, BackendReport, open_backend
 from kp_runtime.cores import usable_cores
-from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError, missing_or_broken
+from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError, missing_or_broken, reason_of
 from kp_runtime.feeding import TRIES
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints, tiny_outputs, tiny_scores
@@ -352,6 +352,13 @@ def test_an_onnxruntime_that_is_not_whole(bundle: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "onnxruntime", left_over)
     with pytest.raises(BackendError, match=r"site-packages/onnxruntime.* holds none.*remove that folder"):
         open_backend(bundle)
+
+
+def test_the_reason_of_an_error_is_a_line() -> None:
+    error = OSError("\nno  libx.so\nlooked in\t/a\n")
+    assert (reason_of(error), reason_of(error, lines=1)) == ("no libx.so looked in /a", "no libx.so")
+    assert (reason_of(ValueError(" \n")), reason_of(ValueError(), lines=1)) == ("ValueError", "ValueError")
+    assert len(reason_of(ValueError("x" * 1000), lines=1)) == 400
 
 
 def test_a_package_that_does_not_load_is_not_called_missing() -> None:
