@@ -18,12 +18,12 @@ from kp_runtime.errors import BackendError, DataError, InputError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import (
     apply_matrix,
+    box_of_face,
     boxes_from_points,
     frame_box,
     invert_matrix,
     matrices_from_boxes,
     mirrored_matrices,
-    overlaps,
 )
 from kp_runtime.pipeline import boxes_of_next_look
 from kp_runtime.preprocess_cpu import crops_from_frame
@@ -239,12 +239,4 @@ def answer_in_frames(
 
 def _box(face: Face, frame: Frame, detector: Detector | None) -> NDArray[np.float64] | None:
     truth = boxes_from_points(face.xy)
-    if detector is None:
-        return truth
-    found = detector(frame)
-    if not len(found):
-        return None
-    scores = overlaps(found, truth[None])[:, 0]
-    best = int(scores.argmax())
-    # a box of somebody else's face, or of none, is the detector's miss and not the network's
-    return found[best] if scores[best] > 0.25 else None
+    return truth if detector is None else box_of_face(detector(frame), truth)

@@ -33,6 +33,7 @@ from kp_runtime.frame import Scratch, import_cv2
 __all__ = [
     "CropPlan",
     "apply_matrix",
+    "box_of_face",
     "boxes_from_points",
     "crop_from_luma",
     "crop_from_window",
@@ -49,6 +50,8 @@ FloatArray = NDArray[np.floating]
 
 _FAR = 32767 << 10
 """The farthest position that `remap` takes, in 1024ths of a pixel; all beyond it has the edge's grey level, as this."""
+
+_SAME = 0.25  # overlap over which a detector's box is of the labelled face
 
 
 def boxes_from_points(xy: FloatArray) -> NDArray[np.float64]:
@@ -158,6 +161,18 @@ def overlaps(boxes_xyxy: FloatArray, others_xyxy: FloatArray, of_smaller: bool =
     areas = [(b[..., 2:] - b[..., :2]).prod(axis=-1) for b in (boxes, others)]
     shares: NDArray[np.float64] = common / (np.minimum(*areas) if of_smaller else areas[0] + areas[1] - common)
     return shares
+
+
+def box_of_face(boxes_xyxy: NDArray[np.float64], truth_xyxy: FloatArray) -> NDArray[np.float64] | None:
+    """The one of a detector's boxes `(n, 4)` that is of a labelled face, `(4,)`: it overlaps most with the face's own.
+
+    None where there is none: a box of somebody else's face, or of no face, is the detector's miss.
+    """
+    if not len(boxes_xyxy):
+        return None
+    shares = overlaps(boxes_xyxy, truth_xyxy[None])[:, 0]
+    best = int(shares.argmax())
+    return boxes_xyxy[best] if shares[best] > _SAME else None
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import boxes_from_points, overlaps
+from kp_runtime.geometry import box_of_face, boxes_from_points
 from kp_runtime.spec import Manifest
 from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
@@ -45,7 +45,6 @@ STRENGTHS = (1e-1, 1e-2, 1e-3)
 
 _ROUNDS = 6
 _LEAST = 0.01  # an NME under which a face counts no more
-_SAME = 0.25  # overlap from which on a detector's box is of the labelled face
 _BATCH = 64
 
 
@@ -263,12 +262,10 @@ class _Looker:
         """In the detector's boxes; faces that it misses are left out."""
         kept, boxes = [], []
         for face, weight in self._track("finding faces")(faces):
-            box = boxes_from_points(face.xy)
-            found = detector(Frame(luma_from_file(face.image), "gray"))
-            scores = overlaps(found, box[None])[:, 0] if len(found) else np.zeros(1)
-            if scores.max() > _SAME:
+            box = box_of_face(detector(Frame(luma_from_file(face.image), "gray")), boxes_from_points(face.xy))
+            if box is not None:
                 kept.append((face, weight))
-                boxes.append(found[scores.argmax()])
+                boxes.append(box)
         if not kept:
             raise DataError(f"the detector found none of {len(faces)} faces; take another one")
         shown = FaceDataset([face for face, _ in kept], self._spec, boxes_xyxy=np.stack(boxes))

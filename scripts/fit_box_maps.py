@@ -2,7 +2,7 @@
 
     python scripts/fit_box_maps.py DATA … [--yunet MODEL.onnx] [--most N]
 
-DATA as for `kp train`. A detection counts where it overlaps the keypoints' box by more than 0.25.
+DATA as for `kp train`. A detection counts where `box_of_face` takes it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kp_cli.report import one_line_errors
 from kp_runtime.detect import HaarDetector, YuNetDetector, map_from_pairs
 from kp_runtime.errors import DataError
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import boxes_from_points, overlaps
+from kp_runtime.geometry import box_of_face, boxes_from_points
 from kp_train.data import Face, luma_from_file, parse_source
 
 
@@ -26,9 +26,9 @@ def pairs(detector: HaarDetector | YuNetDetector, faces: list[Face]) -> tuple[np
     found, wanted = [], []
     for face in track(faces, type(detector).__name__):
         box = boxes_from_points(face.xy)
-        raw = detector.raw(Frame(luma_from_file(face.image), "gray"))
-        if len(raw) and (scores := overlaps(raw, box[None])[:, 0]).max() > 0.25:
-            found.append(raw[scores.argmax()])
+        raw = box_of_face(detector.raw(Frame(luma_from_file(face.image), "gray")), box)
+        if raw is not None:
+            found.append(raw)
             wanted.append(box)
     if not found:
         raise DataError(f"{type(detector).__name__} found none of {len(faces)} faces; name other data")

@@ -13,6 +13,7 @@ from kp_runtime.errors import MissingExtraError
 from kp_runtime.geometry import (
     CropPlan,
     apply_matrix,
+    box_of_face,
     boxes_from_points,
     crop_from_luma,
     crop_from_window,
@@ -260,3 +261,11 @@ def test_without_opencv_the_error_has_the_pip_line(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'kp-edge\[image\]'"):
         crop_from_luma(np.zeros((50, 50), np.uint8), one_matrix((5, 5, 40, 40)), SIZE)
+
+
+def test_a_detectors_box_of_a_face_overlaps_most_and_by_over_a_quarter() -> None:
+    truth, quarter = np.array([0.0, 0, 8, 8]), np.array([0.0, 0, 4, 4])
+    boxes = np.array([quarter, [0, 0, 8, 5], [0, 0, 8, 7], [50, 50, 90, 90]])
+    assert box_of_face(boxes, truth).tolist() == [0, 0, 8, 7]
+    assert box_of_face(boxes[[0, 3]], truth) is None
+    assert box_of_face(np.empty((0, 4)), truth) is None
