@@ -31,7 +31,7 @@ from kp_runtime.recorded_rise import Rise
 from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import Manifest
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
-from kp_train.data import Face, Source, held_out_fraction, is_held_out, luma_from_file
+from kp_train.data import Face, Source, evenly_spread, held_out_fraction, is_held_out, luma_from_file
 from kp_train.metrics import Accuracy, accuracy, point_errors
 
 __all__ = ["Evaluation", "OpenModel", "answer_in_frames", "evaluate", "held_out_faces", "measured_rise", "open_model"]
@@ -182,7 +182,7 @@ def measured_rise(first: Path, sources: Sequence[Source]) -> Callable[[Path, Bac
         DataError: an image can't be read.
     """
     faces = [face for source in sources for face in source.faces]
-    faces = [faces[int(i)] for i in np.linspace(0, len(faces) - 1, min(MOST, len(faces)))]
+    faces = [faces[i] for i in evenly_spread(len(faces), MOST)]
     manifest = Manifest.read(first)
     fp32 = [name for name, entry in manifest.files.items() if (entry.kind, entry.precision) == ("onnx", "fp32")]
     reference = evaluate(open_model(first / fp32[0] if fp32 else first), faces).accuracy.nme

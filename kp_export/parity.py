@@ -20,7 +20,7 @@ from kp_runtime.errors import MissingExtraError, ParityError
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.scheme68 import regions_of
 from kp_runtime.spec import ModelSpec
-from kp_train.data import Source, luma_from_file
+from kp_train.data import Source, evenly_spread, luma_from_file
 from kp_train.metrics import nme_unit, point_errors
 
 __all__ = [
@@ -155,7 +155,7 @@ def bundled_faces(spec: ModelSpec) -> FaceSet:
 def faces_from_sources(sources: Sequence[Source], spec: ModelSpec, most: int = 512) -> FaceSet:
     """Up to `most` faces of the user's own data, evenly spread, boxes from their keypoints."""
     faces = [face for source in sources for face in source.faces]
-    chosen = [faces[int(i)] for i in np.linspace(0, len(faces) - 1, min(most, len(faces)))]
+    chosen = [faces[i] for i in evenly_spread(len(faces), most)]
     crops, points = [], []
     for face in chosen:
         luma = luma_from_file(face.image)

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import draw_keypoints, make_grid, save_image
 
 from kp_runtime.errors import KpError
-from kp_train.data import FaceDataset
+from kp_train.data import FaceDataset, evenly_spread
 
 __all__ = ["EpochLines", "FacesPicture", "StateKeeper", "Together"]
 
@@ -72,8 +71,7 @@ class FacesPicture(Callback):
 
     def __init__(self, faces: FaceDataset, folder: Path, every: int) -> None:
         self.folder, self.every = folder, every
-        chosen = np.linspace(0, len(faces) - 1, min(32, len(faces))).astype(int)
-        items = [faces[int(i)] for i in chosen]
+        items = [faces[i] for i in evenly_spread(len(faces), 32)]
         self.crops = torch.stack([crop for crop, _ in items])
         self.xy = torch.stack([xy for _, xy in items])
 

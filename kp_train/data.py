@@ -37,6 +37,7 @@ __all__ = [
     "Face",
     "FaceDataset",
     "Source",
+    "evenly_spread",
     "held_out_fraction",
     "is_held_out",
     "luma_from_file",
@@ -183,6 +184,11 @@ def luma_from_file(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{error}; mend or remove it") from error
     height, width = frame.size_hw
     return frame.luma(0, 0, width, height)
+
+
+def evenly_spread(count: int, most: int) -> list[int]:
+    """Which of `count` items to take where `most` are enough: all, or as many from the first to the last."""
+    return [int(i) for i in np.linspace(0, count - 1, min(most, count))]
 
 
 def start_of_workers(workers: int) -> str | None:

@@ -26,7 +26,7 @@ from kp_runtime.geometry import box_of_face, boxes_from_points
 from kp_runtime.spec import Manifest
 from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
-from kp_train.data import Face, FaceDataset, Source, held_out_fraction, is_held_out, luma_from_file
+from kp_train.data import Face, FaceDataset, Source, evenly_spread, held_out_fraction, is_held_out, luma_from_file
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.lost_score import FACES, LIMIT, VIEWS, AnyPlace, ScoreQuality, elsewhere, score_quality, solved_score
 from kp_train.metrics import nme_unit
@@ -273,7 +273,7 @@ class _Looker:
 
     def anywhere(self, faces: Sequence[tuple[Face, float]], detector: Boxes | None) -> _Seen:
         """Some of them in squares anywhere about them, and places of their photos that hold no face."""
-        some = [faces[int(i)][0] for i in np.linspace(0, len(faces) - 1, min(FACES, len(faces)))]
+        some = [faces[i][0] for i in evenly_spread(len(faces), FACES)]
         keys = [(i % len(some), i) for i in range(VIEWS * len(some))]
         around = self._seen(FaceDataset(some, self._spec, AnyPlace()), keys, [1.0] * len(keys), "anywhere")
         others, boxes = elsewhere(self._track("finding places without a face")(some), detector)

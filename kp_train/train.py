@@ -44,7 +44,7 @@ from kp_train.checkpoint import (
     save_checkpoint,
 )
 from kp_train.config import DetectorConfig, TrainConfig, has_bfloat16
-from kp_train.data import Face, FaceDataset, Source, is_held_out
+from kp_train.data import Face, FaceDataset, Source, evenly_spread, is_held_out
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
@@ -372,8 +372,7 @@ def _print_biases(sources: Sequence[Source], biases: Sequence[NDArray[np.float64
 
 
 def _start_from_mean(net: KeypointNet, faces: FaceDataset) -> None:
-    sample = np.linspace(0, len(faces) - 1, min(256, len(faces))).astype(int)
-    net.start_from_mean(torch.stack([faces[int(i)][1] for i in sample]).mean(dim=0))
+    net.start_from_mean(torch.stack([faces[i][1] for i in evenly_spread(len(faces), 256)]).mean(dim=0))
 
 
 def run_record(

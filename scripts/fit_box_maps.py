@@ -18,7 +18,7 @@ from kp_runtime.detect import HaarDetector, YuNetDetector, map_from_pairs
 from kp_runtime.errors import DataError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import box_of_face, boxes_from_points
-from kp_train.data import Face, luma_from_file, parse_source
+from kp_train.data import Face, evenly_spread, luma_from_file, parse_source
 
 
 def pairs(detector: HaarDetector | YuNetDetector, faces: list[Face]) -> tuple[np.ndarray, np.ndarray]:
@@ -44,8 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     faces: list[Face] = []
     for source in map(parse_source, args.data):
-        chosen = np.linspace(0, len(source.faces) - 1, min(args.most, len(source.faces))).astype(int)
-        faces += [source.faces[i] for i in chosen]
+        faces += [source.faces[i] for i in evenly_spread(len(source.faces), args.most)]
     detectors: list[HaarDetector | YuNetDetector] = [HaarDetector()]
     if args.yunet:
         detectors.append(YuNetDetector(args.yunet))

@@ -44,7 +44,7 @@ from kp_runtime.geometry import (
 from kp_runtime.pipeline import Model, load
 from kp_runtime.spec import Manifest
 from kp_runtime.track import LOST, disagreement, second_looks
-from kp_train.data import Face, luma_from_file, parse_source
+from kp_train.data import Face, evenly_spread, luma_from_file, parse_source
 from kp_train.metrics import point_errors
 
 OTHER_THINGS = ("brick", "grass", "gravel", "coffee", "chelsea", "coins", "page", "text", "horse", "moon", "ihc")
@@ -236,7 +236,7 @@ def main() -> None:
         held_out = held_out_faces(source, manifest).faces
         people = {face.person for face in held_out}
         others += [face.xy for face in source.faces if face.person not in people]
-        faces += [held_out[int(i)] for i in np.linspace(0, len(held_out) - 1, min(args.most, len(held_out)))]
+        faces += [held_out[i] for i in evenly_spread(len(held_out), args.most)]
     for face in track(faces, "photos"):
         views += views_of_face(face, yunet, rng)
     points, own_scores = [], []

@@ -18,6 +18,7 @@ from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import ModelSpec
 from kp_train.data import (
     FaceDataset,
+    evenly_spread,
     is_held_out,
     luma_from_file,
     parse_source,
@@ -44,6 +45,11 @@ def test_csv_rows_become_faces(csv_source: Path) -> None:
     assert [face.image.name for face in source.faces[:2]] == ["person0_0.png", "person0_1.png"]
     row = csv_source.read_text().splitlines()[1].split(",")
     np.testing.assert_allclose(source.faces[0].xy.ravel(), np.array(row[1:], float), atol=1e-4)
+
+
+def test_a_few_of_many_lie_evenly() -> None:
+    assert evenly_spread(11, 3) == [0, 5, 10]
+    assert (evenly_spread(3, 9), evenly_spread(5, 1), evenly_spread(0, 9)) == ([0, 1, 2], [0], [])
 
 
 def test_a_path_with_an_equals_sign_needs_no_weight(tmp_path: Path) -> None:
