@@ -13,6 +13,7 @@ from typing import Any
 
 from kp_runtime import doctor_checks as checks
 from kp_runtime.backend import BACKENDS, ORDER
+from kp_runtime.backend_trt import MODULES as TENSORRT_MODULES
 from kp_runtime.doctor_checks import ABSENT, OK, PROBLEM, WARNING, Finding, Gpu, Surroundings
 from kp_runtime.errors import KpError
 from kp_runtime.probes import Answer
@@ -72,7 +73,7 @@ def diagnose(
     onnxruntime = here.ask("onnxruntime", seconds=seconds)
     findings += [checks.onnxruntime(here, onnxruntime), *checks.provider(here, gpu, onnxruntime)]
     step("TensorRT")
-    tensorrt = {name: here.ask("module", name, seconds=seconds) for name in checks.TENSORRT_MODULES}
+    tensorrt = {name: here.ask("module", name, seconds=seconds) for name in TENSORRT_MODULES}
     findings += [checks.tensorrt(here, gpu, tensorrt)]
     step("OpenCV")
     findings += [checks.opencv(here, here.ask("cv2", seconds=seconds))]

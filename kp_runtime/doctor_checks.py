@@ -47,7 +47,6 @@ OK, ABSENT, WARNING, PROBLEM = "ok", "absent", "warning", "problem"
 ORT_WHEELS = re.compile(r"onnxruntime(-gpu|-training|-training-cpu|-openvino|-directml|-silicon|-qnn|-rocm|-migraphx)?")
 OPENCV_WHEELS = re.compile(r"opencv(-contrib)?-python(-headless)?")
 TENSORRT_WHEELS = re.compile(r"tensorrt-cu(\d+)")
-TENSORRT_MODULES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch")
 
 
 @dataclass(frozen=True)
