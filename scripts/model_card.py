@@ -15,6 +15,7 @@ from typing import Any
 
 from kp_cli.report import one_line_errors
 from kp_runtime.errors import KpError
+from kp_runtime.files import writing
 from kp_runtime.spec import Manifest
 
 CARD = "MODEL_CARD.md"
@@ -118,7 +119,9 @@ def main() -> None:
         report = bundle / "parity.json"
         parity = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
         card = bundle / CARD
-        card.write_text(filled(card.read_text(encoding="utf-8"), Manifest.read(bundle), parity), encoding="utf-8")
+        text = filled(card.read_text(encoding="utf-8"), Manifest.read(bundle), parity)
+        with writing(card) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from kp_cli.options import detector_record, open_detector, whole_detector_name
 from kp_cli.report import one_line_errors
 from kp_export.evaluate import evaluate, open_model
 from kp_runtime.errors import InputError, KpError
+from kp_runtime.files import writing
 from kp_train.checkpoint import CHECKPOINT_NAME, has_begun
 from kp_train.config import TrainConfig, recipe
 from kp_train.data import Source, is_held_out, parse_source
@@ -140,7 +141,8 @@ def measure(run: Run, sources: list[Source], folder: Path) -> dict[str, Any]:
             faces = [face for face in source.faces if is_held_out(face.person, VAL_FRACTION)]
             if faces:
                 result[source.path.name] = evaluate(model, faces).accuracy.nme
-        measured.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        with writing(measured) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return json.loads(measured.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
@@ -224,7 +226,8 @@ def main() -> None:
         if kind_of(run.name) in FINAL and (refitted := finish_refit(run, sources, args.out)):
             results.append(refitted)
         text = table(results, [source.path.name for source in sources])
-        (args.out / "runs.md").write_text(text, encoding="utf-8")
+        with writing(args.out / "runs.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
     print(text)
 
 
