@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterable, Sequence
-from html import escape
 from pathlib import Path
 
 import cv2
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 
 from kp_export.parity import LIMITS, Limit
 from kp_export.verify import FileVerdict, Verification
-from kp_runtime.files import writing
+from kp_runtime.html_page import clean, write_page
 from kp_runtime.scheme68 import regions_of
 
 __all__ = ["verification_page"]
@@ -29,26 +28,13 @@ _SHIFT = 4  # OpenCV's drawing takes positions in sixteenths of a pixel
 _GREEN, _RED, _RING = (80, 220, 40), (40, 40, 255), (60, 220, 255)
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b2024; --paper: #fff; --soft: #5b666e; --line: #d8dde1;
-  --good: #17693a; --bad: #b3261e; --open: #8a5a00 }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ea; --paper: #14181b; --soft: #9aa6ae; --line: #343c42;
-    --good: #6fd197; --bad: #ff8f85; --open: #f0bd5b } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1400px; margin: 0 auto; padding: 1.5rem }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .4rem }
-p { margin: .3rem 0 } .soft, figcaption { color: var(--soft) }
-.wide { overflow-x: auto } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; vertical-align: bottom; text-align: right;
-  border-bottom: 1px solid var(--line); white-space: nowrap }
-th { font-weight: 600; color: var(--soft); white-space: normal }
-:is(th, td):is(:first-child, .text) { text-align: left }
-.hash { font: 12px/1.4 ui-monospace, monospace }
+:root { --good: #17693a; --bad: #b3261e; --open: #8a5a00 }
+@media (prefers-color-scheme: dark) { :root { --good: #6fd197; --bad: #ff8f85; --open: #f0bd5b } }
+body { max-width: 1400px } h2 { margin: 2.2rem 0 .4rem } th, td { padding: .3rem .6rem } th { white-space: normal }
 .passed { color: var(--good) } .failed { color: var(--bad) } .not-run { color: var(--open) }
 :is(.passed, .failed, .not-run) { font-weight: 600 }
 .faces { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1rem }
 figure { margin: 0 } img { width: 100%; height: auto; display: block; border-radius: 4px }
-figcaption { font-size: 13px; overflow-wrap: anywhere }
 """
 
 
@@ -60,22 +46,7 @@ def verification_page(verification: Verification, path: Path) -> Path:
     name = f"{verification.bundle.resolve().name}: verification"
     body = [_header(verification), _hashes(verification), _table(verification), _reasons(verification)]
     body += [_worst_faces(verification, file) for file in verification.files]
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(name)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-{"".join(body)}</body>
-</html>
-"""
-    with writing(path) as temporary:
-        # a file name may hold bytes that are no text
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-    return path
+    return write_page(path, name, _STYLE, body)
 
 
 def _header(verification: Verification) -> str:
@@ -88,16 +59,16 @@ def _header(verification: Verification) -> str:
     not_run = sum(file.verdict == "not run" for file in verification.files)
     rest = f", <span class=not-run>{not_run} of {len(verification.files)} files not run</span>" if not_run else ""
     return (
-        f"<h1>{escape(verification.bundle.resolve().name)} <span class={word}>{word}</span>{rest}</h1>\n"
-        f"<p>{escape(contract)}</p>\n"
-        f"<p>Each file beside the checkpoint in PyTorch on {len(faces.names)} faces: {escape(faces.origin)}</p>\n"
+        f"<h1>{clean(verification.bundle.resolve().name)} <span class={word}>{word}</span>{rest}</h1>\n"
+        f"<p>{clean(contract)}</p>\n"
+        f"<p>Each file beside the checkpoint in PyTorch on {len(faces.names)} faces: {clean(faces.origin)}</p>\n"
     )
 
 
 def _hashes(verification: Verification) -> str:
     rows = [("PyTorch's checkpoint", verification.checkpoint_sha256)]
     rows += [(file.file, file.entry.sha256) for file in verification.files]
-    cells = [f"<tr><td>{escape(name)}</td><td class='text hash'>{escape(digest)}</td></tr>" for name, digest in rows]
+    cells = [f"<tr><td>{clean(name)}</td><td class='text hash'>{clean(digest)}</td></tr>" for name, digest in rows]
     return f"<div class=wide><table><tr><th>file</th><th class=text>sha256</th></tr>{''.join(cells)}</table></div>\n"
 
 
@@ -120,7 +91,7 @@ def _table(verification: Verification) -> str:
     return (
         f"<h2>Distance to PyTorch, in pixels of the crop</h2>\n<div class=wide><table>{head}"
         f"{''.join(_row(file, regions) for file in verification.files)}</table></div>\n"
-        + (f"<p class=soft>Limits, pixels for a crop of 224 px: {escape(limits)}.</p>\n" if limits else "")
+        + (f"<p class=soft>Limits, pixels for a crop of 224 px: {clean(limits)}.</p>\n" if limits else "")
     )
 
 
@@ -138,13 +109,13 @@ def _row(file: FileVerdict, regions: Sequence[str]) -> str:
             *(f"{measured.regions_px[name]:.5f}" for name in regions),
         ]
     verdict = f"<td class='text {file.verdict.replace(' ', '-')}'>{file.verdict}</td>"
-    precision = f"<td class=text>{escape(file.entry.precision or '')}</td>"
+    precision = f"<td class=text>{clean(file.entry.precision or '')}</td>"
     faces = measured.faces if measured else ""
-    return f"<tr><td>{escape(file.file)}</td>{verdict}{precision}<td>{faces}</td>{_cells('td', numbers)}</tr>"
+    return f"<tr><td>{clean(file.file)}</td>{verdict}{precision}<td>{faces}</td>{_cells('td', numbers)}</tr>"
 
 
 def _cells(tag: str, texts: Iterable[str]) -> str:
-    return "".join(f"<{tag}>{escape(text)}</{tag.split()[0]}>" for text in texts)
+    return "".join(f"<{tag}>{clean(text)}</{tag.split()[0]}>" for text in texts)
 
 
 def _limit(limit: Limit) -> str:
@@ -157,8 +128,8 @@ def _reasons(verification: Verification) -> str:
     lines = []
     for file in verification.files:
         if file.reason:
-            name = f"<span class={file.verdict.replace(' ', '-')}>{escape(file.file)}</span>"
-            lines.append(f"<p>{name} {escape(file.reason.removeprefix(f'{file.file} '))}</p>\n")
+            name = f"<span class={file.verdict.replace(' ', '-')}>{clean(file.file)}</span>"
+            lines.append(f"<p>{name} {clean(file.reason.removeprefix(f'{file.file} '))}</p>\n")
     return "".join(lines)
 
 
@@ -177,11 +148,11 @@ def _worst_faces(verification: Verification, file: FileVerdict) -> str:
         figures.append(
             f'<figure><img alt="crop with both sets of points" src="data:image/jpeg;base64,{picture}">'
             f"<figcaption>point {point + 1}: {distance[i, point]:.5f} px<br>mean: {distance[i].mean():.5f} px<br>"
-            f'<span title="{escape(name)}">{escape(Path(name).name)}</span></figcaption></figure>\n'
+            f'<span title="{clean(name)}">{clean(Path(name).name)}</span></figcaption></figure>\n'
         )
     legend = "PyTorch green, the file red on top of it, the worst point ringed (numbered from 1, as iBUG does)"
     return (
-        f"<h2>{escape(file.file)}: the {len(order)} worst faces</h2>\n<p class=soft>{legend}</p>\n"
+        f"<h2>{clean(file.file)}: the {len(order)} worst faces</h2>\n<p class=soft>{legend}</p>\n"
         f"<div class=faces>\n{''.join(figures)}</div>\n"
     )
 

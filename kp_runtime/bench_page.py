@@ -10,33 +10,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kp_runtime.bench_compare import Comparison
-from kp_runtime.bench_plots import SERIES, Point, batch_curves, clean, distribution, milliseconds, stage_bar
+from kp_runtime.bench_plots import SERIES, Point, batch_curves, distribution, milliseconds, stage_bar
 from kp_runtime.bench_results import Bench, FileRun, Times
-from kp_runtime.files import writing
+from kp_runtime.html_page import clean, write_page
 
 __all__ = ["bench_page"]
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1b2024; --paper: #fff; --soft: #5b666e; --line: #d8dde1;
-  --0: #0b63a5; --1: #b1480a; --2: #17693a; --3: #8a3c8f; --4: #756000; --5: #b0235f }
+:root { --0: #0b63a5; --1: #b1480a; --2: #17693a; --3: #8a3c8f; --4: #756000; --5: #b0235f }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e8ea; --paper: #14181b; --soft: #9aa6ae; --line: #343c42;
-    --0: #6cb4f0; --1: #f5a267; --2: #6fd197; --3: #d79be0; --4: #dcc55a; --5: #ff8fb4 } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1240px; margin: 0 auto; padding: 1.5rem }
-h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.4rem 0 .3rem }
-p { margin: .3rem 0; max-width: 75ch } .soft, figcaption { color: var(--soft) }
-.wide { overflow-x: auto } table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .5rem; vertical-align: bottom; text-align: right;
-  border-bottom: 1px solid var(--line); white-space: nowrap }
-th { font-weight: 600; color: var(--soft) } .files th { white-space: normal; max-width: 6.5em }
-:is(th, td):is(:first-child, .text) { text-align: left }
-.hash { font: 12px/1.4 ui-monospace, monospace }
+  :root { --0: #6cb4f0; --1: #f5a267; --2: #6fd197; --3: #d79be0; --4: #dcc55a; --5: #ff8fb4 } }
+body { max-width: 1240px } h2 { margin: 2.4rem 0 .3rem } th, td { padding: .3rem .5rem } p { max-width: 75ch }
+.files th { white-space: normal; max-width: 6.5em }
 .machine td { white-space: normal; overflow-wrap: anywhere; text-align: left }
 .faster { color: var(--2); font-weight: 600 } .slower { color: var(--5); font-weight: 600 }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 1.4rem; margin-top: 1rem }
 figure { margin: .8rem 0; overflow-x: auto } .plot svg { min-width: 640px } .cards figure { margin: 0 }
-figcaption { font-size: 13px; overflow-wrap: anywhere }
 figcaption b { color: var(--ink) } .swatch { display: inline-block; width: .7em; height: .7em; margin-right: .5em;
   border-radius: 2px; background: var(--c) }
 svg { width: 100%; height: auto; display: block; font-size: 13px; font-variant-numeric: tabular-nums }
@@ -58,21 +47,7 @@ def bench_page(bench: Bench, path: Path, comparison: Comparison | None = None) -
     title = f"{Path(bench.setup.bundle).resolve().name}: bench"
     body = [_header(bench, title), _files(bench), _comparison(comparison), _curves(bench), _stages(bench)]
     body += [_distributions(bench), _numbers(bench), _machine(bench), _hashes(bench)]
-    page = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{clean(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-{"".join(body)}</body>
-</html>
-"""
-    with writing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-    return path
+    return write_page(path, title, _STYLE, body)
 
 
 def _header(bench: Bench, title: str) -> str:

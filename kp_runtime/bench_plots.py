@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 
 import numpy as np
 
 from kp_runtime.bench_results import Times
+from kp_runtime.html_page import clean
 
-__all__ = ["SERIES", "Point", "batch_curves", "clean", "distribution", "milliseconds", "stage_bar", "ticks"]
+__all__ = ["SERIES", "Point", "batch_curves", "distribution", "milliseconds", "stage_bar", "ticks"]
 
 SERIES = 6
 """Number of colours; a seventh series has the first one's again."""
@@ -149,11 +149,6 @@ def milliseconds(ms: float) -> str:
     if ms == 0:
         return "0"
     return f"{ms:.{min(4, max(0, 2 - math.floor(math.log10(abs(ms)))))}f}"
-
-
-def clean(text: str) -> str:
-    """Escaped for HTML and XML; characters that neither may hold become U+FFFD."""
-    return escape("".join(c if c in "\t\n" or (c >= " " and not "\ud800" <= c <= "\udfff") else "\ufffd" for c in text))
 
 
 def _steps(low: float, high: float, most: int) -> list[float]:

@@ -13,7 +13,7 @@ import pytest
 
 from kp_runtime.bench_compare import compared
 from kp_runtime.bench_page import bench_page
-from kp_runtime.bench_plots import Point, batch_curves, clean, distribution, milliseconds, stage_bar, ticks
+from kp_runtime.bench_plots import Point, batch_curves, distribution, milliseconds, stage_bar, ticks
 from kp_runtime.bench_results import (
     Bench,
     BenchSettings,
@@ -25,6 +25,7 @@ from kp_runtime.bench_results import (
     Times,
     times_from_turns,
 )
+from kp_runtime.html_page import clean
 from kp_runtime.machine import Jetson, machine_from_system
 
 EVIL = "<title><script>alert('x')</script>&\"a\".onnx"

@@ -93,7 +93,7 @@ def faces(exported: Path) -> FaceSet:
     """Two batches' worth of faces whose names would break a page."""
     found = bundled_faces(Manifest.read(exported).spec)
     names = tuple(f"{NASTY} {i}" for i in range(40))
-    return FaceSet(names, found.crops[-40:], "<a source> & another")
+    return FaceSet(names, found.crops[-40:], "<a source> & another\x1b\udcff")
 
 
 def replace(bundle: Path, name: str, **fields: object) -> None:
@@ -270,7 +270,7 @@ def test_the_page_stands_alone(copied: Path, faces: FaceSet, tmp_path: Path) -> 
         assert nasty not in page
     assert "&lt;img src=x onerror=alert(1)&gt;&amp;&quot;face&quot;&#x27;" in page
     assert "&lt;script&gt;x&lt;/script&gt;" in page
-    assert "&lt;a source&gt; &amp; another" in page
+    assert "&lt;a source&gt; &amp; another\ufffd\ufffd" in page
     for file in result.files:
         assert file.file in page
         assert file.entry.sha256 in page
