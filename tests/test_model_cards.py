@@ -18,7 +18,9 @@ BUNDLES = sorted(path.parent for path in (Path(__file__).resolve().parents[1] / 
 def test_the_card_s_tables_are_the_manifest_s(bundle: Path) -> None:
     text = (bundle / model_card.CARD).read_text(encoding="utf-8")
     parity = json.loads((bundle / "parity.json").read_text(encoding="utf-8"))
-    assert text == model_card.filled(text, Manifest.read(bundle), parity), "run: python scripts/model_card.py engines/resnet*"
+    assert text == model_card.filled(text, Manifest.read(bundle), parity), (
+        "run: python scripts/model_card.py engines/resnet*"
+    )
 
 
 def test_a_card_without_markers_is_refused() -> None:
