@@ -226,6 +226,8 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--rounds", type=int, default=12, help="turns of each batch size, with two calls each")
     args = made.parse_args()
+    if args.rounds < 1:
+        raise InputError(f"--rounds must be 1 or more, got {args.rounds}")
     result = profile_bundle(args.bundle, threads=checked_threads(args.threads), rounds=args.rounds)
     print_profile(result)
     settings = {"threads": args.threads, "rounds": args.rounds}

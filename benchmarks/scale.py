@@ -136,7 +136,7 @@ def _sections(records: Sequence[Record]) -> Iterable[str]:
     )
     yield markdown_table(
         ("device", "model", "file", "engine", "batch", "faces a second", "machine-hours a million"),
-        [*_faces_rows(records)],
+        [(*row[:-1], f"{row[-1]:.3g}") for row in _faces_rows(records)],
     )
     if not _gpu_network(records):
         yield "**GPUs: not measured yet.** `make bench-gpu` on one makes the results, and this script their rows."
@@ -214,10 +214,11 @@ def _faces_rows(records: Sequence[Record]) -> Iterable[tuple[Any, ...]]:
 
 
 def _faces_row(device: str, record: Record, file: str, engine: str, batch: int, ms: float) -> tuple[Any, ...]:
+    """A row; the last cell, machine-hours a million, is a number."""
     name, reduce = record.bundle["name"], record.bundle.get("reduce", 1)
     if reduce > 1:  # a network of the same name that sees fewer pixels is another one
         name += f", means of {reduce} x {reduce}"
-    return device, name, file, engine, batch, f"{1e3 / ms:.0f}", f"{1e6 * ms / 3.6e6:.2f}"
+    return device, name, file, engine, batch, f"{1e3 / ms:.0f}", 1e6 * ms / 3.6e6
 
 
 def _gpu_network(records: Sequence[Record]) -> list[Record]:
@@ -328,7 +329,7 @@ def _costs_at(price: float, records: Sequence[Record]) -> str:
     """What a million faces cost at a price of a machine-hour: the network alone, then whole frames."""
     if not 0 < price < math.inf:
         raise InputError(f"a price is over 0, got {price}")
-    rows = [(*row[:-1], f"{float(row[-1]) * price:.4f}") for row in _faces_rows(records)]
+    rows = [(*row[:-1], f"{row[-1] * price:.4f}") for row in _faces_rows(records)]
     network = markdown_table(
         ("device", "model", "file", "engine", "batch", "faces a second", "cost of a million"), rows
     )

@@ -11,7 +11,6 @@ that wanders.
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -159,11 +158,10 @@ def h264_clip(path: Path, size_hw: tuple[int, int]) -> Path:
 def frames_of(path: Path) -> Callable[[], object]:
     """A call that decodes the next frame of a video on one thread; after the last one comes the first again."""
     cv2 = import_cv2()
-    os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = "threads;1"
 
     def opened() -> Iterator[object]:
         while True:
-            capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
+            capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
             found = False
             while (frame := capture.read())[0]:
                 found = True

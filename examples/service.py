@@ -12,7 +12,7 @@ Errors          {"detail": "one line"}: 400 no image, 408 slow upload, 413 too l
 What was run    here, on x86-64 CPUs: the tests, in one process and over a socket. Not run: GPU engines
 What it gains   calls are shared where the network is what requests wait for. With Haar on two busy cores it is
                 not: 64 requests of 8 clients, one face each, made 62 calls
-What it leaves  to the proxy in front: TLS, who may ask, how often
+What it leaves  to the proxy in front: TLS, who may ask, how often, and connections that never end their headers
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Settings:
         """The defaults, replaced by what is set.
 
         Raises:
-            InputError: a number that is none, or is under 1.
+            InputError: a number that is none, or is out of range.
         """
         given: dict[str, Any] = {}
         for setting in fields(cls):
@@ -80,9 +80,13 @@ class Settings:
             text = os.environ.get(name)
             if text is None:
                 continue
-            if isinstance(setting.default, int) and not (text.isascii() and text.isdigit() and int(text) > 0):
-                raise kp_runtime.InputError(f"{name} must be a whole number from 1 on, got {text!r}")
-            given[setting.name] = int(text) if isinstance(setting.default, int) else text
+            if not isinstance(setting.default, int):
+                given[setting.name] = text
+                continue
+            most = 65_535 if setting.name == "port" else 1_000_000
+            if not (text.isascii() and text.isdigit() and len(text) < 8 and 0 < int(text) <= most):
+                raise kp_runtime.InputError(f"{name} must be a whole number from 1 to {most}, got {text!r:.40}")
+            given[setting.name] = int(text)
         return cls(**given)
 
 
@@ -257,7 +261,7 @@ def create_app(settings: Settings) -> FastAPI:
         KpError: the model or the detector can't be used.
     """
     # OpenCV reads it once, when it is imported
-    os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(settings.max_megapixels * 1_000_000))
+    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(settings.max_megapixels * 1_000_000)
     service, door = Service(settings), Door(settings.max_requests)
     threads = ThreadPoolExecutor(settings.max_requests, "request")  # who is let in never waits for a thread
     app = FastAPI(title="kp", version=kp_runtime.__version__)

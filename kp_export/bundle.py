@@ -81,7 +81,7 @@ def export_bundle(
         sources: the user's labelled faces for the parity check; scikit-image's when empty.
         calibration: labelled faces for the ranges of int8. Without `sources`, those of about
             half of the people are kept out of it and measure the accuracy. With them, the manifest says how many
-            images do both.
+            faces do both.
         step: told what is being done.
 
     Raises:
@@ -170,6 +170,8 @@ class _Export:
             step=self.step,
         )
         self.reports.append(report.parity)
+        stride = calibration_stride(report.choice)
+        measured = {crop.tobytes() for crop in self.faces.crops}
         return {
             "by": "int8_from_onnx",
             "onnxruntime": onnxruntime.__version__,
@@ -177,8 +179,8 @@ class _Export:
             "rejected": list(report.rejected),
             "calibration": {
                 "origin": self.calibration.origin,
-                "images": (images := list(self.calibration.names[:: calibration_stride(report.choice)])),
-                "also_measured": len(set(images) & set(self.faces.names)),
+                "images": list(self.calibration.names[::stride]),
+                "also_measured": sum(crop.tobytes() in measured for crop in self.calibration.crops[::stride]),
             },
         }
 

@@ -171,7 +171,7 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
             quantize_static(
                 str(fp32),
                 str(quantised),
-                _Reader(calibration.crops[:: calibration_stride(choice)]),
+                _Reader(calibration.crops[:: calibration_stride(choice)], alike=percentile),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Conv", "Relu", "MaxPool", "Add"] if cpu else ["Conv"],
                 per_channel=True,
@@ -200,10 +200,10 @@ def calibration_stride(choice: Int8Choice) -> int:
 
 
 class _Reader:
-    """Calibration crops in batches of one size, as onnxruntime's percentile wants them."""
+    """Calibration crops in batches, as onnxruntime asks for them; its percentile wants them `alike` in size."""
 
-    def __init__(self, crops: NDArray[np.uint8]) -> None:
-        size = next(size for size in range(32, 0, -1) if len(crops) % size == 0)
+    def __init__(self, crops: NDArray[np.uint8], alike: bool) -> None:
+        size = next(size for size in range(32, 0, -1) if len(crops) % size == 0) if alike else 32
         self._batches: Iterator[dict[str, NDArray[np.uint8]]] = (
             {"crops": crops[i : i + size]} for i in range(0, len(crops), size)
         )

@@ -75,14 +75,14 @@ def open_plan(
     for name in names:
         reason = plan_mismatch(manifest.files[name], driver, trt)
         if reason is None:
-            passed_over += reasons
             plan, entry = manifest.read_file(folder, name), manifest.files[name]
             try:
-                return name, TensorRtBackend(plan, entry, manifest.spec, driver, trt, _rebuild(folder, entry))
+                opened = TensorRtBackend(plan, entry, manifest.spec, driver, trt)
             except _RefusedError as error:
-                if len(names) == 1:
-                    raise
-                reason = f"does not load: {error}"
+                reason = f"is refused: {error}"
+            else:
+                passed_over += reasons
+                return name, opened
         reasons.append(f"{name} {reason}")
     raise BackendError(f"{'; '.join(reasons)}; {_rebuild(folder, manifest.files[names[0]])}")
 
@@ -149,7 +149,6 @@ class TensorRtBackend(DeviceBackend):
         spec: the contract that it must have.
         driver: the device, open.
         trt: a module of `MODULES`.
-        rebuild: what to do where the plan is refused, for the message.
 
     Raises:
         BackendError: TensorRT can't use CUDA here or refuses the plan, or its tensors are not the contract's.
@@ -159,9 +158,7 @@ class TensorRtBackend(DeviceBackend):
     batches: tuple[int, int]
     """Fewest and most crops of a call, by the plan's profile."""
 
-    def __init__(
-        self, plan: bytes, entry: FileEntry, spec: ModelSpec, driver: CudaDriver, trt: Any, rebuild: str
-    ) -> None:
+    def __init__(self, plan: bytes, entry: FileEntry, spec: ModelSpec, driver: CudaDriver, trt: Any) -> None:
         super().__init__(spec, driver)
         self._errors = _Errors(maxlen=8)
         logger = _runtime_logger(trt, self._errors)
@@ -180,7 +177,7 @@ class TensorRtBackend(DeviceBackend):
             runtime.DLA_core = options["dla_core"]
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise _RefusedError(f"TensorRT {trt.__version__} can't load the plan: {self._errors.last()}; {rebuild}")
+            raise _RefusedError(f"TensorRT {trt.__version__} can't load the plan: {self._errors.last()}")
         self._check_contract(engine, trt)
         self._engine, self._alive = engine, (runtime, logger)
         shapes = engine.get_tensor_profile_shape("crops", 0)

@@ -19,8 +19,8 @@ __all__ = ["DeviceFrame"]
 _LONGEST = 32767
 """OpenCV's warpAffine takes no longer images; here they stop where the CPU path stops."""
 
-_CUDA, _CUDA_MANAGED, _UNSIGNED = 2, 13, 1
 _DEFAULT_STREAM = 1  # the legacy one, as both interfaces number it
+_CUDA, _CUDA_MANAGED, _UNSIGNED = 2, 13, 1
 """kDLCUDA, kDLCUDAManaged and kDLUInt of DLPack's dlpack.h."""
 
 

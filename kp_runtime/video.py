@@ -230,7 +230,7 @@ def run_video(
                 picture = draw(frame.image, tracks) if pictures else None
             yield frame, tracks, picture
 
-    begin, frames = time.perf_counter(), 0
+    begin, came, frames = time.perf_counter(), 0, 0
     read = Ahead(_until(source, stop, stage), room, newest=source.live, stop=stop)
     found = Ahead(tracked(), room)
     drawn = Ahead(pictured(), room)
@@ -246,6 +246,7 @@ def run_video(
                         sink.write(frame, tracks, picture)
                     except KpError as error:
                         failed[id(sink)] = error
+            came += 1
             if failed:
                 break
             frames += 1
@@ -265,7 +266,7 @@ def run_video(
     files = tuple(sink.path for sink in sinks if frames and id(sink) not in failed)
     if failed:
         first, *others = failed.values()
-        kept = f"; {frames} frames are in {', '.join(map(str, files))}" if files else ""
+        kept = f"; {came} frames are in {', '.join(map(str, files))}" if files else ""
         first.args = (f"{'; '.join(map(str, (first, *others)))}{kept}",)
         raise first
     seconds = time.perf_counter() - begin

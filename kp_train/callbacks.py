@@ -54,6 +54,11 @@ class StateKeeper(ModelCheckpoint):
     Lightning's own forgets the best state then, and overwrites it with the next one.
     """
 
+    @property
+    def state_key(self) -> str:
+        """As Lightning's own, under which runs of earlier releases have stored it."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes the paths in a stored state for those of the same files in the folder of today."""
         assert self.dirpath is not None

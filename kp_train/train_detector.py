@@ -81,9 +81,13 @@ def train_detector(
         state.load(SafetensorsIO().load_checkpoint(last))
         if state.step > config.steps:
             raise KpError(f"the run in {run} has done {state.step} steps; give --steps {state.step} or more")
-        if state.step == config.steps and (run / MANIFEST_NAME).exists():  # written last
-            say(f"the run in {run} is finished")
-            return run / CHECKPOINT_NAME
+        if (run / MANIFEST_NAME).exists():
+            written = DetectorManifest.read(run)
+            if written.spec.name != name:
+                raise KpError(f"the run in {run} began with --name {written.spec.name}; give the same one")
+            if written.training.get("config", {}).get("steps") == config.steps:  # it is written last
+                say(f"the run in {run} is finished")
+                return run / CHECKPOINT_NAME
     with writing(run / "run.json") as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

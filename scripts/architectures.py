@@ -130,7 +130,11 @@ def main(words: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 1
         return 0
-    found = compare(args.here, args.there)
+    try:
+        found = compare(args.here, args.there)
+    except OSError as error:
+        print(f"{error.filename} can't be read: {error.strerror}", file=sys.stderr)
+        return 1
     print(f"{'':34} {'values':>9} {'differ':>9} {'largest':>11} {'allowed':>8}")
     for d in found:
         mark = "" if d.is_fine else "  TOO FAR"

@@ -97,6 +97,10 @@ def _run_child(spans: list[list], seed: int, results: dict[str, Result]) -> list
     order = [(name, case) for name, first, stop in spans for case in range(first, stop)]
     if at + 1 == len(order) and status == 0:
         return []
+    if at + 1 == len(order):  # every case has answered, and it died behind the last one
+        name, case = order[-1]
+        results[name].findings.append(f"crash at the end, after case {case}: {_signal_name(status)} {said}")
+        return []
     if at < 0 and status == 1:
         raise SystemExit(f"the child could not start: {said}")
     name, case = order[at + 1]
@@ -200,6 +204,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 0
     targets = args.target or list(TARGETS)
     if args.only is not None:
+        if len(targets) != 1:
+            parser.error("--only goes with one --target")
         with tempfile.TemporaryDirectory() as folder:
             case = TARGETS[targets[0]].prepare(Path(folder))
             print(case(random.Random(f"{args.seed} {targets[0]} {args.only}")))

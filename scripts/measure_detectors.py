@@ -3,7 +3,7 @@
     python scripts/measure_detectors.py DATA … [--held-out SHARE] [--own BUNDLE] [--yunet MODEL.onnx] [--scores]
 
 DATA as for `kp train`; `--held-out 0.1` takes the faces that training holds out alone. A face is found where a box
-overlaps that of its points by more than 0.4. A false box is one on anything but the labelled face, counted on the
+overlaps that of its points by more than 0.4. A false box is every one but one on the labelled face, counted on the
 photos in which YuNet sees no other face even at a score of 0.3 (without --yunet: on all photos, so that boxes of faces
 that nobody labelled count too). The detectors take turns on each photo, on one thread; times are ratios to Haar's
 on this machine. `--scores` prints the own detector's numbers by least score.

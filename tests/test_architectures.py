@@ -65,6 +65,11 @@ def test_what_is_missing_on_one_side_is_too_far(here: Path, astronaut: Path, tmp
     assert [d.name for d in compare(here, alone) if not d.is_fine] == ["keypoints fp32"]
 
 
+def test_a_recording_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(tmp_path / "here.npz"), str(tmp_path / "there.npz")]) == 1
+    assert "here.npz can't be read: No such file or directory" in capsys.readouterr().err
+
+
 def test_a_bundle_that_is_none(astronaut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["record", str(tmp_path / "out.npz"), str(astronaut), str(tmp_path)]) == 1
     assert "manifest.json" in capsys.readouterr().err

@@ -267,10 +267,17 @@ def test_plan_that_tensorrt_refuses(install: Any, tmp_path: Path) -> None:
 
 def test_a_plan_that_tensorrt_refuses_does_not_stand_before_one_that_it_takes(install: Any, tmp_path: Path) -> None:
     install(refuses=b"ftrt of another platform")
-    bundle = with_plan(with_plan(tmp_path, b"ftrt of another platform", "model.fp16.first.plan"))
-    report = opened(bundle).report
+    with_plan(tmp_path, name="model.fp16.sm90.plan", compute_capability="9.0", gpu="H200")
+    bundle = with_plan(tmp_path, b"ftrt of another platform", "model.fp16.second.plan")
+    with pytest.raises(
+        BackendError, match=r"sm90\.plan is for H200 .*; model\.fp16\.second\.plan is refused:"
+    ) as raised:
+        opened(bundle)
+    assert str(raised.value).count("build one here") == 1
+    report = opened(with_plan(bundle)).report
     assert report.file == NAME
-    assert any("model.fp16.first.plan does not load: TensorRT 10.3.0 can't load the plan" in r for r in report.rejected)
+    for told in ("sm90.plan is for H200", "model.fp16.second.plan is refused: TensorRT 10.3.0 can't load the plan"):
+        assert sum(told in reason for reason in report.rejected) == 1
 
 
 def test_a_folder_of_that_name_is_no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:

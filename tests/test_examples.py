@@ -118,9 +118,9 @@ def test_settings_from_the_environment(service: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("KP_PORT", "8001")
     settings = service.Settings.from_environment()
     assert (settings.detector, settings.port, settings.wait_ms) == ("face.onnx", 8001, 4)
-    for wrong in ("0", "-1", "4.5", "x", "", "²"):
+    for wrong in ("0", "-1", "4.5", "x", "", "²", "65536", "9" * 5000):
         monkeypatch.setenv("KP_PORT", wrong)
-        with pytest.raises(kp_runtime.InputError, match=r"^KP_PORT must be a whole number from 1 on"):
+        with pytest.raises(kp_runtime.InputError, match=r"^KP_PORT must be a whole number from 1 to 65535"):
             service.Settings.from_environment()
 
 

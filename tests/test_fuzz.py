@@ -31,7 +31,7 @@ def test_training_s_readers_too(name: str, tmp_path: Path) -> None:
 
 
 BROKEN = """
-import ctypes, os, signal, sys, time
+import atexit, ctypes, os, signal, sys, time
 sys.path.insert(0, {scripts!r})
 import fuzz, fuzz_targets
 
@@ -48,6 +48,8 @@ def prepare(folder):
                 pass
         if number == 6:
             bytearray(2 << 30)
+        if number == 8:
+            atexit.register(os.abort)
     return case
 
 cases = iter(range({first}, 100))
@@ -57,7 +59,7 @@ fuzz.main(sys.argv[1:])
 
 
 def test_what_breaks_the_property_is_found_and_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception, a segfault, a hang and too much memory; the other cases still run."""
+    """An exception, a segfault, a hang, too much memory and a crash behind the last case; the others still run."""
     script, scripts = tmp_path / "broken.py", str(Path(fuzz.__file__).parent)
     run_child = fuzz._run_child
 
@@ -71,7 +73,9 @@ def test_what_breaks_the_property_is_found_and_gone_on_from(tmp_path: Path, monk
     result = fuzz.fuzz(["broken"], 9, 0)["broken"]
     assert result.cases == 9
     assert result.outcomes == {"value": 5, "ZeroDivisionError": 1, "crash, SIGSEGV": 1, "hang": 1, "MemoryError": 1}
-    assert [finding.split()[1] for finding in result.findings] == ["1:", "3:", "5:", "6:"]
+    *of_cases, last = result.findings
+    assert [finding.split()[1] for finding in of_cases] == ["1:", "3:", "5:", "6:"]
+    assert last.startswith("crash at the end, after case 8: SIGABRT")
 
 
 def test_a_case_is_the_same_each_time() -> None:

@@ -117,9 +117,9 @@ def test_the_manifest_names_the_images_that_percentile_uses(
     read: list[int] = []
 
     class Counts(module._Reader):
-        def __init__(self, crops: np.ndarray) -> None:
+        def __init__(self, crops: np.ndarray, alike: bool) -> None:
             read.append(len(crops))
-            super().__init__(crops)
+            super().__init__(crops, alike)
 
     monkeypatch.setattr(module, "_Reader", Counts)
     monkeypatch.setattr(module, "CHOICES", (module.Int8Choice("percentile", 0),))

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kp_runtime.errors import BundleError, DataError, KpError
 from kp_runtime.spec import Manifest, ModelSpec
-from kp_train.callbacks import EpochLines
+from kp_train.callbacks import EpochLines, StateKeeper
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import RECIPES, TrainConfig, recipe
 from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
@@ -138,6 +139,12 @@ def test_the_original_recipe_trains_on_whole_photos(faces: Path, tmp_path: Path)
 def test_a_second_run_in_one_folder_is_refused(trained: Path, faces: Path) -> None:
     with pytest.raises(KpError, match="already holds a run; add --resume"):
         run(faces, trained)
+
+
+def test_states_of_earlier_releases_are_found(tmp_path: Path) -> None:
+    """Lightning stores a callback's state under its class's name."""
+    given: dict[str, Any] = {"dirpath": tmp_path, "filename": "best", "monitor": "val_loss"}
+    assert StateKeeper(**given).state_key == ModelCheckpoint(**given).state_key
 
 
 def test_a_run_that_was_moved_keeps_its_best_epoch(

@@ -233,6 +233,24 @@ def test_a_finished_run_keeps_what_was_measured_and_another_score_does_not(sourc
     assert DetectorManifest.read(bundle).accuracy == {}
 
 
+def test_a_longer_run_that_was_killed_before_its_weights_were_written_writes_them(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short, long = (DetectorConfig(steps=steps, batch_size=2, val_fraction=0.3) for steps in (1, 2))
+    run(source, tmp_path / "d", short)
+    with monkeypatch.context() as killed:
+        killed.setattr("kp_train.train_detector.save_detector", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(source, tmp_path / "d", long, resume=True)
+    before = DetectorManifest.read(tmp_path / "d")
+    run(source, tmp_path / "d", long, resume=True)
+    after = DetectorManifest.read(tmp_path / "d")
+    assert (before.training["config"]["steps"], after.training["config"]["steps"]) == (1, 2)
+    assert before.files[CHECKPOINT_NAME].sha256 != after.files[CHECKPOINT_NAME].sha256
+    with pytest.raises(KpError, match="began with --name face-detector; give the same one"):
+        train_detector([parse_source(str(source))], Pictures(), long, tmp_path / "d", name="other", resume=True)
+
+
 def test_it_learns_drawn_faces(source: Path, tmp_path: Path) -> None:
     config = DetectorConfig(steps=90, batch_size=16, lr=0.006, warmup=5, ema=0.9, val_fraction=0.3)
     net, _ = load_detector(run(source, tmp_path / "d", config).parent)

@@ -332,7 +332,7 @@ def test_lines_on_a_full_disk_end_with_a_whole_frame_and_the_other_files_go_on_t
     whole = (tmp_path / "whole" / "frames_keypoints.jsonl").read_bytes()
     with pytest.raises(KpError, match=r"can't write .*frames_keypoints.jsonl: No space left") as raised:
         run_video(source, one_face(), [on_a_full_disk(lines, len(whole) // 2 + 100), pictures])
-    assert "it ends with the last frame that fitted; 3 frames are in" in str(raised.value)
+    assert "it ends with the last frame that fitted; 4 frames are in" in str(raised.value)
     assert str(raised.value).count(".jsonl") == 1  # among the files that hold these frames it is not
     assert lines.path.read_bytes() == whole[: len(whole) // 2]  # all rows are of one length but for the time's digits
     assert len(levels(pictures.path)) == 4
