@@ -1,0 +1,250 @@
+"""`kp predict` as a person types it: what it draws, writes and prints, and what is left when something fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+import kp_runtime.photos
+from kp_cli import faces, options
+from tests.models import tiny_bundle
+from tests.test_cli import kp
+
+
+def test_predict_draws_and_writes(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    status, out, _ = kp(
+        capsys, "predict", astronaut, "--model", bundle, "--out", tmp_path, "--times",
+        "--format", "json", "--format", "csv", "--format", "pts",
+    )  # fmt: skip
+    assert status == 0
+    assert out.splitlines()[0].endswith("astronaut.png: 1 face")
+    for stage in ("read", "detect", "crop", "infer", "map back"):
+        assert stage in out
+    assert str(tmp_path / "astronaut_keypoints.jpg") in out.splitlines()
+    assert Path(out.splitlines()[-1]) == tmp_path / "keypoints.json"
+    (photo,) = json.loads((tmp_path / "keypoints.json").read_text())
+    assert np.array(photo["faces"][0]["keypoints_xy"]).shape == (68, 2)
+    assert (tmp_path / "astronaut.pts").read_text().startswith("version: 1\nn_points: 68\n{\n")
+    drawn = cv2.imread(str(tmp_path / "astronaut_keypoints.jpg"))
+    assert np.abs(drawn.astype(int) - cv2.imread(str(astronaut))).max() > 100
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (("predict",), "stopped after 1 of 3 photos; what is written is of these"),
+        (("filter", "--effect", "hat"), "stopped after 1 of 3 photos"),
+    ],
+)
+def test_ctrl_c_keeps_the_photos_that_are_done(
+    command: tuple[str, ...],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    bundle: Path,
+    astronaut: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in "abc":
+        shutil.copy(astronaut, photos / f"{name}.png")
+
+    def predict_photo(*words: object, **options: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return predict(*words, **options)  # type: ignore[arg-type]
+
+    predict = kp_runtime.photos.predict_photo
+    monkeypatch.setattr("kp_runtime.photos.predict_photo", predict_photo)
+    status, out, err = kp(capsys, *command, photos, "--model", bundle, "--out", tmp_path / "out", "--json")
+    assert (status, err.splitlines()[-1]) == (130, told)
+    (photo,) = json.loads(out)
+    assert photo["image"] == str(photos / "a.png")
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 1
+
+
+def test_a_photo_that_can_not_be_drawn_keeps_its_keypoints(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    shutil.copy(astronaut, photos / "a.png")
+    shutil.copy(astronaut, photos / "c.png")
+    (photos / "b.jpg").write_text("no photo")
+    (out / "a_keypoints.jpg").mkdir(parents=True)  # in the picture's place
+    status, printed, err = kp(capsys, "predict", photos, "--model", bundle, "--out", out)
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.startswith("kp: 1 of 3 photos failed: ")
+    assert "a.png was not drawn: can't write" in err
+    assert err.endswith(" (--drawn FILE); its keypoints are kept\n")
+    assert f"{photos / 'a.png'}: 1 face\n" in printed
+    written = json.loads((out / "keypoints.json").read_text())
+    assert [(Path(photo["image"]).name, len(photo["faces"])) for photo in written] == [("a.png", 1), ("c.png", 1)]
+    assert (out / "c_keypoints.jpg").is_file()
+
+
+def test_a_picture_too_wide_for_a_jpeg_is_one_line(bundle: Path, tmp_path: Path) -> None:
+    """OpenCV has nothing to say beside it, which only shows in a process that loads it anew."""
+    wide, words = tmp_path / "wide.png", ["--box", "0,0,8,8", "--threads", "1"]
+    cv2.imwrite(str(wide), np.zeros((8, 65_501), np.uint8))
+    command = [sys.executable, "-m", "kp_cli", "predict", wide, "--model", bundle, "--out", tmp_path / "out", *words]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert "wide.png was not drawn: OpenCV can't write a picture of 65501 x 8 px as" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["keypoints.json"]
+
+
+def test_labels_beside_the_photos_are_not_written_over(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    photo, label = tmp_path / "a.png", tmp_path / "a.pts"
+    shutil.copy(astronaut, photo)
+    label.write_text("mine")
+    status, _, err = kp(capsys, "predict", tmp_path, "--out", tmp_path, "--format", "pts", "--model", bundle)
+    assert (status, err) == (
+        1, f"kp: {label} and its like lie beside the photos and may be labels; name another --out\n"
+    )  # fmt: skip
+    assert label.read_text() == "mine"
+
+
+def test_without_a_bundle_it_is_the_default_one(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("KP_MODEL", raising=False)
+    monkeypatch.setattr("kp_runtime.default_model.MODEL_DISTRIBUTION", "kp-edge-model-of-these-tests")
+    monkeypatch.chdir(tmp_path)
+    assert "resnet18-68" in kp(capsys, "inspect")[1], "the checkout's, from any folder"
+    monkeypatch.setenv("KP_MODEL", str(bundle))
+    assert str(bundle) in kp(capsys, "inspect")[1]
+    monkeypatch.delenv("KP_MODEL")
+    monkeypatch.setattr(options, "DEFAULT_BUNDLE", Path("not-there"))
+    status, _, err = kp(capsys, "inspect")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "name a bundle (a checkout has engines/resnet18-68), set KP_MODEL to its folder, or install" in err
+
+
+def test_predict_with_boxes_needs_no_detector(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(faces, "open_detector", None)
+    words = (
+        "predict",
+        astronaut,
+        "--model",
+        bundle,
+        "--out",
+        tmp_path,
+        "--json",
+        "--box",
+        "180,80,265,180",
+        "--box",
+        "1,1,60,60",
+    )
+    status, out, _ = kp(capsys, *words)
+    assert status == 0
+    (photo,) = json.loads(out)
+    assert [face["box_xyxy"] for face in photo["faces"]] == [[180, 80, 265, 180], [1, 1, 60, 60]]
+
+
+def test_predict_on_an_engine_that_is_not_there_is_one_line(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: False)
+    for backend in ("tensorrt", "ort-tensorrt", "ort-cuda"):
+        status, out, err = kp(capsys, "predict", astronaut, "--model", bundle, "--backend", backend)
+        assert (status, out) == (1, "")
+        assert "this machine has no NVIDIA driver (libcuda.so.1); where there is a GPU, install it" in err
+        assert err.count("\n") == 1
+
+
+def test_ray_that_is_not_installed_is_one_line(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # where Ray's own settings are put
+    monkeypatch.setitem(sys.modules, "ray", None)
+    words = ("predict", astronaut, "--ray", "local", "--model", bundle, "--out", tmp_path / "out")
+    status, out, err = kp(capsys, *words)
+    assert (status, out) == (1, "")
+    assert "predicting on Ray needs the package ray[data]" in err
+    assert "pip install 'kp-edge[ray]'" in err
+    assert err.count("\n") == 1
+
+
+def test_boxes_that_hold_no_face_are_said(capsys: pytest.CaptureFixture[str], astronaut: Path, tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny", lost_limit=0.135)  # its score is a quarter of the crop's mean grey level
+    words = ("--model", bundle, "--out", tmp_path / "out", "--box", "175,85,272,180", "--box", "5,300,60,360")
+    status, _, err = kp(capsys, "predict", astronaut, *words)
+    assert status == 0
+    (face, other) = json.loads((tmp_path / "out" / "keypoints.json").read_text())[0]["faces"]
+    assert face["lost_score"] != other["lost_score"]
+    lost = max(face, other, key=lambda box: box["lost_score"])
+    assert min(face["lost_score"], other["lost_score"]) < 0.135 < lost["lost_score"]
+    place = ",".join(f"{value:.0f}" for value in lost["box_xyxy"])
+    assert err.splitlines() == [
+        f"{astronaut}: box {place} seems to hold no face (lost score {lost['lost_score']:.2f}, a face has up to 0.135)"
+    ]
+
+
+def test_one_bad_photo_does_not_stop_the_others(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(astronaut, photos / "b.png")
+    (photos / "a.jpg").write_bytes(b"\xff\xd8 no picture")
+    status, out, err = kp(capsys, "predict", photos, "--model", bundle, "--out", tmp_path / "out")
+    assert status == 1
+    assert "b.png: 1 face" in out
+    assert err.count("\n") == 1
+    assert err.startswith("kp: 1 of 2 photos failed: ")
+    assert "a.jpg" in err
+
+
+def test_what_was_found_is_told_where_it_can_not_be_written(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "keypoints.json").mkdir(parents=True)
+    words = ("predict", astronaut, "--model", bundle, "--out", tmp_path / "out", "--box", "165,70,280,195", "--json")
+    status, out, err = kp(capsys, *words)
+    assert status == 1
+    assert len(json.loads(out)) == 1
+    assert err.startswith("kp: can't write ")
+    assert "keypoints.json: it is a folder" in err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")
+def test_a_photo_whose_name_most_locales_do_not_print(bundle: Path, astronaut: Path, tmp_path: Path) -> None:
+    photo = tmp_path / os.fsdecode(b"caf\xe9.png")
+    shutil.copy(astronaut, photo)
+    done = subprocess.run(
+        [sys.executable, "-m", "kp_cli", "predict", photo, "--box", "165,70,280,195", "--model", bundle],
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "caf\\udce9.png: 1 face" in done.stdout
+
+
+def test_two_photos_of_one_name_are_not_mixed_up(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / astronaut.name
+    shutil.copy(astronaut, other)
+    status, _, err = kp(capsys, "predict", astronaut, other, "--model", bundle, "--out", tmp_path / "out")
+    assert status == 1
+    assert "would both be drawn as" in err
+    assert not (tmp_path / "out").exists()
