@@ -106,28 +106,25 @@ def predict(
         note_boxes(opened.spec)
     results, failed, undrawn = [], [], []
     stop = threading.Event()
-    with _stopped_by_signals(stop):
-        for path, target in progress("predicting")(list(zip(paths, targets, strict=True))):
-            if stop.is_set():
-                break
-            try:
-                results.append(
-                    predict_photo(
-                        opened,
-                        path,
-                        detector=finder,
-                        boxes_xyxy=boxes,
-                        drawn=target,
-                        timer=timer,
-                        looks=looks,
-                        mirror=mirror,
-                    )
+    for path, target in _until_stopped("predicting", list(zip(paths, targets, strict=True)), stop):
+        try:
+            results.append(
+                predict_photo(
+                    opened,
+                    path,
+                    detector=finder,
+                    boxes_xyxy=boxes,
+                    drawn=target,
+                    timer=timer,
+                    looks=looks,
+                    mirror=mirror,
                 )
-            except NotDrawnError as error:
-                results.append(error.photo)
-                undrawn.append(f"{error} (--drawn FILE); its keypoints are kept")
-            except KpError as error:
-                failed.append(str(error))
+            )
+        except NotDrawnError as error:
+            results.append(error.photo)
+            undrawn.append(f"{error} (--drawn FILE); its keypoints are kept")
+        except KpError as error:
+            failed.append(str(error))
     written, unwritten = [], []
     try:
         written = write_results(results, out, formats or ["json"]) if results else []
@@ -151,6 +148,15 @@ def predict(
         raise KpError("; ".join([*failed, *undrawn, *unwritten]))
     if stop.is_set():
         raise typer.Exit(130)  # as a shell reports Ctrl-C
+
+
+def _until_stopped(text: str, photos: list[tuple[Path, Path]], stop: threading.Event) -> Iterator[tuple[Path, Path]]:
+    """Photos and where they are drawn, with a progress bar, until a signal sets `stop`."""
+    with _stopped_by_signals(stop):
+        for photo in progress(text)(photos):
+            if stop.is_set():
+                return
+            yield photo
 
 
 def _note_lost(photo: Any, limit: float | None) -> None:
@@ -269,16 +275,13 @@ def put_effect(
     finder = open_detector(detector, threads=threads, public_key=public_key)
     results, failed = [], []
     stop = threading.Event()
-    with _stopped_by_signals(stop):
-        for path, target in progress("drawing")(list(zip(paths, targets, strict=True))):
-            if stop.is_set():
-                break
-            try:
-                results.append(
-                    predict_photo(opened, path, detector=finder, drawn=target, draw=put, looks=looks, mirror=mirror)
-                )
-            except KpError as error:
-                failed.append(str(error))
+    for path, target in _until_stopped("drawing", list(zip(paths, targets, strict=True)), stop):
+        try:
+            results.append(
+                predict_photo(opened, path, detector=finder, drawn=target, draw=put, looks=looks, mirror=mirror)
+            )
+        except KpError as error:
+            failed.append(str(error))
     if as_json:
         print_json([{"image": p.path, "faces": len(p.keypoints), "drawn": p.drawn} for p in results])
     for photo in results:

@@ -316,6 +316,7 @@ def _without_password(address: str) -> str:
     scheme, _, rest = address.partition("://")
     place, slash, path = rest.partition("/")
     host, _, query = place.partition("?")
-    if "@" in query:  # of a password or of a query: which can't be told
+    path = path.partition("?")[0]
+    if "@" in query + path:  # what stands before it may be a password
         return f"{scheme}://…"
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path.partition('?')[0]}"
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"

@@ -108,6 +108,7 @@ def test_a_pipeline_needs_an_opencv_with_gstreamer(monkeypatch: pytest.MonkeyPat
         ),
         ("rtsp://camera.local?user=me&password=secret", "rtsp://camera.local", "rtsp_camera_local"),
         ("rtsp://me:sec?ret@camera.local/live", "rtsp://…", "rtsp"),
+        ("rtsp://me:sec/ret@camera.local/live", "rtsp://…", "rtsp"),
         ("rtsp://camera.local?password=sec@ret", "rtsp://…", "rtsp"),
     ],
 )
