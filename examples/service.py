@@ -41,7 +41,7 @@ import kp_runtime
 from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
 from kp_runtime.default_model import default_bundle
-from kp_runtime.detectors import detector_name
+from kp_runtime.detector_by_name import detector_name
 from kp_runtime.prometheus import Metrics
 from kp_runtime.track import FindFaces
 

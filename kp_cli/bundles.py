@@ -156,7 +156,7 @@ def verify(
     spec, signature = Manifest.read(bundle).spec, signature_state(bundle)
     sources = [parse_source(text, spec.points) for text in data or []]
     faces = faces_from_sources(sources, spec) if sources else bundled_faces(spec)
-    result = verify_bundle(bundle, faces, files=file or (), track=progress("comparing"))
+    result = verify_bundle(bundle, faces, files=file or (), bar=progress("comparing"))
     page = None if out is None else out / "verify.html"
     if as_json:
         print_json(verification_json(result) | {"page": page, "signature": signature})

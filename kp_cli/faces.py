@@ -197,7 +197,7 @@ def _predict_on_ray(
     """`kp predict --ray`."""
     from functools import partial
 
-    from kp_runtime.detectors import load_detector
+    from kp_runtime.detector_by_name import load_detector
     from kp_runtime.files import sha256_of_file
     from kp_runtime.photos import photos_from_paths
     from kp_runtime.pipeline import load

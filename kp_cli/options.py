@@ -108,7 +108,7 @@ def load_model(
 
 def whole_detector_name(name: str, public_key: Path | None = None) -> str:
     """A `--detector` with the file that it means; that `auto` takes Haar is a line on stderr."""
-    from kp_runtime.detectors import detector_name
+    from kp_runtime.detector_by_name import detector_name
 
     with warnings_told():
         return detector_name(name, checkout=CHECKOUT_DETECTOR, public_key=public_key)
@@ -127,7 +127,7 @@ def open_detector(
     name: str, *, smallest: float = 0.05, threads: int | None = None, public_key: Path | None = None
 ) -> Any:
     """Opens the face detector of a `--detector`; the rest as `kp_runtime.load_detector`."""
-    from kp_runtime.detectors import load_detector
+    from kp_runtime.detector_by_name import load_detector
 
     named = whole_detector_name(name, public_key)
     return load_detector(named, smallest=smallest, threads=threads, public_key=public_key)

@@ -173,7 +173,7 @@ def refit(
     if spec.scheme != "own":
         whole = whole_detector_name(detector)
         finder, made = open_detector(whole, threads=threads), detector_record(whole)
-    result = run(bundle, sources, out, finder, score_only=score_only, made=made, track=progress)
+    result = run(bundle, sources, out, finder, score_only=score_only, made=made, bar=progress)
     if as_json:
         print_json(dataclasses.asdict(result) | {"bundle": out})
         return
@@ -284,7 +284,7 @@ def evaluate(
     faces = [face for source in sources for face in source.faces]
     named = whole_detector_name(detector) if boxes is Boxes.detector else None
     finder = open_detector(named, threads=threads) if named else None
-    result = measure(opened, faces, finder, track=progress("measuring"), looks=looks, mirror=mirror)
+    result = measure(opened, faces, finder, bar=progress("measuring"), looks=looks, mirror=mirror)
     more: dict[str, Any] = {"groups": [dataclasses.asdict(group) for group in groups(result)]}
     if steady:
         more["robustness"] = dataclasses.asdict(

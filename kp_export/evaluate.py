@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +29,7 @@ from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.recorded_rise import Rise
 from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import Manifest
+from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Face, Source, evenly_spread, held_out_fraction, is_held_out, luma_from_file
 from kp_train.metrics import Accuracy, accuracy, point_errors
@@ -108,7 +108,7 @@ def evaluate(
     model: OpenModel,
     faces: Sequence[Face],
     detector: Detector | None = None,
-    track: Callable[[Sequence[Any]], Iterable[Any]] = lambda items: items,
+    bar: Bar = no_bar,
     looks: int = 1,
     mirror: bool = False,
 ) -> Evaluation:
@@ -119,7 +119,7 @@ def evaluate(
         faces: labelled faces.
         detector: gives the boxes; the keypoints' own boxes when None. Of several boxes in a photo
             the one with the largest overlap counts.
-        track: wraps the list of batches, to show progress.
+        bar: wraps the list of batches, to show progress.
         looks: as `answer_in_frames` takes them.
         mirror: likewise.
 
@@ -135,7 +135,7 @@ def evaluate(
     boxes: list[NDArray[np.float64]] = []
     sizes: list[tuple[int, int]] = []
     batches = [faces[i : i + BATCH] for i in range(0, len(faces), BATCH)]
-    for batch in track(batches):
+    for batch in bar(batches):
         frames, found = [], []
         for face in batch:
             frame = Frame(luma_from_file(face.image), "gray")

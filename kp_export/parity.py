@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from kp_runtime.errors import MissingExtraError, ParityError
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.scheme68 import regions_of
 from kp_runtime.spec import ModelSpec
+from kp_train.bar import Bar, no_bar
 from kp_train.data import Source, evenly_spread, luma_from_file
 from kp_train.metrics import nme_unit, point_errors
 
@@ -177,11 +178,9 @@ def _crop(luma: NDArray[np.uint8], box: NDArray[np.floating], spec: ModelSpec, *
     return crop_from_luma(luma, matrix, spec.size)
 
 
-def answers_to(
-    ask: Ask, crops: NDArray[np.uint8], track: Callable[[Sequence[int]], Iterable[int]] = lambda items: items
-) -> Answer:
-    """What a network answers to crops `(n, 1, size, size)`, asked in batches; `track` wraps their list."""
-    given = [ask(crops[start : start + BATCH]) for start in track(range(0, len(crops), BATCH))]
+def answers_to(ask: Ask, crops: NDArray[np.uint8], bar: Bar = no_bar) -> Answer:
+    """What a network answers to crops `(n, 1, size, size)`, asked in batches; `bar` wraps their list."""
+    given = [ask(crops[start : start + BATCH]) for start in bar(range(0, len(crops), BATCH))]
     scores = [answer.lost_score for answer in given if answer.lost_score is not None]
     return Answer(np.concatenate([answer.keypoints for answer in given]), np.concatenate(scores) if scores else None)
 

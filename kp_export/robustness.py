@@ -6,9 +6,8 @@ All numbers are fractions of the distance of the outer eye corners, as NME is.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -18,6 +17,7 @@ from kp_export.evaluate import Evaluation, OpenModel, answer_in_frames
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.scheme68 import MIRROR, POINTS
+from kp_train.bar import Bar, no_bar
 from kp_train.data import Face, luma_from_file
 from kp_train.metrics import nme_unit, point_errors
 
@@ -73,7 +73,7 @@ class _View:
 def robustness(
     model: OpenModel,
     faces: Sequence[Face],
-    track: Callable[[Sequence[Any]], Iterable[Any]] = lambda items: items,
+    bar: Bar = no_bar,
     looks: int = 1,
     mirror: bool = False,
 ) -> Robustness:
@@ -82,7 +82,7 @@ def robustness(
     Args:
         model: from `evaluate.open_model`; one that takes face boxes.
         faces: labelled faces.
-        track: wraps the list of faces, to show progress.
+        bar: wraps the list of faces, to show progress.
         looks: as `evaluate.answer_in_frames` takes them.
         mirror: likewise.
 
@@ -90,7 +90,7 @@ def robustness(
         DataError: an image can't be read.
     """
     base, shaken, larger, mirrored = [], [], [], []
-    for face in track(faces):
+    for face in bar(faces):
         luma, box = luma_from_file(face.image), boxes_from_points(face.xy)
         views = [_View(luma, box), *(_View(luma, _shaken(box, *shake)) for shake in SHAKES)]
         views += [_enlarged(luma, box, k) for k in ENLARGED]

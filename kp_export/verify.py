@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,13 +21,12 @@ from kp_export.parity import LIMITS, FaceSet, Parity, answers_to, check_parity, 
 from kp_runtime.backend import Answer, open_backend
 from kp_runtime.errors import BackendError, BundleError, DataError, MissingExtraError, ParityError
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
+from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 
 __all__ = ["FileVerdict", "Verification", "check_verification", "verification_json", "verify_bundle"]
 
 MODEL_KINDS = ("onnx", "plan")
-
-Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -81,16 +80,14 @@ class Verification:
         return "passed" in verdicts and required and "failed" not in verdicts
 
 
-def verify_bundle(
-    bundle: Path, faces: FaceSet, *, files: Sequence[str] = (), track: Track = lambda items: items
-) -> Verification:
+def verify_bundle(bundle: Path, faces: FaceSet, *, files: Sequence[str] = (), bar: Bar = no_bar) -> Verification:
     """Compares files of a bundle with its checkpoint in PyTorch.
 
     Args:
         bundle: the bundle's folder.
         faces: crops of the bundle's own size, from `bundled_faces` or `faces_from_sources`.
         files: names of model files; all of the bundle when empty.
-        track: wraps each list of batches, to show progress.
+        bar: wraps each list of batches, to show progress.
 
     Raises:
         BundleError: no bundle or checkpoint there, or no model file of that name in it.
@@ -109,10 +106,10 @@ def verify_bundle(
     for name in chosen:
         manifest.check_file(bundle, name)
     net, _ = load_checkpoint(bundle)
-    reference = answers_to(answer_from_net(net), faces.crops, track)
+    reference = answers_to(answer_from_net(net), faces.crops, bar)
 
     def verdict(name: str) -> FileVerdict:
-        return _verdict(bundle, manifest, name, name in files, faces, reference, track)
+        return _verdict(bundle, manifest, name, name in files, faces, reference, bar)
 
     checkpoint = manifest.files[CHECKPOINT_NAME].sha256
     return Verification(bundle, manifest.spec, checkpoint, faces, reference.keypoints, tuple(map(verdict, chosen)))
@@ -173,7 +170,7 @@ def _verdict(
     named: bool,
     faces: FaceSet,
     reference: Answer,
-    track: Track,
+    bar: Bar,
 ) -> FileVerdict:
     entry = manifest.files[name]
     required = named or entry.kind == "onnx"
@@ -185,7 +182,7 @@ def _verdict(
     try:
         # without the golden crop: a file that strays is measured here, not refused
         backend = open_backend(bundle / name, "tensorrt" if plan else "ort-cpu", golden=False)
-        found = answers_to(backend.answer, faces.crops, track)
+        found = answers_to(backend.answer, faces.crops, bar)
     except BackendError as error:
         if isinstance(error, MissingExtraError) and not plan:
             raise

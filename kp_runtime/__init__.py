@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kp_runtime.center_detector import CenterDetector
     from kp_runtime.cuda_graphs import GraphReport, GraphWarning
     from kp_runtime.detect import HaarDetector, YuNetDetector
-    from kp_runtime.detectors import DetectorWarning, load_detector
+    from kp_runtime.detector_by_name import DetectorWarning, load_detector
     from kp_runtime.device_frame import DeviceFrame
     from kp_runtime.draw import draw_keypoints
     from kp_runtime.effects import open_effect
@@ -93,7 +93,7 @@ _HOME = {
     "center_detector": ("CenterDetector",),
     "cuda_graphs": ("GraphReport", "GraphWarning"),
     "detect": ("HaarDetector", "YuNetDetector"),
-    "detectors": ("DetectorWarning", "load_detector"),
+    "detector_by_name": ("DetectorWarning", "load_detector"),
     "device_frame": ("DeviceFrame",),
     "draw": ("draw_keypoints",),
     "effects": ("open_effect",),

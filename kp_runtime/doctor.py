@@ -16,7 +16,7 @@ from kp_runtime.backend import BACKENDS, ORDER
 from kp_runtime.backend_trt import MODULES as TENSORRT_MODULES
 from kp_runtime.doctor_checks import ABSENT, OK, PROBLEM, WARNING, Finding, Gpu, Surroundings
 from kp_runtime.errors import KpError
-from kp_runtime.probes import Answer
+from kp_runtime.probes import Outcome
 from kp_runtime.spec import Manifest
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -114,8 +114,8 @@ def _not_claimed(
     here: Surroundings,
     name: str,
     gpu: Gpu | None,
-    onnxruntime: Answer,
-    runtimes: Mapping[str, Answer],
+    onnxruntime: Outcome,
+    runtimes: Mapping[str, Outcome],
     manifest: Manifest | None,
 ) -> str | None:
     """Why a backend does not even claim to work here: GPU, provider, library or file is not there.
@@ -141,7 +141,7 @@ def _not_claimed(
     return None
 
 
-def _backend(name: str, answer: Answer) -> Finding:
+def _backend(name: str, answer: Outcome) -> Finding:
     if answer.state == "answered":
         facts = answer.facts
         return Finding(name, OK, f"{facts['file']}: golden keypoints {facts['golden_error_px']:.3f} px from PyTorch's")

@@ -19,7 +19,7 @@ import numpy as np
 
 from kp_runtime.gpu_code import GpuCode
 from kp_runtime.machine import driver_version, jetson_from_system
-from kp_runtime.probes import Answer, ask
+from kp_runtime.probes import Outcome, ask
 
 __all__ = [
     "ABSENT",
@@ -94,7 +94,7 @@ class Surroundings:
     search_path: Sequence[str]
     environment: Mapping[str, str]
     numpy: str
-    ask: Callable[..., Answer]
+    ask: Callable[..., Outcome]
 
     @classmethod
     def here(cls) -> Surroundings:
@@ -163,7 +163,7 @@ def _jetpack(root: Path) -> str:
     return found[1] if found else "nvidia-jetpack is not installed"
 
 
-def gpus_found(here: Surroundings, answer: Answer) -> tuple[list[Finding], Gpu | None]:
+def gpus_found(here: Surroundings, answer: Outcome) -> tuple[list[Finding], Gpu | None]:
     """A line for each GPU, the one that is used first, and that device where it answers."""
     devices = answer.facts.get("devices")
     if not devices:
@@ -188,7 +188,7 @@ def _gpu(subject: str, device: Mapping[str, Any], more: str, broken: str) -> Fin
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
-def _no_gpu(here: Surroundings, answer: Answer) -> Finding:
+def _no_gpu(here: Surroundings, answer: Outcome) -> Finding:
     """Why there is none."""
     seen = _nvidia_hardware(here.root)
     if answer.broken or answer.state == "failed":
@@ -225,7 +225,7 @@ def _nvidia_hardware(root: Path) -> str | None:
     return None
 
 
-def _versions(here: Surroundings, answer: Answer) -> str:
+def _versions(here: Surroundings, answer: Outcome) -> str:
     """The driver's, and the newest CUDA's that it runs."""
     cuda = answer.facts["cuda"]
     return f"driver {driver_version(here.root) or 'unknown'}, CUDA {cuda // 1000}.{cuda % 1000 // 10}"
@@ -244,7 +244,7 @@ def cuda_python(here: Surroundings, gpu: Gpu | None) -> Finding:
     return Finding("cuda-python", OK, version)
 
 
-def nvrtc(gpu: Gpu | None, answer: Answer) -> Finding:
+def nvrtc(gpu: Gpu | None, answer: Outcome) -> Finding:
     """Whether the crop kernel can be compiled for this chip."""
     advice = "pip install nvidia-cuda-nvrtc (CUDA 12: nvidia-cuda-nvrtc-cu12), or name a compiled kernel in KP_CUBIN"
     if answer.broken:
@@ -258,7 +258,7 @@ def nvrtc(gpu: Gpu | None, answer: Answer) -> Finding:
     return Finding("NVRTC", OK, version + (f", compiles for sm_{gpu.capability}" if gpu else ""))
 
 
-def gpu_crops(answer: Answer) -> Finding:
+def gpu_crops(answer: Outcome) -> Finding:
     """Whether the crop kernel runs, and gives the CPU's grey levels."""
     if answer.state == "answered":
         different, levels = answer.facts["different"], answer.facts["levels"]
@@ -270,7 +270,7 @@ def gpu_crops(answer: Answer) -> Finding:
     return Finding("GPU crops", status, answer.text, "crops are cut on the CPU until cuda-python and NVRTC work")
 
 
-def onnxruntime(here: Surroundings, answer: Answer) -> Finding:
+def onnxruntime(here: Surroundings, answer: Outcome) -> Finding:
     """Whether one ONNX Runtime is here, and is the one that pip recorded."""
     subject, wheels = "ONNX Runtime", here.wheels(ORT_WHEELS)
     if len(wheels) > 1:
@@ -294,7 +294,7 @@ def _same_version(recorded: str, imported: str) -> bool:
     return all(numbers) and numbers[0][0] == numbers[1][0]  # type: ignore[index]
 
 
-def provider(here: Surroundings, gpu: Gpu | None, answer: Answer) -> list[Finding]:
+def provider(here: Surroundings, gpu: Gpu | None, answer: Outcome) -> list[Finding]:
     """Whether ONNX Runtime can use the GPU, as far as its files tell; nothing without a GPU."""
     if gpu is None or answer.state != "answered":
         return []
@@ -315,7 +315,7 @@ def provider(here: Surroundings, gpu: Gpu | None, answer: Answer) -> list[Findin
     return [Finding(subject, OK, text)]
 
 
-def tensorrt(here: Surroundings, gpu: Gpu | None, answers: Mapping[str, Answer]) -> Finding:
+def tensorrt(here: Surroundings, gpu: Gpu | None, answers: Mapping[str, Outcome]) -> Finding:
     """Whether TensorRT's modules can be imported, and are for the driver's CUDA."""
     subject = "TensorRT"
     for name, answer in answers.items():
@@ -342,7 +342,7 @@ def tensorrt(here: Surroundings, gpu: Gpu | None, answers: Mapping[str, Answer])
     return Finding(subject, OK, told)
 
 
-def detector(answer: Answer) -> Finding:
+def detector(answer: Outcome) -> Finding:
     """Which face detector is used where none is named, and whether it can be."""
     subject = "detector"
     if answer.state == "absent":
@@ -354,7 +354,7 @@ def detector(answer: Answer) -> Finding:
     return Finding(subject, OK, answer.facts["name"])
 
 
-def opencv(here: Surroundings, answer: Answer) -> Finding:
+def opencv(here: Surroundings, answer: Outcome) -> Finding:
     """Whether one OpenCV is here, fits numpy, and samples as the crop rule says."""
     wheels, folders = here.wheels(OPENCV_WHEELS), here.folders_with("cv2")
     if len(wheels) > 1:

@@ -24,7 +24,7 @@ from typing import Any
 
 from kp_runtime.errors import BackendError, KpError, MissingExtraError, reason_of
 
-__all__ = ["PROBES", "Answer", "answer_from_command", "ask"]
+__all__ = ["PROBES", "Outcome", "ask", "outcome_of_command"]
 
 Facts = dict[str, Any]
 
@@ -33,7 +33,7 @@ _MARK = "kp-probe "
 
 
 @dataclass(frozen=True)
-class Answer:
+class Outcome:
     """How a probe ended.
 
     Attributes:
@@ -53,7 +53,7 @@ class Answer:
         return self.state in ("crashed", "hung")
 
 
-def ask(probe: str, *arguments: str, seconds: float | None, given: bytes = b"") -> Answer:
+def ask(probe: str, *arguments: str, seconds: float | None, given: bytes = b"") -> Outcome:
     """Runs one of `PROBES` in a fresh process.
 
     Args:
@@ -62,10 +62,10 @@ def ask(probe: str, *arguments: str, seconds: float | None, given: bytes = b"") 
         seconds: time that it has; None sets no end.
         given: what it reads from stdin.
     """
-    return answer_from_command([sys.executable, "-m", __name__, probe, *arguments], seconds, given)
+    return outcome_of_command([sys.executable, "-m", __name__, probe, *arguments], seconds, given)
 
 
-def answer_from_command(command: Sequence[str], seconds: float | None, given: bytes = b"") -> Answer:
+def outcome_of_command(command: Sequence[str], seconds: float | None, given: bytes = b"") -> Outcome:
     """Runs a probe's command line, whatever becomes of it."""
     import subprocess  # not where a probe runs, which may measure what is in memory
 
@@ -85,16 +85,16 @@ def answer_from_command(command: Sequence[str], seconds: float | None, given: by
         process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a process inside a broken driver can't be ended
             process.communicate(timeout=5)
-        return Answer("hung", f"no answer within {seconds:g} s")
+        return Outcome("hung", f"no answer within {seconds:g} s")
     except BaseException:  # such as Ctrl-C
         process.kill()
         raise
     lines = output.decode(errors="replace").splitlines()
     answer = next((line for line in reversed(lines) if line.startswith(_MARK)), None)
     if answer is not None:
-        return Answer(**json.loads(answer[len(_MARK) :]))
+        return Outcome(**json.loads(answer[len(_MARK) :]))
     last = next((line for line in reversed(said.decode(errors="replace").splitlines()) if line.strip()), "")
-    return Answer("crashed", _end_of(process.returncode) + (f": {last.strip()[:200]}" if last else ""))
+    return Outcome("crashed", _end_of(process.returncode) + (f": {last.strip()[:200]}" if last else ""))
 
 
 def _end_of(code: int) -> str:
@@ -252,7 +252,7 @@ def detector(checkout: str) -> Facts:
     """The face detector that is used where none is named, opened; `missed` is why it is not the project's own."""
     import warnings
 
-    from kp_runtime.detectors import detector_name, load_detector
+    from kp_runtime.detector_by_name import detector_name, load_detector
 
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -266,18 +266,18 @@ PROBES: dict[str, Callable[..., Facts]] = {
 }
 
 
-def _answer(probe: str, *arguments: str) -> Answer:
+def _answer(probe: str, *arguments: str) -> Outcome:
     try:
-        return Answer("answered", facts=PROBES[probe](*arguments))
+        return Outcome("answered", facts=PROBES[probe](*arguments))
     except MissingExtraError as error:
-        return Answer("absent", reason_of(error))
+        return Outcome("absent", reason_of(error))
     except KpError as error:
-        return Answer("failed", reason_of(error))
+        return Outcome("failed", reason_of(error))
     except Exception as error:  # whatever a library raises
         # a package that lacks one of its own is not absent
         absent = isinstance(error, ModuleNotFoundError) and error.name in (None, probe, *arguments)
         text = reason_of(error)
-        return Answer("absent", text) if absent else Answer("failed", f"{type(error).__name__}: {text}")
+        return Outcome("absent", text) if absent else Outcome("failed", f"{type(error).__name__}: {text}")
 
 
 if __name__ == "__main__":

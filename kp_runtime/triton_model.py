@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend import GOLDEN_NAME, golden_error, open_backend
-from kp_runtime.detectors import load_detector
+from kp_runtime.detector_by_name import load_detector
 from kp_runtime.errors import BackendError, KpError
 from kp_runtime.frame import as_frame, image_from_bytes
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes

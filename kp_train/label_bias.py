@@ -13,8 +13,7 @@ theirs. That holds for faces that it was not trained on. Of the others it may kn
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,12 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kp_runtime.spec import ModelSpec
+from kp_train.bar import Bar, no_bar
 from kp_train.data import Face, FaceDataset, Source, is_held_out
 from kp_train.model import KeypointNet
 
 __all__ = ["bias_of", "from_both_sides", "measured_bias", "source_biases", "with_bias"]
-
-Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 _BATCH = 64
 _FEWEST = 8  # faces that a bias is told from
@@ -40,7 +38,7 @@ def from_both_sides(
     faces: Sequence[Face],
     spec: ModelSpec,
     order: NDArray[np.intp],
-    track: Track = lambda items: items,
+    bar: Bar = no_bar,
 ) -> tuple[Tensor, Tensor]:
     """Looks at faces and at their mirror images, in the plain crops of their labels.
 
@@ -49,7 +47,7 @@ def from_both_sides(
         faces: labelled faces.
         spec: its contract.
         order: of a mirrored face's points, as in `MirrorFace`.
-        track: wraps the loop over batches.
+        bar: wraps the loop over batches.
 
     Returns:
         The labels, and the mean of what the network says of the face and of its mirror image; each `(n, points, 2)`
@@ -58,7 +56,7 @@ def from_both_sides(
     shown, partner = FaceDataset(with_bias(faces, None), spec), torch.from_numpy(order.copy())
     was_training, labels, means = net.training, [], []
     net.eval()
-    for start in track(range(0, len(shown), _BATCH)):
+    for start in bar(range(0, len(shown), _BATCH)):
         crops, xy = zip(*(shown[i] for i in range(start, min(start + _BATCH, len(shown)))), strict=True)
         seen = torch.stack(crops)
         plain, mirrored = net(seen), net(seen.flip(-1))[:, partner]
@@ -74,7 +72,7 @@ def measured_bias(
     faces: Sequence[Face],
     spec: ModelSpec,
     order: NDArray[np.intp],
-    track: Track = lambda items: items,
+    bar: Bar = no_bar,
 ) -> NDArray[np.float64] | None:
     """How far the labels of one source lie from what they name, to the right and down, in sides of the plain crop.
 
@@ -83,7 +81,7 @@ def measured_bias(
         faces: labelled faces of the source.
         spec: the network's contract.
         order: of a mirrored face's points, as in `MirrorFace`.
-        track: wraps the loop over batches.
+        bar: wraps the loop over batches.
 
     Returns:
         `(points, 2)` float64 to four places, of each point the median over the faces; None where the points'
@@ -91,7 +89,7 @@ def measured_bias(
     """
     if len(faces) < _FEWEST:
         return None
-    labels, seen = from_both_sides(net, faces, spec, order, track)
+    labels, seen = from_both_sides(net, faces, spec, order, bar)
     return bias_of(labels - seen, order)
 
 
@@ -110,13 +108,13 @@ def source_biases(
     fraction: float,
     spec: ModelSpec,
     order: NDArray[np.intp] | None,
-    track: Track = lambda items: items,
+    bar: Bar = no_bar,
 ) -> list[NDArray[np.float64] | None]:
     """`measured_bias` of each source, by the held-out `fraction` of its people; None where no face is mirrored."""
     if order is None:
         return [None] * len(sources)
     held_out = [[face for face in s.faces if is_held_out(face.person, fraction)] for s in sources]
-    return [measured_bias(net, faces, spec, order, track) for faces in held_out]
+    return [measured_bias(net, faces, spec, order, bar) for faces in held_out]
 
 
 def with_bias(faces: Sequence[Face], bias: NDArray[np.float64] | None) -> list[Face]:

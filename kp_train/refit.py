@@ -10,7 +10,7 @@ looking at each face does what epochs of small steps did not. Beside it the lost
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from kp_runtime.frame import Frame
 from kp_runtime.geometry import box_of_face, boxes_from_points
 from kp_runtime.spec import Manifest
 from kp_train.augment import augment_from_name, mirror_from_pairs
+from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
 from kp_train.data import Face, FaceDataset, Source, evenly_spread, held_out_fraction, is_held_out, luma_from_file
 from kp_train.label_bias import source_biases, with_bias
@@ -35,8 +36,6 @@ from kp_train.model import KeypointNet
 __all__ = ["Refit", "refit", "solved_head", "training_config"]
 
 Boxes = Callable[[Frame], NDArray[np.float64]]
-Track = Callable[[Sequence[Any]], Iterable[Any]]
-
 EXACT, FOUND, JITTERED = "keypoints", "detector", "jittered"
 """Boxes that each face is seen in: of its points, of the detector, and as in training."""
 
@@ -91,7 +90,7 @@ def refit(
     *,
     score_only: bool = False,
     made: dict[str, str] | None = None,
-    track: Callable[[str], Track] = lambda text: lambda items: items,
+    bar: Callable[[str], Bar] = lambda text: no_bar,
 ) -> Refit:
     """Solves the last layer of a bundle's checkpoint anew, and its lost score, and writes a run's checkpoint.
 
@@ -103,7 +102,7 @@ def refit(
             that lie in another box.
         score_only: leave the last layer as it is, so that no keypoint moves, and solve the lost score alone.
         made: what the manifest says of the detector.
-        track: gives a text's wrapper of long loops.
+        bar: gives a text's wrapper of long loops.
 
     Raises:
         BundleError, IntegrityError: no checkpoint there.
@@ -121,7 +120,7 @@ def refit(
     check_no_bundle(run)
     mirror = mirror_from_pairs(pairs, net.points)
     jitter = augment_from_name("faces", mirror)
-    look = track("measuring how the labels lie")  # half of the shaken faces are mirrored
+    look = bar("measuring how the labels lie")  # half of the shaken faces are mirrored
     biases = source_biases(net.eval(), sources, fraction, manifest.spec, mirror, look)
     known = [(f, s.weight) for s, bias in zip(sources, biases, strict=True) for f in with_bias(s.faces, bias)]
     faces = [(face, weight) for face, weight in known if not is_held_out(face.person, fraction)]
@@ -131,7 +130,7 @@ def refit(
             f"{len(faces)} faces to solve on and {len(others)} of held-out people to choose by; give the data that the "
             "model was trained on"
         )
-    looker = _Looker(net, manifest, track)
+    looker = _Looker(net, manifest, bar)
     chosen_by = {EXACT: looker.exact(others), JITTERED: looker.exact(others, jitter)}
     if detector is not None:
         chosen_by[FOUND] = looker.found(others, detector)
@@ -249,8 +248,8 @@ def training_config(manifest: Manifest) -> dict[str, Any]:
 class _Looker:
     """Runs all but the last layer on faces."""
 
-    def __init__(self, net: KeypointNet, manifest: Manifest, track: Callable[[str], Track]) -> None:
-        self._net, self._spec, self._track = net, manifest.spec, track
+    def __init__(self, net: KeypointNet, manifest: Manifest, bar: Callable[[str], Bar]) -> None:
+        self._net, self._spec, self._bar = net, manifest.spec, bar
 
     def exact(self, faces: Sequence[tuple[Face, float]], jitter: Any = None) -> _Seen:
         """In the boxes of their points, or shaken from there; a face's shaking depends on its place alone."""
@@ -261,7 +260,7 @@ class _Looker:
     def found(self, faces: Sequence[tuple[Face, float]], detector: Boxes) -> _Seen:
         """In the detector's boxes; faces that it misses are left out."""
         kept, boxes = [], []
-        for face, weight in self._track("finding faces")(faces):
+        for face, weight in self._bar("finding faces")(faces):
             box = box_of_face(detector(Frame(luma_from_file(face.image), "gray")), boxes_from_points(face.xy))
             if box is not None:
                 kept.append((face, weight))
@@ -276,7 +275,7 @@ class _Looker:
         some = [faces[i][0] for i in evenly_spread(len(faces), FACES)]
         keys = [(i % len(some), i) for i in range(VIEWS * len(some))]
         around = self._seen(FaceDataset(some, self._spec, AnyPlace()), keys, [1.0] * len(keys), "anywhere")
-        others, boxes = elsewhere(self._track("finding places without a face")(some), detector)
+        others, boxes = elsewhere(self._bar("finding places without a face")(some), detector)
         if not others:
             return around
         shown = FaceDataset(others, self._spec, boxes_xyxy=boxes)
@@ -287,7 +286,7 @@ class _Looker:
         self, faces: FaceDataset, keys: Sequence[int | tuple[int, int]], weights: Sequence[float], kind: str
     ) -> _Seen:
         features, points = [], []
-        for start in self._track(f"looking, {kind}")(range(0, len(keys), _BATCH)):
+        for start in self._bar(f"looking, {kind}")(range(0, len(keys), _BATCH)):
             batch = [faces[key] for key in keys[start : start + _BATCH]]
             features.append(self._net.features(torch.stack([crop for crop, _ in batch])).double())
             points.append(torch.stack([xy for _, xy in batch]).double())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from kp_runtime.doctor import Diagnosis, diagnose
 from kp_runtime.doctor_checks import Finding, Surroundings
 from kp_runtime.geometry import way_to_sample
 from kp_runtime.gpu_code import GpuCode, gpu_code_from_library
-from kp_runtime.probes import Answer, answer_from_command, ask
+from kp_runtime.probes import Outcome, ask, outcome_of_command
 from kp_runtime.spec import FileEntry, Manifest, file_entry
 from tests.conftest import DETECTOR
 
@@ -40,11 +41,11 @@ JETSON_FILES = {
 }
 
 
-def answered(**facts: Any) -> Answer:
-    return Answer("answered", facts=facts)
+def answered(**facts: Any) -> Outcome:
+    return Outcome("answered", facts=facts)
 
 
-ABSENT = Answer("absent", "not installed")
+ABSENT = Outcome("absent", "not installed")
 PLAIN = {
     "driver": ABSENT,
     "nvrtc": ABSENT,
@@ -84,7 +85,7 @@ def planned(bundle: Path, tmp_path: Path) -> Path:
 def looked(
     bundle: Path | None,
     root: Path,
-    answers: dict[str, Answer],
+    answers: dict[str, Outcome],
     packages: Iterable[str] = (),
     files: dict[str, str] | None = None,
     environment: dict[str, str] | None = None,
@@ -96,7 +97,7 @@ def looked(
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
 
-    def answer(*words: str, seconds: float) -> Answer:
+    def answer(*words: str, seconds: float) -> Outcome:
         told = {"backend": 2, "detector": 1}  # paths come behind
         return answers[" ".join(words[: told.get(words[0])])]
 
@@ -218,8 +219,8 @@ PCI = {
 
 @pytest.mark.parametrize(("driver", "files", "environment", "status", "found"), [
     (ABSENT, PCI, {}, "warning", "an NVIDIA GPU at PCI 0000:01:00.0, but libcuda can't be loaded"),
-    (Answer("hung", "no answer within 60 s"), {}, {}, "problem", "the CUDA driver fails: no answer within 60 s"),
-    (Answer("crashed", "ended by SIGSEGV"), {}, {}, "problem", "the CUDA driver fails: ended by SIGSEGV"),
+    (Outcome("hung", "no answer within 60 s"), {}, {}, "problem", "the CUDA driver fails: no answer within 60 s"),
+    (Outcome("crashed", "ended by SIGSEGV"), {}, {}, "problem", "the CUDA driver fails: ended by SIGSEGV"),
     (answered(cuda=13000, status=803, devices=[]), KERNEL, {}, "problem",
      "/proc/driver/nvidia/version is there, but CUDA finds no device (error 803); driver 580.95.05, CUDA 13.0"),
     (answered(cuda=13000, status=100, devices=[]), KERNEL, {"CUDA_VISIBLE_DEVICES": ""}, "warning",
@@ -229,7 +230,7 @@ PCI = {
     (answered(cuda=12040, status=100, devices=[]), {}, {}, "absent", "none; driver unknown, CUDA 12.4"),
 ])  # fmt: skip
 def test_gpus_that_do_not_work(
-    driver: Answer, files: dict[str, str], environment: dict[str, str], status: str, found: str,
+    driver: Outcome, files: dict[str, str], environment: dict[str, str], status: str, found: str,
     bundle: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     diagnosis = looked(bundle, tmp_path, PLAIN | {"driver": driver}, files=files, environment=environment)
@@ -246,10 +247,10 @@ def test_gpus_that_do_not_work(
      "pip install 'kp-edge[cuda12]', or update the driver"),
     ({"nvrtc": answered(version="12.0", capabilities=[80, 90])}, [], "NVRTC", "warning",
      "12.0 compiles for sm_80, sm_90, not for sm_87", "KP_CUBIN"),
-    ({"nvrtc": Answer("failed", "NVRTC can't be loaded")}, [], "NVRTC", "warning", "NVRTC can't be loaded", "KP_CUBIN"),
-    ({"nvrtc": Answer("crashed", "ended by SIGSEGV")}, [], "NVRTC", "problem", "ended by SIGSEGV", "KP_CUBIN"),
+    ({"nvrtc": Outcome("failed", "NVRTC can't be loaded")}, [], "NVRTC", "warning", "can't be loaded", "KP_CUBIN"),
+    ({"nvrtc": Outcome("crashed", "ended by SIGSEGV")}, [], "NVRTC", "problem", "ended by SIGSEGV", "KP_CUBIN"),
     ({"crops": answered(levels=8192, different=3)}, [], "GPU crops", "problem", "3 of 8192 grey levels", "report it"),
-    ({"crops": Answer("hung", "no answer")}, [], "GPU crops", "problem", "no answer", "cut on the CPU"),
+    ({"crops": Outcome("hung", "no answer")}, [], "GPU crops", "problem", "no answer", "cut on the CPU"),
     ({}, ["onnxruntime==1.23.0", "onnxruntime-gpu==1.22.0"], "ONNX Runtime", "problem",
      "onnxruntime and onnxruntime-gpu are installed", "pip uninstall -y onnxruntime onnxruntime-gpu, then"),
     ({}, ["onnxruntime-gpu==1.22.0"], "ONNX Runtime", "problem", "1.22.0 is recorded, but 1.23.0 is imported",
@@ -259,7 +260,7 @@ def test_gpus_that_do_not_work(
      "ONNX Runtime on the GPU", "warning", "no CUDA provider", "pip uninstall -y onnxruntime, then"),
     ({"onnxruntime": answered(version="1.23.0", providers=GPU, gpu_code={"machine_code": [80, 90], "ptx": []})}, [],
      "ONNX Runtime on the GPU", "problem", "code for sm_80, sm_90, none that sm_87 runs", "onnxruntime-gpu"),
-    ({"module tensorrt": Answer("failed", "ImportError: libnvinfer.so.10")}, [], "TensorRT", "problem",
+    ({"module tensorrt": Outcome("failed", "ImportError: libnvinfer.so.10")}, [], "TensorRT", "problem",
      "tensorrt can't be imported: ImportError: libnvinfer.so.10", "python3-libnvinfer"),
     ({"module tensorrt_lean": answered(version="10.4.0")}, [], "TensorRT", "warning", "tensorrt_lean 10.4.0", "one"),
     ({}, ["tensorrt-cu12==10.3.0", "tensorrt-cu13==10.3.0"], "TensorRT", "problem", "not for one CUDA",
@@ -271,16 +272,16 @@ def test_gpus_that_do_not_work(
     ({"cv2": ABSENT}, [], "OpenCV", "warning", "not installed", "kp-edge[image]"),
     ({"cv2": answered(version="9.0.0", sampling="numpy")}, [], "OpenCV", "warning",
      "9.0.0 samples otherwise than training did; crops are cut in numpy", "kp-edge[image]"),
-    ({"cv2": Answer("failed", "ImportError: bad")}, ["opencv-python==4.12"], "OpenCV", "problem",
+    ({"cv2": Outcome("failed", "ImportError: bad")}, ["opencv-python==4.12"], "OpenCV", "problem",
      "can't be imported: ImportError: bad", "pip install --force-reinstall opencv-python"),
-    ({"backend ort-cuda": Answer("crashed", "ended by SIGSEGV")}, [], "ort-cuda", "problem", "ended by SIGSEGV", "fit"),
-    ({"backend ort-cuda": Answer("hung", "no answer within 300 s")}, [], "ort-cuda", "problem", "300 s", "--timeout"),
-    ({"backend ort-cuda": Answer("failed", "no cuDNN")}, [], "ort-cuda", "problem", "no cuDNN", "another backend"),
-    ({"backend tensorrt": Answer("failed", "no plan for sm_87")}, [], "tensorrt", "warning", "no plan for sm_87", "an"),
-    ({"backend tensorrt": Answer("failed", "puts a golden keypoint 9 px")}, [], "tensorrt", "problem", "9 px", "an"),
+    ({"backend ort-cuda": Outcome("crashed", "ended by SIGSEGV")}, [], "ort-cuda", "problem", "by SIGSEGV", "fit"),
+    ({"backend ort-cuda": Outcome("hung", "no answer within 300 s")}, [], "ort-cuda", "problem", "300 s", "--timeout"),
+    ({"backend ort-cuda": Outcome("failed", "no cuDNN")}, [], "ort-cuda", "problem", "no cuDNN", "another backend"),
+    ({"backend tensorrt": Outcome("failed", "no plan for sm_87")}, [], "tensorrt", "warning", "for sm_87", "an"),
+    ({"backend tensorrt": Outcome("failed", "puts a golden keypoint 9 px")}, [], "tensorrt", "problem", "9 px", "an"),
 ])  # fmt: skip
 def test_what_does_not_fit(
-    changed: dict[str, Answer], packages: list[str], subject: str, status: str, found: str, advice: str,
+    changed: dict[str, Outcome], packages: list[str], subject: str, status: str, found: str, advice: str,
     planned: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
     diagnosis = looked(planned, tmp_path, WITH_GPU | changed, packages, JETSON_FILES)
@@ -293,7 +294,7 @@ def test_what_does_not_fit(
 
 
 def test_numpy_2_beside_a_system_s_opencv(bundle: Path, tmp_path: Path) -> None:
-    answers = PLAIN | {"cv2": Answer("failed", "ImportError: numpy.core.multiarray failed to import")}
+    answers = PLAIN | {"cv2": Outcome("failed", "ImportError: numpy.core.multiarray failed to import")}
     finding = about(looked(bundle, tmp_path, answers, numpy="2.1.0"), "OpenCV")
     assert (finding.status, finding.advice) == ("problem", "pip install 'numpy<2'")
     assert "numpy is 2.1.0" in finding.found
@@ -309,11 +310,11 @@ def test_the_opencv_of_this_machine() -> None:
     [
         (answered(name="own=wheel", missed=""), "ok", "own=wheel"),
         (answered(name="haar", missed="Haar, since …"), "warning", "Haar, since"),
-        (Answer("failed", "own=x is damaged"), "problem", "own=x is damaged"),
-        (Answer("absent", "OpenCV is not installed"), "absent", "OpenCV"),
+        (Outcome("failed", "own=x is damaged"), "problem", "own=x is damaged"),
+        (Outcome("absent", "OpenCV is not installed"), "absent", "OpenCV"),
     ],
 )
-def test_the_face_detector(bundle: Path, tmp_path: Path, answer: Answer, status: str, found: str) -> None:
+def test_the_face_detector(bundle: Path, tmp_path: Path, answer: Outcome, status: str, found: str) -> None:
     finding = about(looked(bundle, tmp_path, PLAIN | {"detector": answer}), "detector")
     assert finding.status == status
     assert found in finding.found
@@ -412,21 +413,36 @@ def test_a_bundle_without_a_golden_crop_proves_nothing(bundle: Path, tmp_path: P
     assert (answer.state, "no golden crop" in answer.text) == ("failed", True)
 
 
-def python(code: str, seconds: float = 60) -> Answer:
-    return answer_from_command([sys.executable, "-c", code], seconds)
+def python(code: str, seconds: float = 60) -> Outcome:
+    return outcome_of_command([sys.executable, "-c", code], seconds)
 
 
 def test_a_probe_that_crashes_or_hangs() -> None:
     killed = python("import os, sys; print('loading', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)")
-    assert killed == Answer("crashed", "the process was ended by SIGKILL: loading")
+    assert killed == Outcome("crashed", "the process was ended by SIGKILL: loading")
     crash = python("import os; os.kill(os.getpid(), 11)")
     assert crash.state == "crashed"
     assert crash.text.startswith("the process was ended by SIGSEGV")  # an emulator adds a line of its own
-    assert python("raise SystemExit(3)") == Answer("crashed", "the process ended with status 3 and no answer")
+    assert python("raise SystemExit(3)") == Outcome("crashed", "the process ended with status 3 and no answer")
     hang = python("import time; time.sleep(600)", seconds=0.3)
-    assert hang == Answer("hung", "no answer within 0.3 s")
+    assert hang == Outcome("hung", "no answer within 0.3 s")
     assert crash.broken
     assert hang.broken
+
+
+def test_ctrl_c_ends_the_probe_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[subprocess.Popen[bytes]] = []
+
+    def interrupted(process: subprocess.Popen[bytes], *_: object, **__: object) -> None:
+        asked.append(process)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        python("import time; time.sleep(600)")
+    (process,) = asked
+    with process:
+        assert process.wait(timeout=60) == -signal.SIGKILL
 
 
 def test_an_answer_before_a_crash_counts_and_noise_does_not() -> None:
@@ -453,7 +469,7 @@ def test_probes_see_this_house(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken_module.py").write_text("raise ImportError('built for\\nnumpy 1')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert ask("module", "broken_module", seconds=60) == Answer("failed", "ImportError: built for numpy 1")
+    assert ask("module", "broken_module", seconds=60) == Outcome("failed", "ImportError: built for numpy 1")
     answer = ask("onnxruntime", seconds=60)
     assert "CPUExecutionProvider" in answer.facts["providers"]
 

@@ -123,7 +123,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Takes the measuring's place and finds 1% to the right; how many faces it was asked by, and the crops' size."""
     asked: list[tuple[int, int]] = []
 
-    def found(net: object, faces: list[Face], spec: ModelSpec, order: np.ndarray, track: object) -> np.ndarray:
+    def found(net: object, faces: list[Face], spec: ModelSpec, order: np.ndarray, bar: object) -> np.ndarray:
         assert net.size == spec.size  # type: ignore[attr-defined]
         asked.append((len(faces), spec.size))
         return np.tile([0.01, 0.0], (68, 1))

@@ -217,11 +217,11 @@ def test_a_packed_bundle_is_not_written_over(source: Source, run: Path, tmp_path
 def test_without_a_detector_its_boxes_are_left_out(source: Source, run: Path, tmp_path: Path) -> None:
     loops: list[str] = []
 
-    def track(text: str) -> type[list[Any]]:
+    def bar(text: str) -> type[list[Any]]:
         loops.append(text)
         return list
 
-    result = refit(run, [source], tmp_path / "new", None, track=track)
+    result = refit(run, [source], tmp_path / "new", None, bar=bar)
     assert result.after.keys() == result.held_out.keys() == {"keypoints", "jittered"}
     looks = ["looking, keypoints", "looking, jittered", "looking, anywhere", "finding places without a face"]
     assert "looking, elsewhere" in loops  # though most drawn faces fill their photos

@@ -21,7 +21,7 @@ from kp_export.plan_bundle import add_plan
 from kp_runtime import load
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.center_detector import CenterDetector
-from kp_runtime.detectors import detector_name, load_detector
+from kp_runtime.detector_by_name import detector_name, load_detector
 from kp_runtime.errors import (
     BackendError,
     BundleError,

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_runtime.detectors import load_detector
+from kp_runtime.detector_by_name import load_detector
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.pipeline import checked_boxes, load
 from kp_runtime.results import Keypoints

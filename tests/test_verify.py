@@ -118,11 +118,11 @@ def damage(bundle: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) 
 def test_all_files_pass(exported: Path, faces: FaceSet) -> None:
     batches = []
 
-    def track(items: object) -> object:
+    def bar(items: object) -> object:
         batches.append(len(items))  # type: ignore[arg-type]
         return items
 
-    result = verify_bundle(exported, faces, track=track)  # type: ignore[arg-type]
+    result = verify_bundle(exported, faces, bar=bar)  # type: ignore[arg-type]
     assert result.passed
     check_verification(result)
     assert batches == [2, 2, 2]  # PyTorch and two files, 40 faces

@@ -13,7 +13,7 @@ import kp_runtime
 from kp_runtime import default_model
 from kp_runtime.center_detector import CenterDetector
 from kp_runtime.detect import HaarDetector
-from kp_runtime.detectors import DetectorWarning, detector_name, load_detector
+from kp_runtime.detector_by_name import DetectorWarning, detector_name, load_detector
 from kp_runtime.errors import BackendError, BundleError, InputError
 from kp_runtime.frame import image_from_file
 from kp_runtime.geometry import overlaps
@@ -99,7 +99,7 @@ def test_threads_that_are_not_there(threads: int) -> None:
 def test_settings_reach_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = {}
     monkeypatch.setattr(
-        "kp_runtime.detectors.CenterDetector", lambda bundle, **given: seen.update(given, bundle=bundle)
+        "kp_runtime.detector_by_name.CenterDetector", lambda bundle, **given: seen.update(given, bundle=bundle)
     )
     load_detector("own=here", smallest=0.2, threads=3)
     assert seen == {"bundle": "here", "smallest": 0.2, "threads": 3, "public_key": None}
