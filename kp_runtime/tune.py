@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend import BACKENDS, ORDER, Backend, open_backend
+from kp_runtime.bench import boxes_in_turn
 from kp_runtime.bench_results import times_from_turns
 from kp_runtime.cores import usable_cores
 from kp_runtime.cuda_driver import has_driver
@@ -41,8 +42,6 @@ FINALISTS = 4
 """How many go on for their median, and how many for their 95th percentile."""
 
 SCREENING_S = 0.3
-SHIFT = 0.02
-"""Most that the box of a face that is there more than once is shifted, in its longer side."""
 
 Step = Callable[[str, float], None]
 RiseOf = Callable[[Path, Backend], Rise]
@@ -212,15 +211,10 @@ def _ran(engine: str, threads: int | None) -> str:
 
 
 def _boxes(model: Model, photo: Path, detector: Detector, n: int) -> NDArray[np.float64]:
-    """`(n, 4)` boxes: the photo's faces in turn, those that come again shifted a little."""
     found = predict_photo(model, photo, detector=detector).keypoints.boxes_xyxy
     if not len(found):
         raise ImageError(f"no face was found on {photo}; tune on a photo with one: --photo")
-    shift = np.random.default_rng(68).uniform(-SHIFT, SHIFT, (n, 2))
-    shift[: len(found)] = 0
-    boxes = found[np.arange(n) % len(found)]
-    side = (boxes[:, 2:] - boxes[:, :2]).max(axis=1, keepdims=True)
-    return np.asarray(boxes + np.tile(shift * side, 2), np.float64)
+    return boxes_in_turn(found, n)
 
 
 def _recorded(first: Path) -> RiseOf:

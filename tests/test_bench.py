@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kp_runtime.backend import Backend
-from kp_runtime.bench import StagedCalls, _open, crops_of_faces, run_bench
+from kp_runtime.bench import StagedCalls, _open, boxes_in_turn, run_bench
 from kp_runtime.bench_compare import check_alike, compared, gate, obstacles
 from kp_runtime.bench_results import (
     Bench,
@@ -173,7 +173,8 @@ def test_a_process_that_fails_is_said(bundle: Path, tmp_path: Path) -> None:
 def test_crops_of_a_batch_are_faces_and_differ(astronaut: Path) -> None:
     frame, spec = as_frame(image_from_file(astronaut)), ModelSpec("tiny", size=64)
     boxes = np.concatenate([astronaut_box(None), [[120.0, 60, 330, 240]]])
-    crops = crops_of_faces(frame, boxes, 7, spec)
+    matrices = matrices_from_boxes(boxes_in_turn(boxes, 7), 64, spec.margin)
+    crops = crops_from_frame(frame, matrices, 64)
     assert crops.shape == (7, 1, 64, 64)
     assert len({crop.tobytes() for crop in crops}) == 7
     assert crops.reshape(7, -1).std(axis=1).min() > 20
