@@ -16,10 +16,10 @@ from kp_cli.options import (
     PublicKey,
     bundle_or_default,
     note,
-    signature_told,
+    told_of_bundle,
 )
 from kp_cli.report import build_progress, print_bundle, print_json, print_parity, progress
-from kp_runtime.errors import InputError
+from kp_runtime.errors import InputError, KpError
 
 
 class Engine(str, enum.Enum):
@@ -72,6 +72,7 @@ def export(
     from kp_runtime.errors import ExportError
 
     blocker = None if engine is Engine.never else plan_blocker()
+    triton = triton and triton.resolve()  # the working folder may be the bundle, which is replaced
     if engine is Engine.required and blocker:
         raise ExportError(f"no plan can be built here: {blocker}")
     from kp_export.bundle import export_bundle
@@ -83,7 +84,7 @@ def export(
     if data or calibration:
         mend(own)
         points = Manifest.read(own).spec.points
-    with signature_told(out or own, own):
+    with told_of_bundle(out or own, own):
         report = export_bundle(
             checkpoint,
             out,
@@ -100,7 +101,13 @@ def export(
         from kp_export.plan_bundle import add_plan
 
         wanted = [*(["fp16"] * fp16), *(["int8"] * int8)] or ["fp32"]
-        plans = [add_plan(report.bundle, precision, progress=build_progress()) for precision in wanted]
+        for precision in wanted:
+            try:
+                plans.append(add_plan(report.bundle, precision, progress=build_progress()))
+            except KpError as error:
+                if engine is Engine.required:
+                    raise
+                note(f"no TensorRT plan was built: {error}")
     if not as_json:
         for plan in plans:
             typer.echo(f"plan: {plan.file}")
@@ -176,7 +183,9 @@ def plan(
     bundle: Annotated[Path | None, typer.Argument(help="A bundle with ONNX files; " + ELSE_DEFAULT)] = None,
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8: the ONNX file that is built.")] = "fp16",
     min_batch: Annotated[int, typer.Option(help="Fewest faces a call.")] = 1,
-    opt_batch: Annotated[int, typer.Option(help="The batch size that kernels are chosen for.")] = 8,
+    opt_batch: Annotated[
+        int | None, typer.Option(help="The batch size that kernels are chosen for; 8, or the nearest that fits.")
+    ] = None,
     max_batch: Annotated[int, typer.Option(help="Most faces a call.")] = 32,
     workspace_mib: Annotated[int, typer.Option(help="Most scratch memory that a kernel may take.")] = 1024,
     version_compatible: Annotated[bool, typer.Option("--version-compatible", help="For later TensorRTs too.")] = False,
@@ -192,10 +201,11 @@ def plan(
     from kp_export.plan_from_onnx import PlanOptions
 
     bundle = bundle_or_default(bundle)
+    tuned_for = min(max(8, min_batch), max_batch) if opt_batch is None else opt_batch
     options = PlanOptions(
-        min_batch, opt_batch, max_batch, workspace_mib, version_compatible, hardware_compatible, dla_core
+        min_batch, tuned_for, max_batch, workspace_mib, version_compatible, hardware_compatible, dla_core
     )
-    with signature_told(bundle):
+    with told_of_bundle(bundle):
         report = add_plan(bundle, precision, options, progress=build_progress())
     if as_json:
         print_json(dataclasses.asdict(report))
@@ -217,7 +227,7 @@ def pack(
     """
     from kp_export.pack import pack_bundle
 
-    with signature_told(out, bundle):
+    with told_of_bundle(out, bundle):
         manifest = pack_bundle(bundle, out, precision, checkpoint=checkpoint)
     size = sum(entry.bytes for entry in manifest.files.values())
     if as_json:
@@ -272,11 +282,13 @@ def sign(
 
     Example: kp sign --new-key release.pem, then kp sign out/resnet18-68 --key release.pem
     """
+    from kp_export.staging import alone
     from kp_runtime.signing import new_key, sign_bundle
 
     if new is not None and bundle is None and key is None:
         typer.echo(f"{new}: keep it to yourself\n{new_key(new)}: give it to the devices")
     elif bundle is not None and key is not None and new is None:
-        typer.echo(sign_bundle(bundle, key))
+        with alone(bundle):
+            typer.echo(sign_bundle(bundle, key))
     else:
         raise InputError("give a bundle and --key PRIVATE.pem, or --new-key PATH alone")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,14 +66,22 @@ def note_boxes(spec: Any) -> None:
 
 
 @contextlib.contextmanager
-def signature_told(written: Path, source: Path | None = None) -> Iterator[None]:
-    """Says so where a command leaves a bundle without the signature that it, or its source, had."""
+def told_of_bundle(written: Path, source: Path | None = None) -> Iterator[None]:
+    """Says what is not to be seen of a bundle that a command writes.
+
+    That it has no longer the signature that it, or its source, had; and that the shell stands in its old folder.
+    """
     from kp_runtime.signing import is_signed
 
-    before = is_signed(written) or (source is not None and is_signed(source))
+    whole = written.resolve()
+    before = is_signed(whole) or (source is not None and is_signed(source))
     yield
-    if before and not is_signed(written):
+    if before and not is_signed(whole):
         note(f"{written} has a new manifest and no signature of it; sign it: kp sign {written} --key PRIVATE.pem")
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        note(f"this shell stands in the folder that was replaced; go to the new one: cd {shlex.quote(str(whole))}")
 
 
 def bundle_or_default(named: Path | None) -> Path:

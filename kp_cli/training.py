@@ -21,7 +21,7 @@ from kp_cli.options import (
     detector_record,
     note,
     open_detector,
-    signature_told,
+    told_of_bundle,
     whole_detector_name,
 )
 from kp_cli.report import print_accuracy, print_groups, print_json, print_table, progress
@@ -265,6 +265,7 @@ def evaluate(
     from kp_export.evaluate import evaluate as measure
     from kp_export.evaluate import held_out_faces, open_model
     from kp_export.robustness import groups, robustness
+    from kp_export.staging import alone
     from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
 
@@ -294,8 +295,8 @@ def evaluate(
         shown = {"missed": result.missed, "given_up": result.given_up, "looks": looks, "mirror": mirror}
         kept = {record: dataclasses.asdict(result.accuracy) | shown | more}
         bundle = model if model.is_dir() else model.parent
-        manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
-        with signature_told(bundle):
+        with told_of_bundle(bundle), alone(bundle):
+            manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
             dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
     pictures = ["error_curve.png", "worst.png"] + ["point_errors.png"] * (spec.scheme != "own")
     names = [] if out is None else [out / name for name in pictures]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,13 +33,13 @@ from kp_export.parity import (
     parity,
 )
 from kp_export.staging import mend, staging
-from kp_runtime.backend import GOLDEN_NAME, Answer
+from kp_runtime.backend import GOLDEN_NAME, Answer, open_backend
 from kp_runtime.backend_ort import OrtCpuBackend
-from kp_runtime.errors import DataError, ExportError, ParityError
+from kp_runtime.errors import BackendError, DataError, ExportError, ParityError
 from kp_runtime.files import writing
 from kp_runtime.geometry import boxes_from_points, crop_from_luma, matrices_from_boxes
 from kp_runtime.recorded_rise import PARITY_NAME
-from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, ModelSpec, file_entry
+from kp_runtime.spec import MANIFEST_NAME, PRECISIONS, FileEntry, Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Source, is_held_out
 from kp_train.model import KeypointNet
@@ -47,6 +48,7 @@ from kp_train.synthetic import drawn_face
 __all__ = ["ExportReport", "answer_from_net", "export_bundle", "predict_from_net"]
 
 CALIBRATION_FACES = 256
+_MODEL_NAME = re.compile(rf"model\.({'|'.join(PRECISIONS)})(\.sm\d+\.trt.+)?\.(onnx|plan)")
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,11 @@ def export_bundle(
     Raises:
         BundleError: the checkpoint can't be read.
         DataError: the calibration faces are too few, or no faces.
-        ExportError: another export is at work in `out`, or a graph can't be made.
+        ExportError: another export is at work in `out`, a graph can't be made, or there is no such precision.
         ParityError: a file is too far from PyTorch.
     """
+    if unknown := [precision for precision in precisions if precision not in PRECISIONS]:
+        raise ExportError(f"there is no precision {unknown[0]!r}; choose from {', '.join(PRECISIONS)}")
     own = checkpoint.parent if checkpoint.name == CHECKPOINT_NAME else checkpoint
     mend(own)
     net, manifest = load_checkpoint(checkpoint)
@@ -98,11 +102,12 @@ def export_bundle(
     target = (out or own).resolve()
     with staging(target) as stage:
         old = Manifest.read(stage).files if (stage / MANIFEST_NAME).exists() else {}
+        known = _parity_rows(stage, old)
         if target != own.resolve():
             for name in manifest.files:
                 with writing(stage / name) as temporary:
                     shutil.copyfile(manifest.check_file(own, name), temporary)
-            old = old | manifest.files
+            old, known = old | manifest.files, known | _parity_rows(own, manifest.files)
         faces, calibrating = _face_sets(manifest.spec, sources, calibration)
         if calibrating is not None:
             check_calibration(calibrating, predict_from_net(net))
@@ -116,11 +121,17 @@ def export_bundle(
         files = {CHECKPOINT_NAME: manifest.files[CHECKPOINT_NAME], **export.files}
         files[GOLDEN_NAME] = _write_golden(net, manifest, stage)
         files = _with_kept(files, old)
-        files[PARITY_NAME] = _write_parity(stage, export.reports, files)
+        known |= {report.file: dataclasses.asdict(report) for report in export.reports}
+        files[PARITY_NAME] = _write_parity(stage, [row for name, row in known.items() if name in files])
+        for path in stage.iterdir():  # of other weights
+            if path.name not in files and (path.name in old or _MODEL_NAME.fullmatch(path.name)):
+                path.unlink()
         manifest = dataclasses.replace(manifest, files=files)
         manifest.write(stage)
         for name in manifest.files:
             manifest.check_file(stage, name)
+        for name in export.files:
+            _check_opens(stage / name)
     return ExportReport(target, manifest, tuple(export.reports))
 
 
@@ -230,6 +241,16 @@ def predict_from_net(net: KeypointNet) -> Predict:
     return lambda crops: answer(crops).keypoints
 
 
+def _check_opens(path: Path) -> None:
+    """Opens a new file as a user's program will, which compares the golden crop."""
+    try:
+        open_backend(path, "ort-cpu", threads=1)
+    except BackendError as error:
+        raise ParityError(
+            f"{path.name} is within its limits, and yet could not be opened: {error}; nothing was replaced"
+        ) from error
+
+
 def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntry:
     """A drawn face and PyTorch's keypoints of it, which every backend has to repeat."""
     image, xy = drawn_face(np.random.default_rng(68), (300, 300))
@@ -242,13 +263,16 @@ def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntr
     return file_entry(stage / GOLDEN_NAME, "golden", parent_sha256=manifest.files[CHECKPOINT_NAME].sha256)
 
 
-def _write_parity(stage: Path, reports: Sequence[Parity], files: dict[str, FileEntry]) -> FileEntry:
-    """Writes all files' parity: the new ones', and what was known of those that were kept."""
-    rows = [dataclasses.asdict(report) for report in reports]
-    made = {report.file for report in reports}
+def _parity_rows(folder: Path, files: dict[str, FileEntry]) -> dict[str, dict[str, Any]]:
+    """What a bundle's report says of its files, by their names; nothing where it has none that can be read."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        old = json.loads((stage / PARITY_NAME).read_text(encoding="utf-8"))
-        rows += [row for row in old if row["file"] in files and row["file"] not in made]
+        rows = json.loads((folder / PARITY_NAME).read_text(encoding="utf-8"))
+        return {row["file"]: row for row in rows if row["file"] in files}
+    return {}
+
+
+def _write_parity(stage: Path, rows: Sequence[dict[str, Any]]) -> FileEntry:
+    """Writes all files' parity: the new ones', and what was known of those that were kept."""
     with writing(stage / PARITY_NAME) as temporary:
         temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return file_entry(stage / PARITY_NAME, "report")

@@ -82,6 +82,8 @@ class PlanBuilder:
         runtime = self.trt.Runtime(self.logger)
         if self.options.version_compatible:
             runtime.engine_host_code_allowed = True  # such a plan brings its own run-time; this one is ours
+        if self.options.dla_core is not None:
+            runtime.DLA_core = self.options.dla_core
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise ExportError(f"TensorRT can't load the plan that it just built: {self.log.last_error()}")

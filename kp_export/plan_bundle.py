@@ -10,7 +10,7 @@ from kp_export.cuda_device import CudaDevice, cuda_device
 from kp_export.plan_builder import Progress
 from kp_export.plan_from_onnx import PlanOptions, PlanReport, plan_from_onnx, plan_name, tensorrt_module
 from kp_export.staging import mend, staging
-from kp_runtime.errors import BackendError, ExportError
+from kp_runtime.errors import BackendError, ExportError, IntegrityError
 from kp_runtime.spec import Manifest, file_entry
 
 __all__ = ["add_plan"]
@@ -42,7 +42,7 @@ def add_plan(
         progress: told each phase's name and how far it is, 0 to 1.
 
     Raises:
-        BundleError: the bundle or its ONNX file can't be used.
+        BundleError: the bundle or its ONNX file can't be used, or the file was changed during the build.
         BackendError: TensorRT, a CUDA device, or an ONNX file of this precision is missing.
         ExportError: the plan can't be built, or does not compute in this precision.
     """
@@ -51,12 +51,16 @@ def add_plan(
     bundle = bundle.resolve()
     mend(bundle)
     source = f"model.{ONNX_OF[precision]}.onnx"
-    if source not in Manifest.read(bundle).files:
+    files = Manifest.read(bundle).files
+    if source not in files:
         switch = "" if precision == "fp32" else f" --{precision}"
-        raise BackendError(f"{bundle} has no {source} to build the plan from; make it with: kp export {bundle}{switch}")
+        make = f"make it with: kp export {bundle}{switch}"
+        if all(entry.kind != "checkpoint" for entry in files.values()):  # a packed one
+            make = f"pack it along: kp pack SOURCE --precision {ONNX_OF[precision]} --out {bundle}"
+        raise BackendError(f"{bundle} has no {source} to build the plan from; {make}")
     trt = trt if trt is not None else tensorrt_module()
     device = device or cuda_device()
-    name = plan_name(precision, device, trt.__version__)
+    name = plan_name(precision, device, trt.__version__, options)
     with staging(bundle) as stage:
         manifest = Manifest.read(stage)
         (stage / f"{name}.log").unlink(missing_ok=True)  # of an earlier failure
@@ -70,6 +74,8 @@ def add_plan(
             progress=progress,
             log_path=bundle / f"{name}.log",
         )
+        if report.onnx_sha256 != manifest.files[source].sha256:
+            raise IntegrityError(f"{bundle / source} was changed while the plan was built; export it again")
         made = {"by": "plan_from_onnx"} | dataclasses.asdict(report)
         entry = file_entry(
             stage / name, "plan", precision=precision, parent_sha256=manifest.files[source].sha256, made=made

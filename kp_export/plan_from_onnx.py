@@ -10,6 +10,7 @@ Nothing here imports torch, onnx or TensorRT when it is imported.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import platform
 import time
@@ -24,7 +25,7 @@ from kp_export.plan_options import PlanOptions, plan_name, rebuild_command, trte
 from kp_export.precision_receipt import LEAST_SHARE, PrecisionReceipt, check_receipt, receipt_from_inspector
 from kp_runtime.cubin import cache_folder as default_cache
 from kp_runtime.errors import BackendError, ExportError
-from kp_runtime.files import sha256_of_file, writing
+from kp_runtime.files import writing
 
 __all__ = [
     "PlanOptions",
@@ -125,7 +126,8 @@ def plan_from_onnx(
     build = PlanBuilder(trt, device, options, log, cache_folder or default_cache() / "tensorrt", progress)
     started = time.perf_counter()
     try:
-        plan, shapes = build.plan(_read(onnx_path))
+        onnx = _read(onnx_path)
+        plan, shapes = build.plan(onnx)
         seconds = time.perf_counter() - started
         receipt = receipt_from_inspector(build.inspect(plan, shapes[1]), options.opt_batch)
         check_receipt(receipt, precision, dla=options.dla_core is not None, least_share=least_share)
@@ -134,7 +136,8 @@ def plan_from_onnx(
         raise ExportError(f"no plan was built from {onnx_path.name}: {error}; {where}") from error
     with writing(plan_path) as temporary:
         temporary.write_bytes(plan)
-    return _report(onnx_path, plan_path, options, precision, trt, device, shapes, receipt, seconds)
+    sha256 = hashlib.sha256(onnx).hexdigest()
+    return _report(onnx_path.name, sha256, plan_path, options, precision, trt, device, shapes, receipt, seconds)
 
 
 def plan_blocker(trt: Any = None, device: CudaDevice | None = None) -> str | None:
@@ -194,7 +197,8 @@ def _read(path: Path) -> bytes:
 
 
 def _report(
-    onnx_path: Path,
+    onnx_name: str,
+    onnx_sha256: str,
     plan_path: Path,
     options: PlanOptions,
     precision: str,
@@ -216,10 +220,10 @@ def _report(
         l4t=device.l4t,
         processor=platform.machine(),
         profile=(options.min_batch, options.opt_batch, options.max_batch),
-        onnx_sha256=sha256_of_file(onnx_path),
+        onnx_sha256=onnx_sha256,
         options=options,
         rebuild=rebuild_command(options, precision),
-        trtexec=trtexec_command(onnx_path.name, plan_path.name, options, shapes, version),
+        trtexec=trtexec_command(onnx_name, plan_path.name, options, shapes, version),
         receipt=receipt,
         seconds=round(seconds, 1),
     )

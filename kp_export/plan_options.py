@@ -48,9 +48,15 @@ class PlanOptions:
             )
 
 
-def plan_name(precision: str, device: CudaDevice, tensorrt_version: str) -> str:
-    """A plan's file name, which tells where it fits: `model.fp16.sm87.trt10.3.0.plan`."""
-    return f"model.{precision}.{device.sm}.trt{tensorrt_version}.plan"
+def plan_name(precision: str, device: CudaDevice, tensorrt_version: str, options: PlanOptions | None = None) -> str:
+    """A plan's file name, which tells where it fits: `model.fp16.sm87.trt10.3.0.plan`, or `….dla0.plan`.
+
+    Plans of one name replace each other: those that differ in batch sizes and scratch memory alone.
+    """
+    options = options or PlanOptions()
+    where = "" if options.dla_core is None else f".dla{options.dla_core}"
+    where += ".newer" * options.version_compatible + ".ampere" * options.hardware_compatible
+    return f"model.{precision}.{device.sm}.trt{tensorrt_version}{where}.plan"
 
 
 def rebuild_command(options: PlanOptions, precision: str) -> str:

@@ -11,15 +11,40 @@ from pathlib import Path
 
 from kp_runtime.errors import ExportError
 
-__all__ = ["locked", "mend", "staging"]
+__all__ = ["alone", "locked", "mend", "staging"]
 
 
 def mend(target: Path) -> None:
-    """Puts a bundle back that an export was moving when it was killed; call it before reading one."""
-    old = _beside(target.resolve(), "old")
+    """Puts a bundle back that an export was moving when it was killed; call it before reading one.
+
+    Where an export is at work it moves the bundle itself, and nothing is done.
+    """
+    target = target.resolve()
+    if _beside(target, "old").exists() and not target.exists():
+        with contextlib.suppress(ExportError), alone(target):
+            pass
+
+
+@contextlib.contextmanager
+def alone(target: Path) -> Iterator[None]:
+    """No other process of this project changes the bundle meanwhile.
+
+    Raises:
+        ExportError: another one does, or the lock beside the bundle can't be made.
+    """
+    target = target.resolve()
+    try:
+        with locked(_beside(target, "lock"), target):
+            _put_back(target)
+            yield
+    except OSError as error:
+        raise ExportError(f"can't change the bundle {target}: {error.strerror or error}") from error
+
+
+def _put_back(target: Path) -> None:
+    old = _beside(target, "old")
     if old.exists() and not target.exists():
-        with contextlib.suppress(OSError):
-            os.replace(old, target)
+        os.replace(old, target)
 
 
 @contextlib.contextmanager
@@ -36,9 +61,9 @@ def staging(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists() and not os.access(target, os.W_OK):
-            raise ExportError(f"the bundle {target} is read-only; make it writable, or name another with --out")
+            raise ExportError(f"the bundle {target} is read-only; make it writable, or work on a copy")
         with locked(_beside(target, "lock"), target):
-            mend(target)
+            _put_back(target)
             for stale in (stage, old):
                 shutil.rmtree(stale, ignore_errors=True)
             if target.exists():

@@ -107,6 +107,7 @@ def write_repository(bundle: Path, repository: Path, detector: Path | None = Non
         with locked(repository / ".kp-export.lock", repository):
             for each in wanted:  # before anything is written
                 _check_contract(repository / each.name, each.config)
+            left_out += tuple(reason for each in wanted if (reason := _other_kind(repository / each.name, each)))
             models = tuple(_add(repository / each.name, each) for each in wanted)
     except OSError as error:
         raise ExportError(
@@ -211,8 +212,8 @@ def _plan_facts(bundle: Path, file: str, entry: FileEntry) -> tuple[int, int, st
     try:
         least, _, most = (int(size) for size in made["profile"])
         numbers = re.findall(r"\d+", f"{made['compute_capability']}")
-        return least, most, f"sm{''.join(numbers)}-trt{re.sub('[^0-9.]', '', made['tensorrt'])}"
-    except (KeyError, TypeError, ValueError) as error:
+        return least, most, f"sm{''.join(numbers)}-trt{re.sub('[^0-9.]', '', made['tensorrt'].partition('.post')[0])}"
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{bundle}: the manifest lacks what {file} was made for ({error}); build it again") from error
 
 
@@ -304,6 +305,17 @@ def _check_contract(folder: Path, config: dict[str, Any]) -> None:
             f"{folder} takes {takes[1]} crops at once, and the plan {most}, which Triton refuses to load; build "
             f"it with --max-batch {takes[1]}, or remove the folder"
         )
+
+
+def _other_kind(folder: Path, wanted: _Wanted) -> str | None:
+    """What to say where a model's config.pbtxt, which stays as it is, has the processor of another precision."""
+    path = folder / CONFIG_NAME
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    kind = str(wanted.config["instance_group"][0]["kind"])
+    other = {"KIND_CPU": "KIND_AUTO", "KIND_AUTO": "KIND_CPU"}.get(kind)
+    if other is None or not re.search(rf"\bkind: *{other}\b", text):
+        return None
+    return f"{path} stays as it is and says {other}, while {wanted.file} is for {kind}; change that line"
 
 
 def _add(folder: Path, wanted: _Wanted) -> TritonModel:

@@ -34,7 +34,7 @@ MODULES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch")
 """Packages with a runtime; the last two load version-compatible plans alone."""
 
 _COMMAND = re.compile(r"kp plan BUNDLE( --[a-z-]+( [a-z0-9]+)?)*")
-_VERSION = re.compile(r"\d+(\.\d+)+")
+_VERSION = re.compile(r"(\d+(?:\.\d+)+)(?:\.post\d+)?")  # TensorRT's wheels may be packed a second time
 
 
 def tensorrt_runtime() -> Any:
@@ -106,7 +106,6 @@ def plan_mismatch(entry: FileEntry, driver: CudaDriver, trt: Any) -> str | None:
         options = made["options"]
         built_arch = "sm_" + "".join(map(str, _numbers(made["compute_capability"])))
         built_tensorrt, here = _numbers(made["tensorrt"]), _numbers(trt.__version__)
-        built_cuda, cuda = _numbers(made["cuda"]), _numbers(driver.cuda)
         any_newer, any_ampere = bool(options["version_compatible"]), bool(options["hardware_compatible"])
         if not isinstance(options.get("dla_core", 0), int | None):
             raise TypeError("dla_core")
@@ -124,15 +123,14 @@ def plan_mismatch(entry: FileEntry, driver: CudaDriver, trt: Any) -> str | None:
         return f"is for TensorRT {made['tensorrt']}, here is {trt.__version__}"
     if not any_newer and trt.__name__ != MODULES[0]:
         return f"needs the package tensorrt, here is {trt.__name__}, which loads version-compatible plans alone"
-    if cuda[0] < built_cuda[0]:
-        return f"was built with CUDA {made['cuda']}, the driver here is older and runs up to CUDA {driver.cuda}"
     return None
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    if not _VERSION.fullmatch(version):
+    found = _VERSION.fullmatch(version)
+    if found is None:
         raise ValueError(version[:40])
-    return tuple(int(part) for part in version.split("."))
+    return tuple(int(part) for part in found[1].split("."))
 
 
 def _compute_capability(arch: str) -> int:

@@ -105,13 +105,15 @@ def new_key(path: str | os.PathLike[str]) -> Path:
         KpError: one of the two files is there already, which is never overwritten, or can't be written.
         MissingExtraError: cryptography is not installed.
     """
+    path = Path(path)
+    if not path.name:
+        raise KpError(f"{path} is a folder; name a file for the key, such as release.pem")
     serialization, ed25519 = _cryptography()
     key = ed25519.Ed25519PrivateKey.generate()
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    path = Path(path)
     beside = path.with_name(path.stem + ".pub.pem")
     if os.path.lexists(beside):
         raise KpError(f"{beside} is there already, and a key is never overwritten; give another path")

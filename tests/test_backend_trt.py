@@ -187,12 +187,12 @@ def test_no_memory_for_more_faces_leaves_the_rest_usable(
         ({"tensorrt": "10.7.0", "version_compatible": True}, {}, r"is for TensorRT 10\.7\.0, here is 10\.3\.0"),
         ({}, {"version": "11.4.0"}, r"is for TensorRT 10\.3\.0, here is 11\.4\.0"),
         ({}, {"name": "tensorrt_lean"}, r"needs the package tensorrt, here is tensorrt_lean"),
-        ({"cuda": "13.2"}, {}, r"was built with CUDA 13\.2, the driver here is older and runs up to CUDA 12\.6"),
+        ({"tensorrt": "10.2.0.post1"}, {}, r"is for TensorRT 10\.2\.0\.post1, here is 10\.3\.0"),
         ({"tensorrt": "10.3.0\nrm -r"}, {}, r"has an entry that does not say for which GPU and TensorRT it is"),
         ({"dla_core": "x"}, {}, r"has an entry that does not say for which GPU and TensorRT it is"),
         ({"gpu": "a\nb", "compute_capability": "9.0"}, {}, r"is for a b \(sm_90\)"),
         ({"processor": "riscv64\n"}, {}, rf"is for a riscv64 machine, this one is {platform.machine()}"),
-        ({"cuda": None}, {}, r"has an entry that does not say for which GPU and TensorRT it is"),
+        ({"tensorrt": None}, {}, r"has an entry that does not say for which GPU and TensorRT it is"),
     ],
 )
 def test_plan_for_another_machine_is_never_loaded(
@@ -221,8 +221,8 @@ def test_a_foreign_command_is_not_shown(install: Any, tmp_path: Path) -> None:
         ({"version_compatible": True}, {"name": "tensorrt_lean", "version": "11.4.0"}),
         ({"version_compatible": True}, {"name": "tensorrt_dispatch"}),
         ({"tensorrt": "10.3.0.26"}, {}),
-        ({"cuda": "12.8"}, {}),
-        ({"cuda": "11.8"}, {}),
+        ({"tensorrt": "10.3.0.26.post1"}, {}),
+        ({"cuda": "13.2"}, {}),  # of the driver where it was built: here one of 12.6 runs the same TensorRT
         ({"processor": platform.machine()}, {}),
     ],
 )
@@ -230,6 +230,11 @@ def test_plan_that_fits_in_another_way(made: Any, here: Any, install: Any, tmp_p
     trt = install(**here)
     assert opened(with_plan(tmp_path, **made)).report.file == NAME
     assert trt.tape.host_code == bool(made.get("version_compatible"))
+
+
+def test_tensorrt_that_was_packed_a_second_time(install: Any, tmp_path: Path) -> None:
+    install().__version__ = "10.3.0.post1"
+    assert opened(with_plan(tmp_path)).report.file == NAME
 
 
 def test_the_plan_that_fits_is_taken(install: Any, tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ import kp_export.bundle
 from kp_export.bundle import export_bundle, predict_from_net
 from kp_export.onnx_from_checkpoint import check_fits_half
 from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
-from kp_runtime.backend import Answer, open_backend
+from kp_export.staging import mend
+from kp_runtime.backend import GOLDEN_TOLERANCE_PX, Answer, open_backend
 from kp_runtime.errors import ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
@@ -158,7 +159,7 @@ def test_a_failed_export_into_another_bundle_leaves_that_one(
 
 def test_a_read_only_bundle_is_said(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(ExportError, match="bundle is read-only; make it writable, or name another with --out"):
+    with pytest.raises(ExportError, match="bundle is read-only; make it writable, or work on a copy"):
         export_bundle(copied)
 
 
@@ -292,3 +293,54 @@ def test_an_export_elsewhere_brings_along_what_the_bundle_has_of_the_same_weight
     assert {row["file"] for row in rows} == {"model.fp16.onnx", "model.fp32.onnx"}
     for name in other.files:
         other.check_file(tmp_path / "other", name)
+
+
+def test_an_export_into_a_bundle_that_has_more_keeps_what_is_known_of_it(copied: Path, tmp_path: Path) -> None:
+    source = small_checkpoint(tmp_path / "run")
+    export_bundle(source)
+    before = {row["file"]: row for row in json.loads((copied / "parity.json").read_text())}
+    manifest = export_bundle(source, copied).manifest
+    assert "model.fp16.onnx" in manifest.files
+    after = {row["file"]: row for row in json.loads((copied / "parity.json").read_text())}
+    assert after["model.fp16.onnx"] == before["model.fp16.onnx"]
+    assert set(after) == {"model.fp16.onnx", "model.fp32.onnx"}
+
+
+def test_files_of_other_weights_go(copied: Path) -> None:
+    """Programs that take a file by its name would run the old weights."""
+    plan = copied / "model.fp16.sm87.trt10.3.0.plan"
+    plan.write_bytes(b"of the weights before")
+    (copied / "model.mine.onnx").write_bytes(b"a user's own")
+    net, manifest = load_checkpoint(copied)
+    with torch.no_grad():
+        net.backbone.fc.bias += 1
+    save_checkpoint(copied, net, dataclasses.replace(manifest, files={}))
+    export_bundle(copied)
+    assert not plan.exists()
+    assert not (copied / "model.fp16.onnx").exists()
+    assert (copied / "model.mine.onnx").exists()
+
+
+def test_a_file_that_no_program_could_open_is_no_export(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(copied)
+    monkeypatch.setitem(GOLDEN_TOLERANCE_PX, "fp32", -1.0)
+    told = r"model\.fp32\.onnx is within its limits, and yet could not be opened: .* a golden keypoint .*; nothing was replaced"
+    with pytest.raises(ParityError, match=told):
+        export_bundle(copied)
+    assert contents(copied) == before
+
+
+def test_a_precision_that_is_not_there(copied: Path) -> None:
+    with pytest.raises(ExportError, match="no precision 'bf16'; choose from fp32, fp16, int8, int8-trt"):
+        export_bundle(copied, precisions=("bf16",))
+
+
+def test_who_reads_leaves_a_swap_under_way_alone(copied: Path) -> None:
+    with open(copied.with_name(".bundle.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        copied.rename(copied.with_name(".bundle.old"))
+        mend(copied)
+        assert not copied.exists()
+    mend(copied)
+    assert Manifest.read(copied).files
+    assert [p.name for p in copied.parent.iterdir()] == ["bundle"]

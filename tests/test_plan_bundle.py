@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from kp_export import plan_from_onnx
 from kp_export.plan_bundle import add_plan
-from kp_runtime.errors import BackendError, ExportError, SchemaError
+from kp_export.plan_options import PlanOptions
+from kp_runtime.errors import BackendError, ExportError, IntegrityError, SchemaError
 from kp_runtime.spec import Manifest, file_entry
 from tests.tensorrt_double import ORIN, PLAN, tensorrt_double
 
@@ -52,8 +54,34 @@ def test_a_failed_build_leaves_the_bundle_and_its_log(copied: Path) -> None:
     assert after == before
 
 
+def test_a_model_that_is_changed_during_the_build(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {p.name: p.read_bytes() for p in copied.iterdir()}
+    read = plan_from_onnx._read
+    monkeypatch.setattr(plan_from_onnx, "_read", lambda path: read(path) + b"\x72\x00")  # an empty field at the end
+    with pytest.raises(IntegrityError, match=r"model\.fp16\.onnx was changed while the plan was built"):
+        add_plan(copied, "fp16", trt=tensorrt_double("11.4.0"), device=ORIN)
+    assert {p.name: p.read_bytes() for p in copied.iterdir()} == before
+
+
+def test_plans_of_other_kinds_lie_beside_each_other(copied: Path) -> None:
+    trt = tensorrt_double("10.3.0")
+    made = [
+        add_plan(copied, "fp16", options, trt=trt, device=ORIN).file
+        for options in (None, PlanOptions(max_batch=8), PlanOptions(version_compatible=True, hardware_compatible=True))
+    ]
+    name = made[0].removesuffix(".plan")
+    assert made == [f"{name}.plan", f"{name}.plan", f"{name}.newer.ampere.plan"]
+    assert [file for file, entry in Manifest.read(copied).files.items() if entry.kind == "plan"] == made[1:]
+
+
 def test_what_is_missing_is_named(copied: Path) -> None:
     trt = tensorrt_double("11.4.0")
+    with pytest.raises(BackendError, match=r"pack it along: kp pack SOURCE --precision int8-trt --out .*bundle$"):
+        add_plan(copied, "int8", trt=trt, device=ORIN)
+    manifest = Manifest.read(copied)
+    (copied / "checkpoint.safetensors").write_bytes(b"weights")
+    manifest.files["checkpoint.safetensors"] = file_entry(copied / "checkpoint.safetensors", "checkpoint")
+    manifest.write(copied)
     with pytest.raises(
         BackendError, match=r"has no model\.int8-trt\.onnx to build the plan from; make it with: kp export .* --int8"
     ):

@@ -232,7 +232,7 @@ def test_dla(folder: Path, version: str) -> None:
     trt = tensorrt_double(version, dla_cores=2, dla_convolutions=2)
     report = build(folder, trt, PlanOptions(4, 4, 4, dla_core=1))
     assert trt.tape.config.default_device_type.name == "DLA"
-    assert trt.tape.config.DLA_core == 1
+    assert trt.tape.config.DLA_core == trt.tape.dla_core == 1  # the run-time that inspects it is told, too
     assert trt.tape.flags_set == ["GPU_FALLBACK"]
     assert report.receipt.dla_layers == 2
     with pytest.raises(ExportError, match="not in fp32"):

@@ -186,6 +186,26 @@ def test_a_plan_for_fewer_than_the_model_takes_is_refused(own: Path, tmp_path: P
     assert "max_batch_size: 4" in config.read_text()
 
 
+def test_a_version_for_another_processor_is_said(own: Path, tmp_path: Path) -> None:
+    """A model's config stays as it is, and int8 is for the CPU."""
+    repo = tmp_path / "repo"
+    assert not any("KIND" in reason for reason in write_repository(own, repo).left_out)
+    config = repo / "tiny-crops-onnx/config.pbtxt"
+    config.write_text(config.read_text().replace("KIND_AUTO", "KIND_CPU"))
+    (told,) = [reason for reason in write_repository(own, repo).left_out if "KIND" in reason]
+    assert (
+        told == f"{config} stays as it is and says KIND_CPU, while model.fp32.onnx is for KIND_AUTO; change that line"
+    )
+    config.write_text(config.read_text().replace("KIND_CPU", "KIND_GPU"))  # a user's own choice
+    assert not any("KIND" in reason for reason in write_repository(own, repo).left_out)
+
+
+def test_a_later_packaging_of_tensorrt_is_the_same_version(own: Path, tmp_path: Path) -> None:
+    with_plan(own, "a.plan", (1, 8, 16), tensorrt="10.14.1.48.post1")
+    names = [model.name for model in write_repository(own, tmp_path / "repo").models]
+    assert "tiny-crops-sm87-trt10.14.1.48" in names
+
+
 def test_bundles_that_lack_something(own: Path, tmp_path: Path) -> None:
     manifest = Manifest.read(own)
     golden = {"golden.npz": manifest.files["golden.npz"]}

@@ -42,17 +42,16 @@ class Logger : public nvinfer1::ILogger {
 
 // Asked before TensorRT is: without a device that works, its runtime ends the process.
 kp::Machine this_machine() {
-    int devices = 0, major = 0, minor = 0, driver = 0;
+    int devices = 0, major = 0, minor = 0;
     check(cudaGetDeviceCount(&devices), "find a GPU (is the driver loaded?)");
     if (devices == 0) throw Refused("there is no CUDA GPU here");
     check(cudaSetDevice(0), "use the first GPU");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "ask for the GPU's kind");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "ask for the GPU's kind");
-    check(cudaDriverGetVersion(&driver), "ask for the driver's version");
     const int version = getInferLibVersion();  // (major * 100 + minor) * 100 + patch, from TensorRT 10 on
     utsname system{};
     uname(&system);
-    return {major * 10 + minor, {version / 10000, version / 100 % 100, version % 100}, driver / 1000, system.machine};
+    return {major * 10 + minor, {version / 10000, version / 100 % 100, version % 100}, system.machine};
 }
 
 struct Free {
@@ -136,8 +135,9 @@ class Network {
 };
 
 // kp_runtime's limits, in pixels of the crop
-double tolerance_of(const std::string& precision) {
-    return precision == "fp32" ? 0.02 : precision == "fp16" ? 0.5 : 2.0;
+double tolerance_of(const kp::Plan& plan) {
+    const double at_224 = plan.precision == "fp32" ? 0.02 : plan.precision == "fp16" ? 0.5 : 2.0;
+    return at_224 * std::max(1.0, plan.size / 224.0);
 }
 
 void run(const char* bundle, const char* crops_path, const char* keypoints_path) {
@@ -158,8 +158,8 @@ void run(const char* bundle, const char* crops_path, const char* keypoints_path)
         if (std::isnan(worst)) break;
     }
     std::printf("{\"plan\": \"%s\", \"crops\": %zu, \"worst_px\": %.4f}\n", plan.name.c_str(), n, worst);
-    if (!(worst <= tolerance_of(plan.precision)))
-        throw Refused("a golden keypoint is further than " + std::to_string(tolerance_of(plan.precision)) +
+    if (!(worst <= tolerance_of(plan)))
+        throw Refused("a golden keypoint is further than " + std::to_string(tolerance_of(plan)) +
                       " px from PyTorch's: this machine computes the model wrongly; build the plan again");
 }
 

@@ -40,7 +40,6 @@ std::string mismatch(const ordered_json& made, const Machine& machine) {
     const auto& options = made.at("options");
     const auto capability = numbers_of(made.at("compute_capability").get<std::string>());
     const auto built = numbers_of(made.at("tensorrt").get<std::string>());
-    const auto cuda = numbers_of(made.at("cuda").get<std::string>());
     const int built_for = capability.at(0) * 10 + (capability.size() > 1 ? capability[1] : 0);
     const bool any_newer = options.at("version_compatible").get<bool>();
     const bool any_ampere = options.at("hardware_compatible").get<bool>();
@@ -56,9 +55,6 @@ std::string mismatch(const ordered_json& made, const Machine& machine) {
     const bool is_same = std::equal(built.begin(), built.begin() + shared, machine.tensorrt.begin());
     if (!is_same && !(any_newer && machine.tensorrt > built))
         return "is for TensorRT " + text_of(built) + ", here is " + text_of(machine.tensorrt);
-    if (machine.cuda_major < cuda.at(0))
-        return "was built with CUDA " + text_of(cuda) + ", the driver here runs up to CUDA " +
-               std::to_string(machine.cuda_major);
     return "";
 }
 
@@ -83,7 +79,12 @@ Plan plan_of(const std::filesystem::path& bundle, const ordered_json& manifest, 
         if (entry.at("kind") != "plan") continue;
         if (name.find_first_of("/\\") != std::string::npos) throw Refused(bundle.string() + ": it names the file " + name);
         const auto& made = entry.at("made");
-        const auto reason = mismatch(made, machine);
+        std::string reason;
+        try {
+            reason = mismatch(made, machine);
+        } catch (const std::exception& error) {
+            reason = std::string("has an entry that does not say for which GPU and TensorRT it is (") + error.what() + ")";
+        }
         if (reason.empty()) {
             const auto& options = made.at("options");
             const auto dla = options.value("dla_core", ordered_json());
@@ -116,6 +117,7 @@ std::vector<int> numbers_of(const std::string& version) {
     std::vector<int> numbers;
     std::istringstream parts(version);
     for (std::string part; std::getline(parts, part, '.');) {
+        if (!numbers.empty() && part.rfind("post", 0) == 0) break;  // TensorRT's wheels may be packed a second time
         if (part.empty() || part.size() > 6 || part.find_first_not_of("0123456789") != std::string::npos)
             throw Refused("the version '" + version + "' is no numbers with dots between");
         numbers.push_back(std::stoi(part));

@@ -20,7 +20,6 @@ struct Refused : std::runtime_error {
 struct Machine {
     int compute_capability;     // 87 of 8.7
     std::vector<int> tensorrt;  // 10, 3, 0
-    int cuda_major;             // newest that the driver runs
     std::string processor;      // as uname calls it: aarch64
 };
 
