@@ -101,6 +101,8 @@ def predict(
         _check_labels(paths, out)
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load_model(model, tuned, backend, threads, public_key), StageTimer()
+    if opened.spec.box == "frame" and detector != "auto":
+        raise InputError("this model sees whole frames, not face boxes: leave out --detector")
     finder = None if boxes is not None else open_detector(detector, threads=threads, public_key=public_key)
     if finder is not None:
         note_boxes(opened.spec)
@@ -272,6 +274,7 @@ def put_effect(
     targets = [out / f"{path.stem}_{Path(effect).stem}.jpg" for path in paths]
     _check_targets(paths, targets)
     opened = load_model(model, tuned, "auto", threads, public_key)
+    _check_effect(effect, opened.spec)
     finder = open_detector(detector, threads=threads, public_key=public_key)
     results, failed = [], []
     stop = threading.Event()
@@ -332,7 +335,9 @@ def run(
     smallest: Annotated[
         float | None,
         typer.Option(
-            min=0.02, max=1.0, help="The smallest face, a share of the frame's shorter side; 0.05 with blur, else 0.1."
+            min=0.02,
+            max=1.0,
+            help="The smallest face, a share of the frame's shorter side (YuNet has its own); 0.05 with blur, else 0.1.",
         ),
     ] = None,
     detector: Detector = "auto",
@@ -374,6 +379,7 @@ def run(
     opened = load_model(model, tuned, "auto", threads if tuned else few, public_key)
     if opened.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
+    _check_effect(effect, opened.spec)
     note_boxes(opened.spec)
     hide = effect == "blur"  # then a face too many is better than one that is seen
     found = open_detector(detector, smallest=smallest or (0.05 if hide else 0.1), threads=few, public_key=public_key)
@@ -393,15 +399,20 @@ def run(
             wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live,
             points=opened.spec.points,
         )  # fmt: skip
-        stack.enter_context(_stopped_by_signals(stop))
+        signalled = stack.enter_context(_stopped_by_signals(stop))
         step = stack.enter_context(frames_progress(frames.name, frames.count))
         result = run_video(frames, tracker, sinks, draw=draw, window=window, stop=stop, step=step, metrics=watch)
     if as_json:
         print_json(dataclasses.asdict(result))
     else:
         print_run(frames.name, result)
-    if result.stopped and not frames.live:
+    if signalled.is_set() and not frames.live:
         raise typer.Exit(130)  # as a shell reports Ctrl-C; a camera has no other end
+
+
+def _check_effect(effect: str | None, spec: Any) -> None:
+    if effect and spec.scheme == "own":
+        raise InputError(f"effects hang on the 68 points of a face; this model has {spec.points} of its own")
 
 
 def convert(
@@ -427,31 +438,36 @@ def convert(
     write_as = write_as or format_of(out)
     check_format(write_as)
     faces = faces_from_file(source, read_as)
-    if images is not None:
+    if images is not None and write_as == "coco":
         faces = with_sizes(faces, images)
     written = faces_to_file(faces, out, write_as)
     if as_json:
         print_json({"faces": len(faces), "written": [str(path) for path in written]})
         return
     where = str(written[0]) if len(written) == 1 else f"{len(written)} files in {out}"
-    print(f"{len(faces)} faces of {source} -> {where}")
+    print(f"{len(faces)} face{'s' * (len(faces) != 1)} of {source} -> {where}")
 
 
 @contextlib.contextmanager
-def _stopped_by_signals(stop: threading.Event) -> Iterator[None]:
-    """Sets `stop` at the first Ctrl-C, SIGTERM or closed terminal; the second one does what it always does."""
+def _stopped_by_signals(stop: threading.Event) -> Iterator[threading.Event]:
+    """Sets `stop`, and what it gives, at the first Ctrl-C, SIGTERM or closed terminal.
+
+    The second one does what it always does.
+    """
+    signalled = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
         before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
 
     def handle(number: int, _: Any) -> None:
+        signalled.set()
         stop.set()
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:
         signal.signal(number, handle)
     try:
-        yield
+        yield signalled
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

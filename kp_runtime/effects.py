@@ -71,6 +71,7 @@ def open_effect(name: str | os.PathLike[str]) -> Effect:
         InputError: there is no such effect, or as `picture_from_toml`.
         ImageError, MissingExtraError: as `picture_from_toml`.
     """
+    name = os.fspath(name)
     if Path(name).suffix.lower() == ".toml":
         return picture_from_toml(Path(name))
     if name == "blur":
@@ -78,8 +79,8 @@ def open_effect(name: str | os.PathLike[str]) -> Effect:
     from kp_runtime.effect_pictures import PICTURES
 
     if name not in PICTURES:
-        raise InputError(f"there is no effect {str(name)!r}; choose from {', '.join(EFFECTS)}, or name a .toml file")
-    return PICTURES[str(name)]()
+        raise InputError(f"there is no effect {name!r}; choose from {', '.join(EFFECTS)}, or name a .toml file")
+    return PICTURES[name]()
 
 
 class Picture:
@@ -189,7 +190,7 @@ class Blur:
     """
 
     def __init__(self, cells: int = 6) -> None:
-        if cells < 1:
+        if not cells >= 1:
             raise InputError(f"a hidden face has one cell or more, got {cells}")
         self._cells = cells
 

@@ -237,14 +237,16 @@ def _pts_face(file: Path, name: str, points: int) -> LabelledFace:
 def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
     if not faces:
         return []
-    if path.suffix.lower() == ".pts":
+    if path.suffix.lower() == ".pts" and not path.is_dir():
         if len(faces) > 1:
             raise InputError(f"{path} can hold one face, not {len(faces)}; name a folder")
         return [_write(path, pts_text(faces[0].xy))]
     many = Counter(face.image for face in faces)
     texts: dict[str, str] = {}
     for face, number in zip(faces, _face_numbers(faces), strict=True):
-        name = Path(face.image).stem + (f"_{number}" if many[face.image] > 1 else "") + ".pts"
+        image = Path(face.image)  # of frame.0001 all is the name
+        stem = image.stem if image.suffix.lower() in IMAGE_SUFFIXES else image.name
+        name = stem + (f"_{number}" if many[face.image] > 1 else "") + ".pts"
         if name in texts:
             raise InputError(f"{face.image} and a photo before it would both be {name}; write json or csv instead")
         texts[name] = pts_text(face.xy)
@@ -267,10 +269,13 @@ def _read_coco(path: Path, points: int) -> list[LabelledFace]:
         )
     try:
         images = {image["id"]: image for image in document["images"]}
+        ids = [image["id"] for image in document["images"]]
         names = {c["id"]: c.get("keypoints") for c in document["categories"]}
         annotations = list(document["annotations"])
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is no COCO keypoint file: it lacks {str(error)[:80]}") from error
+    if twice := [each for each, count in Counter(ids).items() if count > 1]:
+        raise DataError(f"{path} has two images of the id {twice[0]!r:.40}; number them anew where files were joined")
     faces = []
     for i, annotation in enumerate(annotations):
         where = f"{path}, annotation {i}"
@@ -334,8 +339,11 @@ def _write_coco(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
 def _read_csv(path: Path, points: int) -> list[LabelledFace]:
     faces = []
     try:
+        is_first = True
         for number, row in enumerate(csv.reader(io.StringIO(_text(path), newline="")), start=1):
-            if not row or (number == 1 and _is_header(row)):
+            is_header = bool(row) and is_first and _is_header(row)
+            is_first = is_first and not row
+            if is_header or not row:
                 continue
             where = f"{path}, line {number} ({row[0][:200]})"
             first = len(row) - 2 * points
@@ -356,10 +364,10 @@ def _is_header(row: Sequence[str]) -> bool:
 
     A name without a suffix is an image's where numbers follow that do not just count from 0, as a table's columns.
     """
-    if not row or Path(row[0]).suffix:
-        return not row
+    if Path(row[0]).suffix.lower() in IMAGE_SUFFIXES:
+        return False
     counted = [str(i) for i in range(len(row) - 1)]
-    return not row[0].strip() or row[1:] == counted or not all(map(_is_number, row[1:]))
+    return not row[0].strip() or row[1:] == counted or not any(map(_is_number, row[1:]))
 
 
 def _is_number(text: str) -> bool:

@@ -33,14 +33,15 @@ class OneEuro:
 
         Args:
             value: any shape, the same in each call, such as `(68, 2)` or `(n, 68, 2)`.
-            seconds: when it was measured; a time that is not after the last one gives the last answer again.
+            seconds: when it was measured; a time that is not after the last one gives the last answer again, but one
+                that lies over a second before it is a new beginning.
             unit: what speeds are counted in, in the value's own unit.
 
         Returns:
             Float64, the shape of `value`.
         """
         new, step = np.asarray(value, np.float64), seconds - self._seconds
-        if math.isinf(step):
+        if math.isinf(step) or step < -1:
             self._value, self._speed, self._seconds = new.copy(), np.zeros(new.shape), seconds
         elif step > 0:
             speed = (new - self._value) / (step * unit)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.effects import Effect
 from kp_runtime.errors import BackendError, ImageError, KpError
-from kp_runtime.frame import import_cv2
+from kp_runtime.frame import bgr_copy, import_cv2
 from kp_runtime.track import Track, Tracker
 from kp_runtime.video_sink import Sink
 from kp_runtime.video_source import Source, VideoFrame
@@ -89,7 +89,7 @@ class Ahead(Generic[T]):
         while True:
             with self._changed:
                 # in turns, so that the main thread gets to see Ctrl-C on every system
-                while not self._waiting and not self._ended and not self._stop.is_set():
+                while not (self._waiting or self._ended or self._closed or self._stop.is_set()):
                     self._changed.wait(_TURN_S)
                 if not self._waiting:
                     break
@@ -164,14 +164,15 @@ class Window:
 
 
 def draw_tracks(image: NDArray[np.uint8], tracks: Sequence[Track]) -> NDArray[np.uint8]:
-    """Boxes, ids and points on a copy of a `(h, w, 3)` uint8 BGR image."""
-    cv2, canvas = import_cv2(), image.copy()
+    """Boxes, ids and points on a BGR copy of a uint8 image: BGR, BGRA or grey."""
+    cv2, canvas = import_cv2(), bgr_copy(image)
     if not tracks:
         return canvas
     put_boxes(canvas, [track.box_xyxy for track in tracks])
     for track in tracks:
         x, y = np.rint(np.clip(track.box_xyxy[:2], -(2**20), 2**20)).astype(int).tolist()
-        cv2.putText(canvas, str(track.id), (x, y - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.7, (96, 96, 240), 2, cv2.LINE_AA)
+        at = max(x, 0), max(y - 6, 16)  # on the picture
+        cv2.putText(canvas, str(track.id), at, cv2.FONT_HERSHEY_SIMPLEX, 0.7, (96, 96, 240), 2, cv2.LINE_AA)
     put_keypoints(canvas, np.stack([track.xy for track in tracks]))
     return canvas
 

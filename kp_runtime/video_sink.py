@@ -36,6 +36,7 @@ _MOST_PX = {"mp4v": 8191, "MJPG": 65_500}
 """The most pixels a side: MPEG-4 counts them in 13 bits, JPEG in 16."""
 
 _SLOWEST = 0.01  # frames a second
+_LONGEST_S = 60  # that a frame of a file is shown
 _ROWS_AT_ONCE = 1000
 
 
@@ -71,7 +72,8 @@ def open_sinks(
     if odd := [name for name in formats if name not in FORMATS]:
         raise InputError(f"there is no format {odd[0]!r}; choose from {', '.join(FORMATS)}")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if formats:
+            out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise KpError(f"can't write into {out}: {error.strerror or error}; name another folder with --out") from error
     sinks: list[Sink] = []
@@ -122,8 +124,9 @@ class VideoSink:
         codec: its four characters.
         rate: frames a second.
         size_hw: of all frames.
-        by_clock: frames come when they come, so one is repeated until the next came: the video then lasts
-            as long as what it shows. Otherwise each is written once.
+        by_clock: frames come when they come, and those that come too fast are left out. Otherwise each is written.
+            In both cases one is repeated until the next came: the video lasts as long as what it shows. (But for a
+            file whose times jump by over a minute.)
 
     Raises:
         KpError: OpenCV can't write there.
@@ -133,8 +136,10 @@ class VideoSink:
 
     def __init__(self, path: Path, codec: str, rate: float, size_hw: tuple[int, int], *, by_clock: bool) -> None:
         cv2 = import_cv2()
+        if rate > 65:  # MPEG-4 counts a second in up to 65,535 parts, and OpenCV takes thousandths of a frame
+            rate = round(rate, 2 if rate < 655 else 1)
         self.path, self._cv2, self._rate, self._by_clock = path, cv2, rate, by_clock
-        self._temporary, self._written = _temporary(path), 0
+        self._temporary, self._written, self._left_out = _temporary(path.absolute()), 0, 0
         self._last: NDArray[np.uint8] | None = None
         fourcc = cv2.VideoWriter_fourcc(*codec)
         self._writer: Any = None
@@ -151,12 +156,14 @@ class VideoSink:
 
     def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
         """Adds a frame."""
-        times = max(0, round(frame.seconds * self._rate) + 1 - self._written) if self._by_clock else 1
+        due = round(frame.seconds * self._rate) + 1 - self._left_out
+        times = max(0 if self._by_clock else 1, due - self._written)
+        if not self._by_clock and times > _LONGEST_S * self._rate:
+            self._left_out, times = self._left_out + times - 1, 1
         for i in range(times, 0, -1):
             self._writer.write(drawn if i == 1 or self._last is None else self._last)
         self._written += times
-        if self._by_clock:
-            self._last = drawn
+        self._last = drawn
 
     def close(self, keep: bool = True) -> None:
         """See `Sink.close`; looks whether all is there, as OpenCV does not tell of a full disk."""

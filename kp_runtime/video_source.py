@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.frame import IMAGE_SUFFIXES, image_from_file, import_cv2
 from kp_runtime.photos import photos_from_paths
+from kp_runtime.video_container import ends_early
 
 __all__ = ["FileSource", "FolderSource", "LiveSource", "Source", "VideoFrame", "open_source"]
 
@@ -90,7 +91,8 @@ def open_source(
         rate: frames a second, instead of what the source says.
         patience: for how many seconds a live source that went away is opened anew.
         stop: ends a live source.
-        say: is told, in a line, that a live source went away and came back.
+        say: is told, in a line, that a live source went away and came back, or that a whole file gave fewer frames
+            than it counts.
 
     Raises:
         InputError: nothing of the kind is there.
@@ -102,12 +104,15 @@ def open_source(
     if not text.strip():
         raise InputError("the source has no name; give a video, a folder, a camera's index, an address or a pipeline")
     path = Path("." if "!" in text else text)  # a pipeline may be longer than any file's name
-    if "!" not in text and path.is_dir():
+    is_dir, is_file = False, False
+    with contextlib.suppress(OSError):  # a name that is too long is no file's
+        is_dir, is_file = path.is_dir() and "!" not in text, path.is_file()
+    if is_dir:
         return FolderSource(path, rate)
-    if path.is_file():
+    if is_file:
         if path.suffix.lower() in IMAGE_SUFFIXES:
             raise InputError(f"{path} is a photo: kp predict {path}, or give the folder that holds the frames")
-        return FileSource(path, rate)
+        return FileSource(path, rate, say=say)
 
     def live(name: str, opener: Callable[[], Any]) -> LiveSource:
         return LiveSource(name, opener, rate=rate, patience=patience, stop=stop or threading.Event(), say=say)
@@ -145,6 +150,7 @@ class FileSource:
         rate: frames a second, instead of what the file says.
         capture: the file, opened; opened by the path when None.
         name: for messages; the path when None.
+        say: is told that fewer frames could be read than the file counts, of one that is not cut off.
 
     Raises:
         ImageError: OpenCV finds no frame in it.
@@ -152,35 +158,51 @@ class FileSource:
 
     live = False
 
-    def __init__(self, path: Path, rate: float | None = None, capture: Any = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        rate: float | None = None,
+        capture: Any = None,
+        name: str | None = None,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
         cv2 = import_cv2()
+        self._path, self._is_here, self._say = path, capture is None, say
         self.name = str(path) if name is None else name
         self.stem = path.stem if name is None else _stem(name)
         self._cv2, self._rate_given = cv2, rate is not None
-        self._capture = cv2.VideoCapture(str(path)) if capture is None else capture
+        self._capture = cv2.VideoCapture(str(path.absolute())) if self._is_here else capture
         read, image = self._capture.read()
         if not read:
             raise ImageError(f"{self.name} has no frame that can be read: it is cut off, empty or no video")
         self._first: NDArray[np.uint8] = image
         self._begin = self._stamp()
         self.size_hw = (image.shape[0], image.shape[1])
-        self.rate = rate or _rate(self._capture)
-        self.count = _count(self._capture)
+        self.count, said = _count(self._capture), _rate(self._capture)
+        self.rate = rate or said
+        self._seconds = (self.count or 0) / said
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        """Every frame; `ImageError` after the last one where the file promised more."""
-        read, image, index, seconds = True, self._first, 0, 0.0
+        """Every frame; `ImageError` after the last one where the file is cut off."""
+        read, image, index, seconds, last = True, self._first, 0, 0.0, 0.0
         with _released(self._capture):
             while read:
                 yield VideoFrame(index, seconds, image)
                 index += 1
                 read, image = self._capture.read()
                 stamp = self._stamp() - self._begin
+                last = stamp if read else last
                 trusted = stamp > seconds and not self._rate_given
-                seconds = stamp if trusted else max(seconds, (index - 1) / self.rate) + 1 / self.rate
-        # some containers only estimate their number of frames
-        if self.count is not None and index < self.count - max(2, 0.02 * self.count):
-            raise ImageError(f"{self.name} is cut off or damaged: {index} of its {self.count} frames could be read")
+                seconds = stamp if trusted else index / self.rate if self._rate_given else seconds + 1 / self.rate
+        if self._is_here and ends_early(self._path):
+            raise ImageError(f"{self.name} is cut off: {index} frames could be read")
+        # some containers only estimate their number of frames, and of a trimmed one not all are shown
+        is_short = self.count is not None and index < self.count - max(2, 0.02 * self.count)
+        if is_short and last < self._seconds - max(1.0, 0.02 * self._seconds):
+            told = f"{index} of the {self.count} frames that it counts could be read"
+            if not self._is_here:
+                raise ImageError(f"{self.name} broke off: {told}")
+            self._say(f"{self.name}: {told}; it was trimmed, or is damaged inside")
 
     def _stamp(self) -> float:
         """The time of the last frame; older OpenCVs give that of the next one."""

@@ -74,12 +74,37 @@ def test_pts_names_and_pixels_from_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize(
-    "header", ["," + ",".join(map(str, range(136))), "image," + ",".join(map(str, range(136))), "image,x0", ""]
-)
+    "header",
+    [
+        "," + ",".join(map(str, range(136))), "image," + ",".join(map(str, range(136))), "image,x0", "",
+        "image.path,x0,y0", "\nimage,x0", "file.name," + ",".join(map(str, range(136))),
+    ],
+)  # fmt: skip
 def test_every_header_line_of_a_csv_is_none_of_its_faces(tmp_path: Path, header: str, encoding: str) -> None:
     rows = [f"{face.image}," + ",".join(map(str, face.xy.ravel())) for face in FACES[:2]]
     (tmp_path / "f.csv").write_text("\n".join([header, *rows] if header else rows), encoding=encoding)
     assert [face.image for face in faces_from_file(tmp_path / "f.csv")] == ["a.jpg", "a.jpg"]
+
+
+def test_a_first_face_with_a_blank_number_is_no_header(tmp_path: Path) -> None:
+    row = "frame0001," + ",".join(map(str, FACES[0].xy.ravel()))
+    (tmp_path / "f.csv").write_text(row.rpartition(",")[0] + ",\n" + row + "\n")
+    with pytest.raises(DataError, match="line 1"):
+        faces_from_file(tmp_path / "f.csv")
+
+
+def test_what_stands_behind_a_dot_is_a_names(tmp_path: Path) -> None:
+    written = faces_to_file([made_up("frame.0001", 0), made_up("frame.0002", 1), made_up("v1.2_a.png", 2)], tmp_path)
+    assert [path.name for path in written] == ["frame.0001.pts", "frame.0002.pts", "v1.2_a.pts"]
+
+
+def test_coco_images_of_one_id_are_refused(tmp_path: Path) -> None:
+    (path,) = faces_to_file(FACES, tmp_path / "c.json")
+    document = json.loads(path.read_text())
+    document["images"].append(dict(document["images"][0], file_name="other.jpg"))
+    path.write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r"has two images of the id \d+; number them anew"):
+        faces_from_file(path)
 
 
 @pytest.mark.parametrize("kind", ["pts", "csv", "parquet"])

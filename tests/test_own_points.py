@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -23,6 +24,7 @@ from kp_train.data import parse_source, read_source
 from kp_train.metrics import accuracy, nme_unit
 from kp_train.model import KeypointNet
 from kp_train.train import stored_record
+from tests.test_cli import kp
 
 FIVE = np.array([[40.0, 40], [60, 40], [50, 55], [42, 70], [58, 70]], np.float32)
 
@@ -118,3 +120,13 @@ def test_a_run_that_began_without_the_settings_goes_on(tmp_path: Path) -> None:
     assert stored_record(tmp_path, [], config)["config"] == old
     with pytest.raises(KpError, match="points 68 -> 5"):
         stored_record(tmp_path, [], replace(config, points=5))
+
+
+@pytest.mark.parametrize("words", [("filter",), ("run",)])
+def test_effects_are_for_68_points(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, astronaut: Path, words: tuple[str, ...]
+) -> None:
+    opened = SimpleNamespace(spec=ModelSpec("five", 64, points=5, scheme="own"))
+    monkeypatch.setattr("kp_cli.faces.load_model", lambda *_: opened)
+    told = "kp: effects hang on the 68 points of a face; this model has 5 of its own\n"
+    assert kp(capsys, *words, astronaut, "--effect", "hat") == (1, "", told)

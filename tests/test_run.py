@@ -162,6 +162,25 @@ def test_errors_are_one_line(
     assert err.count("\n") == 1
 
 
+def test_closing_the_window_is_an_end_like_any_other(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+) -> None:
+    class Closed:
+        def __init__(self, title: str) -> None: ...
+
+        def show(self, shown: object) -> bool:
+            return False
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("kp_runtime.video.Window", Closed)
+    frames = folder_of_frames(tmp_path / "frames", 20)
+    status, out, err = kp(capsys, "run", frames, "--show", "--model", bundle, "--out", tmp_path / "out")
+    assert (status, err) == (0, "")
+    assert "frames, stopped" in out
+    assert not (tmp_path / "out").exists()
+
+
 def test_progress_tells_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:

@@ -70,6 +70,13 @@ def test_a_time_that_is_not_later_changes_nothing() -> None:
     assert np.array_equal(smooth(np.full(2, 9.0), 0.05), at)
 
 
+def test_a_clock_that_is_set_back_is_a_new_beginning() -> None:
+    smooth = OneEuro()
+    smooth(np.array([10.0]), 100.0)
+    assert smooth(np.array([70.0]), 0.0) == 70
+    assert smooth(np.array([75.0]), 0.033) > 70
+
+
 def test_answers_are_the_callers_own() -> None:
     smooth = OneEuro()
     first = smooth(np.zeros(2), 0.0)

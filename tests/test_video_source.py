@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from kp_runtime.errors import BackendError, ImageError, InputError
-from kp_runtime.video_source import FolderSource, VideoFrame, open_source
+from kp_runtime.video_container import ends_early
+from kp_runtime.video_sink import VideoSink
+from kp_runtime.video_source import FileSource, FolderSource, VideoFrame, open_source
 from tests.test_video import SIZE_HW, Camera, folder_of_frames, live, picture, take, video
 
 
@@ -77,9 +79,93 @@ def test_an_mp4_without_its_end_says_so(tmp_path: Path) -> None:
         open_source(str(path))
 
 
+@pytest.mark.parametrize(
+    ("name", "codec"), [("a.mp4", "mp4v"), ("a.mov", "mp4v"), ("a.avi", "MJPG"), ("a.mkv", "MJPG")]
+)
+def test_containers_tell_where_they_end(tmp_path: Path, name: str, codec: str) -> None:
+    path = video(tmp_path / name, codec=codec)
+    data = path.read_bytes()
+    assert not ends_early(path)
+    for share in (0.5, 0.9, 0.99):
+        path.write_bytes(data[: int(share * len(data))])
+        assert ends_early(path), share
+
+
+def test_containers_that_do_not_tell(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    assert not ends_early(path)
+    head = b"\x1aE\xdf\xa3\x82ab" + b"\x18\x53\x80\x67"
+    for whole in (
+        b"", b"\x47" * 564, b"FLV\x01" + bytes(90), b"\0\0\0\0mdat" + bytes(9), b"RIFF\0\0\0\0AVI " + bytes(90),
+        head + b"\xff" + bytes(20), head + b"\x01" + b"\xff" * 7 + bytes(20), head + b"\x84" + bytes(4), head[:5],
+        b"\0\0\0\x10ftyp" + bytes(8) + b"\0\0\0\x01mdat" + (16).to_bytes(8, "big"),
+    ):  # fmt: skip
+        path.write_bytes(whole)
+        assert not ends_early(path), whole[:24]
+    for cut in (head + b"\x85" + bytes(4), b"\0\0\0\x01mdat" + (17).to_bytes(8, "big"), b"RIFF\x09\0\0\0AVI " + b"abc"):
+        path.write_bytes(cut)
+        assert ends_early(path), cut[:24]
+
+
+class Shown:
+    """An opened video of so many frames, 25 a second, in a container that counts `count`."""
+
+    def __init__(self, frames: int, count: int) -> None:
+        self.frames, self.count, self.at = frames, count, 0
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        self.at += 1
+        return (True, picture(7)) if self.at <= self.frames else (False, None)
+
+    def get(self, what: int) -> float:
+        known = {cv2.CAP_PROP_FRAME_COUNT: self.count, cv2.CAP_PROP_FPS: 25, cv2.CAP_PROP_POS_MSEC: 40 * (self.at - 1)}
+        return float(known[what])
+
+    def release(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("frames", "count", "told"), [(100, 101, 0), (100, 112, 0), (100, 150, 1)])
+def test_a_count_of_frames_is_an_estimate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frames: int, count: int, told: int
+) -> None:
+    """Sound that lasts longer counts as frames; of a trimmed file many are missing, and it is whole."""
+    path, said = video(tmp_path / "a.avi"), []
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *_: Shown(frames, count))
+    source = open_source(str(path), say=said.append)
+    assert len(list(source)) == frames
+    assert len(said) == told
+    assert all("a.avi: 100 of the 150 frames that it counts could be read; it was trimmed" in text for text in said)
+
+
+def test_a_download_that_breaks_off() -> None:
+    with pytest.raises(ImageError, match="there broke off: 100 of the 150 frames that it counts could be read"):
+        list(FileSource(Path("a.mp4"), capture=Shown(100, 150), name="there"))
+
+
+def test_a_name_with_a_colon_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(list(open_source(video(Path("talk-12:30.avi").absolute()).name))) == 20
+    sink = VideoSink(Path("a-12:30.mp4"), "mp4v", 25, SIZE_HW, by_clock=False)
+    sink.write(VideoFrame(0, 0, picture(1)), (), picture(1))
+    sink.close()
+    assert (tmp_path / "a-12:30.mp4").is_file()
+
+
+def test_two_frames_of_one_time_do_not_take_the_rest_along(tmp_path: Path) -> None:
+    class Twice(Shown):
+        def get(self, what: int) -> float:
+            return 10 * float(self.at - (self.at > 3)) if what == cv2.CAP_PROP_POS_MSEC else super().get(what)
+
+    seconds = [frame.seconds for frame in FileSource(Path("a.mp4"), capture=Twice(9, 9), name="a")]
+    np.testing.assert_allclose(seconds, [0, 0.01, 0.02, 0.06, 0.1, 0.14, 0.18, 0.22, 0.26])
+
+
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no video, folder, camera index, address .* 'nothing.mp4'"):
         open_source("nothing.mp4")
+    with pytest.raises(InputError, match="there is no video, folder"):
+        open_source("a" * 300)
     with pytest.raises(InputError, match="there is no camera 12345"):
         open_source("12345")
     cv2.imwrite(str(tmp_path / "a.png"), picture(3))
