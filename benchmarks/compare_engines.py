@@ -229,7 +229,7 @@ def main() -> None:
     made.add_argument("--samples", type=int, default=12, help="least number of samples for each case")
     args = made.parse_args()
     threads, batches = checked_threads(args.threads), tuple(args.batch or (1, 8, 32))
-    crops = varied_crops(max(batches), Manifest.read(args.bundle).spec)
+    crops = varied_crops(max(1, *batches), Manifest.read(args.bundle).spec)
     result = compare(
         candidates_from_bundle(args.bundle, threads),
         crops,

@@ -43,7 +43,10 @@ def tables_from_records(records: Sequence[Record]) -> str:
     """
     machines: dict[str, list[Record]] = {}
     for record in records:
-        machines.setdefault(machine_name(record.machine), []).append(record)
+        try:
+            machines.setdefault(machine_name(record.machine), []).append(record)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"a result does not say on what machine it is, {error}; measure again") from error
     sections = [_section(name, members) for name, members in machines.items()]
     return "\n\n".join(sections) or NOTHING
 

@@ -337,7 +337,7 @@ def run(
         typer.Option(
             min=0.02,
             max=1.0,
-            help="The smallest face, a share of the frame's shorter side (YuNet has its own); 0.05 with blur, else 0.1.",
+            help="The smallest face, a share of the frame's shorter side; 0.05 with blur, else 0.1. YuNet has its own.",
         ),
     ] = None,
     detector: Detector = "auto",

@@ -198,9 +198,11 @@ def tune(
     rise_of = None
     if data:
         from kp_export.evaluate import measured_rise
+        from kp_runtime.spec import Manifest
         from kp_train.data import parse_source
 
-        rise_of = measured_rise(first, [parse_source(text) for text in data])
+        points = Manifest.read(first).spec.points
+        rise_of = measured_rise(first, [parse_source(text, points) for text in data])
     with share_progress() as step:
         bundles = [first, *(also or []), *([lite] if lite else [])]
         result: Tuning = run_tune(
@@ -221,7 +223,10 @@ def doctor(
         Path | None, typer.Argument(help="A bundle, to run its golden crop; the default model's when left out.")
     ] = None,
     timeout: Annotated[
-        float, typer.Option(min=1.0, help="Seconds that each backend has; a first start of TensorRT takes minutes.")
+        float,
+        typer.Option(
+            min=1.0, max=86400.0, help="Seconds that each backend has; a first start of TensorRT takes minutes."
+        ),
     ] = 300.0,
     as_json: Json = False,
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -143,8 +144,8 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(_harmless, row))
-    # a table whose cells are cut at 80 columns helps nobody; a narrow terminal breaks its lines
-    Console(width=max(170, Console().width), markup=False).print(table)
+    # a table whose cells are cut helps nobody; a narrow terminal breaks its lines
+    Console(width=10_000, markup=False).print(table)
 
 
 def print_accuracy(name: str, result: Any) -> None:
@@ -175,7 +176,8 @@ def print_groups(more: dict[str, Any]) -> None:
         )
         for group in more["groups"]
     ]
-    print_table("by face", ("property", "range", "faces", "NME"), rows)
+    if rows:
+        print_table("by face", ("property", "range", "faces", "NME"), rows)
     if steady := more.get("robustness"):
         rise = steady["jitter_nme"] - steady["nme"]
         changed = [
@@ -287,17 +289,20 @@ def print_tuning(result: Any) -> None:
     machine, settings = result.machine, result.settings
     typer.echo(f"{machine.cpu}, {machine.cores_usable} cores, {settings.faces} face(s) on {result.photo}")
     rows = []
-    for trial in result.trials:
+    is_one_name = len({Path(bundle).name for bundle in result.bundles}) == len(result.bundles)
+    names = [trial.name if is_one_name else str(Path(trial.bundle) / trial.file) for trial in result.trials]
+    for trial, name in zip(result.trials, names, strict=True):
         times = trial.best_known.summary
         p50, p95 = f"{times.p50_ms:.2f}", f"{times.p95_ms:.2f}"
         rise = "?" if trial.rise.points is None else f"{trial.rise.points:+.3f}"
         how = trial.backend, trial.threads or "", trial.feeding or ""
-        rows.append((trial.name, *how, rise, times.samples, p50, _interval(times), p95, trial.verdict))
+        interval = "" if trial.times is None else _interval(times)  # of a first look's two turns there is none
+        rows.append((name, *how, rise, times.samples, p50, interval, p95, trial.verdict))
     columns = ("file", "engine", "threads", "fed", "NME rise", "samples", "p50 ms", "95% interval", "p95", "verdict")
     print_table("what was tried", columns, rows)
     for name, reason in result.left_out.items():
         typer.echo(f"left out: {name}: {reason}")
-    sources = {trial.name: trial.rise.how for trial in result.trials}
+    sources = {name: trial.rise.how for trial, name in zip(result.trials, names, strict=True)}
     for how in dict.fromkeys(sources.values()):
         of = [name for name in sources if sources[name] == how]
         typer.echo(f"NME rise of {'all' if len(of) == len(sources) else ', '.join(of)}: {how}")

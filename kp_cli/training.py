@@ -273,6 +273,10 @@ def evaluate(
         raise InputError("--detector goes with --boxes detector")
     if steady and boxes is Boxes.detector:
         raise InputError("--robustness shakes the boxes of the keypoints: leave out --boxes detector")
+    if threads is not None:  # PyTorch's, which computes for a checkpoint
+        import torch
+
+        torch.set_num_threads(checked_threads(threads))
     opened = open_model(model, threads)
     if (steady or boxes is Boxes.detector) and opened.manifest.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes: leave out --boxes detector and --robustness")
@@ -293,6 +297,9 @@ def evaluate(
         )
     if record is not None:
         shown = {"missed": result.missed, "given_up": result.given_up, "looks": looks, "mirror": mirror}
+        shown |= {"boxes": boxes.value, **(detector_record(named) if named else {})}
+        if model.is_file():
+            shown["precision"] = opened.manifest.files[model.name].precision
         kept = {record: dataclasses.asdict(result.accuracy) | shown | more}
         bundle = model if model.is_dir() else model.parent
         with told_of_bundle(bundle), alone(bundle):

@@ -154,17 +154,19 @@ def check_receipt(receipt: PrecisionReceipt, precision: str, *, dla: bool, least
     Raises:
         ExportError: too little is in that type, or on the DLA.
     """
+    least = LEAST_SHARE[precision] if least_share is None else least_share
+    if least <= 0:
+        return
     if dla and (receipt.dla_layers == 0 or receipt.left_on_gpu):
         raise ExportError(
             f"the DLA was asked for, but {receipt.left_on_gpu} {' and '.join(DLA_TYPES)} convolutions fell back to "
             f"the GPU and {receipt.dla_layers} layers are on the DLA; build without dla_core, or with a TensorRT "
             "whose DLA takes them"
         )
-    least = LEAST_SHARE[precision] if least_share is None else least_share
     shares, measure = receipt.compute_shares, "compute"
     if not shares:
         shares, measure = receipt.byte_shares, "bytes"
-    if dla or least <= 0:
+    if dla:
         return
     got = shares.get(precision, 0.0)
     if not got >= least:

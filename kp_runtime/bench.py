@@ -28,6 +28,7 @@ from kp_runtime.bench_results import (
 )
 from kp_runtime.cold_start import cold_starts
 from kp_runtime.detect import Detector
+from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import as_frame, image_from_file
@@ -36,6 +37,7 @@ from kp_runtime.machine import load_average, machine_from_system
 from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.probes import ask
 from kp_runtime.spec import Manifest
 from kp_runtime.timing import StageTimer, Turns, measure_in_turns
 
@@ -146,9 +148,19 @@ def _setup(
     spec, boxes = model.spec, boxes_in_turn(found.boxes_xyxy, max(settings.batches))
     crops = crops_from_frame(frame, matrices_from_boxes(boxes, spec.size, spec.margin), spec.size)
     name = "none, whole frames" if model.spec.box == "frame" else getattr(detector, "__name__", type(detector).__name__)
-    return Setup(
-        str(bundle), str(photo), sha256_of_file(photo), frame.size_hw, len(found), name, settings, machine_from_system()
-    ), crops
+    machine, gpu = machine_from_system(), _gpu(model.backend)
+    setup = Setup(
+        str(bundle), str(photo), sha256_of_file(photo), frame.size_hw, len(found), name, settings, machine, gpu
+    )
+    return setup, crops
+
+
+def _gpu(backend: Backend) -> str | None:
+    """Name and kind of the GPU that an engine runs on."""
+    if not isinstance(backend, DeviceBackend):
+        return None
+    devices = ask("driver", seconds=60).facts.get("devices", [])[backend.driver.device_id :]
+    return f"{devices[0]['name'] if devices else 'a GPU without a name'} ({backend.driver.arch})"
 
 
 def boxes_in_turn(boxes_xyxy: NDArray[np.float64], n: int) -> NDArray[np.float64]:

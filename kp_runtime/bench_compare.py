@@ -60,6 +60,10 @@ class Comparison:
     notes: tuple[str, ...]
 
 
+FEW_TURNS = 6
+"""Under so many turns of a case, its 95% interval holds the truth in under nine of ten runs (docs/bench.md)."""
+
+
 def compared(old: Bench, new: Bench, *, anyway: bool = False) -> Comparison:
     """Compares all cases that both results have.
 
@@ -75,11 +79,13 @@ def compared(old: Bench, new: Bench, *, anyway: bool = False) -> Comparison:
         times = before[case].summary.p50_ms, after[case].summary.p50_ms
         cases.append(CaseComparison(case, *times, ratio, ratio.verdict))
     alone = [_alone("old", before, after), _alone("new", after, before)]
+    few = [case for case in before if case in after and min(len(b[case].turns_ms) for b in (before, after)) < FEW_TURNS]
+    told = f"under {FEW_TURNS} turns, so the interval is too narrow: {'; '.join(few)}; measure for longer (--seconds)"
     return Comparison(
         tuple(cases),
         tuple(filter(None, alone)),
         tuple(obstacles(old.setup, new.setup)),
-        (*_notes(old, new), NOT_INTERLEAVED),
+        (*_notes(old, new), *([told] if few else []), NOT_INTERLEAVED),
     )
 
 
@@ -118,6 +124,7 @@ def obstacles(old: Setup, new: Setup) -> list[str]:
 
 def _conditions(setup: Setup) -> dict[str, object]:
     return machine_conditions(setup.machine) | {
+        "GPU": setup.gpu,
         "threads": setup.settings.threads or "of the engine's choice",
         "cores that were chosen": setup.settings.cores or "all",
         "photo's sha256": setup.photo_sha256,

@@ -39,7 +39,9 @@ __all__ = [
 ]
 
 SCHEMA = 1
-_ADDED: dict[str, dict[str, Any]] = {"": {"left_out": {}}, "setup.settings": {"cores": None, "backend": "auto"}}
+_ADDED: dict[str, dict[str, Any]] = {
+    "": {"left_out": {}}, "setup": {"gpu": None}, "setup.settings": {"cores": None, "backend": "auto"},
+}  # fmt: skip
 """What results of schema 1 that were written before a field was added stand for."""
 
 
@@ -79,6 +81,7 @@ class Setup:
         detector: the detector's name.
         settings: what was asked for.
         machine: what it ran on.
+        gpu: name and kind of the GPU; None where all ran on the CPU.
     """
 
     bundle: str
@@ -89,6 +92,7 @@ class Setup:
     detector: str
     settings: BenchSettings
     machine: Machine
+    gpu: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.photo_size_hw) != 2:

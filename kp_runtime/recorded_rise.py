@@ -75,23 +75,30 @@ def _rise_of_weights(first: Manifest, other: Manifest) -> Rise:
     """The largest difference on a data set that both were measured on, as nobody knows which is the user's."""
     if _weights(first) & _weights(other):
         return Rise(0.0, "the same weights")
-    nme = [{name: _nme(measured) for name, measured in m.accuracy.items()} for m in (first, other)]
     shared = [
-        (after[0] - before[0]) * 100
-        for name, before in nme[0].items()
-        if (after := nme[1].get(name)) and before and after[1] == before[1]
+        (after["nme"] - before["nme"]) * 100
+        for name, before in first.accuracy.items()
+        if _is_of_weights(before) and _is_of_weights(after := other.accuracy.get(name)) and _alike(before, after)
     ]
     if not shared:
-        return Rise(None, "the manifests record no accuracy on the same faces")
+        return Rise(None, "the manifests record no accuracy on the same faces, measured alike")
     return Rise(max(shared), f"the manifests' worst of {len(shared)} data sets")
 
 
-def _nme(measured: Any) -> tuple[float, int] | None:
-    """NME as a fraction, and of how many faces; None where that is not recorded."""
-    if not isinstance(measured, dict):
-        return None
-    nme, faces = measured.get("nme"), measured.get("faces")
-    return (float(nme), faces) if isinstance(nme, (int, float)) and isinstance(faces, int) else None
+def _is_of_weights(measured: Any) -> bool:
+    """Whether a record has an NME that no other file than the checkpoint or the fp32 one has."""
+    return (
+        isinstance(measured, dict)
+        and type(measured.get("nme")) in (int, float)
+        and type(measured.get("faces")) is int
+        and measured.get("precision") in (None, "fp32")
+    )
+
+
+def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two records are of the same faces seen in the same way, as far as both tell; older ones tell less."""
+    how = ("faces", "missed", "looks", "mirror", "boxes", "detector", "detector_sha256")
+    return all(one[key] == other[key] for key in how if key in one and key in other)
 
 
 def _weights(manifest: Manifest) -> set[str]:

@@ -71,7 +71,9 @@ class _Candidate:
 def beside(bundle: Path) -> Path | None:
     """The smaller model that lies beside a bundle by the name `<bundle>-lite`; None where there is none."""
     found = bundle.resolve().with_name(bundle.resolve().name + "-lite")
-    return bundle.parent / found.name if (found / "manifest.json").exists() else None
+    near = bundle.parent / found.name
+    near = near if near.resolve() == found else found  # a link's neighbours are others
+    return near if (found / "manifest.json").exists() else None
 
 
 def run_tune(
@@ -155,7 +157,15 @@ def _check(settings: TuneSettings, bundles: Sequence[Path]) -> None:
         raise InputError(
             f"threads must be 1 to {usable_cores()}, the cores that this process may use; got {wrong_threads[0]}"
         )
-    specs = [Manifest.read(bundle).spec for bundle in bundles]
+    manifests = [Manifest.read(bundle) for bundle in bundles]
+    runnable = [e for m in manifests for e in m.files.values() if e.kind in ("onnx", "plan")]
+    have = sorted({str(entry.precision) for entry in runnable})
+    if missing := [precision for precision in settings.precisions if precision not in have]:
+        raise InputError(
+            f"no bundle has a model file of precision {missing[0]}, only {', '.join(have) or 'none'}; "
+            "kp export can add it"
+        )
+    specs = [manifest.spec for manifest in manifests]
     for bundle, spec in zip(bundles, specs, strict=True):
         if (spec.points, spec.scheme, spec.box) != (specs[0].points, specs[0].scheme, specs[0].box):
             raise InputError(

@@ -395,6 +395,22 @@ def test_a_case_is_compared_with_itself(bench: Bench, factor: float, verdict: st
     assert "not interleaved" in found.notes[-1]
 
 
+def test_a_case_of_few_turns_is_said(bench: Bench) -> None:
+    found = compared(bench, bench)
+    told = [note for note in found.notes if "under 6 turns" in note]
+    few = [name for name, times in bench.cases().items() if len(times.turns_ms) < 6]
+    assert len(told) == bool(few)
+    assert all(name in told[0] for name in few)
+    assert not any("turns" in note for note in compared(steady(bench), steady(bench)).notes)
+
+
+def test_another_gpu_is_refused(bench: Bench) -> None:
+    setups = [dataclasses.replace(bench.setup, gpu=gpu) for gpu in (None, "Orin (sm_87)", "AGX Orin (sm_87)")]
+    assert obstacles(setups[0], setups[1]) == ["GPU not known, then Orin (sm_87)"]
+    assert obstacles(setups[1], setups[2]) == ["GPU Orin (sm_87), then AGX Orin (sm_87)"]
+    assert obstacles(setups[2], setups[2]) == []
+
+
 def with_machine(bench: Bench, **fields: Any) -> Bench:
     machine = dataclasses.replace(bench.setup.machine, **fields)
     return dataclasses.replace(bench, setup=dataclasses.replace(bench.setup, machine=machine))

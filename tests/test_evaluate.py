@@ -192,6 +192,15 @@ def test_the_pictures_show_the_faces(source: Source, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["curve.png", "worst.png"]
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_curve_of_a_model_that_knows_nothing(source: Source, tmp_path: Path) -> None:
+    result = evaluate(oracle(source, ModelSpec("x", SIZE), error_px=40.0), source.faces)
+    assert result.accuracy.nme > 0.15
+    curve = cv2.imread(str(error_curve(result, "a model", tmp_path / "curve.png")))
+    dark = np.flatnonzero((curve < 250).any(axis=(0, 2)))  # the plot reaches as far as that of a good model
+    assert np.ptp(dark) > 0.9 * curve.shape[1]
+
+
 def test_the_map_of_errors_shows_each_point_and_takes_both_sides_alike(source: Source, tmp_path: Path) -> None:
     result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
     assert len(set(np.sign(turns(np.stack([face.xy for face in result.faces]))))) == 2, "faces look to both sides"

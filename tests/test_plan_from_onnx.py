@@ -224,6 +224,7 @@ def test_dla_that_is_not_there(folder: Path, version: str) -> None:
 @pytest.mark.parametrize("on_dla", [0, 1])
 def test_silent_fall_back_from_the_dla_is_refused(folder: Path, version: str, on_dla: int) -> None:
     trt = tensorrt_double(version, dla_cores=2, dla_convolutions=on_dla)
+    assert build(folder, trt, PlanOptions(4, 4, 4, dla_core=1), least_share=0).receipt.left_on_gpu == 2 - on_dla
     with pytest.raises(ExportError, match=f"{2 - on_dla} fp16 and int8 convolutions fell back to the GPU"):
         build(folder, trt, PlanOptions(4, 4, 4, dla_core=1))
 

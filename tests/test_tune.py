@@ -321,9 +321,31 @@ def test_settings_that_make_no_sense(settings: dict[str, Any], message: str, bun
         run_tune([bundle], astronaut, astronaut_box, TuneSettings(**settings))
 
 
+def test_a_precision_that_no_bundle_has(bundle: Path, astronaut: Path) -> None:
+    with pytest.raises(InputError, match=r"no bundle has a model file of precision int8, only fp32; kp export can add"):
+        run_tune([bundle], astronaut, lambda image: np.empty((0, 4)), TuneSettings(precisions=("int8",)))
+
+
 def test_a_photo_without_a_face(bundle: Path, astronaut: Path) -> None:
     with pytest.raises(ImageError, match=r"no face was found on .*astronaut\.png; tune on a photo with one: --photo"):
         run_tune([bundle], astronaut, lambda image: np.empty((0, 4)), TuneSettings(threads=(1,)))
+
+
+def test_the_smaller_model_is_found_from_within_and_behind_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "store").mkdir()
+    for name in ("net", "net-lite"):
+        make_bundle(tmp_path / name, {"int8": 0.0})
+    link = tmp_path / "store" / "link"
+    link.symlink_to(tmp_path / "net")
+    monkeypatch.chdir(tmp_path / "net")
+    for given in (Path(), Path("../net"), link, tmp_path / "net"):
+        found = beside(given)
+        assert found is not None
+        assert (found / "manifest.json").exists(), given
+    assert beside(Path("../net")) == Path("../net-lite")
+    assert beside(tmp_path / "net-lite") is None
 
 
 def test_recorded_rises(tmp_path: Path) -> None:
@@ -345,6 +367,20 @@ def test_recorded_rises_between_bundles(tmp_path: Path) -> None:
         stranger = make_bundle(tmp_path / str(fault), {"int8": 0.05}, **({"nme": 0.041} | fault))
         assert recorded_rise(first, stranger, "model.int8.onnx").points is None
     manifest = Manifest.read(other)
+    (name,) = manifest.accuracy
+    for before, after in (
+        ({"boxes": "keypoints"}, {"boxes": "detector"}), ({"mirror": False}, {"mirror": True}),
+        ({}, {"precision": "int8"}),
+        ({"detector": "own", "detector_sha256": "a"}, {"detector": "own", "detector_sha256": "b"}),
+    ):  # fmt: skip
+        pair = []
+        for folder, record in ((tmp_path / "one", before), (tmp_path / "another", after)):
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(first if folder.name == "one" else other, folder)
+            kept = Manifest.read(folder)
+            dataclasses.replace(kept, accuracy={name: kept.accuracy[name] | record}).write(folder)
+            pair.append(folder)
+        assert recorded_rise(*pair, "model.int8.onnx").points is None, (before, after)
     two = {"x": {"nme": 0.05, "faces": 10}, "y": {"nme": "bad", "faces": 10}, "z": 5}
     dataclasses.replace(manifest, accuracy=manifest.accuracy | two).write(other)
     original = Manifest.read(first)

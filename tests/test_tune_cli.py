@@ -151,3 +151,22 @@ def test_measured_rises_decide(capsys: pytest.CaptureFixture[str], net: Path, tm
     assert status == 0
     assert "NME rise of all: measured on 8 labelled faces" in out
     assert tuned_from_file(tmp_path / "t.json").file == "model.int8.onnx"
+
+
+def test_faces_are_not_measured_before_the_settings_are_right(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, net: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("kp_export.evaluate.evaluate", lambda *_: pytest.fail("measured"))
+    table = write_csv_source(tmp_path, people=4)
+    status, _, err = kp(capsys, "tune", net, "--threads", 999, "--data", table, "--out", tmp_path / "t.json")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "threads must be 1 to" in err
+
+
+def test_bundles_of_one_name_are_told_apart(capsys: pytest.CaptureFixture[str], net: Path, tmp_path: Path) -> None:
+    other = make_bundle(tmp_path / "other" / "net", {"int8": 0.2})
+    words = ("tune", net, "--also", other, "--threads", 1, "--out", tmp_path / "t.json")
+    status, out, _ = kp(capsys, *words)
+    assert status == 0
+    for bundle in (net, other):
+        assert f"{bundle}/model.int8.onnx" in out
