@@ -73,7 +73,7 @@ def train(
         str | None,
         typer.Option(help="Take the weights of the best epoch by held-out loss, or of the last.", metavar="best|last"),
     ] = None,
-    augment: Annotated[str | None, typer.Option(help="faces, varied, bent, light, crop or none.")] = None,
+    augment: Annotated[str | None, typer.Option(help="faces, varied, bent, shaken, light, crop or none.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of weights, order and augmentation.")] = None,
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = None,
     weights: Annotated[str, typer.Option(help="auto, imagenet, none, or a torchvision ResNet-18 .pth file.")] = "auto",

@@ -6,6 +6,9 @@ arithmetic, took 11% of its time where a processor has VNNI. Four neighbours of 
 no byte moves for it: `(n, 1, S, S)` is `(n, S, S / 4, 4)`. Two results of a stride of 2 then share a window, as twice
 as many channels: 64 filters of 7 x 7 become 128 of 7 x 3 x 4, part of whose weights are 0. The sums of integers are the
 same, and so is every bit of the keypoints.
+
+And its weights are rounded by what it sees. Grey levels are never under 0 and much alike from pixel to pixel: of
+such, a filter of weights each rounded to the nearest shows errors that all later layers build on.
 """
 
 from __future__ import annotations
@@ -18,11 +21,45 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-__all__ = ["fold_first_convolution", "unfold_first_convolution"]
+__all__ = ["fold_first_convolution", "round_first_convolution", "unfold_first_convolution"]
 
 _PREFIX = "kp_fold_"
 """Of the names of what folding adds."""
 _NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
+def round_first_convolution(model: Any, fp32: Any, crops: NDArray[np.uint8]) -> bool:
+    """Rounds the first convolution's weights anew, in place: each so that those after it make up for its error.
+
+    Of all weights on the same scales these give the smallest squared error of the filters' sums over windows of the
+    crops, one weight after the other, as GPTQ does (Frantar et al. 2023, algorithm 1).
+
+    Args:
+        model: the network with Q/DQ nodes, `onnx.ModelProto`, not yet folded.
+        fp32: the network that it was made of.
+        crops: `(n, 1, size, size)` uint8.
+
+    Returns:
+        Whether it was done: not where the first convolution is in float32.
+    """
+    first, exact = _First(model), _First(fp32)
+    if first.before is None:
+        return False
+    weights = exact.weights
+    height, width = weights.shape[2:]
+    windows = np.lib.stride_tricks.sliding_window_view(crops[:, 0], (height, width), axis=(1, 2))[:, ::5, ::5]
+    seen = windows.reshape(-1, height * width).astype(np.float64)
+    moment = seen.T @ seen / len(seen)
+    moment += 0.01 * moment.diagonal().mean() * np.eye(len(moment))
+    passed_on = np.linalg.cholesky(np.linalg.inv(moment)).T
+    left = weights.reshape(len(weights), -1) / first.scales[:, None].astype(np.float64)
+    most = np.abs(first.weights).max()
+    rounded = np.empty(left.shape, np.int8)
+    for i, row in enumerate(passed_on):
+        rounded[:, i] = np.rint(left[:, i]).clip(-most, most)
+        left -= ((left[:, i] - rounded[:, i]) / row[i])[:, None] * row
+    first.set_weights(rounded.reshape(weights.shape))
+    return True
 
 
 def fold_first_convolution(model: Any) -> bool:
@@ -100,9 +137,25 @@ class _First:
             self.behind = behind
 
     @property
-    def weights(self) -> NDArray[np.int8]:
-        """`(filters, channels, height, width)`."""
-        return self._constant(self._makers[self._conv.input[1]].input[0])
+    def weights(self) -> NDArray[Any]:
+        """`(filters, channels, height, width)`, int8 where they are quantised."""
+        return self._constant(self._of_weights.input[0] if self._of_weights else self._conv.input[1])
+
+    @property
+    def scales(self) -> NDArray[np.float32]:
+        """`(filters,)`, of quantised weights."""
+        assert self._of_weights is not None
+        return self._constant(self._of_weights.input[1])
+
+    def set_weights(self, weights: NDArray[np.int8]) -> None:
+        """Gives it other quantised weights of the same shape."""
+        assert self._of_weights is not None
+        self._set_constant(self._of_weights.input[0], weights)
+
+    @property
+    def _of_weights(self) -> Any:
+        """The node that dequantises the weights; None where they are not quantised."""
+        return self._makers.get(self._conv.input[1])
 
     def reshape(self, weights: NDArray[np.int8], strides: list[int], pads: list[int]) -> None:
         """Gives it other filters, and as many scales and biases: the first ones, as often as it takes."""

@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from kp_export.first_convolution import fold_first_convolution
+from kp_export.first_convolution import fold_first_convolution, round_first_convolution
 from kp_export.parity import FaceSet, Parity, check_parity
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.files import writing
@@ -186,6 +186,7 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
             raise ExportError(f"onnxruntime's quantiser fails on {fp32.name}: {error}") from error
         result = onnx.load(quantised)
     if cpu:
+        round_first_convolution(result, model, calibration.crops)  # its weights have 7 bits, others 8
         fold_first_convolution(result)
     else:
         _unquantise_sums(result)

@@ -236,10 +236,10 @@ def grey_levels(light: float, patches: float, largest: float, noise: float, p: f
     )
 
 
-def _faces(mirror: NDArray[np.intp] | None, *, varied: bool, bend: float) -> Augment:
+def _faces(mirror: NDArray[np.intp] | None, *, varied: bool, bend: float, wide: float) -> Augment:
     light, patches, largest, turn, stretch = (0.3, 0.15, 0.1, 10, 0.05) if varied else (0.25, 0.05, 0.08, 8, 0.0)
     grey = grey_levels(light, patches, largest, noise=8, p=0.1)
-    place = {"shift": 0.02, "max_shift": 0.16, "zoom": 0.04, "turn": turn, "wide": 0.4}
+    place = {"shift": 0.02, "max_shift": 0.16, "zoom": 0.04, "turn": turn, "wide": wide}
     return Augment(**place, mirror=mirror, grey=grey, stretch=stretch, bend=bend)
 
 
@@ -259,4 +259,5 @@ def augment_from_name(name: str, mirror: NDArray[np.intp] | None = MIRROR) -> Au
     if name == "crop":
         # the original draws a 224 window from the 250 image: up to 13 px of 224 either way
         return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, mirror=None, grey=v2.Identity())
-    return _faces(mirror, varied=name != "faces", bend=0.015 if name == "bent" else 0.0)
+    bend = 0.015 if name in ("bent", "shaken") else 0.0
+    return _faces(mirror, varied=name != "faces", bend=bend, wide=1.0 if name == "shaken" else 0.4)

@@ -14,7 +14,7 @@ from kp_runtime.errors import KpError
 
 __all__ = ["AUGMENTS", "RECIPES", "DetectorConfig", "TrainConfig", "has_bfloat16", "recipe"]
 
-AUGMENTS = ("faces", "varied", "bent", "light", "crop", "none")
+AUGMENTS = ("faces", "varied", "bent", "shaken", "light", "crop", "none")
 """How crops are varied, see `TrainConfig.augment`."""
 
 
@@ -39,8 +39,8 @@ class TrainConfig:
             schedule that falls to nothing, and a run that begins at weights which the held-out faces chose.
         patience: epochs without a better validation loss before the run stops; 0 never stops.
         augment: `faces` (place, size, turn, mirror, light, blur, JPEG, noise, patches), `varied` (more of it, and
-            faces stretched and sheared), `bent` (that, and faces bent), `light` (less than `faces`), `crop` (random
-            crop alone, as the original) or `none`.
+            faces stretched and sheared), `bent` (that, and faces bent), `shaken` (that, and all boxes err as widely as
+            four in ten do before), `light` (less than `faces`), `crop` (random crop alone, as the original) or `none`.
         val_fraction: share of the people that are held out.
         seed: of weights, order and augmentation.
         points: of each face; another number than 68 is a mark-up of one's own.

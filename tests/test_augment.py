@@ -29,7 +29,7 @@ def test_a_mirrored_face_swaps_left_and_right() -> None:
     np.testing.assert_allclose(back.numpy(), xy.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["faces", "varied", "bent"])
+@pytest.mark.parametrize("name", ["faces", "varied", "bent", "shaken"])
 def test_faces_stay_under_their_points(tmp_path: object, name: str) -> None:
     """The white of the drawn eyes lies under the eye points however the crop is varied."""
     faces = read_source(write_csv_source(tmp_path, people=12)).faces  # type: ignore[arg-type]
@@ -44,7 +44,7 @@ def test_faces_stay_under_their_points(tmp_path: object, name: str) -> None:
     assert np.mean(np.array(brighter) > 0) > 0.8
 
 
-@pytest.mark.parametrize("name", ["faces", "varied", "bent", "light", "crop"])
+@pytest.mark.parametrize("name", ["faces", "varied", "bent", "shaken", "light", "crop"])
 def test_a_seed_fixes_the_variation(tmp_path: object, name: str) -> None:
     faces = read_source(write_csv_source(tmp_path, people=2)).faces  # type: ignore[arg-type]
     data = FaceDataset(faces, ModelSpec("x", 64), augment_from_name(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import onnx
 import onnxruntime
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 import kp_export.int8_from_onnx as quantiser
-from kp_export.first_convolution import fold_first_convolution, unfold_first_convolution
+from kp_export.first_convolution import fold_first_convolution, round_first_convolution, unfold_first_convolution
 from kp_export.int8_from_onnx import Int8Choice, int8_from_onnx
 from kp_export.onnx_from_checkpoint import onnx_from_checkpoint
 from kp_export.parity import FaceSet
@@ -112,3 +113,36 @@ def test_an_export_folds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folded = onnx.load(out)
     assert operators(folded)[:3] == ["Reshape", "Transpose", "Conv"]
     np.testing.assert_array_equal(keypoints(folded, noise(3, 64)), keypoints(plain, noise(3, 64)))
+
+
+def test_weights_are_rounded_by_what_the_filters_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over windows like those that were shown the sums are nearer to the exact ones than by rounding to the nearest."""
+    monkeypatch.setattr(quantiser, "round_first_convolution", lambda *_: False)
+    nearest = quantised(tmp_path, monkeypatch)
+    fp32 = onnx.load(tmp_path / "fp32.onnx")
+    rng = np.random.default_rng(7)
+    smooth = np.stack([cv2.GaussianBlur(crop[0], (0, 0), 2.0)[None] for crop in noise(16, 64)])
+    shown, others = smooth[:8], smooth[8:] + rng.integers(0, 9, (8, 1, 64, 64), dtype=np.uint8)
+    better = copy(nearest)
+    assert round_first_convolution(better, fp32, shown)
+    exact = numpy_helper.to_array(next(c for c in fp32.graph.initializer if c.dims[2:] == [7, 7]))
+
+    def missed(model: onnx.ModelProto) -> float:
+        conv = next(node for node in model.graph.node if node.op_type == "Conv")
+        dequantise = next(node for node in model.graph.node if conv.input[1] in node.output)
+        constants = {c.name: numpy_helper.to_array(c) for c in model.graph.initializer}
+        weights, scales = (constants[name] for name in dequantise.input[:2])
+        assert weights.dtype == np.int8
+        assert np.abs(weights.astype(int)).max() <= 64, "pairs of products fit 16 bits"
+        error = torch.from_numpy(weights * scales[:, None, None, None] - exact)
+        return float(torch.conv2d(torch.from_numpy(others).float(), error).square().mean().sqrt())
+
+    assert missed(better) < 0.5 * missed(nearest)
+    assert operators(better) == operators(nearest)
+
+
+def test_a_first_convolution_in_float32_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantised(tmp_path, monkeypatch, floats=1)
+    before = model.SerializeToString()
+    assert not round_first_convolution(model, onnx.load(tmp_path / "fp32.onnx"), noise(2, 64))
+    assert model.SerializeToString() == before
