@@ -296,7 +296,7 @@ def evaluate(
             robustness(opened, result.faces, progress("showing otherwise"), looks, mirror)
         )
     if record is not None:
-        shown = {"missed": result.missed, "given_up": result.given_up, "looks": looks, "mirror": mirror}
+        shown: dict[str, Any] = {"missed": result.missed, "given_up": result.given_up, "looks": looks, "mirror": mirror}
         shown |= {"boxes": boxes.value, **(detector_record(named) if named else {})}
         if model.is_file():
             shown["precision"] = opened.manifest.files[model.name].precision

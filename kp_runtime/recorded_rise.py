@@ -78,7 +78,7 @@ def _rise_of_weights(first: Manifest, other: Manifest) -> Rise:
     shared = [
         (after["nme"] - before["nme"]) * 100
         for name, before in first.accuracy.items()
-        if _is_of_weights(before) and _is_of_weights(after := other.accuracy.get(name)) and _alike(before, after)
+        if _is_of_weights(before) and _is_of_weights(after := other.accuracy.get(name, {})) and _alike(before, after)
     ]
     if not shared:
         return Rise(None, "the manifests record no accuracy on the same faces, measured alike")
