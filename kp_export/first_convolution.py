@@ -40,7 +40,7 @@ def round_first_convolution(model: Any, fp32: Any, crops: NDArray[np.uint8]) -> 
         crops: `(n, 1, size, size)` uint8.
 
     Returns:
-        Whether it was done: not where the first convolution is in float32.
+        Whether it was done: not where the first convolution is in float32, or the crops show nothing.
     """
     first, exact = _First(model), _First(fp32)
     if first.before is None:
@@ -50,6 +50,8 @@ def round_first_convolution(model: Any, fp32: Any, crops: NDArray[np.uint8]) -> 
     windows = np.lib.stride_tricks.sliding_window_view(crops[:, 0], (height, width), axis=(1, 2))[:, ::5, ::5]
     seen = windows.reshape(-1, height * width).astype(np.float64)
     moment = seen.T @ seen / len(seen)
+    if not moment.any():  # all is black
+        return False
     moment += 0.01 * moment.diagonal().mean() * np.eye(len(moment))
     passed_on = np.linalg.cholesky(np.linalg.inv(moment)).T
     left = weights.reshape(len(weights), -1) / first.scales[:, None].astype(np.float64)

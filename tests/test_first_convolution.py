@@ -141,6 +141,13 @@ def test_weights_are_rounded_by_what_the_filters_see(tmp_path: Path, monkeypatch
     assert operators(better) == operators(nearest)
 
 
+def test_black_crops_tell_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantised(tmp_path, monkeypatch)
+    before = model.SerializeToString()
+    assert not round_first_convolution(model, onnx.load(tmp_path / "fp32.onnx"), np.zeros((2, 1, 64, 64), np.uint8))
+    assert model.SerializeToString() == before
+
+
 def test_a_first_convolution_in_float32_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantised(tmp_path, monkeypatch, floats=1)
     before = model.SerializeToString()
