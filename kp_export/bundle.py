@@ -107,7 +107,9 @@ def export_bundle(
             for name in manifest.files:
                 with writing(stage / name) as temporary:
                     shutil.copyfile(manifest.check_file(own, name), temporary)
-            old, known = old | manifest.files, known | _parity_rows(own, manifest.files)
+            old = old | manifest.files
+            known = {name: row for name, row in known.items() if name not in manifest.files}
+            known |= _parity_rows(own, manifest.files)
         faces, calibrating = _face_sets(manifest.spec, sources, calibration)
         if calibrating is not None:
             check_calibration(calibrating, predict_from_net(net))

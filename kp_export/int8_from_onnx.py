@@ -160,6 +160,7 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
     options: dict[str, Any] = {"WeightSymmetric": True} | ({"CalibPercentile": 99.99} if percentile else {})
     if not cpu:
         options |= {"ActivationSymmetric": True, "QuantizeBias": False}
+    crops = calibration.crops[:: calibration_stride(choice)]
     model = onnx.load(fp32)
     nodes = list(model.graph.node)
     convolutions = [node.name for node in nodes if node.op_type == "Conv"]
@@ -171,7 +172,7 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
             quantize_static(
                 str(fp32),
                 str(quantised),
-                _Reader(calibration.crops[:: calibration_stride(choice)], alike=percentile),
+                _Reader(crops, alike=percentile),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Conv", "Relu", "MaxPool", "Add"] if cpu else ["Conv"],
                 per_channel=True,
@@ -186,7 +187,7 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
             raise ExportError(f"onnxruntime's quantiser fails on {fp32.name}: {error}") from error
         result = onnx.load(quantised)
     if cpu:
-        round_first_convolution(result, model, calibration.crops)  # its weights have 7 bits, others 8
+        round_first_convolution(result, model, crops)  # its weights have 7 bits, others 8
         fold_first_convolution(result)
     else:
         _unquantise_sums(result)

@@ -30,15 +30,15 @@ def alone(target: Path) -> Iterator[None]:
     """No other process of this project changes the bundle meanwhile.
 
     Raises:
-        ExportError: another one does, or the lock beside the bundle can't be made.
+        ExportError: another one does.
     """
     target = target.resolve()
-    try:
-        with locked(_beside(target, "lock"), target):
+    with contextlib.ExitStack() as stack:
+        # who may not write beside the bundle, where the lock lies, can't replace it either
+        if target.name and os.access(target.parent, os.W_OK):
+            stack.enter_context(locked(_beside(target, "lock"), target))
             _put_back(target)
-            yield
-    except OSError as error:
-        raise ExportError(f"can't change the bundle {target}: {error.strerror or error}") from error
+        yield
 
 
 def _put_back(target: Path) -> None:
@@ -120,7 +120,7 @@ def locked(path: Path, target: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ExportError(f"another export is at work on {target}; wait for it to end") from error
+                raise ExportError(f"another command is at work on {target}; wait for it to end") from error
             # the one before may have removed the file between our opening and locking it
             if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 break

@@ -315,7 +315,8 @@ def _other_kind(folder: Path, wanted: _Wanted) -> str | None:
     other = {"KIND_CPU": "KIND_AUTO", "KIND_AUTO": "KIND_CPU"}.get(kind)
     if other is None or not re.search(rf"\bkind: *{other}\b", text):
         return None
-    return f"{path} stays as it is and says {other}, while {wanted.file} is for {kind}; change that line"
+    told = f"it says {other}, {wanted.file} is for {kind}; change that line"
+    return f"the processor in {path}, which stays as it is: {told}"
 
 
 def _add(folder: Path, wanted: _Wanted) -> TritonModel:

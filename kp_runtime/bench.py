@@ -79,7 +79,8 @@ def run_bench(
     before, started = load_average(), datetime.datetime.now(datetime.timezone.utc)
     backends, left_out = _open(bundle, settings)
     model = Model(next(iter(backends.values())))
-    setup, crops = _setup(model, bundle, photo, detector, settings)
+    gpu = next(filter(None, map(_gpu, backends.values())), None)
+    setup, crops = _setup(model, bundle, photo, detector, settings, gpu)
     admit(setup)
     cold = cold_starts(
         [(bundle / name, backend.name) for name, backend in backends.items()],
@@ -138,7 +139,7 @@ _NAMES = {"onnx": "ONNX file", "plan": "TensorRT plan"}
 
 
 def _setup(
-    model: Model, bundle: Path, photo: Path, detector: Detector, settings: BenchSettings
+    model: Model, bundle: Path, photo: Path, detector: Detector, settings: BenchSettings, gpu: str | None
 ) -> tuple[Setup, NDArray[np.uint8]]:
     """The setup, and the crops of the largest batch."""
     found = predict_photo(model, photo, detector=detector).keypoints
@@ -148,10 +149,10 @@ def _setup(
     spec, boxes = model.spec, boxes_in_turn(found.boxes_xyxy, max(settings.batches))
     crops = crops_from_frame(frame, matrices_from_boxes(boxes, spec.size, spec.margin), spec.size)
     name = "none, whole frames" if model.spec.box == "frame" else getattr(detector, "__name__", type(detector).__name__)
-    machine, gpu = machine_from_system(), _gpu(model.backend)
     setup = Setup(
-        str(bundle), str(photo), sha256_of_file(photo), frame.size_hw, len(found), name, settings, machine, gpu
-    )
+        str(bundle), str(photo), sha256_of_file(photo), frame.size_hw, len(found), name, settings,
+        machine_from_system(), gpu,
+    )  # fmt: skip
     return setup, crops
 
 

@@ -19,6 +19,7 @@ import importlib
 import io
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -245,7 +246,7 @@ def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
     texts: dict[str, str] = {}
     for face, number in zip(faces, _face_numbers(faces), strict=True):
         image = Path(face.image)  # of frame.0001 all is the name
-        stem = image.stem if image.suffix.lower() in IMAGE_SUFFIXES else image.name
+        stem = image.stem if re.fullmatch(r"\.[A-Za-z][A-Za-z0-9]{1,3}", image.suffix) else image.name
         name = stem + (f"_{number}" if many[face.image] > 1 else "") + ".pts"
         if name in texts:
             raise InputError(f"{face.image} and a photo before it would both be {name}; write json or csv instead")
@@ -364,7 +365,7 @@ def _is_header(row: Sequence[str]) -> bool:
 
     A name without a suffix is an image's where numbers follow that do not just count from 0, as a table's columns.
     """
-    if Path(row[0]).suffix.lower() in IMAGE_SUFFIXES:
+    if Path(row[0]).suffix.lower() in IMAGE_SUFFIXES or re.search("[;\t]", row[0]):  # the last: no commas between
         return False
     counted = [str(i) for i in range(len(row) - 1)]
     return not row[0].strip() or row[1:] == counted or not any(map(_is_number, row[1:]))

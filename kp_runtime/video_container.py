@@ -12,7 +12,9 @@ from typing import BinaryIO
 __all__ = ["ends_early"]
 
 _FIRST_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip")
-_EBML = b"\x1aE\xdf\xa3"
+_BOXES = (*_FIRST_BOXES, b"moof", b"mfra", b"sidx", b"styp", b"uuid", b"meta", b"udta", b"pdin", b"emsg")
+_EBML, _SEGMENT = b"\x1aE\xdf\xa3", b"\x18\x53\x80\x67"
+_OPEN = 0xFFFFFFFF  # a chunk's length, as FFmpeg writes it until it knows
 
 
 def ends_early(path: Path) -> bool:
@@ -35,7 +37,7 @@ def ends_early(path: Path) -> bool:
 
 
 def _end_of_boxes(file: BinaryIO, size: int) -> int:
-    """Where the last box ends (ISO/IEC 14496-12, 4.2); 0 where that is open."""
+    """Where the last box ends (ISO/IEC 14496-12, 4.2); 0 where that is open. Cameras append what is no box."""
     at = 0
     while at + 8 <= size:
         file.seek(at)
@@ -43,7 +45,7 @@ def _end_of_boxes(file: BinaryIO, size: int) -> int:
         length = int.from_bytes(head[:4], "big")
         if length == 1:
             length = int.from_bytes(head[8:16], "big")
-        if length < 8:  # 0: to the end of the file, whatever that is
+        if length < 8 or head[4:8] not in _BOXES:  # 0: to the end of the file, whatever that is
             return 0
         at += length
     return at
@@ -54,8 +56,9 @@ def _end_of_chunks(file: BinaryIO, size: int) -> int:
     at = 0
     while at + 8 <= size:
         file.seek(at)
-        length = int.from_bytes(file.read(8)[4:], "little")
-        if length == 0:
+        head = file.read(8)
+        length = int.from_bytes(head[4:], "little")
+        if length in (0, _OPEN) or head[:4] != b"RIFF":
             return 0
         at += 8 + length + length % 2
     return at
@@ -64,8 +67,9 @@ def _end_of_chunks(file: BinaryIO, size: int) -> int:
 def _end_of_segment(head: bytes) -> int:
     """Where the segment after the EBML header ends (RFC 8794, 4 and 6); 0 where its length is unknown."""
     header, at = _number(head, 4)
-    segment, begin = _number(head, at + (header or 0) + 4)  # 4 bytes of id
-    return 0 if header is None or segment is None else begin + segment
+    at += header or 0
+    segment, begin = _number(head, at + 4)
+    return 0 if header is None or segment is None or head[at : at + 4] != _SEGMENT else begin + segment
 
 
 def _number(data: bytes, at: int) -> tuple[int | None, int]:

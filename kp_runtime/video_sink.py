@@ -126,7 +126,7 @@ class VideoSink:
         size_hw: of all frames.
         by_clock: frames come when they come, and those that come too fast are left out. Otherwise each is written.
             In both cases one is repeated until the next came: the video lasts as long as what it shows. (But for a
-            file whose times jump by over a minute.)
+            file whose times jump by over a minute, or whose frames come faster than its rate for a while.)
 
     Raises:
         KpError: OpenCV can't write there.

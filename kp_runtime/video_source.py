@@ -32,6 +32,7 @@ USUAL_RATE = 30.0
 _FILE_ADDRESS = re.compile("(https?|ftp|file)://", re.IGNORECASE)
 """Where a video file may lie; what `rtsp://` and its like give comes by the clock, even where its length is known."""
 
+_LEAST_STEP_S = 0.001  # between two frames of a file
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
 _NETWORK_TIMEOUT_MS = 10_000
 
@@ -191,9 +192,13 @@ class FileSource:
                 index += 1
                 read, image = self._capture.read()
                 stamp = self._stamp() - self._begin
+                if self._rate_given:
+                    seconds = index / self.rate
+                elif stamp > last:  # after two of one time it takes a few frames until the stamps are ahead again
+                    seconds = max(stamp, seconds + _LEAST_STEP_S)
+                else:
+                    seconds += 1 / self.rate
                 last = stamp if read else last
-                trusted = stamp > seconds and not self._rate_given
-                seconds = stamp if trusted else index / self.rate if self._rate_given else seconds + 1 / self.rate
         if self._is_here and ends_early(self._path):
             raise ImageError(f"{self.name} is cut off: {index} frames could be read")
         # some containers only estimate their number of frames, and of a trimmed one not all are shown
@@ -330,7 +335,7 @@ def _count(capture: Any) -> int | None:
 def _rate(capture: Any) -> float:
     """Frames a second as the capture tells, or the usual one where it can't be true."""
     rate = float(capture.get(import_cv2().CAP_PROP_FPS))
-    return rate if 1 <= rate <= 1000 else USUAL_RATE
+    return rate if 1 <= rate < 1000 else USUAL_RATE  # 1000 is a time base in milliseconds
 
 
 def _without_password(address: str) -> str:

@@ -345,3 +345,13 @@ def test_eval_prints_json(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_
     assert "SmoothL1 as the original" in out
     status, _, err = kp(capsys, *words, "--split", "person")
     assert "does not say which people" in err
+
+
+def test_a_shell_in_a_replaced_bundle_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "a b"))
+    monkeypatch.chdir(copy)
+    status, _, err = kp(capsys, "pack", ".", "--precision", "fp32", "--out", ".")
+    assert status == 0
+    assert err == f"this shell stands in the folder that was replaced; go to the new one: cd '{copy}'\n"

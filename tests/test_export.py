@@ -19,10 +19,10 @@ import kp_export.bundle
 from kp_export.bundle import export_bundle, predict_from_net
 from kp_export.onnx_from_checkpoint import check_fits_half
 from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
-from kp_export.staging import mend
+from kp_export.staging import alone, mend
 from kp_runtime.backend import GOLDEN_TOLERANCE_PX, Answer, open_backend
 from kp_runtime.errors import ExportError, ParityError
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from kp_train.model import KeypointNet
 from tests.tolerances import FP16_PX, FP32_PX
@@ -191,7 +191,7 @@ def test_an_export_killed_between_its_last_moves_is_mended(copied: Path) -> None
 def test_two_exports_at_once_are_refused(copied: Path) -> None:
     with open(copied.with_name(".bundle.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ExportError, match="another export is at work"):
+        with pytest.raises(ExportError, match="another command is at work"):
             export_bundle(copied)
 
 
@@ -315,7 +315,12 @@ def test_files_of_other_weights_go(copied: Path) -> None:
     with torch.no_grad():
         net.backbone.fc.bias += 1
     save_checkpoint(copied, net, dataclasses.replace(manifest, files={}))
+    (copied / "extra.onnx").write_bytes(b"of other weights, and in the manifest")
+    new = Manifest.read(copied)
+    entry = file_entry(copied / "extra.onnx", "onnx", precision="fp32", parent_sha256="0" * 64)
+    dataclasses.replace(new, files=new.files | {"extra.onnx": entry}).write(copied)
     export_bundle(copied)
+    assert not (copied / "extra.onnx").exists()
     assert not plan.exists()
     assert not (copied / "model.fp16.onnx").exists()
     assert (copied / "model.mine.onnx").exists()
@@ -344,3 +349,13 @@ def test_who_reads_leaves_a_swap_under_way_alone(copied: Path) -> None:
     mend(copied)
     assert Manifest.read(copied).files
     assert [p.name for p in copied.parent.iterdir()] == ["bundle"]
+
+
+def test_who_may_not_write_beside_a_bundle_needs_no_lock(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(copied.with_name(".bundle.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ExportError, match="another command is at work"), alone(copied):
+            pass
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+        with alone(copied), alone(Path("/")):
+            pass

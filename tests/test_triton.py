@@ -193,9 +193,7 @@ def test_a_version_for_another_processor_is_said(own: Path, tmp_path: Path) -> N
     config = repo / "tiny-crops-onnx/config.pbtxt"
     config.write_text(config.read_text().replace("KIND_AUTO", "KIND_CPU"))
     (told,) = [reason for reason in write_repository(own, repo).left_out if "KIND" in reason]
-    assert (
-        told == f"{config} stays as it is and says KIND_CPU, while model.fp32.onnx is for KIND_AUTO; change that line"
-    )
+    assert told.startswith(f"the processor in {config}, which stays as it is: it says KIND_CPU, model.fp32.onnx is for")
     config.write_text(config.read_text().replace("KIND_CPU", "KIND_GPU"))  # a user's own choice
     assert not any("KIND" in reason for reason in write_repository(own, repo).left_out)
 
