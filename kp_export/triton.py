@@ -287,13 +287,18 @@ def _scalar(value: Any) -> str:
     return json.dumps(value)  # numbers, true, lists of numbers, and quoted ASCII text are the same in both
 
 
+def _config_text(folder: Path) -> str:
+    """Of a model that is there already; empty where it has none."""
+    path = folder / CONFIG_NAME
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
 def _check_contract(folder: Path, config: dict[str, Any]) -> None:
     """Refuses to add a version to a model that takes or gives something else, or more at once."""
     if not folder.exists():
         return
     contract = next(p["value"]["string_value"] for p in config["parameters"] if p["key"] == "kp_contract")
-    path = folder / CONFIG_NAME
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = _config_text(folder)
     if json.dumps(contract) not in text:
         raise ExportError(
             f"{folder} is there and is not a model of {contract!r}: its clients would get something else; "
@@ -309,8 +314,7 @@ def _check_contract(folder: Path, config: dict[str, Any]) -> None:
 
 def _other_kind(folder: Path, wanted: _Wanted) -> str | None:
     """What to say where a model's config.pbtxt, which stays as it is, has the processor of another precision."""
-    path = folder / CONFIG_NAME
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    path, text = folder / CONFIG_NAME, _config_text(folder)
     kind = str(wanted.config["instance_group"][0]["kind"])
     other = {"KIND_CPU": "KIND_AUTO", "KIND_AUTO": "KIND_CPU"}.get(kind)
     if other is None or not re.search(rf"\bkind: *{other}\b", text):

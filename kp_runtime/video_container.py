@@ -6,6 +6,7 @@ at its highest rate, and of a trimmed MP4 it has frames that are never shown. Th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -28,40 +29,38 @@ def ends_early(path: Path) -> bool:
         with open(path, "rb") as file:
             head = file.read(64)
             if head[4:8] in _FIRST_BOXES:
-                return _end_of_boxes(file, size) > size
+                return _end_of_parts(file, size, _length_of_box) > size
             if head[:4] == b"RIFF":
-                return _end_of_chunks(file, size) > size + 1  # the last one's padding may be left out
+                return _end_of_parts(file, size, _length_of_chunk) > size + 1  # the last one's padding may be left out
             return head[:4] == _EBML and _end_of_segment(head) > size
     except OSError:
         return False
 
 
-def _end_of_boxes(file: BinaryIO, size: int) -> int:
-    """Where the last box ends (ISO/IEC 14496-12, 4.2); 0 where that is open. Cameras append what is no box."""
+def _end_of_parts(file: BinaryIO, size: int, length_of: Callable[[bytes], int]) -> int:
+    """Where the last of a file's parts ends, by the heads that lie within it; 0 where that is open."""
     at = 0
     while at + 8 <= size:
         file.seek(at)
-        head = file.read(16)
-        length = int.from_bytes(head[:4], "big")
-        if length == 1:
-            length = int.from_bytes(head[8:16], "big")
-        if length < 8 or head[4:8] not in _BOXES:  # 0: to the end of the file, whatever that is
+        length = length_of(file.read(16))
+        if not length:
             return 0
         at += length
     return at
 
 
-def _end_of_chunks(file: BinaryIO, size: int) -> int:
-    """Where the last chunk ends: a long AVI has several; 0 where a recorder did not come to write it."""
-    at = 0
-    while at + 8 <= size:
-        file.seek(at)
-        head = file.read(8)
-        length = int.from_bytes(head[4:], "little")
-        if length in (0, _OPEN) or head[:4] != b"RIFF":
-            return 0
-        at += 8 + length + length % 2
-    return at
+def _length_of_box(head: bytes) -> int:
+    """ISO/IEC 14496-12, 4.2; 0 where it is open, and of what is no box: cameras append such."""
+    length = int.from_bytes(head[:4], "big")
+    if length == 1:
+        length = int.from_bytes(head[8:16], "big")
+    return length if length >= 8 and head[4:8] in _BOXES else 0
+
+
+def _length_of_chunk(head: bytes) -> int:
+    """Of a RIFF chunk, of which a long AVI has several; 0 where a recorder did not come to write it."""
+    length = int.from_bytes(head[4:8], "little")
+    return 0 if length in (0, _OPEN) or head[:4] != b"RIFF" else 8 + length + length % 2
 
 
 def _end_of_segment(head: bytes) -> int:

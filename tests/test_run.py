@@ -24,7 +24,8 @@ from kp_runtime.video import run_video
 from kp_runtime.video_sink import ParquetSink
 from kp_runtime.video_source import FileSource, FolderSource
 from tests.test_cli import kp
-from tests.test_video import FullDisk, folder_of_frames, levels, one_face, sinks_for, video
+from tests.test_video import folder_of_frames, levels, one_face, sinks_for, video
+from tests.test_video_sink import FullDisk
 
 ENDLESS = """
 import sys, numpy as np

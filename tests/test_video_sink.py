@@ -1,0 +1,186 @@
+"""What is written of a moving picture: videos that last as long as it, and files that stay whole on full disks."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kp_runtime.errors import InputError, KpError, MissingExtraError
+from kp_runtime.video import run_video
+from kp_runtime.video_sink import LinesSink, Sink, VideoSink, open_sinks
+from kp_runtime.video_source import FolderSource, VideoFrame
+from tests.test_video import SIZE_HW, folder_of_frames, levels, one_face, picture, sinks_for
+
+
+def test_a_video_by_the_clock_lasts_as_long_as_what_it_shows(tmp_path: Path) -> None:
+    sink = VideoSink(tmp_path / "a.avi", "MJPG", 10.0, SIZE_HW, by_clock=True)
+    for index, seconds in enumerate((0.0, 0.2, 0.21, 0.5)):
+        frame = VideoFrame(index, seconds, picture(50 * index))
+        sink.write(frame, (), frame.image)
+    sink.close()
+    assert levels(tmp_path / "a.avi") == pytest.approx([0, 0, 50, 100, 100, 150], abs=3)
+
+
+def test_a_files_uneven_frames_are_repeated_and_none_is_left_out(tmp_path: Path) -> None:
+    sink = VideoSink(tmp_path / "a.avi", "MJPG", 10.0, SIZE_HW, by_clock=False)
+    for index, seconds in enumerate((0.0, 0.3, 0.31, 0.5, 500.0, 500.1)):  # a minute is no pause between two frames
+        frame = VideoFrame(index, seconds, picture(40 * index))
+        sink.write(frame, (), frame.image)
+    sink.close()
+    assert levels(tmp_path / "a.avi") == pytest.approx([0, 0, 0, 40, 80, 120, 160, 200], abs=3)
+
+
+@pytest.mark.parametrize("rate", [66.457, 119.88, 239.794, 333.333, 999.9])
+def test_rates_of_slow_motion(tmp_path: Path, rate: float) -> None:
+    sink = VideoSink(tmp_path / "a.mp4", "mp4v", rate, SIZE_HW, by_clock=False)
+    for index in range(5):
+        sink.write(VideoFrame(index, index / rate, picture(index)), (), picture(index))
+    sink.close()
+    assert len(levels(tmp_path / "a.mp4")) == 5
+
+
+def test_nothing_to_write_makes_no_folder(tmp_path: Path) -> None:
+    assert open_sinks([], tmp_path / "out", "a", rate=25, size_hw=SIZE_HW, live=False) == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="whether a process lives is asked by signal 0, which is POSIX")
+def test_what_killed_runs_left_beside_the_target_is_cleared(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    stem = ".a[1]_keypoints"
+    kept = [
+        f"{stem}.{os.getppid()}.tmp.mp4", f"{stem}.x.tmp.mp4", f"{stem}.{child.pid}.tmp.avi",
+        f".b{stem}.{child.pid}.tmp.mp4", f"{stem}.{'9' * 30}.tmp.mp4",
+    ]  # fmt: skip
+    for name in (*kept, f"{stem}.{child.pid}.tmp.mp4", f"{stem}.{child.pid}.tmp.jsonl"):
+        (tmp_path / name).touch()
+    for sink in open_sinks(["mp4", "jsonl"], tmp_path, "a[1]", rate=25, size_hw=SIZE_HW, live=False):
+        sink.close(keep=False)
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_outputs_that_can_not_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    source = FolderSource(folder_of_frames(tmp_path / "frames", 2))
+    with pytest.raises(KpError, match=r"can't write into .*file: .*; name another folder with --out"):
+        sinks_for(source, tmp_path / "file", "mp4")
+    with pytest.raises(KpError, match=r"can't write the video .*gone/a.mp4"):
+        VideoSink(tmp_path / "gone" / "a.mp4", "mp4v", 30, SIZE_HW, by_clock=False)
+    with pytest.raises(KpError, match=r"can't write .*gone/a.jsonl: No such file"):
+        LinesSink(tmp_path / "gone" / "a.jsonl")
+    with pytest.raises(InputError, match="there is no format 'gif'; choose from mp4, avi, jsonl, parquet"):
+        sinks_for(source, tmp_path, "gif")
+
+
+class FullDisk:
+    """A file on a disk that takes `room` bytes and no more."""
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.file, self.room = open(path, "wb", buffering=0), room  # noqa: SIM115 - open until close()
+
+    def write(self, data: bytes) -> int:
+        taken = self.file.write(data[: max(0, self.room - self.file.tell())])
+        if taken < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return taken
+
+    def flush(self) -> None:
+        pass
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def close(self) -> None:
+        self.file.close()
+
+    @property
+    def closed(self) -> bool:
+        return self.file.closed
+
+
+def on_a_full_disk(sink: Sink, room: int) -> Sink:
+    """The same sink of lines, on such a disk."""
+    assert isinstance(sink, LinesSink)
+    sink._file.close()
+    sink._file = FullDisk(sink._temporary, room)  # type: ignore[assignment]
+    return sink
+
+
+def test_lines_on_a_full_disk_end_with_a_whole_frame_and_the_other_files_go_on_to_there(tmp_path: Path) -> None:
+    source = FolderSource(folder_of_frames(tmp_path / "frames"))
+    lines, pictures = sinks_for(source, tmp_path, "jsonl", "avi")
+    run_video(source, one_face(), sinks_for(source, tmp_path / "whole", "jsonl"))
+    whole = (tmp_path / "whole" / "frames_keypoints.jsonl").read_bytes()
+    with pytest.raises(KpError, match=r"can't write .*frames_keypoints.jsonl: No space left") as raised:
+        run_video(source, one_face(), [on_a_full_disk(lines, len(whole) // 2 + 100), pictures])
+    assert "it ends with the last frame that fitted; 4 frames are in" in str(raised.value)
+    assert str(raised.value).count(".jsonl") == 1  # among the files that hold these frames it is not
+    assert lines.path.read_bytes() == whole[: len(whole) // 2]  # all rows are of one length but for the time's digits
+    assert len(levels(pictures.path)) == 4
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_disk_that_is_full_from_the_first_frame_on_leaves_the_older_files(tmp_path: Path) -> None:
+    source = FolderSource(folder_of_frames(tmp_path / "frames"))
+    for name in ("jsonl", "avi"):
+        (tmp_path / f"frames_keypoints.{name}").write_text("older")
+    lines, pictures = sinks_for(source, tmp_path, "jsonl", "avi")
+    with pytest.raises(KpError, match=r"can't write .*jsonl: No space left on device$"):
+        run_video(source, one_face(), [on_a_full_disk(lines, 10), pictures])
+    assert lines.path.read_text() == pictures.path.read_text() == "older"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_sink_that_breaks_off_does_not_keep_the_others_open(tmp_path: Path) -> None:
+    class Broken:
+        path, pictures = tmp_path / "none", False
+
+        def write(self, *frame: object) -> None:
+            pass
+
+        def close(self, keep: bool = True) -> None:
+            raise RuntimeError("not foreseen")
+
+    source = FolderSource(folder_of_frames(tmp_path / "frames"))
+    with pytest.raises(RuntimeError, match="not foreseen"):
+        run_video(source, one_face(), [Broken(), *sinks_for(source, tmp_path, "avi")])
+    assert len(levels(tmp_path / "frames_keypoints.avi")) == 6
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = builtins.__import__
+
+    def without(name: str, *rest: object) -> object:
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return imported(name, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    source = FolderSource(folder_of_frames(tmp_path / "frames", 2))
+    with pytest.raises(MissingExtraError, match=r"pip install 'kp-edge\[parquet\]'"):
+        sinks_for(source, tmp_path, "parquet")
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate", "size_hw", "message"),
+    [
+        ("mp4", 30, (16, 8192), r"of 8192 x 16 px at 30 frames/s; .* a side may have 8191 px here"),
+        ("avi", 30, (70_000, 16), r"of 16 x 70000 px at 30 frames/s; .* a side may have 65500 px here"),
+        ("mp4", 0.001, (16, 16), r"of 16 x 16 px at 0\.001 frames/s; .* the rate be 0\.01 and more"),
+        ("avi", 0.001, (16, 16), r"of 16 x 16 px at 0\.001 frames/s; .* the rate be 0\.01 and more"),
+    ],
+)
+def test_a_sink_that_can_not_be_opened_leaves_nothing_of_the_others(
+    tmp_path: Path, kind: str, rate: float, size_hw: tuple[int, int], message: str
+) -> None:
+    """Nor does it end the process, as OpenCV 4.5.4 does for what its encoders refuse."""
+    with pytest.raises(KpError, match=rf"can't write the video .*{message}"):
+        open_sinks(["jsonl", kind], tmp_path, "odd", rate=rate, size_hw=size_hw, live=False)
+    assert not list(tmp_path.iterdir())
