@@ -77,9 +77,8 @@ def told_of_bundle(written: Path, source: Path | None = None) -> Iterator[None]:
     before = is_signed(whole) or (source is not None and is_signed(source))
     yield
     if before and not is_signed(whole):
-        note(
-            f"{written} has a new manifest and no signature of it; sign it: kp sign {shlex.quote(str(written))} --key PRIVATE.pem"
-        )
+        sign = f"kp sign {shlex.quote(str(written))} --key PRIVATE.pem"
+        note(f"{written} has a new manifest and no signature of it; sign it: {sign}")
     try:
         Path.cwd()
     except FileNotFoundError:

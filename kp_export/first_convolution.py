@@ -31,8 +31,8 @@ _NHWC, _NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 def round_first_convolution(model: Any, fp32: Any, crops: NDArray[np.uint8]) -> bool:
     """Rounds the first convolution's weights anew, in place: each so that those after it make up for its error.
 
-    Of all weights on the same scales these give the smallest squared error of the filters' sums over windows of the
-    crops, one weight after the other, as GPTQ does (Frantar et al. 2023, algorithm 1).
+    On the same scales, one weight after the other, each time with the least squared error of the filters' sums over
+    windows of the crops that the weights after it can still reach, as GPTQ does (Frantar et al. 2023, algorithm 1).
 
     Args:
         model: the network with Q/DQ nodes, `onnx.ModelProto`, not yet folded.
