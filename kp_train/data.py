@@ -42,6 +42,7 @@ __all__ = [
     "is_held_out",
     "luma_from_file",
     "parse_source",
+    "path_and_weight",
     "read_source",
     "start_of_workers",
 ]
@@ -108,16 +109,25 @@ def held_out_fraction(manifest: Manifest) -> float:
 
 def parse_source(text: str, points: int = POINTS) -> Source:
     """Reads `PATH` or `PATH=WEIGHT`, the way the command line names a source."""
+    return read_source(*path_and_weight(text), points)
+
+
+def path_and_weight(text: str) -> tuple[Path, float]:
+    """`PATH` or `PATH=WEIGHT`; without a number behind the last sign it is all path, of weight 1.
+
+    Raises:
+        DataError: a weight that is no number over 0.
+    """
     path, sign, weight = text.rpartition("=")
-    if not sign:
-        return read_source(Path(text), points=points)
     try:
         value = float(weight)
     except ValueError:
-        return read_source(Path(text), points=points)
+        return Path(text), 1.0
+    if not sign:
+        return Path(text), 1.0
     if not (math.isfinite(value) and value > 0):
         raise DataError(f"the weight of {path} must be a number over 0, got {weight}")
-    return read_source(Path(path), value, points)
+    return Path(path), value
 
 
 def read_source(path: Path, weight: float = 1.0, points: int = POINTS) -> Source:
