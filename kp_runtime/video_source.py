@@ -249,7 +249,7 @@ class LiveSource:
         say: is told that it went away and came back.
 
     Raises:
-        ImageError: it gives no frame.
+        ImageError: it gives no frame, or frames that are neither BGR nor grey, as a pipeline may.
     """
 
     live = True
@@ -272,6 +272,13 @@ class LiveSource:
         if not read:
             self._capture.release()
             raise ImageError(f"{name} gives no frame; check that it is connected and that nothing else uses it")
+        height = self._capture.get(import_cv2().CAP_PROP_FRAME_HEIGHT)
+        if (image.ndim == 2 and 0 < height != len(image)) or image.shape[2:] == (2,):  # NV12 has half as many rows more
+            self._capture.release()
+            raise ImageError(
+                f"{name} gives frames that are neither BGR nor grey; put videoconvert ! video/x-raw,format=BGR "
+                "before its appsink"
+            )
         self._first: NDArray[np.uint8] = image
         self.size_hw = (image.shape[0], image.shape[1])
         self.rate = rate or _rate(self._capture)

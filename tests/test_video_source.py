@@ -188,6 +188,31 @@ def test_a_pipeline_needs_an_opencv_with_gstreamer(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
+    "shape",
+    [pytest.param((72, 64), id="NV12"), pytest.param((48, 64, 2), id="YUY2"), pytest.param((1, 999), id="JPEG")],
+)
+def test_frames_of_a_pipeline_are_bgr_or_grey(shape: tuple[int, ...]) -> None:
+    """What OpenCV's GStreamer gives of frames of 48 rows: NV12 as one plane of 72, which looks like a grey picture."""
+
+    class Pipeline(Camera):
+        def __init__(self, *shape: int) -> None:
+            super().__init__()
+            self.shape = shape
+
+        def read(self) -> tuple[bool, np.ndarray | None]:
+            return True, np.zeros(self.shape, np.uint8)
+
+        def get(self, property_: int) -> float:
+            return 48 if property_ == cv2.CAP_PROP_FRAME_HEIGHT else 0
+
+    camera = Pipeline(*shape)
+    with pytest.raises(ImageError, match="neither BGR nor grey; put videoconvert ! video/x-raw,format=BGR"):
+        live(camera)
+    assert camera.released
+    assert live(Pipeline(48, 64)).size_hw == live(Pipeline(48, 64, 3)).size_hw == (48, 64)
+
+
+@pytest.mark.parametrize(
     ("address", "name", "stem"),
     [
         (
