@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from kp_runtime.errors import InputError, KpError
+from kp_cli import app
+from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.augment import augment_from_name
@@ -175,6 +177,16 @@ def test_teachers_of_another_contract_are_refused(tmp_path: Path) -> None:
         InputError, match="crops of 96 pixels can't be reduced to 64; take teachers of sizes that divide"
     ):
         load_teachers([(model(tmp_path / "odd", 96), 1.0)], spec)
+
+
+def test_the_command_line_weighs_teachers(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+    monkeypatch.setattr("kp_train.train.train", lambda *_, teachers, **__: given.append(teachers) or tmp_path / "c")
+    words = ["train", "--data", str(faces), "--out", str(tmp_path / "r"), "--teacher"]
+    assert CliRunner().invoke(app, [*words, "a=b=0.5", "--teacher", "c=d"]).exit_code == 0
+    assert given == [[(Path("a=b"), 0.5), (Path("c=d"), 1.0)]]
+    with pytest.raises(DataError, match="the weight of a must be a number over 0, got -1"):
+        CliRunner().invoke(app, [*words, "a=-1"], catch_exceptions=False)
 
 
 def test_licences_that_differ_are_refused(faces: Path, tmp_path: Path) -> None:
