@@ -41,6 +41,7 @@ __all__ = [
     "held_out_fraction",
     "is_held_out",
     "luma_from_file",
+    "luma_of_face",
     "parse_source",
     "path_and_weight",
     "read_source",
@@ -113,17 +114,17 @@ def parse_source(text: str, points: int = POINTS) -> Source:
 
 
 def path_and_weight(text: str) -> tuple[Path, float]:
-    """`PATH` or `PATH=WEIGHT`; without a number behind the last sign it is all path, of weight 1.
+    """`PATH` or `PATH=WEIGHT`; what is there under the whole name, or has no number behind the last sign, is of weight 1.
 
     Raises:
         DataError: a weight that is no number over 0.
     """
     path, sign, weight = text.rpartition("=")
+    if not sign or (Path(text).exists() and not Path(path).exists()):  # a folder may be named so
+        return Path(text), 1.0
     try:
         value = float(weight)
     except ValueError:
-        return Path(text), 1.0
-    if not sign:
         return Path(text), 1.0
     if not (math.isfinite(value) and value > 0):
         raise DataError(f"the weight of {path} must be a number over 0, got {weight}")
@@ -167,8 +168,8 @@ def _checked(face: LabelledFace) -> NDArray[np.float32]:
 
 
 def _image_folder(path: Path, name: str) -> Path:
-    """Beside `training_frames_keypoints.csv` the photos lie in `training/`, or in its own folder."""
-    places = [path.parent / path.stem.split("_")[0], path.parent / path.stem, path.parent]
+    """Beside `training_frames_keypoints.csv` the photos lie in a folder of that name, in `training/`, or in its own."""
+    places = [path.parent / path.stem, path.parent / path.stem.split("_")[0], path.parent]
     with contextlib.suppress(OSError):  # of a name that is longer than any file's
         if found := [place for place in places if (place / name).is_file()]:
             return found[0]
@@ -194,6 +195,22 @@ def luma_from_file(path: Path) -> NDArray[np.uint8]:
         raise DataError(f"{error}; mend or remove it") from error
     height, width = frame.size_hw
     return frame.luma(0, 0, width, height)
+
+
+def luma_of_face(face: Face) -> NDArray[np.uint8]:
+    """The photo of a face, as `luma_from_file`.
+
+    Raises:
+        DataError: it can't be read, or no point of the face lies in it.
+    """
+    luma = luma_from_file(face.image)
+    height, width = luma.shape
+    if not ((face.xy > -0.5) & (face.xy < (width - 0.5, height - 0.5))).all(axis=1).any():
+        raise DataError(
+            f"{face.image} has {width} x {height} pixels, and none of its face's points lies in them; "
+            "correct them or remove the face"
+        )
+    return luma
 
 
 def evenly_spread(count: int, most: int) -> list[int]:
@@ -238,7 +255,7 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.spec = spec
         self.augment = augment
         self._boxes = boxes_xyxy
-        self._lumas = [luma_from_file(face.image) for face in faces]
+        self._lumas = [luma_of_face(face) for face in faces]
 
     def __len__(self) -> int:
         return len(self.faces)

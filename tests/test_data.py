@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ from kp_train.data import (
     read_source,
     start_of_workers,
 )
-from kp_train.face_windows import read_pictures
+from kp_train.face_windows import Pictures, WindowDataset, read_pictures
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.synthetic import drawn_face, write_csv_source
 
@@ -56,6 +58,16 @@ def test_a_path_with_an_equals_sign_needs_no_weight(tmp_path: Path) -> None:
     folder = tmp_path / "a=b"
     folder.mkdir()
     assert parse_source(str(write_csv_source(folder, people=1))).weight == 1.0
+    shutil.copytree(folder, tmp_path / "a=2")
+    assert parse_source(str(tmp_path / "a=2" / "training_frames_keypoints.csv")).weight == 1.0
+    shutil.copy(tmp_path / "a=2" / "training" / "person0_0.png", tmp_path / "a=2" / "x.png")
+    (tmp_path / "a=2" / "x.pts").write_text(pts_text(read_source(folder / "training_frames_keypoints.csv").faces[0].xy))
+    named = parse_source(str(tmp_path / "a=2"))
+    assert (named.path.name, named.weight) == ("a=2", 1.0)
+    assert parse_source(f"{tmp_path / 'a=2'}=3").weight == 3.0
+    (tmp_path / "a=2").rename(tmp_path / "a")
+    (tmp_path / "a=2").mkdir()  # where there are both, the number is a weight
+    assert parse_source(str(tmp_path / "a=2")).weight == 2.0
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "inf", "nan"])
@@ -92,6 +104,29 @@ def test_a_csv_without_its_images_says_where_it_looked(csv_source: Path) -> None
     (csv_source.parent / "training").rename(csv_source.parent / "elsewhere")
     with pytest.raises(DataError, match=r"person0_0.png, which is in none of: .*training"):
         read_source(csv_source)
+
+
+def test_photos_of_another_csv_are_not_taken(tmp_path: Path) -> None:
+    """Of `photos.csv` and `photos_68.csv` in one folder, each with a folder of its name and a photo of the same name."""
+    for name, level in (("photos", 10), ("photos_68", 200)):
+        path = write_csv_source(tmp_path / "drawn", people=1, each=1)
+        (tmp_path / name).mkdir()
+        cv2.imwrite(str(tmp_path / name / "person0_0.png"), np.full((160, 150), level, np.uint8))
+        shutil.copy(path, tmp_path / f"{name}.csv")
+    for name, level in (("photos", 10), ("photos_68", 200)):
+        assert luma_from_file(read_source(tmp_path / f"{name}.csv").faces[0].image).mean() == level
+
+
+@pytest.mark.parametrize("moved", [(200, 0), (0, 200), (-200, 0), (0, 1e9)])
+def test_a_face_beside_its_photo_is_named(csv_source: Path, moved: tuple[float, float]) -> None:
+    face = read_source(csv_source).faces[1]
+    beside = dataclasses.replace(face, xy=face.xy + np.float32(moved))
+    with pytest.raises(DataError, match=r"person0_1\.png has 150 x 160 pixels, and none of its face's points lies in"):
+        FaceDataset([face, beside], ModelSpec("x", 64))
+    with pytest.raises(DataError, match=r"person0_1\.png has 150 x 160 pixels"):
+        WindowDataset([face, beside], [1.0, 1.0], Pictures(), 0, 1)
+    partly = dataclasses.replace(face, xy=face.xy + np.float32([70, 0]))  # as on the edge of many photos
+    assert len(FaceDataset([partly], ModelSpec("x", 64))) == 1
 
 
 def test_a_csv_without_a_header_loses_no_row(csv_source: Path) -> None:
