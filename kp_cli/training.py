@@ -75,7 +75,7 @@ def train(
     ] = None,
     augment: Annotated[str | None, typer.Option(help="faces, varied, bent, shaken, light, crop or none.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of weights, order and augmentation.")] = None,
-    precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed or 16-mixed.")] = None,
+    precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed, or on a GPU 16-mixed.")] = None,
     weights: Annotated[str, typer.Option(help="auto, imagenet, none, or a torchvision ResNet-18 .pth file.")] = "auto",
     init: Annotated[Path | None, typer.Option(help="Start from this checkpoint instead.")] = None,
     teacher: Annotated[
@@ -223,6 +223,8 @@ def train_detector(
 
     if score is not None:
         DetectorSpec(name, score=score)  # refused now, not after the training
+    if threads is not None:
+        checked_threads(threads)
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     began = begun_config(out) if resume else DetectorConfig()
     config = dataclasses.replace(began, **{key: value for key, value in given.items() if value is not None})
@@ -342,5 +344,5 @@ def _quiet_training() -> None:
 
     for name in ("pytorch.utilities.rank_zero", "pytorch.accelerators.cuda", "fabric.utilities.distributed"):
         logging.getLogger(f"lightning.{name}").setLevel(logging.WARNING)
-    usual = "LeafSpec|does not have many workers|exists and is not empty"
+    usual = "LeafSpec|AMP with fp16 is not supported on CPU|does not have many workers|exists and is not empty"
     warnings.filterwarnings("ignore", message=f".*({usual}).*")

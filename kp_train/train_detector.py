@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from kp_runtime.errors import KpError
 from kp_runtime.files import writing
 from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, DetectorSpec
-from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, check_finite, check_start, save_detector
+from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, check_finite, check_start, has_begun, save_detector
 from kp_train.config import DetectorConfig
 from kp_train.data import Source, start_of_workers
 from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
@@ -74,8 +74,11 @@ def train_detector(
         record = stored_record(run, sources, config, free=("steps",)) | {"config": config.to_json()}
         if record.get("pictures_sha256") != pictures.sha256:
             raise KpError(f"the run in {run} began with other pictures without faces; give the same --no-faces")
+        if (began := record.get("name", name)) != name:  # a run that an older release began has none
+            raise KpError(f"the run in {run} began with --name {began}; give the same one")
     else:
-        record = run_record(sources, training, held_out, config, {}) | {"pictures_sha256": pictures.sha256}
+        record = {"name": name} | run_record(sources, training, held_out, config, {})
+        record["pictures_sha256"] = pictures.sha256
     state = _State(config)
     if resume:
         state.load(SafetensorsIO().load_checkpoint(last))
@@ -109,9 +112,11 @@ def train_detector(
                 SafetensorsIO().save_checkpoint(state.content(), last)
                 say(f"step {state.step}/{config.steps}  held-out loss {state.loss(DataLoader(checks, 64)):.4f}")
     except KeyboardInterrupt as error:
+        place = f"training stopped in step {state.step} of {config.steps}"
+        if not has_begun(run):
+            raise KpError(f"{place}, before the first state was saved: start it again") from error
         raise KpError(
-            f"training stopped in step {state.step} of {config.steps}; the same command with --resume goes on from "
-            f"the state that is kept every {keep_every} steps"
+            f"{place}; the same command with --resume goes on from the state that is kept every {keep_every} steps"
         ) from error
     return _write_checkpoint(state.mean_net, run, name, record)
 

@@ -100,7 +100,8 @@ def main() -> None:
     for source, file in zip(sources, files, strict=True):
         done = cleaned(net, spec, source, fraction, order, args.share)
         file.parent.mkdir(parents=True, exist_ok=True)
-        names = [os.path.relpath(face.image.resolve(), file.parent.resolve()) for face in source.faces]
+        places = [face.image.parent.resolve() / face.image.name for face in source.faces]  # a link's name is the person
+        names = [os.path.relpath(place, file.parent.resolve()) for place in places]
         faces_to_file([LabelledFace(name, xy) for name, xy in zip(names, done.xy, strict=True)], file)
         print(f"{file}: {_told('moved', done.off[~done.kept])}, {_told('kept', done.off[done.kept])}")
         for i in np.argsort(-done.off)[:FARTHEST]:

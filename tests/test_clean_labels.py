@@ -90,6 +90,17 @@ def test_the_script_writes_what_training_reads_and_says_where_labels_went_wrong(
         script(monkeypatch, run, path, path, "--out", tmp_path / "new")
 
 
+def test_a_photo_that_is_a_link_keeps_its_person(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As data under version control often are, with the content's hash for the file's name."""
+    path = write_csv_source(tmp_path / "data", people=10, each=1)
+    people = [face.person for face in read_source(path).faces]
+    (tmp_path / "store").mkdir()
+    for number, photo in enumerate(sorted((path.parent / "training").iterdir())):
+        photo.symlink_to(photo.rename(tmp_path / "store" / f"{number:032x}.png"))
+    script(monkeypatch, run, path, "--out", tmp_path / "out")
+    assert [face.person for face in read_source(tmp_path / "out" / path.name).faces] == people
+
+
 @pytest.mark.parametrize("share", [0, -0.5, 1.5, "nan"])
 def test_a_share_that_is_none(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: object) -> None:
     with pytest.raises(InputError, match="share must be over 0 and at most 1"):

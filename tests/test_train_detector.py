@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import cv2
@@ -159,6 +160,27 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(source: Path, tmp_path:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+def test_a_run_that_was_stopped_before_its_first_state_starts_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as stopped:
+        stopped.setattr("kp_train.train_detector._State.learn", lambda self, batch: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KpError, match="stopped in step 0 of 4, before the first state was saved: start it again"):
+            run(source, tmp_path / "a")
+    assert run(source, tmp_path / "a").is_file()
+
+
+def test_another_name_can_not_resume_a_run(source: Path, tmp_path: Path) -> None:
+    """Nor one that was killed, and has no manifest yet."""
+    run(source, tmp_path / "a", name="mine")
+    for name in ("manifest.json", CHECKPOINT_NAME):
+        with pytest.raises(KpError, match="began with --name mine; give the same one"):
+            run(source, tmp_path / "a", resume=True)
+        (tmp_path / "a" / name).unlink()
+    run(source, tmp_path / "a", resume=True, name="mine")
+    assert DetectorManifest.read(tmp_path / "a").spec.name == "mine"
+
+
 def test_runs_that_can_not_go_on(source: Path, tmp_path: Path) -> None:
     with pytest.raises(KpError, match="nothing to resume"):
         run(source, tmp_path / "a", resume=True)
@@ -275,6 +297,17 @@ def test_the_command_refuses_a_score_before_the_training(
     with pytest.raises(SystemExit):
         kp_cli.main()
     assert "score between 0 and 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threads", [0, 10_000])
+def test_the_command_refuses_threads_that_are_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], threads: int
+) -> None:
+    words = ["--data", tmp_path / "nothing", "--out", tmp_path / "d", "--threads", threads]
+    monkeypatch.setattr("sys.argv", ["kp", "train-detector", *map(str, words)])
+    with pytest.raises(SystemExit):
+        kp_cli.main()
+    assert f"got {threads}" in capsys.readouterr().err
 
 
 def test_the_command_trains_and_exports(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
