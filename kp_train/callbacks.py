@@ -24,10 +24,13 @@ class Together(Callback):
     Args:
         beginning: what must be the same for all: settings, data, and whether the run goes on.
         resume: whether it does.
+
+    Attributes:
+        begun: whether the training has, so that a stored state was taken.
     """
 
     def __init__(self, beginning: dict[str, Any], resume: bool) -> None:
-        self.beginning, self.resume = beginning, resume
+        self.beginning, self.resume, self.begun = beginning, resume, False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compares with the first worker."""
@@ -40,6 +43,7 @@ class Together(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prints the epoch that a resumed run goes on with."""
+        self.begun = True
         if torch.distributed.is_torchelastic_launched():
             # torchrun ends the workers that are left when one is lost. Lightning would have them wait for each other
             # first, and so for the lost one.
@@ -89,6 +93,8 @@ class FacesPicture(Callback):
         with torch.no_grad():
             predicted = pl_module.eval().net(self.crops.to(pl_module.device)).cpu()  # type: ignore[operator]
         pl_module.train(was_training)
+        # those of a run that leaves all measure can't be drawn; it is told of that when it ends
+        predicted = predicted.nan_to_num(nan=-9).clamp(-9, 2 * self.crops.shape[-1])
         cells = []
         for crop, truth, guess in zip(self.crops, self.xy, predicted, strict=True):
             cell = draw_keypoints(crop.expand(3, -1, -1), truth[None], colors="lime", radius=1)

@@ -12,10 +12,13 @@ from typing import Any
 
 from kp_runtime.errors import KpError
 
-__all__ = ["AUGMENTS", "RECIPES", "DetectorConfig", "TrainConfig", "has_bfloat16", "recipe"]
+__all__ = ["AUGMENTS", "PRECISIONS", "RECIPES", "DetectorConfig", "TrainConfig", "has_bfloat16", "recipe"]
 
 AUGMENTS = ("faces", "varied", "bent", "shaken", "light", "crop", "none")
 """How crops are varied, see `TrainConfig.augment`."""
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+"""Lightning's that are of use here: in 16-true and bf16-true the labels are rounded, too."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class TrainConfig:
         seed: of weights, order and augmentation.
         points: of each face; another number than 68 is a mark-up of one's own.
         pairs: of points that change places in a mirrored face, such as `0-1,3-4`; see `mirror_from_pairs`.
-        precision: as Lightning names it: `32-true`, `bf16-mixed`, `16-mixed`.
+        precision: `32-true`, `bf16-mixed`, or, on a GPU alone, `16-mixed`.
     """
 
     recipe: str = "default"
@@ -87,6 +90,7 @@ class TrainConfig:
         _check(self.augment in AUGMENTS, "augment", self.augment, f"one of {', '.join(AUGMENTS)}")
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")
         _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+        _check(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
 
     def to_json(self) -> dict[str, Any]:
         """All fields, ready for JSON."""

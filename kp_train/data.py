@@ -34,12 +34,14 @@ from kp_train.augment import Augment
 from kp_train.metrics import nme_unit
 
 __all__ = [
+    "LOST_WORKER",
     "Face",
     "FaceDataset",
     "Source",
     "evenly_spread",
     "held_out_fraction",
     "is_held_out",
+    "is_lost_worker",
     "luma_from_file",
     "luma_of_face",
     "parse_source",
@@ -224,6 +226,17 @@ def start_of_workers(workers: int) -> str | None:
     From Python 3.14 on each would otherwise be sent a copy.
     """
     return "fork" if workers and sys.platform == "linux" else None
+
+
+def is_lost_worker(error: Exception) -> bool:
+    """Whether this is PyTorch's error of a loader whose process was killed; see `LOST_WORKER`."""
+    return "DataLoader worker (pid" in str(error)
+
+
+LOST_WORKER = (
+    "a process that makes crops was killed, as the system does where memory is short, or in a container shared memory "
+    "(docker run --shm-size); go on with fewer --workers"
+)
 
 
 class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):

@@ -44,7 +44,7 @@ from kp_train.checkpoint import (
     save_checkpoint,
 )
 from kp_train.config import DetectorConfig, TrainConfig, has_bfloat16
-from kp_train.data import Face, FaceDataset, Source, evenly_spread, is_held_out
+from kp_train.data import LOST_WORKER, Face, FaceDataset, Source, evenly_spread, is_held_out, is_lost_worker
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
@@ -153,6 +153,8 @@ def train(
     check_start(run, resume)
     trainer = _trainer(config, run, devices, accelerator, strategy, progress)
     on_cpu = trainer.strategy.root_device.type == "cpu"
+    if on_cpu and config.precision == "16-mixed":  # Lightning would take bf16-mixed, and the record would not say so
+        raise InputError("--precision 16-mixed is for GPUs; on this processor give bf16-mixed or 32-true")
     if on_cpu and config.precision.startswith("bf16") and has_bfloat16() is False and trainer.is_global_zero:
         print(f"this processor has no bfloat16: {config.precision} is far slower on it than 32-true", flush=True)
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -170,14 +172,15 @@ def train(
     module = KeypointModule(config, taught)
     if resume:
         record = stored_record(run, sources, config)
-        _check_resumed(run, record, name, init, taught)
+        _check_resumed(run, record, name, init, taught, trainer.world_size)
         if (run / MANIFEST_NAME).exists():  # written last
             if trainer.is_global_zero:
                 print(f"the run in {run} is finished", flush=True)
             return run / CHECKPOINT_NAME
     else:
         start, before = _start_weights(module.net, train_set, weights, init)
-        record = {"name": name} | run_record(sources, training, held_out, config, start)
+        record = {"name": name, "devices": trainer.world_size}
+        record |= run_record(sources, training, held_out, config, start)
         if taught.records:
             record["teachers"] = list(taught.records)
             record["start"] |= {"licence": _licence(start, taught)}
@@ -202,7 +205,8 @@ def train(
     trainer.callbacks.insert(0, FacesPicture(val_set, run / "pictures", picture_every))  # type: ignore[attr-defined]
     data = [(source.sha256, source.weight) for source in sources]
     beginning = {"settings": config.to_json(), "data": data, "teachers": taught.records, "state": resume}
-    trainer.callbacks.append(Together(beginning, resume))  # type: ignore[attr-defined]
+    together = Together(beginning, resume)
+    trainer.callbacks.append(together)  # type: ignore[attr-defined]
     sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
     if len(sampler) < trainer.world_size:
         raise DataError(
@@ -214,16 +218,23 @@ def train(
         trainer.fit(module, datamodule=loaders, ckpt_path=str(last) if resume else None)
     except (SystemExit, KeyboardInterrupt) as error:  # what Lightning makes of Ctrl-C
         place = f"training stopped in epoch {trainer.current_epoch + 1} of {config.epochs}"
-        if not last.exists():
+        if not has_begun(run):
             raise KpError(f"{place}, before the first state was saved: start it again") from error
         how = "the same command" if elastic else "the same command with --resume"
         raise KpError(f"{place}; nothing is lost up to the last whole epoch: {how} goes on") from error
     except torch.OutOfMemoryError as error:
         raise KpError(f"the device has too little memory for {config.batch_size} crops; lower --batch-size") from error
-    except RuntimeError as error:
-        if trainer.world_size == 1 or not any(library in str(error) for library in ("gloo", "NCCL")):
-            raise
-        raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error
+    except (KeyError, RuntimeError) as error:
+        if trainer.world_size > 1 and any(library in str(error) for library in ("gloo", "NCCL")):
+            raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error
+        if is_lost_worker(error):
+            raise KpError(LOST_WORKER) from error
+        if resume and not together.begun:
+            raise KpError(
+                f"the training state at {last} does not fit this release ({error!s:.200}); go on with the one that "
+                "began the run, or begin a new run with another --out"
+            ) from error
+        raise
     if trainer.is_global_zero:
         state = last if config.keep == "last" else last.with_name("best.state")
         net = _write_checkpoint(state, run, spec, record, trainer)
@@ -307,8 +318,15 @@ def stored_record(
     return stored
 
 
-def _check_resumed(run: Path, record: dict[str, Any], name: str, init: Path | None, taught: Teachers) -> None:
-    """Refuses to go on under another name, from other weights, or with other teachers."""
+def _check_resumed(
+    run: Path, record: dict[str, Any], name: str, init: Path | None, taught: Teachers, devices: int
+) -> None:
+    """Refuses to go on under another name, from other weights, with other teachers, or on more or fewer devices."""
+    if (began_on := record.get("devices", devices)) != devices:  # a run that an older release began has none
+        raise KpError(
+            f"the run in {run} began on {began_on} devices, and its schedule counts their steps; give it as many, "
+            f"not {devices}"
+        )
     if record.get("teachers", []) != list(taught.records):
         raise KpError(f"the run in {run} began with other teachers; give the same ones")
     if (began := record.get("name", name)) != name:
@@ -334,7 +352,7 @@ def split_by_person(
         raise DataError(
             f"{sum(len(s.faces) for s in sources)} faces give none to "
             f"{'validate' if not held_out else 'train'} on at val_fraction {config.val_fraction:g}; "
-            "add faces of more people (a person is a file name up to its last underscore) or change the share"
+            "add faces of more people (a person is a file name up to its last underscore)"
         )
     return training, held_out
 
@@ -416,6 +434,8 @@ def run_record(
 def _git_revision() -> str | None:
     """The revision of this source tree, `-dirty` where files differ; None outside a checkout."""
     here = Path(__file__).parent
+    if not (here.parent / ".git").exists():  # installed, maybe below somebody's own checkout
+        return None
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40"],

@@ -20,9 +20,17 @@ from torch.utils.data import DataLoader
 from kp_runtime.errors import KpError
 from kp_runtime.files import writing
 from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, DetectorSpec
-from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, check_finite, check_start, has_begun, save_detector
+from kp_train.checkpoint import (
+    CHECKPOINT_NAME,
+    LAST_STATE,
+    SafetensorsIO,
+    check_finite,
+    check_start,
+    has_begun,
+    save_detector,
+)
 from kp_train.config import DetectorConfig
-from kp_train.data import Source, start_of_workers
+from kp_train.data import LOST_WORKER, Source, is_lost_worker, start_of_workers
 from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
 from kp_train.face_windows import Pictures, WindowDataset
 from kp_train.train import run_record, split_by_person, stored_record
@@ -118,6 +126,10 @@ def train_detector(
         raise KpError(
             f"{place}; the same command with --resume goes on from the state that is kept every {keep_every} steps"
         ) from error
+    except RuntimeError as error:
+        if not is_lost_worker(error):
+            raise
+        raise KpError(LOST_WORKER) from error
     return _write_checkpoint(state.mean_net, run, name, record)
 
 

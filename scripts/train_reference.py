@@ -41,7 +41,7 @@ FINAL = (LITE, FULL, *TAUGHT.values())
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what it changes, how often faces of the second source are drawn, where it begins, who teaches it."""
+    """One run: what it changes, a factor of the second source's weight, where it begins, who teaches it."""
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -159,11 +159,8 @@ def config_of(run: Run, precision: str) -> TrainConfig:
 
 
 def weighted(sources: list[Source], photos: float) -> list[Source]:
-    """The sources, those behind the first drawn `photos` times an epoch."""
-    return [
-        Source(source.path, source.weight if i == 0 else photos, source.faces, source.sha256)
-        for i, source in enumerate(sources)
-    ]
+    """The sources, those behind the first drawn `photos` times as often as they were to be."""
+    return [replace(source, weight=source.weight * (photos if i else 1)) for i, source in enumerate(sources)]
 
 
 def table(results: list[dict[str, Any]], names: list[str]) -> str:
@@ -208,7 +205,7 @@ def main() -> None:
     parser.add_argument("--taught-epochs", type=int, default=80, help="of each run that is taught")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--change", action="append", default=[], help="NAME=JSON: a setting of the final runs")
-    parser.add_argument("--photos", type=float, default=1.0, help="weight of the second source in the final runs")
+    parser.add_argument("--photos", type=float, default=1.0, help="times the second source's weight, in the final runs")
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--workers", type=int, default=2)

@@ -107,7 +107,7 @@ def test_a_csv_without_its_images_says_where_it_looked(csv_source: Path) -> None
 
 
 def test_photos_of_another_csv_are_not_taken(tmp_path: Path) -> None:
-    """Of `photos.csv` and `photos_68.csv` in one folder, each with a folder of its name and a photo of the same name."""
+    """Of `photos.csv` and `photos_68.csv` each has a folder of its name, and both folders a photo of one name."""
     for name, level in (("photos", 10), ("photos_68", 200)):
         path = write_csv_source(tmp_path / "drawn", people=1, each=1)
         (tmp_path / name).mkdir()

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kp_runtime.errors import BundleError, DataError, KpError
+from kp_runtime.errors import BundleError, DataError, InputError, KpError
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.callbacks import EpochLines, StateKeeper
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint, save_checkpoint
@@ -29,7 +29,7 @@ from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
 from kp_train.loaders import SourceSampler
 from kp_train.model import KeypointNet
 from kp_train.synthetic import write_csv_source
-from kp_train.train import _start_weights, train
+from kp_train.train import KeypointModule, _git_revision, _start_weights, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -63,6 +63,32 @@ def test_bfloat16_on_a_processor_without_it_is_said(
         train([], recipe("default", precision="bf16-mixed"), tmp_path / "r", accelerator="cpu", progress=False)
     told = "this processor has no bfloat16: bf16-mixed is far slower on it than 32-true"
     assert (told in capsys.readouterr().out) == said
+
+
+def test_fp16_is_refused_where_lightning_would_take_bfloat16(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="16-mixed is for GPUs; on this processor give bf16-mixed or 32-true"):
+        train([], recipe("default", precision="16-mixed"), tmp_path / "r", accelerator="cpu", progress=False)
+
+
+def test_a_run_that_leaves_all_measure_is_told_so(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its faces are drawn after each epoch."""
+    step = KeypointModule.training_step
+    monkeypatch.setattr(KeypointModule, "training_step", lambda *batch: step(*batch) * float("nan"))
+    with pytest.raises(KpError, match=r"weights are not finite; lower --lr \(was 0.001\)"):
+        run(faces, tmp_path / "r", epochs=1)
+
+
+def test_the_revision_of_somebody_elses_checkout_is_not_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "venv" / "kp_train").mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.invalid"]
+    for words in (["init"], ["commit", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    monkeypatch.setattr("kp_train.train.__file__", str(tmp_path / "venv" / "kp_train" / "train.py"))
+    assert _git_revision() is None
+    monkeypatch.setattr("kp_train.train.__file__", str(tmp_path / "venv" / "train.py"))
+    assert _git_revision(), "beside .git it is a checkout"
 
 
 def test_a_run_learns(trained: Path, faces: Path) -> None:
@@ -218,6 +244,43 @@ def test_other_data_can_not_resume_a_run(trained: Path, tmp_path: Path) -> None:
         train([other], same, trained, resume=True, accelerator="cpu", progress=False)
 
 
+def test_another_number_of_devices_can_not_resume_a_run(trained: Path, faces: Path, tmp_path: Path) -> None:
+    """Its schedule would end too early, or never."""
+    shutil.copytree(trained, tmp_path / "r")
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert record["devices"] == Manifest.read(trained).training["devices"] == 1
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record | {"devices": 2}))
+    with pytest.raises(KpError, match="began on 2 devices, and its schedule counts their steps; give it as many"):
+        run(faces, tmp_path / "r", epochs=8, batch_size=8, augment="none", resume=True)
+
+
+@pytest.mark.parametrize("name", ["net.backbone.conv1.weight", "state_dict", "optimizer_states"])
+def test_a_state_of_another_release_is_one_line(trained: Path, faces: Path, tmp_path: Path, name: str) -> None:
+    for part in ("state", "run.json"):
+        (shutil.copytree if part == "state" else shutil.copy)(trained / part, tmp_path / part)
+    tree = tmp_path / LAST_STATE / "tree.json"
+    tree.write_text(tree.read_text().replace(f'"{name}"', '"other"', 1))
+    with pytest.raises(KpError, match=r"last\.state does not fit this release \(.*\); go on with the one that began"):
+        run(faces, tmp_path, epochs=8, batch_size=8, augment="none", resume=True)
+
+
+def test_a_killed_process_of_the_loader_is_one_line(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(self: FaceDataset, index: int) -> Any:
+        if torch.utils.data.get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(self, index)
+
+    item = FaceDataset._item
+    monkeypatch.setattr(FaceDataset, "_item", killed)
+    with pytest.raises(KpError, match=r"makes crops was killed, .*; go on with fewer --workers"):
+        train(
+            [read_source(faces)], recipe("default", size=64, epochs=1, ema=0), tmp_path / "r",
+            weights="none", accelerator="cpu", workers=1, progress=False,
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("option", [{"accelerator": "foo"}, {"devices": "foo"}, {"strategy": "foo"}])
 def test_what_lightning_refuses_is_one_line(faces: Path, tmp_path: Path, option: dict[str, str]) -> None:
     with pytest.raises(KpError, match="Lightning refuses"):
@@ -241,7 +304,7 @@ def test_weights_that_draw_no_face(faces: Path, tmp_path: Path, source: str) -> 
 @pytest.mark.parametrize(
     "setting",
     [{"optimizer": "sgd"}, {"box": "foo"}, {"beta": -1.0}, {"warmup": 3.0}, {"patience": -1}, {"augment": "much"},
-     {"weight_decay": -0.1}, {"keep": "worst"}],
+     {"weight_decay": -0.1}, {"keep": "worst"}, {"precision": "bf16-true"}, {"precision": "foo"}],
 )  # fmt: skip
 def test_settings_that_are_none(setting: dict[str, object]) -> None:
     with pytest.raises(KpError, match=f"the setting {next(iter(setting))} must be"):

@@ -10,6 +10,7 @@ import pytest
 import train_reference
 
 from kp_runtime.errors import InputError
+from kp_train.data import Source
 from kp_train.synthetic import write_csv_source
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -61,6 +62,12 @@ def test_a_run_that_cannot_be_refitted_is_said_and_left(tmp_path: Path, capsys: 
     assert train_reference.finish_refit(train_reference.Run("resnet18-68-9"), [], tmp_path) is None
     assert "not refitted: " in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def test_a_weight_behind_a_source_counts(tmp_path: Path) -> None:
+    sources = [Source(tmp_path, weight, (), "") for weight in (2.0, 1.5)]
+    assert [source.weight for source in train_reference.weighted(sources, 1.0)] == [2.0, 1.5]
+    assert [source.weight for source in train_reference.weighted(sources, 0.5)] == [2.0, 0.75]
 
 
 def test_the_table_tells_the_spread_over_seeds() -> None:
