@@ -70,6 +70,21 @@ def test_the_original_crop_lies_anywhere_in_its_250_px_image() -> None:
     assert {jitter["angle"] for jitter in drawn} == {0.0}
 
 
+@pytest.mark.parametrize(("name", "wide", "turn"), [("faces", 0.4, 8), ("shaken", 1.0, 10), ("light", 0.0, 5)])
+def test_boxes_err_as_widely_as_the_name_says(name: str, wide: float, turn: float) -> None:
+    """The mean square of a spread that is 2.5 times as wide for some of the faces; what it is cut off at takes little."""
+    augment = augment_from_name(name)
+    assert augment is not None
+    assert augment.bend == (0.015 if name == "shaken" else 0)
+    torch.manual_seed(0)
+    drawn = [augment.draw_jitter((200, 300)) for _ in range(3000)]
+    mixed = (1 - wide + wide * 2.5**2) ** 0.5
+    shifts = np.stack([jitter["shift"] for jitter in drawn])
+    np.testing.assert_allclose(shifts.std(axis=0), 0.02 * mixed, rtol=0.06)
+    np.testing.assert_allclose(np.log([jitter["zoom"] for jitter in drawn]).std(), 0.04 * mixed, rtol=0.06)
+    np.testing.assert_allclose(np.degrees([jitter["angle"] for jitter in drawn]).std(), turn, rtol=0.06)
+
+
 def test_a_stretched_crop_keeps_its_middle_and_its_area() -> None:
     augment = augment_from_name("varied")
     assert augment is not None

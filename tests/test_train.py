@@ -342,6 +342,7 @@ def test_sources_are_drawn_by_their_weights() -> None:
     assert set(counts[100:110]) == {2, 3}
     assert counts[110:].sum() == 20
     assert drawn == list(sampler)
+    assert drawn != list(SourceSampler([100, 10, 40], [1.0, 2.5, 0.5], seed=2))
     sampler.set_epoch(1)
     assert drawn != list(sampler)
 
