@@ -72,7 +72,7 @@ def test_the_original_crop_lies_anywhere_in_its_250_px_image() -> None:
 
 @pytest.mark.parametrize(("name", "wide", "turn"), [("faces", 0.4, 8), ("shaken", 1.0, 10), ("light", 0.0, 5)])
 def test_boxes_err_as_widely_as_the_name_says(name: str, wide: float, turn: float) -> None:
-    """The mean square of a spread that is 2.5 times as wide for some of the faces; what it is cut off at takes little."""
+    """By the mean square of a spread that is 2.5 times as wide for some faces; what it is cut off at takes little."""
     augment = augment_from_name(name)
     assert augment is not None
     assert augment.bend == (0.015 if name == "shaken" else 0)

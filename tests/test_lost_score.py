@@ -81,3 +81,10 @@ def test_places_hold_neither_a_labelled_nor_a_found_face(faces: list[Face]) -> N
     again = elsewhere(faces, finds)[1]
     assert np.array_equal(again, boxes)
     assert elsewhere([], None)[1].shape == (0, 4)
+
+
+def test_a_place_lies_in_its_photo(tmp_path: Path) -> None:
+    """There is none where the photo is narrower than the face, however long it is."""
+    cv2.imwrite(str(tmp_path / "strip.png"), np.zeros((400, 40), np.uint8))
+    face = Face(tmp_path / "strip.png", np.array([[0, 0], [80, 0], [80, 80]], np.float32))
+    assert elsewhere([face] * 5, None)[0] == []
