@@ -27,6 +27,7 @@ def test_accuracy_by_hand() -> None:
     assert measured.faces == 4
     assert measured.nme == pytest.approx(0.045)
     assert measured.median == pytest.approx(0.0495)
+    assert measured.p95 == pytest.approx(0.0807)  # between the last two, 0.95 of the way from the first to the last
     assert measured.failures == 0.25
     assert measured.auc == pytest.approx((1 + 0.75 + 0.0125 + 0) / 4)
     assert measured.regions == pytest.approx(dict.fromkeys(("jaw", "brows", "nose", "eyes", "mouth"), 0.045))
