@@ -116,7 +116,7 @@ def parse_source(text: str, points: int = POINTS) -> Source:
 
 
 def path_and_weight(text: str) -> tuple[Path, float]:
-    """`PATH` or `PATH=WEIGHT`; what is there under the whole name, or has no number behind the last sign, is of weight 1.
+    """`PATH` or `PATH=WEIGHT`; what is there by its whole name, or has no number behind the last sign, has weight 1.
 
     Raises:
         DataError: a weight that is no number over 0.

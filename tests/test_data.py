@@ -241,8 +241,6 @@ def test_the_split_is_by_person_and_does_not_depend_on_order() -> None:
     assert all(is_held_out(p, 0.2) for p in held)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes begin as the platform has it")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12 on fork beside threads
 @pytest.mark.parametrize(("batch_size", "batches"), [(8, [6]), (6, [6]), (4, [4])])
 def test_fewer_faces_than_a_batch_are_one(csv_source: Path, batch_size: int, batches: list[int]) -> None:
     """What is left over of whole batches waits for another epoch."""
@@ -252,6 +250,8 @@ def test_fewer_faces_than_a_batch_are_one(csv_source: Path, batch_size: int, bat
     assert [len(crops) for crops, _ in loaders.train_dataloader()] == batches
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes begin as the platform has it")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Python 3.12 on fork beside threads
 def test_workers_share_the_images_instead_of_a_copy(csv_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: FaceDataset) -> None:
         raise AssertionError("images were copied to a worker")
