@@ -249,9 +249,9 @@ def inspect(
     """
     from kp_runtime.errors import BundleError
     from kp_runtime.signing import signature_state
-    from kp_runtime.spec import any_manifest
+    from kp_runtime.spec import any_manifest, folder_of
 
-    folder = bundle_or_default(bundle)
+    folder = folder_of(bundle_or_default(bundle))
     manifest = any_manifest(folder, public_key)
     signature = "of the key that was given" if public_key else signature_state(folder)
     states: dict[str, str] = {}

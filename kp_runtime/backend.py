@@ -240,7 +240,7 @@ def open_backend(
     path = Path(bundle)
     folder = folder_of(path)
     manifest = Manifest.read(folder, public_key)
-    asked = _Asked(folder, manifest, precision, path.name if path.is_file() else None, threads, chosen, golden)
+    asked = _Asked(folder, manifest, precision, path.name if folder != path else None, threads, chosen, golden)
     engines = [backend] if backend != "auto" else list(AUTO)
     if asked.file is not None:
         _check_named(path, manifest, precision)

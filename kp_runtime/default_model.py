@@ -28,8 +28,10 @@ def default_bundle(checkout: Path | None = None) -> Path:
         BundleError: `KP_MODEL` leads nowhere, the model wheel is damaged, or there is no default model.
     """
     if given := os.environ.get(MODEL_VARIABLE):
-        if not Path(given).exists():
-            raise BundleError(f"{MODEL_VARIABLE} names {given}, which is not there; set it to a bundle's folder")
+        if not os.path.exists(given):  # noqa: PTH110  pathlib's raises where it may not look
+            raise BundleError(
+                f"{MODEL_VARIABLE} names {given}, which is not there or may not be read; set it to a bundle's folder"
+            )
         return Path(given)
     if (found := _installed_or(MODEL_PACKAGE, checkout)) is not None:
         return found

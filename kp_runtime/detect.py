@@ -152,7 +152,7 @@ class YuNetDetector(_OpenCvDetector):
         if not 0 < score < 1:
             raise InputError(f"a detector's score must be over 0 and under 1, got {score}")
         cv2 = self._cv2
-        if not Path(model).is_file():
+        if not os.path.isfile(model):  # noqa: PTH113  pathlib's raises where it may not look
             raise BackendError(f"there is no YuNet model at {model}; docs/detectors.md says where it is published")
         try:
             self._net: Any = cv2.FaceDetectorYN.create(str(model), "", (320, 320), score)

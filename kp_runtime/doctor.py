@@ -17,7 +17,7 @@ from kp_runtime.backend_trt import MODULES as TENSORRT_MODULES
 from kp_runtime.doctor_checks import ABSENT, OK, PROBLEM, WARNING, Finding, Gpu, Surroundings
 from kp_runtime.errors import KpError
 from kp_runtime.probes import Outcome
-from kp_runtime.spec import Manifest
+from kp_runtime.spec import Manifest, folder_of
 
 __all__ = ["Diagnosis", "diagnose"]
 
@@ -99,8 +99,8 @@ def diagnose(
 def _bundle(bundle: Path | None, reason: str) -> tuple[Manifest | None, Finding]:
     if bundle is None:
         return None, Finding("bundle", PROBLEM, reason, "name one: kp doctor BUNDLE")
-    folder = bundle.parent if bundle.is_file() else bundle
     try:
+        folder = folder_of(bundle)
         manifest = Manifest.read(folder)
         for name in manifest.files:
             manifest.check_file(folder, name)

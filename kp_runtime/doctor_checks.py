@@ -5,6 +5,7 @@ What is said of GPUs, TensorRT and Jetsons was tested on made-up machines alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -71,9 +72,17 @@ def _installed() -> dict[str, str]:
     """Installed distributions by normalised name; of two of a name, the one that Python takes."""
     found: dict[str, str] = {}
     for wheel in metadata.distributions():
-        if name := wheel.metadata["Name"]:  # a damaged record has none
-            found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), wheel.version)
+        with contextlib.suppress(UnicodeDecodeError, OSError):  # a damaged record
+            if (name := wheel.metadata["Name"]) and (version := wheel.metadata["Version"]):
+                found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
     return found
+
+
+def _holds(folder: Path, module: str) -> bool:
+    try:
+        return (folder / module).is_dir() or any(folder.glob(f"{module}.*.so"))
+    except OSError:  # it may not be read: Python's import passes over it too
+        return False
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Surroundings:
     def folders_with(self, module: str) -> list[Path]:
         """Folders of the search path that hold a module, each once."""
         folders = dict.fromkeys(Path(folder).resolve() for folder in self.search_path)
-        return [folder for folder in folders if (folder / module).is_dir() or any(folder.glob(f"{module}.*.so"))]
+        return [folder for folder in folders if _holds(folder, module)]
 
     def has_nvinfer(self) -> bool:
         """Whether the system has TensorRT's library, with or without its Python modules."""

@@ -159,8 +159,8 @@ def _pem(path: Path) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read(_LARGEST_PEM)
-    except OSError as error:
-        raise InputError(f"the key {path} can't be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise InputError(f"the key {path} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def _cryptography() -> Any:

@@ -372,7 +372,7 @@ def folder_of(path: Path) -> Path:
     Raises:
         BundleError: a file that lies in no bundle.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # noqa: PTH113  pathlib's raises where it may not look; the manifest's reader says it
         return path
     if not (path.parent / MANIFEST_NAME).exists():
         raise BundleError(f"{path} lies in no bundle: there is no {MANIFEST_NAME} beside it; give a bundle's file")
@@ -393,8 +393,9 @@ def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:
             f"{path.parent} is not a bundle: it has no {MANIFEST_NAME}; give a folder that "
             "`kp train`, `kp train-detector` or `kp export` wrote"
         ) from error
-    except OSError as error:
-        raise BundleError(f"{path} can't be read ({error.strerror}); make the bundle again") from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise BundleError(f"{path} can't be read ({reason}); make the bundle again") from error
 
 
 def _signed_bytes(bundle: str | os.PathLike[str], public_key: str | os.PathLike[str] | bytes | None) -> bytes:

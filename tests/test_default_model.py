@@ -59,6 +59,9 @@ def test_a_variable_that_leads_nowhere_is_no_reason_to_take_another(
     monkeypatch.setenv("KP_MODEL", str(tmp_path / "gone"))
     with pytest.raises(BundleError, match=r"KP_MODEL names .*gone, which is not there"):
         load()
+    monkeypatch.setenv("KP_MODEL", str(tmp_path / ("gone" * 80)))  # an error of the system's to look at
+    with pytest.raises(BundleError, match=r"which is not there or may not be read"):
+        load()
 
 
 def test_a_damaged_wheel_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,6 +135,8 @@ def test_arguments_out_of_range(wrong: dict[str, float]) -> None:
 def test_yunet_file_is_missing(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"there is no YuNet model at .*none\.onnx; docs/detectors\.md"):
         YuNetDetector(tmp_path / "none.onnx")
+    with pytest.raises(BackendError, match="there is no YuNet model at"):
+        YuNetDetector("n" * 300)
 
 
 @pytest.mark.parametrize("content", [b"not a network", tiny_graph().SerializeToString()], ids=["text", "other graph"])

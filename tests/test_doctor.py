@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import signal
 import struct
@@ -339,6 +341,39 @@ def test_an_opencv_that_hides_another(bundle: Path, tmp_path: Path) -> None:
     assert finding.found == f"4.12.0 in {folders[0]} hides another one in {folders[1]}"
 
 
+def test_what_may_not_be_read_is_no_end_of_the_report(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked, look = tmp_path / "locked", os.stat
+
+    def refused(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{locked}/"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return look(path, *arguments, **options)
+
+    shutil.copytree(bundle, locked / "bundle")
+    monkeypatch.setattr(os, "stat", refused)
+    assert about(looked(bundle, tmp_path, PLAIN, folders=[locked / "site"]), "OpenCV").status == "ok"
+    assert about(looked(locked / "bundle", tmp_path, PLAIN), "bundle").subject == "bundle"
+    outside = tmp_path / "model.onnx"
+    outside.touch()
+    assert "lies in no bundle" in about(looked(outside, tmp_path, PLAIN), "bundle").found
+
+
+def test_damaged_records_of_packages_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = {
+        "a": b"Name: \xff\nVersion: 1\n",
+        "b": b"Version: 1\n",
+        "c": b"Name: c\n",
+        "d": b"Name: D_d\nVersion: 2\n",
+    }
+    for name, text in records.items():
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+        (tmp_path / f"{name}-1.dist-info" / "METADATA").write_bytes(text)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert Surroundings.here().packages == {"d-d": "2"}
+
+
 @pytest.mark.usefixtures("all_backends")
 def test_backends_that_do_not_claim_to_work_are_not_tried(bundle: Path, tmp_path: Path) -> None:
     answers = WITH_GPU | {"module tensorrt": ABSENT}
@@ -472,6 +507,14 @@ def test_probes_see_this_house(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert ask("module", "broken_module", seconds=60) == Outcome("failed", "ImportError: built for numpy 1")
     answer = ask("onnxruntime", seconds=60)
     assert "CPUExecutionProvider" in answer.facts["providers"]
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always looks into the current folder")
+def test_probes_do_not_import_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("onnxruntime", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the user's own')")
+    assert "CPUExecutionProvider" in ask("onnxruntime", seconds=60).facts["providers"]
 
 
 def fat_binary(*entries: tuple[int, int]) -> bytes:

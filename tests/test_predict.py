@@ -126,7 +126,9 @@ def test_without_a_bundle_it_is_the_default_one(
     monkeypatch.chdir(tmp_path)
     assert "resnet18-68" in kp(capsys, "inspect")[1], "the checkout's, from any folder"
     monkeypatch.setenv("KP_MODEL", str(bundle))
-    assert str(bundle) in kp(capsys, "inspect")[1]
+    assert str(bundle) in (out := kp(capsys, "inspect")[1])
+    monkeypatch.setenv("KP_MODEL", str(bundle / "model.fp32.onnx"))
+    assert kp(capsys, "inspect")[1] == out, "a model file stands for its bundle"
     monkeypatch.delenv("KP_MODEL")
     monkeypatch.setattr(options, "DEFAULT_BUNDLE", Path("not-there"))
     status, _, err = kp(capsys, "inspect")

@@ -239,6 +239,7 @@ def test_keys_that_are_none(signed: Path, tmp_path: Path, keys: Path) -> None:
         (b"x" * 31, "the public key is no public key in PEM"),
         (public, "the public key is no Ed25519 key"),
         (tmp_path / "none.pem", r"the key .*none\.pem can't be read: No such file"),
+        ("a\0b", "can't be read: embedded null byte"),
         (keys / "ours.pem", r"ours\.pem is no public key in PEM"),
     ):
         with pytest.raises(InputError, match=message):
