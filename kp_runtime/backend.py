@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.cores import checked_cores, checked_threads, on_cores, usable_cores
+from kp_runtime.cores import check_process, checked_cores, checked_threads, on_cores, usable_cores
 from kp_runtime.cuda_driver import CudaDriver, has_driver
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.golden import GOLDEN_NAME, Golden, golden_from_bytes
@@ -121,6 +121,7 @@ class Backend(ABC):
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
+        self._process = os.getpid()
 
     def infer(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The keypoints of `answer` alone: `(n, 68, 2)` float32, pixels of the crop, x then y."""
@@ -133,8 +134,11 @@ class Backend(ABC):
             crops: `(n, 1, size, size)` uint8, luma, C-contiguous; `n` may be 0.
 
         Raises:
-            BackendError: wrong shape or dtype, or the engine failed.
+            BackendError: wrong shape or dtype, the engine failed, or its threads are those of the process that forked
+                this one.
         """
+        if self.threads > 1:
+            check_process(self._process)
         size = self.spec.size
         if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[1:] != (1, size, size):
             raise BackendError(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend_ort import open_session
-from kp_runtime.cores import checked_threads
+from kp_runtime.cores import check_process, checked_threads
 from kp_runtime.detect import check_smallest, largest_first
 from kp_runtime.errors import BackendError, InputError, reason_of
 from kp_runtime.frame import Frame, as_frame, import_cv2
@@ -79,9 +79,8 @@ class CenterDetector:
             raise InputError(f"a detector's score must be over 0 and under 1, got {score}")
         check_smallest(smallest)
         self._smallest, self._model = smallest, Path(bundle) / MODEL_NAME
-        self._session = open_session(
-            self._model, lambda: manifest.read_file(bundle, MODEL_NAME), checked_threads(threads)
-        )
+        self._threads, self._process = checked_threads(threads), os.getpid()
+        self._session = open_session(self._model, lambda: manifest.read_file(bundle, MODEL_NAME), self._threads)
         self._check(manifest.read_file(bundle, GOLDEN_NAME), str(Path(bundle) / GOLDEN_NAME))
 
     def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
@@ -108,6 +107,8 @@ class CenterDetector:
 
     def cells(self, luma: NDArray[np.uint8]) -> NDArray[np.float32]:
         """What the network says of a grey image `(h, w)` uint8: `(5, rows, columns)`, see `DetectorSpec`."""
+        if self._threads > 1:
+            check_process(self._process)
         try:
             cells: Any = self._session.run(["cells"], {"image": np.ascontiguousarray(luma)[None, None]})[0]
         except Exception as error:  # onnxruntime's exceptions share no base of their own

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator
 
 from kp_runtime.errors import BackendError, InputError
 
-__all__ = ["checked_cores", "checked_threads", "cores_from_text", "on_cores", "usable_cores"]
+__all__ = ["check_process", "checked_cores", "checked_threads", "cores_from_text", "on_cores", "usable_cores"]
 
 
 def usable_cores() -> int:
@@ -50,6 +50,19 @@ def checked_threads(threads: int | None, most: int | None = None) -> int:
     if threads is not None and not 1 <= threads <= most:
         raise BackendError(f"threads must be 1 to {most}, the cores that this process may use; got {threads}")
     return most if threads is None else threads
+
+
+def check_process(origin: int) -> None:
+    """Refuses a process that was forked from `origin`, whose threads are needed: a call would wait for them for ever.
+
+    Raises:
+        BackendError: this is another process.
+    """
+    if os.getpid() != origin:
+        raise BackendError(
+            f"the threads that this needs stayed behind when process {origin} forked this one; load models and "
+            "detectors in each process (those with threads=1 can be called here, but not submitted to)"
+        )
 
 
 def cores_from_text(text: str) -> frozenset[int]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from kp_runtime.cores import check_process
 from kp_runtime.errors import BackendError
 
 __all__ = ["InOrder"]
@@ -26,6 +28,7 @@ class InOrder:
         self._line = [ThreadPoolExecutor(1, f"kp-submit-{i}") for i in range(workers)]
         self._room = threading.BoundedSemaphore(most)
         self._inside = threading.local()
+        self._process = os.getpid()
 
     def submit(self, *steps: Callable[..., Any]) -> Future[Any]:
         """Gives a task: the first step has no argument, each other one what the step before returned.
@@ -35,8 +38,9 @@ class InOrder:
 
         Raises:
             BackendError: the line is closed, or is full and a future's callback, which would wait for
-                itself, asks.
+                itself, asks; or this process was forked from the one with the threads.
         """
+        check_process(self._process)
         if not self._room.acquire(blocking=not getattr(self._inside, "worker", False)):
             raise BackendError("a future's callback can't submit while the line is full; submit from another thread")
         future: Future[Any] = Future()

@@ -143,7 +143,8 @@ class Model:
             out: likewise; one for each frame that is under way.
 
         Raises:
-            BackendError: the model is closed, or a callback asks while `IN_FLIGHT` frames are unfinished.
+            BackendError: the model is closed, a callback asks while `IN_FLIGHT` frames are unfinished, or this process
+                was forked since the first call.
         """
         with self._lock:
             self._check_open()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.cores import on_cores
+from kp_runtime.cores import check_process, on_cores
 from kp_runtime.frame import Frame, Scratch
 from kp_runtime.geometry import crop_from_window, crop_plan
 
@@ -61,6 +62,7 @@ class CpuCropper:
 
     def __init__(self, threads: int = 1, cores: frozenset[int] | None = None) -> None:
         self._most, self._cores = threads, cores
+        self._process = os.getpid()
         self._own = threading.local()
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
@@ -72,6 +74,7 @@ class CpuCropper:
         parts = min(self._most, n // _FACES_A_THREAD)
         if parts < 2:
             return crops_from_frame(frame, crop_from_image, size, crops, self._scratch())
+        check_process(self._process)
 
         def cut(part: slice) -> None:
             crops_from_frame(frame, crop_from_image[part], size, crops[part], self._scratch())

@@ -17,6 +17,7 @@ from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.cores import checked_cores, cores_from_text, on_cores, usable_cores
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.spec import Manifest
+from tests.conftest import DETECTOR
 from tests.models import SIZE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cores are chosen and /proc is read on Linux alone")
@@ -157,3 +158,41 @@ def test_text_that_is_no_list_of_cores(text: str) -> None:
 def test_a_range_that_runs_backwards_holds_no_core() -> None:
     with pytest.raises(InputError, match="at least one; got"):
         cores_from_text("3-1")
+
+
+FORKED = """
+import os, sys
+import numpy as np
+import kp_runtime
+from kp_runtime import CenterDetector, KpError, load
+bundle, detector, threads = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model, faces = load(bundle, threads=threads), CenterDetector(detector, threads=threads)
+image = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+boxes = np.tile([40.0, 40, 90, 90], (9, 1))
+asked = {
+    "a face": lambda: model(image, boxes[:1]).xy,
+    "crops": lambda: model(image, boxes).xy,
+    "detector": lambda: faces(image),
+    "submit": lambda: model.submit(image, boxes).result().xy,
+}
+known = {name: ask() for name, ask in asked.items()}
+if os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+for name, ask in asked.items():
+    try:
+        print(name, np.array_equal(ask(), known[name]), flush=True)
+    except KpError as error:
+        print(name, "refused", str(error).split(";")[1], flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=two_cores)])
+def test_a_forked_process_does_not_wait_for_threads_that_stayed_behind(threads: int, bundle: Path) -> None:
+    pytest.importorskip("cv2", reason="OpenCV, which cuts the crops, is not installed")
+    command = [sys.executable, "-W", "ignore", "-c", FORKED, str(bundle), str(DETECTOR), str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=ROOT)
+    lines = [line.split(" refused  ")[0] for line in done.stdout.splitlines()]
+    called = [f"{name} True" if threads == 1 else name for name in ("a face", "crops", "detector")]
+    assert lines == [*called, "submit"], done.stderr
+    assert "load models and detectors in each process (those with threads=1" in done.stdout
