@@ -101,6 +101,7 @@ def predict(
         _check_labels(paths, out)
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load_model(model, tuned, backend, threads, public_key), StageTimer()
+    opened.check_looks(looks, mirror)
     if opened.spec.box == "frame" and detector != "auto":
         raise InputError("this model sees whole frames, not face boxes: leave out --detector")
     finder = None if boxes is not None else open_detector(detector, threads=threads, public_key=public_key)
@@ -213,7 +214,7 @@ def _predict_on_ray(
     backend = "ort-cpu" if backend == "auto" else backend
     load_detector(detector, threads=threads)  # what is wrong with it is said here, before Ray is started
     if not gpus:
-        load(bundle, backend, threads)  # likewise
+        load(bundle, backend, threads).check_looks(looks, mirror)  # likewise
     manifest = (bundle if bundle.is_dir() else bundle.parent) / "manifest.json"
     settings = detector_record(detector) | {
         "model": bundle.name, "manifest_sha256": sha256_of_file(manifest), "backend": backend, "detector": detector,
@@ -274,6 +275,7 @@ def put_effect(
     targets = [out / f"{path.stem}_{Path(effect).stem}.jpg" for path in paths]
     _check_targets(paths, targets)
     opened = load_model(model, tuned, "auto", threads, public_key)
+    opened.check_looks(looks, mirror)
     _check_effect(effect, opened.spec)
     finder = open_detector(detector, threads=threads, public_key=public_key)
     results, failed = [], []

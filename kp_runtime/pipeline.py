@@ -110,14 +110,28 @@ class Model:
             BackendError: the engine failed, or the model is closed.
         """
         self._check_open()
-        if looks < 1 or (looks > 1 and self.spec.box != "keypoints"):
-            most = " or more" if self.spec.box == "keypoints" else ", since this model sees whole frames"
-            raise InputError(f"looks must be 1{most}; got {looks}")
+        self.check_looks(looks, mirror)
         found = first = self._predict(image, boxes_xyxy, layout, timer, out, mirror)
         for _ in range(looks - 1):
             boxes = boxes_of_next_look(found.xy, found.boxes_xyxy, [found.size_hw] * len(found))
             found = self._predict(image, boxes, layout, timer, out, mirror)
         return found if found is first else replace(found, boxes_xyxy=first.boxes_xyxy)
+
+    def check_looks(self, looks: int, mirror: bool) -> None:
+        """Whether calls can have these: a loop over many images asks before its first.
+
+        Args:
+            looks: see `__call__`.
+            mirror: likewise.
+
+        Raises:
+            InputError: they are not possible with this model.
+        """
+        if looks < 1 or (looks > 1 and self.spec.box != "keypoints"):
+            most = " or more" if self.spec.box == "keypoints" else ", since this model sees whole frames"
+            raise InputError(f"looks must be 1{most}; got {looks}")
+        if mirror:
+            mean_of_mirrored(np.zeros((2, self.spec.points, 2)))
 
     def submit(
         self,

@@ -96,6 +96,11 @@ def test_a_file_beside_no_manifest_is_named(
         (("predict", "{photo}", "--detector", "own=nowhere"), "nowhere is not a bundle"),
         (("predict", "{photo}", "--detector", "own="), "there is no detector 'own='; choose from auto"),
         (("predict", "{photo}", "--model", "nowhere"), "is not a bundle"),
+        (("predict", "{photo}", "--model", "{bundle}", "--looks", "0"), "kp: looks must be 1 or more; got 0\n"),
+        (
+            ("filter", "{photo}", "--effect", "hat", "--model", "{bundle}", "--looks", "0"),
+            "kp: looks must be 1 or more",
+        ),
         (("predict", "{photo}", "--drawn", "{photo}"), "the drawn picture would replace the photo"),
         (("predict", "{photo}", "--box", "1,1,9,9", "--detector", "haar"), "--box is instead of detecting"),
         (("predict", "{photo}", "--times", "--json"), "--times prints a table: leave out --json"),

@@ -195,6 +195,9 @@ def test_looks_that_cannot_be(model: Model, image: np.ndarray) -> None:
     whole = Model(OneSpot(ModelSpec("x", SIZE, box="frame")))
     with pytest.raises(InputError, match="looks must be 1, since this model sees whole frames; got 2"):
         whole(image, [[20, 30, 80, 100]], looks=2)
+    five = Model(OneSpot(ModelSpec("x", SIZE, points=5, scheme="own")))
+    with pytest.raises(InputError, match="this model has 5: leave mirror out"):
+        five(image, [], mirror=True)
 
 
 def test_working_memory_is_used_again_and_results_are_not_shared(model: Model, image: np.ndarray) -> None:
