@@ -40,8 +40,8 @@ from starlette.requests import ClientDisconnect
 import kp_runtime
 from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
-from kp_runtime.default_model import default_bundle
-from kp_runtime.detector_by_name import detector_name
+from kp_runtime.default_model import MODEL_VARIABLE, default_bundle
+from kp_runtime.detector_by_name import DETECTOR_VARIABLE, detector_name
 from kp_runtime.prometheus import Metrics
 from kp_runtime.track import FindFaces
 
@@ -72,15 +72,17 @@ class Settings:
         """The defaults, replaced by what is set.
 
         Raises:
-            InputError: a number that is none, or is out of range.
+            InputError: a number that is none or out of range, or nothing: no host would be all of the machine's.
         """
         given: dict[str, Any] = {}
         for setting in fields(cls):
             name = f"KP_{setting.name.upper()}"
             text = os.environ.get(name)
-            if text is None:
+            if text is None or (not text and name in (MODEL_VARIABLE, DETECTOR_VARIABLE)):  # as kp_runtime takes them
                 continue
             if not isinstance(setting.default, int):
+                if not text:
+                    raise kp_runtime.InputError(f"{name} is set to nothing; give it a value, or do not set it")
                 given[setting.name] = text
                 continue
             most = 65_535 if setting.name == "port" else 1_000_000

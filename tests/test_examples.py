@@ -124,6 +124,17 @@ def test_settings_from_the_environment(service: Any, monkeypatch: pytest.MonkeyP
             service.Settings.from_environment()
 
 
+def test_settings_that_are_empty(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KP_MODEL", "")
+    monkeypatch.setenv("KP_DETECTOR", "")
+    assert service.Settings.from_environment() == service.Settings()
+    for name in ("KP_HOST", "KP_PUBLIC_KEY", "KP_BACKEND"):  # no host: every address of the machine
+        with monkeypatch.context() as also:
+            also.setenv(name, "")
+            with pytest.raises(kp_runtime.InputError, match=f"^{name} is set to nothing"):
+                service.Settings.from_environment()
+
+
 @contextlib.asynccontextmanager
 async def client_of(app: Any) -> AsyncIterator[Any]:
     """An HTTP client of an application in this process."""
