@@ -25,7 +25,7 @@ from kp_runtime.geometry import apply_matrix, boxes_from_points, invert_matrix, 
 from kp_runtime.in_order import InOrder
 from kp_runtime.preprocess_cpu import CpuCropper
 from kp_runtime.results import Keypoints
-from kp_runtime.scheme68 import mean_of_mirrored
+from kp_runtime.scheme68 import check_mirrored, mean_of_mirrored
 from kp_runtime.spec import ModelSpec
 from kp_runtime.timing import StageTimer
 
@@ -131,7 +131,7 @@ class Model:
             most = " or more" if self.spec.box == "keypoints" else ", since this model sees whole frames"
             raise InputError(f"looks must be 1{most}; got {looks}")
         if mirror:
-            mean_of_mirrored(np.zeros((2, self.spec.points, 2)))
+            check_mirrored(self.spec.points)
 
     def submit(
         self,

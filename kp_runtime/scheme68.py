@@ -18,6 +18,7 @@ __all__ = [
     "MIRROR",
     "POINTS",
     "REGIONS",
+    "check_mirrored",
     "mean_of_mirrored",
     "mean_shape",
     "point_names",
@@ -74,6 +75,12 @@ MIRROR: NDArray[np.intp] = _mirror()
 """`(68,)` int: point `i` of a mirrored face is point `MIRROR[i]` of the face."""
 
 
+def check_mirrored(points: int) -> None:
+    """Raises InputError where the pairs of a mark-up of so many points are not known, as a mirrored look needs them."""
+    if points != POINTS:
+        raise InputError(f"mirrored looks are for the {POINTS} points; this model has {points}: leave mirror out")
+
+
 def mean_of_mirrored(xy: NDArray[np.floating]) -> NDArray[np.float64]:
     """The means of what was found on `n` faces and then, in the same frame, on their mirrored crops.
 
@@ -86,10 +93,7 @@ def mean_of_mirrored(xy: NDArray[np.floating]) -> NDArray[np.float64]:
     Raises:
         InputError: another number of points, of which nobody knows the mirrored pairs.
     """
-    if np.shape(xy)[1:] != (POINTS, 2):
-        raise InputError(
-            f"mirrored looks are for the {POINTS} points; this model has {np.shape(xy)[1]}: leave mirror out"
-        )
+    check_mirrored(np.shape(xy)[1])
     straight, mirrored = np.asarray(xy, np.float64).reshape(2, -1, POINTS, 2)
     return (straight + mirrored[:, MIRROR]) / 2
 
