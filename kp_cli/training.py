@@ -79,10 +79,9 @@ def train(
     weights: Annotated[str, typer.Option(help="auto, imagenet, none, or a torchvision ResNet-18 .pth file.")] = "auto",
     init: Annotated[Path | None, typer.Option(help="Start from this checkpoint instead.")] = None,
     teacher: Annotated[
-        list[str] | None,
+        list[Path] | None,
         typer.Option(
-            help="Learn from this bundle's answers too: targets are the mean of label and teachers; each counts "
-            "1, or the =WEIGHT behind its path. Repeatable."
+            help="Learn from this bundle's answers too: targets are the mean of label and teachers. Repeatable."
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -104,7 +103,7 @@ def train(
     from lightning.pytorch.utilities import rank_zero_only
 
     from kp_train.config import recipe as settings
-    from kp_train.data import parse_source, path_and_weight
+    from kp_train.data import parse_source
     from kp_train.train import train as run
 
     config = settings(
@@ -122,10 +121,9 @@ def train(
         seed=seed,
         precision=precision,
     )
-    teachers = [path_and_weight(text) for text in teacher or []]
     path = run(
         [parse_source(text, config.points) for text in data], config, out, name=name, weights=weights, init=init,
-        teachers=teachers, resume=resume, devices=devices, accelerator=accelerator, strategy=strategy,
+        teachers=teacher or [], resume=resume, devices=devices, accelerator=accelerator, strategy=strategy,
         workers=workers, picture_every=picture_every, progress=sys.stdout.isatty(),
     )  # fmt: skip
     run_folder, refitted = shlex.quote(str(out)), shlex.quote(f"{out}-refitted")

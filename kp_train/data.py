@@ -45,7 +45,6 @@ __all__ = [
     "luma_from_file",
     "luma_of_face",
     "parse_source",
-    "path_and_weight",
     "read_source",
     "start_of_workers",
 ]
@@ -112,25 +111,16 @@ def held_out_fraction(manifest: Manifest) -> float:
 
 def parse_source(text: str, points: int = POINTS) -> Source:
     """Reads `PATH` or `PATH=WEIGHT`, the way the command line names a source."""
-    return read_source(*path_and_weight(text), points)
-
-
-def path_and_weight(text: str) -> tuple[Path, float]:
-    """`PATH` or `PATH=WEIGHT`; what is there by its whole name, or has no number behind the last sign, has weight 1.
-
-    Raises:
-        DataError: a weight that is no number over 0.
-    """
     path, sign, weight = text.rpartition("=")
     if not sign or (Path(text).exists() and not Path(path).exists()):  # a folder may be named so
-        return Path(text), 1.0
+        return read_source(Path(text), points=points)
     try:
         value = float(weight)
     except ValueError:
-        return Path(text), 1.0
+        return read_source(Path(text), points=points)
     if not (math.isfinite(value) and value > 0):
         raise DataError(f"the weight of {path} must be a number over 0, got {weight}")
-    return Path(path), value
+    return read_source(Path(path), value, points)
 
 
 def read_source(path: Path, weight: float = 1.0, points: int = POINTS) -> Source:

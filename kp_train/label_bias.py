@@ -25,27 +25,11 @@ from kp_train.bar import Bar, no_bar
 from kp_train.data import Face, FaceDataset, Source, is_held_out
 from kp_train.model import KeypointNet
 
-__all__ = ["answers_of_both_sides", "bias_of", "from_both_sides", "measured_bias", "source_biases", "with_bias"]
+__all__ = ["bias_of", "from_both_sides", "measured_bias", "source_biases", "with_bias"]
 
 _BATCH = 64
 _FEWEST = 8  # faces that a bias is told from
 _SURE = 3  # standard errors from zero under which the points' mean may be chance
-
-
-def answers_of_both_sides(net: KeypointNet, crops: Tensor, order: NDArray[np.intp]) -> tuple[Tensor, Tensor]:
-    """What a network says of crops, and of their mirror images, mirrored back.
-
-    Args:
-        net: the network.
-        crops: `(n, 1, size, size)` uint8, of its size.
-        order: of a mirrored face's points, as in `MirrorFace`.
-
-    Returns:
-        Two of `(n, points, 2)` float32, pixels of the crop.
-    """
-    plain, mirrored = net(crops).float(), net(crops.flip(-1))[:, torch.from_numpy(order.copy())].float()
-    mirrored[..., 0] = net.size - 1 - mirrored[..., 0]
-    return plain, mirrored
 
 
 @torch.inference_mode()
@@ -69,12 +53,14 @@ def from_both_sides(
         The labels, and the mean of what the network says of the face and of its mirror image; each `(n, points, 2)`
         float64, in sides of the plain crop.
     """
-    shown = FaceDataset(with_bias(faces, None), spec)
+    shown, partner = FaceDataset(with_bias(faces, None), spec), torch.from_numpy(order.copy())
     was_training, labels, means = net.training, [], []
     net.eval()
     for start in bar(range(0, len(shown), _BATCH)):
         crops, xy = zip(*(shown[i] for i in range(start, min(start + _BATCH, len(shown)))), strict=True)
-        plain, mirrored = answers_of_both_sides(net, torch.stack(crops), order)
+        seen = torch.stack(crops)
+        plain, mirrored = net(seen), net(seen.flip(-1))[:, partner]
+        mirrored[..., 0] = spec.size - 1 - mirrored[..., 0]
         labels.append(torch.stack(xy))
         means.append((plain + mirrored) / 2)
     net.train(was_training)

@@ -110,7 +110,7 @@ def train(
     name: str = "resnet18-68",
     weights: str = "auto",
     init: Path | None = None,
-    teachers: Sequence[tuple[Path, float]] = (),
+    teachers: Sequence[Path] = (),
     resume: bool = False,
     devices: str = "auto",
     accelerator: str = "auto",
@@ -129,7 +129,7 @@ def train(
         name: the model's name in its contract.
         weights: where the backbone starts, see `load_backbone_weights`.
         init: a checkpoint to start from instead.
-        teachers: models to learn from beside the labels, see `Teachers`, and how much each counts (a label counts 1).
+        teachers: models to learn from beside the labels, see `Teachers`.
         resume: go on from `run/state/last`. Below torchrun a run that has begun always goes on. A run that is
             finished is left as it is, with what was exported and measured since.
         devices: as Lightning takes them: `auto`, a number, a list. torchrun says it by its processes.
@@ -196,8 +196,6 @@ def train(
                 temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     noted = [source.get("label_bias") for source in record["sources"]]
     biases = [None if bias is None else np.array(bias) for bias in noted]
-    if teachers:
-        module.teachers = taught.from_both_sides(order, biases)
     train_set.faces = [f for part, bias in zip(training, biases, strict=True) for f in with_bias(part, bias)]
     if trainer.is_global_zero:
         _print_biases(sources, biases, "mirrored faces keep to that")

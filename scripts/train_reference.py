@@ -101,7 +101,7 @@ def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace)
         train(
             weighted(sources, run.photos), config_of(run, args.precision), folder,
             name=kind_of(run.name).removesuffix("-taught"), weights="none",
-            init=None if run.init is None else out / run.init, teachers=[(out / name, 1.0) for name in run.teachers],
+            init=None if run.init is None else out / run.init, teachers=[out / name for name in run.teachers],
             resume=has_begun(folder),
             devices="1", accelerator=args.accelerator, workers=args.workers, picture_every=50, progress=False,
         )  # fmt: skip

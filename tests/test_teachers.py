@@ -8,11 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
-from kp_cli import app
-from kp_runtime.errors import DataError, InputError, KpError
-from kp_runtime.scheme68 import MIRROR
+from kp_runtime.errors import InputError, KpError
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.augment import augment_from_name
 from kp_train.checkpoint import LAST_STATE, SafetensorsIO, load_checkpoint, save_checkpoint
@@ -21,7 +18,7 @@ from kp_train.data import FaceDataset, read_source
 from kp_train.loss import keypoint_loss
 from kp_train.model import KeypointNet
 from kp_train.synthetic import write_csv_source
-from kp_train.teachers import Teachers, load_teachers, reduced
+from kp_train.teachers import load_teachers, reduced
 from kp_train.train import KeypointModule, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -45,68 +42,26 @@ def model(folder: Path, size: int, seed: int = 0, **spec: object) -> Path:
 
 def run(faces: Path, out: Path, teachers: list[Path], **changes: object) -> Path:
     settings = {"size": 64, "epochs": 1, "batch_size": 16, "ema": 0} | changes
-    resume, weight = bool(settings.pop("resume", False)), float(settings.pop("weight", 1.0))  # type: ignore[arg-type]
-    weighed = [(path, weight) for path in teachers]
+    resume = bool(settings.pop("resume", False))
     return train(
-        [read_source(faces)], recipe("default", **settings), out, teachers=weighed, resume=resume, weights="none",
-        accelerator="cpu", workers=0, progress=False,
+        [read_source(faces)], recipe("default", **settings), out, teachers=teachers, resume=resume,
+        weights="none", accelerator="cpu", workers=0, progress=False,
     )  # fmt: skip
 
 
 def test_the_target_is_the_mean_of_the_label_and_the_answers(tmp_path: Path) -> None:
     paths = [model(tmp_path / "large", 128, 1), model(tmp_path / "small", 64, 2)]
-    taught = load_teachers(list(zip(paths, (1.0, 0.5), strict=True)), ModelSpec("run", size=64))
+    taught = load_teachers(paths, ModelSpec("run", size=64))
     crops = torch.randint(0, 256, (3, 1, 128, 128), dtype=torch.uint8)
     label = torch.randn(3, 136)
     large, small = (load_checkpoint(path)[0].eval() for path in paths)
     half = torch.from_numpy(crops.numpy().reshape(3, 1, 64, 2, 64, 2).mean(axis=(3, 5)).round().astype(np.uint8))
     with torch.no_grad():
-        wanted = (2 * label + 2 * large.raw(crops) + small.raw(half)) / 5
+        wanted = (label + large.raw(crops) + small.raw(half)) / 3
     assert taught.size == 128
     assert torch.equal(reduced(crops, 64), half)
     torch.testing.assert_close(taught.target(crops, label), wanted)
     assert not taught.target(crops, label).requires_grad
-
-
-def test_a_teacher_that_looks_from_both_sides_answers_a_mirrored_face_alike(tmp_path: Path) -> None:
-    """But for the labels' side: a bias is a sum of those of the sources, whichever a face is of."""
-    taught = load_teachers([(model(tmp_path / "m", 64, 1), 1.0)], ModelSpec("run", size=64))
-    crops, label = torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8), torch.zeros(3, 136)
-    net = taught.nets[0]
-
-    def seen(biases: list[np.ndarray | None], crops: torch.Tensor) -> torch.Tensor:
-        return net.decode(2 * taught.from_both_sides(MIRROR, biases).target(crops, label))
-
-    def back(points: torch.Tensor) -> torch.Tensor:
-        mirrored = points[:, torch.from_numpy(MIRROR.copy())].clone()
-        mirrored[..., 0] = 63 - mirrored[..., 0]
-        return mirrored
-
-    no_side = seen([None], crops)
-    assert float((net(crops) - no_side).abs().max()) > 0.01
-    torch.testing.assert_close(no_side, (net(crops) + back(net(crops.flip(-1)))) / 2)
-    torch.testing.assert_close(back(seen([None], crops.flip(-1))), no_side)
-    right, tips = np.zeros((2, 68, 2))
-    right[:, 0], tips[[8, 30], 0] = 0.01, 0.02
-    bias = (seen([right, None, tips], crops) - no_side).detach().numpy()
-    half = ((net(crops) - back(net(crops.flip(-1)))) / 2).detach().numpy()
-    others = [i for i in range(68) if i not in (8, 30)]
-    for chosen in (others, [8, 30]):  # by least squares, each of both groups has its mean
-        mean = np.broadcast_to(half[:, chosen, 0].mean(axis=1, keepdims=True), (3, len(chosen)))
-        np.testing.assert_allclose(bias[:, chosen, 0], mean, atol=1e-4)
-    np.testing.assert_allclose(bias[..., 1], 0, atol=1e-6)
-
-
-def test_a_run_that_mirrors_faces_has_its_teachers_look_from_both_sides(
-    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    orders: list[object] = []
-    monkeypatch.setattr(Teachers, "from_both_sides", lambda self, order, biases: orders.append(order) or self)
-    teacher = model(tmp_path / "teacher", 64)
-    for name, augment in (("a", "faces"), ("b", "none")):
-        run(faces, tmp_path / name, [teacher], augment=augment)
-    assert orders[0] is MIRROR
-    assert orders[1] is None
 
 
 def test_without_teachers_the_target_is_the_label() -> None:
@@ -134,7 +89,7 @@ def test_larger_crops_show_the_same_face_and_keep_its_points(faces: Path, name: 
 
 def test_a_step_goes_towards_the_mean_of_label_and_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of a step is that of its target, on the crop as the run's own size sees it."""
-    taught = load_teachers([(model(tmp_path / "large", 128), 1.0)], ModelSpec("run", size=64))
+    taught = load_teachers([model(tmp_path / "large", 128)], ModelSpec("run", size=64))
     module = KeypointModule(recipe("default", size=64), taught)
     monkeypatch.setattr(module, "log", lambda *_, **__: None)
     module.eval()  # so that both looks at the crops are alike
@@ -150,7 +105,7 @@ def test_a_run_records_its_teachers_and_stays_under_their_licence(faces: Path, t
     before = (teacher / "checkpoint.safetensors").read_bytes()
     _, manifest = load_checkpoint(run(faces, tmp_path / "r", [teacher]))
     sha256 = load_checkpoint(teacher)[1].files["checkpoint.safetensors"].sha256
-    assert manifest.training["teachers"] == [{"name": "teacher", "sha256": sha256, "weight": 1.0}]
+    assert manifest.training["teachers"] == [{"name": "teacher", "sha256": sha256}]
     assert manifest.licence == LICENCE
     assert (teacher / "checkpoint.safetensors").read_bytes() == before
     state = SafetensorsIO().load_checkpoint(tmp_path / "r" / LAST_STATE)["state_dict"]
@@ -163,30 +118,18 @@ def test_a_run_goes_on_with_its_teachers_alone(faces: Path, tmp_path: Path) -> N
     for wrong in ([], [other]):
         with pytest.raises(KpError, match="began with other teachers; give the same ones"):
             run(faces, tmp_path / "r", wrong, resume=True)
-    with pytest.raises(KpError, match="began with other teachers"):
-        run(faces, tmp_path / "r", [teacher], resume=True, weight=0.5)
 
 
 def test_teachers_of_another_contract_are_refused(tmp_path: Path) -> None:
     spec = ModelSpec("run", size=64)
     with pytest.raises(InputError, match=r"wide can't teach this run: it has margin 1\.5, the run 1\.3"):
-        load_teachers([(model(tmp_path / "wide", 64, margin=1.5), 1.0)], spec)
+        load_teachers([model(tmp_path / "wide", 64, margin=1.5)], spec)
     with pytest.raises(InputError, match=r"few can't teach this run: it has points 5, the run 68"):
-        load_teachers([(model(tmp_path / "few", 64, points=5, scheme="own"), 1.0)], spec)
+        load_teachers([model(tmp_path / "few", 64, points=5, scheme="own")], spec)
     with pytest.raises(
         InputError, match="crops of 96 pixels can't be reduced to 64; take teachers of sizes that divide"
     ):
-        load_teachers([(model(tmp_path / "odd", 96), 1.0)], spec)
-
-
-def test_the_command_line_weighs_teachers(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[object] = []
-    monkeypatch.setattr("kp_train.train.train", lambda *_, teachers, **__: given.append(teachers) or tmp_path / "c")
-    words = ["train", "--data", str(faces), "--out", str(tmp_path / "r"), "--teacher"]
-    assert CliRunner().invoke(app, [*words, "a=b=0.5", "--teacher", "c=d"]).exit_code == 0
-    assert given == [[(Path("a=b"), 0.5), (Path("c=d"), 1.0)]]
-    with pytest.raises(DataError, match="the weight of a must be a number over 0, got -1"):
-        CliRunner().invoke(app, [*words, "a=-1"], catch_exceptions=False)
+        load_teachers([model(tmp_path / "odd", 96)], spec)
 
 
 def test_licences_that_differ_are_refused(faces: Path, tmp_path: Path) -> None:

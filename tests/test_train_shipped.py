@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import typer.main
 
 from kp_cli import app
-from kp_train.data import path_and_weight
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "train-shipped"
 MEAN = SCRIPT.with_name("mean_weights.py")
@@ -62,8 +60,7 @@ def test_each_run_starts_from_one_that_is_done(place: Path) -> None:
     done: list[str] = []
     for words in chain(place):
         if words[0] == "train":
-            behind = [word for option, word in pairwise(words) if option in ("--init", "--teacher")]
-            starts = [str(path_and_weight(word)[0]) for word in behind]
+            starts = [start for option in ("--init", "--teacher") if (start := value(words, option))]
         else:
             starts = words[1 : words.index("--out")] if words[0] == str(MEAN) else words[1:2]
         assert set(starts) <= set(done), words
