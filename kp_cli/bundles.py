@@ -14,7 +14,7 @@ from kp_cli.options import (
     ELSE_DEFAULT,
     Json,
     PublicKey,
-    bundle_or_default,
+    folder_or_default,
     note,
     told_of_bundle,
 )
@@ -159,7 +159,7 @@ def verify(
     from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
 
-    bundle = bundle_or_default(bundle)
+    bundle = folder_or_default(bundle)
     spec, signature = Manifest.read(bundle).spec, signature_state(bundle)
     sources = [parse_source(text, spec.points) for text in data or []]
     faces = faces_from_sources(sources, spec) if sources else bundled_faces(spec)
@@ -200,7 +200,7 @@ def plan(
     from kp_export.plan_bundle import add_plan
     from kp_export.plan_from_onnx import PlanOptions
 
-    bundle = bundle_or_default(bundle)
+    bundle = folder_or_default(bundle)
     tuned_for = min(max(8, min_batch), max_batch) if opt_batch is None else opt_batch
     options = PlanOptions(
         min_batch, tuned_for, max_batch, workspace_mib, version_compatible, hardware_compatible, dla_core
@@ -249,9 +249,9 @@ def inspect(
     """
     from kp_runtime.errors import BundleError
     from kp_runtime.signing import signature_state
-    from kp_runtime.spec import any_manifest, folder_of
+    from kp_runtime.spec import any_manifest
 
-    folder = folder_of(bundle_or_default(bundle))
+    folder = folder_or_default(bundle)
     manifest = any_manifest(folder, public_key)
     signature = "of the key that was given" if public_key else signature_state(folder)
     states: dict[str, str] = {}

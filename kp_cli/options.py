@@ -92,6 +92,13 @@ def bundle_or_default(named: Path | None) -> Path:
     return named or default_bundle(checkout=Path(__file__).parents[1] / DEFAULT_BUNDLE)
 
 
+def folder_or_default(named: Path | None) -> Path:
+    """The folder of `bundle_or_default`, which may be a model file of it."""
+    from kp_runtime.spec import folder_of
+
+    return folder_of(bundle_or_default(named))
+
+
 @contextlib.contextmanager
 def warnings_told() -> Iterator[None]:
     """Turns warnings into lines on stderr."""
