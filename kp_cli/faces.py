@@ -275,8 +275,8 @@ def put_effect(
     targets = [out / f"{path.stem}_{Path(effect).stem}.jpg" for path in paths]
     _check_targets(paths, targets)
     opened = load_model(model, tuned, "auto", threads, public_key)
-    opened.check_looks(looks, mirror)
     _check_effect(effect, opened.spec)
+    opened.check_looks(looks, mirror)
     finder = open_detector(detector, threads=threads, public_key=public_key)
     results, failed = [], []
     stop = threading.Event()

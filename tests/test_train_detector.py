@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import cv2
@@ -163,8 +162,11 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(source: Path, tmp_path:
 def test_a_run_that_was_stopped_before_its_first_state_starts_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def interrupted(self: object, batch: object) -> None:
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as stopped:
-        stopped.setattr("kp_train.train_detector._State.learn", lambda self, batch: signal.raise_signal(signal.SIGINT))
+        stopped.setattr("kp_train.train_detector._State.learn", interrupted)
         with pytest.raises(KpError, match="stopped in step 0 of 4, before the first state was saved: start it again"):
             run(source, tmp_path / "a")
     assert run(source, tmp_path / "a").is_file()
