@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from kp_runtime.errors import DataError, ImageError
+from kp_runtime.errors import DataError, ImageError, KpError
 from kp_runtime.frame import IMAGE_SUFFIXES, as_frame, image_from_file
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.interchange import LabelledFace, faces_from_file, pts_files
@@ -34,14 +34,13 @@ from kp_train.augment import Augment
 from kp_train.metrics import nme_unit
 
 __all__ = [
-    "LOST_WORKER",
     "Face",
     "FaceDataset",
     "Source",
+    "check_lost_worker",
     "evenly_spread",
     "held_out_fraction",
     "is_held_out",
-    "is_lost_worker",
     "luma_from_file",
     "luma_of_face",
     "parse_source",
@@ -218,15 +217,17 @@ def start_of_workers(workers: int) -> str | None:
     return "fork" if workers and sys.platform == "linux" else None
 
 
-def is_lost_worker(error: Exception) -> bool:
-    """Whether this is PyTorch's error of a loader whose process was killed; see `LOST_WORKER`."""
-    return "DataLoader worker (pid" in str(error)
+def check_lost_worker(error: Exception) -> None:
+    """Tells PyTorch's error of a loader whose process was killed in a line; does nothing with another error.
 
-
-LOST_WORKER = (
-    "a process that makes crops was killed, as the system does where memory is short, or in a container shared memory "
-    "(docker run --shm-size); go on with fewer --workers"
-)
+    Raises:
+        KpError: it is that one.
+    """
+    if "DataLoader worker (pid" in str(error):
+        raise KpError(
+            "a process that makes crops was killed, as the system does where memory is short, or in a container shared "
+            "memory (docker run --shm-size); go on with fewer --workers"
+        ) from error
 
 
 class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):

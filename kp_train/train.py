@@ -44,7 +44,7 @@ from kp_train.checkpoint import (
     save_checkpoint,
 )
 from kp_train.config import DetectorConfig, TrainConfig, has_bfloat16
-from kp_train.data import LOST_WORKER, Face, FaceDataset, Source, evenly_spread, is_held_out, is_lost_worker
+from kp_train.data import Face, FaceDataset, Source, check_lost_worker, evenly_spread, is_held_out
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
@@ -225,8 +225,7 @@ def train(
     except (KeyError, RuntimeError) as error:
         if trainer.world_size > 1 and any(library in str(error) for library in ("gloo", "NCCL")):
             raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error
-        if is_lost_worker(error):
-            raise KpError(LOST_WORKER) from error
+        check_lost_worker(error)
         if resume and not together.begun:
             raise KpError(
                 f"the training state at {last} does not fit this release ({error!s:.200}); go on with the one that "
