@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import os
 import shutil
-import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -19,13 +16,12 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_runtime import doctor, probes
+from kp_runtime import doctor
 from kp_runtime.backend import BACKENDS
 from kp_runtime.doctor import Diagnosis, diagnose
 from kp_runtime.doctor_checks import Finding, Surroundings
 from kp_runtime.geometry import way_to_sample
-from kp_runtime.gpu_code import GpuCode, gpu_code_from_library
-from kp_runtime.probes import Outcome, ask, outcome_of_command
+from kp_runtime.probes import Outcome, ask
 from kp_runtime.spec import FileEntry, Manifest, file_entry
 from tests.conftest import DETECTOR
 
@@ -446,102 +442,3 @@ def test_a_bundle_without_a_golden_crop_proves_nothing(bundle: Path, tmp_path: P
     dataclasses.replace(manifest, files=files).write(bare)
     answer = ask("backend", "ort-cpu", str(bare), seconds=60)
     assert (answer.state, "no golden crop" in answer.text) == ("failed", True)
-
-
-def python(code: str, seconds: float = 60) -> Outcome:
-    return outcome_of_command([sys.executable, "-c", code], seconds)
-
-
-def test_a_probe_that_crashes_or_hangs() -> None:
-    killed = python("import os, sys; print('loading', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)")
-    assert killed == Outcome("crashed", "the process was ended by SIGKILL: loading")
-    crash = python("import os; os.kill(os.getpid(), 11)")
-    assert crash.state == "crashed"
-    assert crash.text.startswith("the process was ended by SIGSEGV")  # an emulator adds a line of its own
-    assert python("raise SystemExit(3)") == Outcome("crashed", "the process ended with status 3 and no answer")
-    hang = python("import time; time.sleep(600)", seconds=0.3)
-    assert hang == Outcome("hung", "no answer within 0.3 s")
-    assert crash.broken
-    assert hang.broken
-
-
-def test_ctrl_c_ends_the_probe_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[subprocess.Popen[bytes]] = []
-
-    def interrupted(process: subprocess.Popen[bytes], *_: object, **__: object) -> None:
-        asked.append(process)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        python("import time; time.sleep(600)")
-    (process,) = asked
-    with process:
-        assert process.wait(timeout=60) == -signal.SIGKILL
-
-
-def test_an_answer_before_a_crash_counts_and_noise_does_not() -> None:
-    line = probes._MARK + json.dumps(dataclasses.asdict(answered(version="1")))
-    code = f"import os; print({line!r}, flush=True); print('noise', flush=True); os.kill(os.getpid(), 6)"
-    assert python(code) == answered(version="1")
-
-
-@pytest.mark.parametrize(("arguments", "state", "text"), [
-    (("module", "no_such_module"), "absent", "No module named 'no_such_module'"),
-    (("module", "tests.runtime"), "absent", "No module named"),
-    (("backend", "ort-cpu", "nowhere"), "failed", "nowhere is not a bundle"),
-    (("backend", "none", "nowhere"), "failed", "there is no backend 'none'"),
-    (("nothing",), "failed", "KeyError"),
-])  # fmt: skip
-def test_probes_in_their_own_process(arguments: tuple[str, ...], state: str, text: str) -> None:
-    answer = ask(*arguments, seconds=60)
-    assert answer.state == state
-    assert text in answer.text
-    assert not answer.broken
-
-
-def test_probes_see_this_house(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "broken_module.py").write_text("raise ImportError('built for\\nnumpy 1')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert ask("module", "broken_module", seconds=60) == Outcome("failed", "ImportError: built for numpy 1")
-    answer = ask("onnxruntime", seconds=60)
-    assert "CPUExecutionProvider" in answer.facts["providers"]
-
-
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always looks into the current folder")
-def test_probes_do_not_import_from_the_current_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("onnxruntime", "random"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('the user's own')")
-    assert "CPUExecutionProvider" in ask("onnxruntime", seconds=60).facts["providers"]
-
-
-def fat_binary(*entries: tuple[int, int]) -> bytes:
-    code = b"".join(
-        struct.pack("<HHIQ12xI32x", kind, 0x101, 64, 8 + i, capability) + bytes(8 + i)
-        for i, (kind, capability) in enumerate(entries)
-    )
-    return struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(code)) + code
-
-
-def test_code_of_a_library(tmp_path: Path) -> None:
-    magic = struct.pack("<I", 0xBA55ED50)
-    library = tmp_path / "library.so"
-    noise = np.random.default_rng(0).bytes(999)
-    parts = [noise, fat_binary((2, 75), (1, 90)), magic + noise, fat_binary((2, 87)), fat_binary((2, 120))[:-9], magic]
-    library.write_bytes(b"".join(parts))
-    assert gpu_code_from_library(library) == GpuCode(frozenset({75, 87}), frozenset({90}))
-    library.write_bytes(b"")
-    assert gpu_code_from_library(library) == GpuCode(frozenset(), frozenset())
-
-
-@pytest.mark.parametrize(("code", "ptx", "runs", "does_not"), [
-    ({80}, set(), {80, 86, 89}, {75, 87, 90, 72}),  # a Jetson runs no desktop's code
-    ({87}, set(), {87}, {86, 89, 80}),
-    ({75}, {80}, {75, 80, 87, 90, 120}, {72, 70}),
-    (set(), set(), set(), {75, 87}),
-])  # fmt: skip
-def test_which_chips_run_it(code: set[int], ptx: set[int], runs: set[int], does_not: set[int]) -> None:
-    found = GpuCode(frozenset(code), frozenset(ptx))
-    assert {chip for chip in runs | does_not if found.runs_on(chip)} == runs
