@@ -11,7 +11,7 @@ try:
 except ImportError:
     sys.exit("kp: the command needs typer and rich, which are not installed; run: pip install 'kp-edge[cli]'")
 
-from kp_cli import bundles, faces, machines, training
+from kp_cli import bundles, faces, machines, training, video
 from kp_cli.report import fail, one_line_errors
 
 app = typer.Typer(
@@ -32,7 +32,7 @@ app.command()(bundles.plan)
 app.command()(bundles.pack)
 app.command()(faces.predict)
 app.command("filter")(faces.put_effect)
-app.command()(faces.run)
+app.command()(video.run)
 app.command()(machines.bench)
 app.command()(machines.tune)
 app.command()(bundles.inspect)

@@ -1,11 +1,9 @@
-"""What finds faces and writes them down: `kp predict`, `filter`, `run`, `convert`."""
+"""What finds faces and writes them down: `kp predict`, `filter`, `convert`."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,14 +24,17 @@ from kp_cli.options import (
     Threads,
     Tuned,
     bundle_or_default,
+    check_effect,
     detector_record,
     load_model,
     note,
     note_boxes,
     open_detector,
+    quiet_opencv,
+    stopped_by_signals,
     whole_detector_name,
 )
-from kp_cli.report import frames_progress, print_json, print_run, print_times, progress, share_progress
+from kp_cli.report import print_json, print_times, progress, share_progress
 from kp_runtime.errors import InputError, KpError, NotDrawnError
 
 
@@ -75,7 +76,7 @@ def predict(
             raise InputError("--ray writes Parquet; leave out --box, --drawn, --times, --tuned, --public-key, --format")
         _predict_on_ray(photos, out, model, backend, threads, detector, looks, mirror, ray, as_json)
         return
-    _quiet_opencv()
+    quiet_opencv()
     import numpy as np
 
     from kp_runtime.photos import (
@@ -155,7 +156,7 @@ def predict(
 
 def _until_stopped(text: str, photos: list[tuple[Path, Path]], stop: threading.Event) -> Iterator[tuple[Path, Path]]:
     """Photos and where they are drawn, with a progress bar, until a signal sets `stop`."""
-    with _stopped_by_signals(stop):
+    with stopped_by_signals(stop):
         for photo in progress(text)(photos):
             if stop.is_set():
                 return
@@ -266,7 +267,7 @@ def put_effect(
 
     Writes copies; the photos stay. Example: kp filter photo.jpg --effect sunglasses
     """
-    _quiet_opencv()
+    quiet_opencv()
     from kp_runtime.effects import open_effect
     from kp_runtime.photos import photos_from_paths, predict_photo
 
@@ -275,7 +276,7 @@ def put_effect(
     targets = [out / f"{path.stem}_{Path(effect).stem}.jpg" for path in paths]
     _check_targets(paths, targets)
     opened = load_model(model, tuned, "auto", threads, public_key)
-    _check_effect(effect, opened.spec)
+    check_effect(effect, opened.spec)
     opened.check_looks(looks, mirror)
     finder = open_detector(detector, threads=threads, public_key=public_key)
     results, failed = [], []
@@ -300,121 +301,6 @@ def put_effect(
         raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
     if stop.is_set():
         raise typer.Exit(130)  # as a shell reports Ctrl-C
-
-
-def run(
-    source: Annotated[
-        str,
-        typer.Argument(help="A video, a folder of frames, a camera's index, rtsp://…, or a GStreamer pipeline."),
-    ],
-    model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the annotated video and the results.")] = Path("out"),
-    formats: Annotated[
-        list[str] | None,
-        typer.Option("--format", help="mp4, avi, jsonl, parquet. Repeatable; mp4 and jsonl when left out."),
-    ] = None,
-    show: Annotated[
-        bool, typer.Option("--show", help="Show the frames in a window; with no --format, only that.")
-    ] = False,
-    effect: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Instead of points and boxes: " + EFFECT_NAMES)
-    ] = None,
-    smooth: Annotated[
-        bool | None,
-        typer.Option(
-            "--smooth/--no-smooth", help="Steady the points (One-Euro), not for measurements; with blur not, else so."
-        ),
-    ] = None,
-    detect_every: Annotated[
-        int | None, typer.Option(min=1, help="Frames between two looks for new faces; 1 with blur, else 30.")
-    ] = None,
-    rate: Annotated[
-        float | None, typer.Option("--fps", help="Frames a second of the source; what it says when left out.")
-    ] = None,
-    patience: Annotated[
-        float, typer.Option(min=0.0, help="Seconds that a camera or stream which went away is opened anew.")
-    ] = 60.0,
-    smallest: Annotated[
-        float | None,
-        typer.Option(
-            min=0.02,
-            max=1.0,
-            help="The smallest face, a share of the frame's shorter side; 0.05 with blur, else 0.1. YuNet has its own.",
-        ),
-    ] = None,
-    detector: Detector = "auto",
-    threads: Annotated[
-        int | None,
-        typer.Option(help="Threads of engine and OpenCV; all cores but one, which is for files, when left out."),
-    ] = None,
-    tuned: Tuned = None,
-    public_key: PublicKey = None,
-    metrics: Annotated[
-        str | None, typer.Option(metavar="[HOST:]PORT", help="Serve metrics for Prometheus at /metrics meanwhile.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Follow the faces of a video, a camera or a stream.
-
-    Writes an annotated video and a row a face and frame. Ctrl-C ends it; what was written stays whole.
-    Example: kp run talk.mp4 --format mp4 --format parquet
-    """
-    stop = threading.Event()
-    _quiet_opencv()
-    from kp_runtime.cores import usable_cores
-    from kp_runtime.effects import open_effect
-    from kp_runtime.frame import import_cv2
-    from kp_runtime.prometheus import Metrics, address_from_text
-    from kp_runtime.track import Tracker, TrackerSettings
-    from kp_runtime.video import Window, draw_effect, draw_tracks, run_video
-    from kp_runtime.video_sink import open_sinks
-    from kp_runtime.video_source import open_source
-
-    wanted = formats or ([] if show else ["mp4", "jsonl"])
-    if effect and not show and not {"mp4", "avi"} & set(wanted):
-        raise InputError("--effect goes with --format mp4, --format avi or --show")
-    address = address_from_text(metrics) if metrics else None
-    watch = Metrics() if address else None
-    draw = draw_effect(open_effect(effect)) if effect else draw_tracks
-    few = max(1, usable_cores() - 1) if threads is None else threads  # reading, drawing and writing go on meanwhile
-    import_cv2().setNumThreads(few)
-    opened = load_model(model, tuned, "auto", threads if tuned else few, public_key)
-    if opened.spec.box == "frame":
-        raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
-    _check_effect(effect, opened.spec)
-    note_boxes(opened.spec)
-    hide = effect == "blur"  # then a face too many is better than one that is seen
-    found = open_detector(detector, smallest=smallest or (0.05 if hide else 0.1), threads=few, public_key=public_key)
-    settings = TrackerSettings(
-        detect_every=detect_every or (1 if hide else 30),
-        smooth=not hide if smooth is None else smooth,
-        trust_detector=hide,
-    )
-    tracker = watch.tracker(opened, found, settings) if watch else Tracker(opened, found, settings)
-    frames = open_source(source, rate=rate, patience=patience, stop=stop, say=note)
-    window = Window(frames.name) if show else None
-    with contextlib.ExitStack() as stack:
-        if watch and address:
-            host = f"[{address[0]}]" if ":" in address[0] else address[0]
-            note(f"metrics: http://{host}:{stack.enter_context(watch.served(*address))}/metrics")
-        sinks = open_sinks(
-            wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live,
-            points=opened.spec.points,
-        )  # fmt: skip
-        signalled = stack.enter_context(_stopped_by_signals(stop))
-        step = stack.enter_context(frames_progress(frames.name, frames.count))
-        result = run_video(frames, tracker, sinks, draw=draw, window=window, stop=stop, step=step, metrics=watch)
-    if as_json:
-        print_json(dataclasses.asdict(result))
-    else:
-        print_run(frames.name, result)
-    if signalled.is_set() and not frames.live:
-        raise typer.Exit(130)  # as a shell reports Ctrl-C; a camera has no other end
-
-
-def _check_effect(effect: str | None, spec: Any) -> None:
-    if effect and spec.scheme == "own":
-        raise InputError(f"effects hang on the 68 points of a face; this model has {spec.points} of its own")
 
 
 def convert(
@@ -448,37 +334,6 @@ def convert(
         return
     where = str(written[0]) if len(written) == 1 else f"{len(written)} files in {out}"
     print(f"{len(faces)} face{'s' * (len(faces) != 1)} of {source} -> {where}")
-
-
-@contextlib.contextmanager
-def _stopped_by_signals(stop: threading.Event) -> Iterator[threading.Event]:
-    """Sets `stop`, and what it gives, at the first Ctrl-C, SIGTERM or closed terminal.
-
-    The second one does what it always does.
-    """
-    signalled = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
-
-    def handle(number: int, _: Any) -> None:
-        signalled.set()
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield signalled
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _quiet_opencv() -> None:
-    """Silences what OpenCV and FFmpeg print by themselves; what matters of it becomes an error of ours."""
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
 
 def _parse_box(text: str) -> list[float]:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from kp_runtime.errors import InputError
 
 
 def stay_on(context: typer.Context, cores: str | None) -> str | None:
@@ -148,3 +153,40 @@ def open_detector(
 
     named = whole_detector_name(name, public_key)
     return load_detector(named, smallest=smallest, threads=threads, public_key=public_key)
+
+
+def check_effect(effect: str | None, spec: Any) -> None:
+    """Refuses an `--effect` for a model without the 68 points that it hangs on."""
+    if effect and spec.scheme == "own":
+        raise InputError(f"effects hang on the 68 points of a face; this model has {spec.points} of its own")
+
+
+@contextlib.contextmanager
+def stopped_by_signals(stop: threading.Event) -> Iterator[threading.Event]:
+    """Sets `stop`, and what it gives, at the first Ctrl-C, SIGTERM or closed terminal.
+
+    The second one does what it always does.
+    """
+    signalled = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        before[signal.SIGHUP] = signal.getsignal(signal.SIGHUP)
+
+    def handle(number: int, _: Any) -> None:
+        signalled.set()
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield signalled
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def quiet_opencv() -> None:
+    """Silences what OpenCV and FFmpeg print by themselves; what matters of it becomes an error of ours."""
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")

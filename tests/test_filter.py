@@ -164,7 +164,7 @@ def test_hiding_looks_for_faces_on_every_frame(
         asked.append(settings)
         return one_face()
 
-    monkeypatch.setattr("kp_cli.faces.open_detector", open_detector)
+    monkeypatch.setattr("kp_cli.video.open_detector", open_detector)
     monkeypatch.setattr("kp_runtime.track.Tracker", tracker)
     path = video(tmp_path / "talk.avi", 2)
     command = ("run", path, "--model", bundle, "--out", tmp_path, "--format", "avi")

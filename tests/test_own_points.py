@@ -122,11 +122,11 @@ def test_a_run_that_began_without_the_settings_goes_on(tmp_path: Path) -> None:
         stored_record(tmp_path, [], replace(config, points=5))
 
 
-@pytest.mark.parametrize("words", [("filter",), ("run",)])
+@pytest.mark.parametrize(("command", "module"), [("filter", "faces"), ("run", "video")])
 def test_effects_are_for_68_points(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, astronaut: Path, words: tuple[str, ...]
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, astronaut: Path, command: str, module: str
 ) -> None:
     opened = SimpleNamespace(spec=ModelSpec("five", 64, points=5, scheme="own"))
-    monkeypatch.setattr("kp_cli.faces.load_model", lambda *_: opened)
+    monkeypatch.setattr(f"kp_cli.{module}.load_model", lambda *_: opened)
     told = "kp: effects hang on the 68 points of a face; this model has 5 of its own\n"
-    assert kp(capsys, *words, astronaut, "--effect", "hat") == (1, "", told)
+    assert kp(capsys, command, astronaut, "--effect", "hat") == (1, "", told)

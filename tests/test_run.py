@@ -112,7 +112,7 @@ def test_a_core_is_left_to_the_other_steps(
         taken.append(opened.backend.threads)
         return opened
 
-    monkeypatch.setattr("kp_cli.faces.load_model", load)
+    monkeypatch.setattr("kp_cli.video.load_model", load)
     monkeypatch.setattr("kp_runtime.cores.usable_cores", lambda: cores)
     try:
         video(tmp_path / "talk.avi", 2)
