@@ -28,7 +28,7 @@ from kp_train.model import KeypointNet
 __all__ = ["bias_of", "from_both_sides", "measured_bias", "source_biases", "with_bias"]
 
 _BATCH = 64
-_FEWEST = 8  # faces that a bias is told from
+_FEWEST = 8  # people that a bias is told from
 _SURE = 3  # standard errors from zero under which the points' mean may be chance
 
 
@@ -85,18 +85,24 @@ def measured_bias(
 
     Returns:
         `(points, 2)` float64 to four places, of each point the median over the faces; None where the points'
-        mean can't be told from chance, as of fewer than eight faces.
+        mean can't be told from chance, as of fewer than eight people: what is odd about one of them is so on all of
+        the person's frames.
     """
-    if len(faces) < _FEWEST:
+    people = [face.person for face in faces]
+    if len(set(people)) < _FEWEST:
         return None
     labels, seen = from_both_sides(net, faces, spec, order, bar)
-    return bias_of(labels - seen, order)
+    return bias_of(labels - seen, people, order)
 
 
-def bias_of(off: Tensor, order: NDArray[np.intp]) -> NDArray[np.float64] | None:
-    """The bias of labels that lie `off` `(n, points, 2)` from what is seen from both sides; see `measured_bias`."""
-    sideways = off[..., 0].mean(dim=1)
-    if len(off) < _FEWEST or abs(float(sideways.median())) <= _SURE * float(sideways.std()) / len(off) ** 0.5:
+def bias_of(off: Tensor, people: Sequence[str], order: NDArray[np.intp]) -> NDArray[np.float64] | None:
+    """The bias of labels that lie `off` `(n, points, 2)` from what is seen from both sides of people's faces.
+
+    See `measured_bias`.
+    """
+    _, person = np.unique(people, return_inverse=True)
+    sideways = np.bincount(person, off[..., 0].mean(dim=1).numpy()) / np.bincount(person)
+    if len(sideways) < _FEWEST or abs(np.median(sideways)) <= _SURE * sideways.std(ddof=1) / len(sideways) ** 0.5:
         return None
     bias = off.median(dim=0).values.numpy()
     return np.asarray((bias - bias[order] * [-1, 1]) / 2).round(4)

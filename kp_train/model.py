@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchvision.models import ResNet18_Weights, resnet18
 
 from kp_runtime.errors import KpError
+from kp_runtime.files import sha256_of_file
 from kp_runtime.scheme68 import POINTS
 
 __all__ = ["KeypointNet", "load_backbone_weights"]
@@ -93,8 +94,8 @@ class KeypointNet(nn.Module):
         self.backbone.fc.bias.copy_(self.encode(mean_xy_crop[None])[0])
 
 
-def load_backbone_weights(net: KeypointNet, weights: str) -> str:
-    """Fills the network with starting weights and says which were used.
+def load_backbone_weights(net: KeypointNet, weights: str) -> dict[str, str]:
+    """Fills the network with starting weights.
 
     Args:
         net: the network, changed in place.
@@ -102,11 +103,14 @@ def load_backbone_weights(net: KeypointNet, weights: str) -> str:
             `auto` (those if they can be had, else from scratch), or a file: a torchvision
             ResNet-18 `.pth`, read as weights only.
 
+    Returns:
+        What a run's record says of them: `weights` as above but `auto`, or the file's name and `weights_sha256`.
+
     Raises:
         KpError: the weights were asked for by name and can't be had or do not fit.
     """
     if weights == "none":
-        return "none"
+        return {"weights": "none"}
     try:
         if weights in ("imagenet", "auto"):
             state = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
@@ -115,7 +119,7 @@ def load_backbone_weights(net: KeypointNet, weights: str) -> str:
     except Exception as error:  # torch.hub raises whatever its network stack or unpickler does
         if weights == "auto":
             log.warning("ImageNet weights can't be had here (%s): training from scratch", error)
-            return "none"
+            return {"weights": "none"}
         raise KpError(
             f"the weights {weights} can't be had here ({error}); use --weights none to train from scratch"
         ) from error
@@ -131,4 +135,6 @@ def load_backbone_weights(net: KeypointNet, weights: str) -> str:
         raise KpError(f"{weights} is no torchvision ResNet-18: its tensors have other shapes") from error
     if odd.unexpected_keys or set(odd.missing_keys) > {"fc.weight", "fc.bias"}:
         raise KpError(f"{weights} is no torchvision ResNet-18: it has other layers")
-    return weights if weights not in ("imagenet", "auto") else "imagenet"
+    if weights in ("imagenet", "auto"):
+        return {"weights": "imagenet"}
+    return {"weights": Path(weights).name, "weights_sha256": sha256_of_file(Path(weights))}

@@ -369,7 +369,7 @@ def _start_weights(
         start = {"checkpoint_sha256": sha256, "points": other.points}
         return start | {"licence": manifest.licence, "training": manifest.training}, (other, manifest.spec)
     _start_from_mean(net, faces)
-    return {"weights": load_backbone_weights(net, weights)}, None
+    return load_backbone_weights(net, weights), None
 
 
 def _licence(start: dict[str, Any], taught: Teachers) -> dict[str, str]:

@@ -65,9 +65,10 @@ def cleaned(
         order: of a mirrored face's points, as in `kp_train.augment.MirrorFace`.
         share: how much of the way: 0.5 to the mean of labels and network, 1 to the network's.
     """
-    kept = np.array([is_held_out(face.person, fraction) for face in source.faces])
+    people = np.array([face.person for face in source.faces])
+    kept = np.array([is_held_out(person, fraction) for person in people])
     labels, seen = from_both_sides(net, source.faces, spec, order, lambda batches: track(batches, source.path.stem))
-    bias = bias_of((labels - seen)[kept], order)
+    bias = bias_of((labels - seen)[kept], people[kept].tolist(), order)
     change = (seen - labels).numpy() + (0 if bias is None else bias)
     xy = np.stack([face.xy for face in source.faces]).astype(np.float64)
     boxes = np.stack([boxes_from_points(points) for points in xy])

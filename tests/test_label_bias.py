@@ -49,16 +49,20 @@ class Line(nn.Module):
         return xy
 
 
-def lines(folder: Path, bias: np.ndarray, spread: float = 0.0, count: int = 60) -> list[Face]:
-    """Photos of an upright line, labelled with a face about it, off by `bias` and chance, in sides of its crop."""
+def lines(folder: Path, bias: np.ndarray, spread: float = 0.0, count: int = 60, each: int = 1) -> list[Face]:
+    """Photos of upright lines, each labelled with a face about it, off by `bias` and chance, in sides of its crop.
+
+    All `each` photos of one person are off alike.
+    """
     rng, faces = np.random.default_rng(3), []
     side = float(np.ptp(SHAPE, axis=0).max()) * 30 * SPEC.margin
     for number in range(count):
         image, x = np.zeros((160, 160), np.uint8), int(rng.integers(70, 90))
         image[:, x] = 255
-        path = folder / f"{number}_0.png"
+        path = folder / f"{number // each}_{number % each}.png"
         cv2.imwrite(str(path), image)
-        off = (bias + rng.normal(0, spread, 2) if spread else bias) * side
+        if number % each == 0:
+            off = (bias + rng.normal(0, spread, 2) if spread else bias) * side
         faces.append(Face(path, (SHAPE * 30 + [x, 80] + off).astype(np.float32)))
     return faces
 
@@ -88,6 +92,14 @@ def test_chance_is_no_bias(tmp_path: Path) -> None:
     none = np.zeros((68, 2))
     assert measured(lines(tmp_path, none + np.array([0.0005, 0]), spread=0.01), none) is None
     assert measured(lines(tmp_path, none + np.array([0.02, 0]))[:7], none) is None
+    assert measured(lines(tmp_path, none + np.array([0.02, 0]), each=10)[:70], none) is None
+
+
+@pytest.mark.parametrize("each", [1, 25])
+def test_frames_of_one_person_are_no_more_evidence_than_one(tmp_path: Path, each: int) -> None:
+    """Ten people off by half as much again to any side: 250 frames of them show no more than ten."""
+    faces = lines(tmp_path, np.zeros((68, 2)) + np.array([0.004, 0]), spread=0.006, count=10 * each, each=each)
+    assert measured(faces, np.zeros((68, 2))) is None
 
 
 def items(face: Face, augment: Augment | None, bias: np.ndarray | None, seed: int) -> np.ndarray:

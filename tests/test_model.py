@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,9 @@ def test_colour_filters_of_a_torchvision_file_are_summed(tmp_path: Path) -> None
     colour = resnet18()
     torch.save(colour.state_dict(), tmp_path / "resnet18.pth")
     net = KeypointNet(64)
-    assert load_backbone_weights(net, str(tmp_path / "resnet18.pth")).endswith("resnet18.pth")
+    file = tmp_path / "resnet18.pth"
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert load_backbone_weights(net, str(file)) == {"weights": "resnet18.pth", "weights_sha256": sha256}
     summed = colour.conv1.weight.sum(dim=1, keepdim=True) / 0.226
     torch.testing.assert_close(net.backbone.conv1.weight, summed)
     torch.testing.assert_close(net.backbone.layer1[0].conv1.weight, colour.layer1[0].conv1.weight)
@@ -80,7 +83,7 @@ def test_weights_that_can_not_be_had(
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:1")
     with pytest.raises(KpError, match="use --weights none"):
         load_backbone_weights(KeypointNet(64), "imagenet")
-    assert load_backbone_weights(KeypointNet(64), "auto") == "none"
+    assert load_backbone_weights(KeypointNet(64), "auto") == {"weights": "none"}
     assert "training from scratch" in caplog.text
     with pytest.raises(KpError, match=r"missing\.pth can't be had"):
         load_backbone_weights(KeypointNet(64), str(tmp_path / "missing.pth"))
