@@ -368,8 +368,10 @@ def _provenance(manifest: Any) -> list[str]:
     if isinstance(mean := training.get("mean_of"), list):
         lines.append(f"mean of the weights of {len(mean)} runs ({', '.join(str(r.get('sha256'))[:12] for r in mean)})")
     if isinstance(refit := training.get("refit"), dict):
-        found = f", boxes of {refit['detector']} too" if "detector" in refit else ""
-        lines.append(f"last layer solved anew on {refit.get('faces')} faces, strength {refit.get('strength')}{found}")
+        line = f"last layer solved anew on {refit.get('faces')} faces, strength {refit.get('strength')}"
+        if isinstance(boxes := refit.get("boxes"), dict):
+            line += ", boxes " + ", ".join(f"{kind}={weight}" for kind, weight in boxes.items())
+        lines.append(line + (f", detector {refit['detector']}" if "detector" in refit else ""))
     if isinstance(score := training.get("lost_score"), dict):
         told = [f"{score[key]:.2%}" if isinstance(score.get(key), float) else "?" for key in ("given_up", "missed")]
         lines.append(f"lost score: {told[0]} of held-out views of a face given up, {told[1]} of others taken for one")

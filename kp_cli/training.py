@@ -144,14 +144,22 @@ def refit(
     score_only: Annotated[
         bool, typer.Option("--score-only", help="Add the lost score alone: no keypoint moves.")
     ] = False,
+    boxes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND[=WEIGHT]",
+            help="Boxes to solve on: keypoints (exact), jittered, shaken, detector; all but shaken when left out. "
+            "Repeatable.",
+        ),
+    ] = None,
     detector: Detector = "auto",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Solve a trained model's last layer anew, in closed form: minutes that are worth many epochs.
 
-    On the faces that it was trained on, in exact, detected and shaken boxes. People who were held out choose how
-    strongly, and show what came of it. The new model also gives a lost score, which tells whether a box holds a face.
+    On the faces that it was trained on, in boxes of several kinds. People who were held out choose how strongly, and
+    show what came of it. The new model also gives a lost score, which tells whether a box holds a face.
 
     Example: kp refit runs/first --data faces.csv --data photos_68 --out runs/refitted
     """
@@ -159,6 +167,7 @@ def refit(
 
     from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
+    from kp_train.refit import ALIKE
     from kp_train.refit import refit as run
 
     if threads is not None:
@@ -173,7 +182,10 @@ def refit(
     if spec.scheme != "own":
         whole = whole_detector_name(detector)
         finder, made = open_detector(whole, threads=threads), detector_record(whole)
-    result = run(bundle, sources, out, finder, score_only=score_only, made=made, bar=progress)
+    result = run(
+        bundle, sources, out, finder, boxes=_parse_boxes(boxes) if boxes else ALIKE, score_only=score_only, made=made,
+        bar=progress,
+    )  # fmt: skip
     if as_json:
         print_json(dataclasses.asdict(result) | {"bundle": out})
         return
@@ -184,6 +196,19 @@ def refit(
     left_out = "" if result.lost_score.is_of_use else "; left out: the model does not find faces well enough for it"
     typer.echo(f"lost score: {result.lost_score}{left_out}")
     typer.echo(f"checkpoint: {out}\nnext: kp export {out} --fp16")
+
+
+def _parse_boxes(texts: list[str]) -> dict[str, float]:
+    weights: dict[str, float] = {}
+    for text in texts:
+        kind, _, weight = text.partition("=")
+        if kind in weights:
+            raise InputError(f"--boxes {kind} is given twice; give it once, with its weight")
+        try:
+            weights[kind] = float(weight or 1)
+        except ValueError:
+            raise InputError(f"--boxes is KIND or KIND=WEIGHT, such as keypoints=2; got {text!r}") from None
+    return weights
 
 
 def train_detector(

@@ -10,7 +10,8 @@ looking at each face does what epochs of small steps did not. Beside it the lost
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,11 @@ from kp_train.model import KeypointNet
 __all__ = ["Refit", "refit", "solved_head", "training_config"]
 
 Boxes = Callable[[Frame], NDArray[np.float64]]
-EXACT, FOUND, JITTERED = "keypoints", "detector", "jittered"
-"""Boxes that each face is seen in: of its points, of the detector, and as in training."""
+EXACT, JITTERED, SHAKEN, FOUND = "keypoints", "jittered", "shaken", "detector"
+"""Boxes that a face is seen in: of its points, varied as by `--augment faces` and `shaken`, and the detector's."""
+
+ALIKE = {EXACT: 1.0, JITTERED: 1.0, FOUND: 1.0}
+"""How much each of them counts where nothing else is said."""
 
 STRENGTHS = (1e-1, 1e-2, 1e-3)
 """Pulls towards the old weights, in mean squares of the features; held-out faces choose."""
@@ -53,14 +57,16 @@ class Refit:
 
     Attributes:
         strength: that was chosen; 0 where the last layer stayed as it was.
-        faces: that it was solved on, each in all kinds of boxes.
-        held_out: held-out faces, by kind of box: those that the detector missed are not among its own.
+        boxes: how much each kind counted.
+        faces: that it was solved on, each in all of these.
+        held_out: held-out faces, by kind of box, exact ones in any case; the detector's are without those it missed.
         before: NME of held-out faces with the old last layer, by kind of box, a fraction.
         after: the same with the new one.
         lost_score: how well held-out faces are told from what is none; the model has it where that is of use.
     """
 
     strength: float
+    boxes: dict[str, float]
     faces: int
     held_out: dict[str, int]
     before: dict[str, float]
@@ -88,6 +94,7 @@ def refit(
     run: Path,
     detector: Boxes | None,
     *,
+    boxes: Mapping[str, float] = ALIKE,
     score_only: bool = False,
     made: dict[str, str] | None = None,
     bar: Callable[[str], Bar] = lambda text: no_bar,
@@ -100,13 +107,15 @@ def refit(
         run: the folder to write.
         detector: finds boxes `(n, 4)` of 68 points on a grey frame; None leaves that view out, as for a model of points
             that lie in another box.
+        boxes: the kinds that each face is seen in, of `EXACT`, `JITTERED`, `SHAKEN` and `FOUND`, and how much each
+            counts, in what is solved and in what held-out people choose.
         score_only: leave the last layer as it is, so that no keypoint moves, and solve the lost score alone.
         made: what the manifest says of the detector.
         bar: gives a text's wrapper of long loops.
 
     Raises:
         BundleError, IntegrityError: no checkpoint there.
-        InputError: the model sees whole photos.
+        InputError: the model sees whole photos, or no such kind of boxes, or one that counts nothing.
         DataError: no faces to solve on or to choose by, or an image can't be read.
         KpError: `run` holds a run or a bundle, or nothing is gained: no strength is better than the old weights, and
             the model gives a lost score already or can't give one that is of use.
@@ -114,13 +123,14 @@ def refit(
     net, manifest = load_checkpoint(bundle)
     if manifest.spec.box != "keypoints":
         raise InputError("this model sees whole photos, not face boxes; kp refit is for models of face crops")
+    weights = {kind: float(weight) for kind, weight in boxes.items() if kind != FOUND or detector is not None}
+    _check_boxes(weights)
     fraction, pairs = held_out_fraction(manifest), training_config(manifest).get("pairs", "")
     if has_begun(run):
         raise KpError(f"{run} already holds a run; name another folder with --out")
     check_no_bundle(run)
     mirror = mirror_from_pairs(pairs, net.points)
-    jitter = augment_from_name("faces", mirror)
-    look = bar("measuring how the labels lie")  # half of the shaken faces are mirrored
+    look = bar("measuring how the labels lie")  # half of the varied faces are mirrored
     biases = source_biases(net.eval(), sources, fraction, manifest.spec, mirror, look)
     known = [(f, s.weight) for s, bias in zip(sources, biases, strict=True) for f in with_bias(s.faces, bias)]
     faces = [(face, weight) for face, weight in known if not is_held_out(face.person, fraction)]
@@ -130,25 +140,21 @@ def refit(
             f"{len(faces)} faces to solve on and {len(others)} of held-out people to choose by; give the data that the "
             "model was trained on"
         )
-    looker = _Looker(net, manifest, bar)
-    chosen_by = {EXACT: looker.exact(others), JITTERED: looker.exact(others, jitter)}
-    if detector is not None:
-        chosen_by[FOUND] = looker.found(others, detector)
+    looker = _Looker(net, manifest, mirror, detector, bar)
+    chosen_by = {kind: looker.seen(kind, others) for kind in {EXACT: 0.0, **weights}}  # exact ones to compare models by
     old = torch.cat([net.backbone.fc.weight, net.backbone.fc.bias[:, None]], dim=1).detach().double()
     before = {kind: _nme(net, seen, old) for kind, seen in chosen_by.items()}
     best, strength, after = old, 0.0, before
     if not score_only:
-        solved_on = [looker.exact(faces), looker.exact(faces, jitter)]
-        if detector is not None:
-            solved_on.append(looker.found(faces, detector))
+        solved_on = [looker.seen(kind, [(f, w * weight) for f, w in faces]) for kind, weight in weights.items()]
         for tried in STRENGTHS:
             new = solved_head(net, old, solved_on, tried)
             nme = {kind: _nme(net, seen, new) for kind, seen in chosen_by.items()}
-            if sum(nme.values()) < sum(after.values()):
+            if sum(weights[kind] * (nme[kind] - after[kind]) for kind in weights) < 0:
                 best, strength, after = new, tried, nme
-    views = looker.anywhere(faces, detector)
+    views = looker.anywhere(faces)
     score = solved_score(views.features, _errors(net, views, best))
-    shown = _joined([*chosen_by.values(), looker.anywhere(others, detector)])
+    shown = _joined([*chosen_by.values(), looker.anywhere(others)])
     quality = score_quality(shown.features @ score, _errors(net, shown, best))
     if score_only and not quality.is_of_use:
         raise KpError(f"the lost score is of no use on the held-out faces ({quality}); nothing was written")
@@ -161,13 +167,24 @@ def refit(
         if solved.scores:
             _fill(solved.backbone.lost_score, score[None])
     counts = {kind: len(seen.xy) for kind, seen in chosen_by.items()}
-    result = Refit(strength, len(faces), counts, before, after, quality)
+    result = Refit(strength, weights, len(faces), counts, before, after, quality)
     start = {"start_sha256": manifest.files[CHECKPOINT_NAME].sha256, **(made or {})}
     training = _records(manifest.training, start, sources, biases, result)
     spec = dataclasses.replace(manifest.spec, lost_limit=LIMIT if solved.scores else None)
     accuracy = manifest.accuracy if best is old else {}  # no keypoint has moved
     save_checkpoint(run, solved, Manifest(spec, training=training, accuracy=accuracy, licence=manifest.licence))
     return result
+
+
+def _check_boxes(weights: dict[str, float]) -> None:
+    kinds = (EXACT, JITTERED, SHAKEN, FOUND)
+    for kind, weight in weights.items():
+        if kind not in kinds:
+            raise InputError(f"there are no boxes {kind!r}; choose from {', '.join(kinds)}")
+        if not (math.isfinite(weight) and weight > 0):
+            raise InputError(f"the weight of the boxes {kind} must be a number over 0, got {weight:g}")
+    if not weights:
+        raise InputError("there are no boxes to solve on: a detector's are not for this model")
 
 
 def _records(
@@ -248,17 +265,28 @@ def training_config(manifest: Manifest) -> dict[str, Any]:
 class _Looker:
     """Runs all but the last layer on faces."""
 
-    def __init__(self, net: KeypointNet, manifest: Manifest, bar: Callable[[str], Bar]) -> None:
-        self._net, self._spec, self._bar = net, manifest.spec, bar
+    def __init__(
+        self,
+        net: KeypointNet,
+        manifest: Manifest,
+        mirror: NDArray[np.intp] | None,
+        detector: Boxes | None,
+        bar: Callable[[str], Bar],
+    ) -> None:
+        self._net, self._spec, self._detector, self._bar = net, manifest.spec, detector, bar
+        names = {EXACT: "none", JITTERED: "faces", SHAKEN: "shaken"}
+        self._varied = {kind: augment_from_name(name, mirror) for kind, name in names.items()}
 
-    def exact(self, faces: Sequence[tuple[Face, float]], jitter: Any = None) -> _Seen:
-        """In the boxes of their points, or shaken from there; a face's shaking depends on its place alone."""
-        kept = FaceDataset([face for face, _ in faces], self._spec, jitter)
-        keys = [(i, i) if jitter else i for i in range(len(faces))]
-        return self._seen(kept, keys, [weight for _, weight in faces], JITTERED if jitter else EXACT)
+    def seen(self, kind: str, faces: Sequence[tuple[Face, float]]) -> _Seen:
+        """In one kind of boxes; how a face is varied depends on its place alone, and the detector may miss some."""
+        if kind == FOUND and self._detector is not None:
+            return self._found(faces, self._detector)
+        varied = self._varied[kind]
+        kept = FaceDataset([face for face, _ in faces], self._spec, varied)
+        keys = [(i, i) if varied else i for i in range(len(faces))]
+        return self._features(kept, keys, [weight for _, weight in faces], kind)
 
-    def found(self, faces: Sequence[tuple[Face, float]], detector: Boxes) -> _Seen:
-        """In the detector's boxes; faces that it misses are left out."""
+    def _found(self, faces: Sequence[tuple[Face, float]], detector: Boxes) -> _Seen:
         kept, boxes = [], []
         for face, weight in self._bar("finding faces")(faces):
             box = box_of_face(detector(Frame(luma_from_file(face.image), "gray")), boxes_from_points(face.xy))
@@ -268,21 +296,21 @@ class _Looker:
         if not kept:
             raise DataError(f"the detector found none of {len(faces)} faces; take another one")
         shown = FaceDataset([face for face, _ in kept], self._spec, boxes_xyxy=np.stack(boxes))
-        return self._seen(shown, range(len(kept)), [weight for _, weight in kept], FOUND)
+        return self._features(shown, range(len(kept)), [weight for _, weight in kept], FOUND)
 
-    def anywhere(self, faces: Sequence[tuple[Face, float]], detector: Boxes | None) -> _Seen:
+    def anywhere(self, faces: Sequence[tuple[Face, float]]) -> _Seen:
         """Some of them in squares anywhere about them, and places of their photos that hold no face."""
         some = [faces[i][0] for i in evenly_spread(len(faces), FACES)]
         keys = [(i % len(some), i) for i in range(VIEWS * len(some))]
-        around = self._seen(FaceDataset(some, self._spec, AnyPlace()), keys, [1.0] * len(keys), "anywhere")
-        others, boxes = elsewhere(self._bar("finding places without a face")(some), detector)
+        around = self._features(FaceDataset(some, self._spec, AnyPlace()), keys, [1.0] * len(keys), "anywhere")
+        others, boxes = elsewhere(self._bar("finding places without a face")(some), self._detector)
         if not others:
             return around
         shown = FaceDataset(others, self._spec, boxes_xyxy=boxes)
-        return _joined([around, self._seen(shown, range(len(others)), [1.0] * len(others), "elsewhere")])
+        return _joined([around, self._features(shown, range(len(others)), [1.0] * len(others), "elsewhere")])
 
     @torch.inference_mode()
-    def _seen(
+    def _features(
         self, faces: FaceDataset, keys: Sequence[int | tuple[int, int]], weights: Sequence[float], kind: str
     ) -> _Seen:
         features, points = [], []

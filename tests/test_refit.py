@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from kp_train.config import TrainConfig
 from kp_train.data import Source, luma_from_file, read_source
 from kp_train.lost_score import LIMIT
 from kp_train.model import KeypointNet
-from kp_train.refit import _Seen, refit, solved_head
+from kp_train.refit import Refit, _Seen, refit, solved_head
 from kp_train.synthetic import mean_shape, write_csv_source
 from tests.test_cli import kp
 
@@ -229,6 +230,38 @@ def test_without_a_detector_its_boxes_are_left_out(source: Source, run: Path, tm
     assert loops == ["measuring how the labels lie", *looks[:2] * 2, *looks[2:] * 2]
 
 
+def test_boxes_count_as_is_said(source: Source, run: Path, tmp_path: Path) -> None:
+    """Alone, or with so much weight that the others are nothing beside them; exact boxes are looked at in any case."""
+
+    def head(name: str, **boxes: float) -> tuple[Refit, torch.Tensor]:
+        result = refit(run, [source], tmp_path / name, None, boxes=boxes)
+        return result, load_checkpoint(tmp_path / name)[0].backbone.fc.weight
+
+    (alone, shaken), (_, exact) = head("a", shaken=1), head("b", keypoints=1)
+    assert alone.after.keys() == {"keypoints", "shaken"}
+    assert (alone.boxes, Manifest.read(tmp_path / "a").training["refit"]["boxes"]) == ({"shaken": 1}, {"shaken": 1})
+    assert not torch.allclose(shaken, exact, atol=0.01)
+    both, mixed = head("c", shaken=1e6, keypoints=1)
+    assert both.strength == alone.strength
+    assert torch.allclose(mixed, shaken, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "told"),
+    [
+        ({"exact": 1}, "there are no boxes 'exact'; choose from keypoints, jittered, shaken, detector"),
+        ({"shaken": 0}, "the weight of the boxes shaken must be a number over 0, got 0"),
+        ({"shaken": math.nan}, "the weight of the boxes shaken must be a number over 0, got nan"),
+        ({"detector": 1}, "there are no boxes to solve on: a detector's are not for this model"),
+    ],
+)
+def test_boxes_that_there_are_not(
+    source: Source, run: Path, tmp_path: Path, boxes: dict[str, float], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        refit(run, [source], tmp_path / "a", None, boxes=boxes)
+
+
 def test_the_command(
     source: Source,
     run: Path,
@@ -242,11 +275,19 @@ def test_the_command(
     assert status == 0
     assert "NME of held-out people" in printed
     assert f"next: kp export {tmp_path / 'a'} --fp16" in printed
-    assert re.search("\nlast layer solved anew on .* boxes of own too\n", kp(capsys, "inspect", tmp_path / "a")[1])
+    told = r"faces, strength 0\.\d+, boxes keypoints=1.0, jittered=1.0, detector=1.0, detector own\n"
+    assert re.search(r"\nlast layer solved anew on \d+ " + told, kp(capsys, "inspect", tmp_path / "a")[1])
     record = Manifest.read(tmp_path / "a").training["refit"]
     assert record["detector_sha256"] == sha256_of_file(CHECKOUT_DETECTOR / "manifest.json")
-    status, printed, _ = kp(capsys, *words, tmp_path / "b", "--json")
-    assert json.loads(printed)["after"].keys() == {"keypoints", "detector", "jittered"}
+    for odd, line in (
+        (("shaken=much",), "--boxes is KIND or KIND=WEIGHT, such as keypoints=2; got 'shaken=much'"),
+        (("shaken", "shaken=2"), "--boxes shaken is given twice; give it once, with its weight"),
+    ):
+        named = [word for text in odd for word in ("--boxes", text)]
+        assert kp(capsys, *words, tmp_path / "b", *named)[2] == f"kp: {line}\n"
+    status, printed, _ = kp(capsys, *words, tmp_path / "b", "--json", "--boxes", "shaken=2", "--boxes", "detector")
+    assert json.loads(printed)["boxes"] == {"shaken": 2, "detector": 1}
+    assert json.loads(printed)["after"].keys() == {"keypoints", "shaken", "detector"}
     assert json.loads(printed)["lost_score"].keys() == {"faces", "given_up", "lost", "missed"}
     assert kp(capsys, *words, tmp_path / "b")[2] == (
         f"kp: {tmp_path / 'b'} already holds a bundle; name another folder with --out\n"
