@@ -21,7 +21,7 @@ from kp_runtime.errors import KpError
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.config import AUGMENTS
 
-__all__ = ["Augment", "MirrorFace", "augment_from_name", "bent", "grey_levels", "mirror_from_pairs"]
+__all__ = ["Augment", "MirrorFace", "augment_from_name", "bent", "face_augment", "grey_levels", "mirror_from_pairs"]
 
 _NODES = 5  # of a bent crop, across and down
 _STEPS = 8  # in which a bent point is found
@@ -236,7 +236,10 @@ def grey_levels(light: float, patches: float, largest: float, noise: float, p: f
     )
 
 
-def _faces(mirror: NDArray[np.intp] | None, *, varied: bool, bend: float, wide: float) -> Augment:
+def face_augment(
+    mirror: NDArray[np.intp] | None, *, wide: float = 0.4, varied: bool = False, bend: float = 0.0
+) -> Augment:
+    """That of `faces`, or one with more; see `TrainConfig.augment` and `Augment`."""
     light, patches, largest, turn, stretch = (0.3, 0.15, 0.1, 10, 0.05) if varied else (0.25, 0.05, 0.08, 8, 0.0)
     grey = grey_levels(light, patches, largest, noise=8, p=0.1)
     place = {"shift": 0.02, "max_shift": 0.16, "zoom": 0.04, "turn": turn, "wide": wide}
@@ -260,4 +263,4 @@ def augment_from_name(name: str, mirror: NDArray[np.intp] | None = MIRROR) -> Au
         # the original draws a 224 window from the 250 image: up to 13 px of 224 either way
         return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, mirror=None, grey=v2.Identity())
     bend = 0.015 if name in ("bent", "shaken") else 0.0
-    return _faces(mirror, varied=name != "faces", bend=bend, wide=1.0 if name == "shaken" else 0.4)
+    return face_augment(mirror, wide=1.0 if name == "shaken" else 0.4, varied=name != "faces", bend=bend)

@@ -25,7 +25,7 @@ from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import box_of_face, boxes_from_points
 from kp_runtime.spec import Manifest
-from kp_train.augment import augment_from_name, mirror_from_pairs
+from kp_train.augment import face_augment, mirror_from_pairs
 from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
 from kp_train.data import Face, FaceDataset, Source, evenly_spread, held_out_fraction, is_held_out, luma_from_file
@@ -38,7 +38,8 @@ __all__ = ["Refit", "refit", "solved_head", "training_config"]
 
 Boxes = Callable[[Frame], NDArray[np.float64]]
 EXACT, JITTERED, SHAKEN, FOUND = "keypoints", "jittered", "shaken", "detector"
-"""Boxes that a face is seen in: of its points, varied as by `--augment faces` and `shaken`, and the detector's."""
+"""Boxes that a face is seen in: of its points, jittered as by `--augment faces`, jittered all as widely as four in ten
+there, and the detector's."""
 
 ALIKE = {EXACT: 1.0, JITTERED: 1.0, FOUND: 1.0}
 """How much each of them counts where nothing else is said."""
@@ -274,8 +275,7 @@ class _Looker:
         bar: Callable[[str], Bar],
     ) -> None:
         self._net, self._spec, self._detector, self._bar = net, manifest.spec, detector, bar
-        names = {EXACT: "none", JITTERED: "faces", SHAKEN: "shaken"}
-        self._varied = {kind: augment_from_name(name, mirror) for kind, name in names.items()}
+        self._varied = {EXACT: None, JITTERED: face_augment(mirror), SHAKEN: face_augment(mirror, wide=1.0)}
 
     def seen(self, kind: str, faces: Sequence[tuple[Face, float]]) -> _Seen:
         """In one kind of boxes; how a face is varied depends on its place alone, and the detector may miss some."""
