@@ -201,11 +201,11 @@ def refit(
 def _parse_boxes(texts: list[str]) -> dict[str, float]:
     weights: dict[str, float] = {}
     for text in texts:
-        kind, _, weight = text.partition("=")
+        kind, sign, weight = text.partition("=")
         if kind in weights:
             raise InputError(f"--boxes {kind} is given twice; give it once, with its weight")
         try:
-            weights[kind] = float(weight or 1)
+            weights[kind] = float(weight) if sign else 1.0
         except ValueError:
             raise InputError(f"--boxes is KIND or KIND=WEIGHT, such as keypoints=2; got {text!r}") from None
     return weights

@@ -281,6 +281,7 @@ def test_the_command(
     assert record["detector_sha256"] == sha256_of_file(CHECKOUT_DETECTOR / "manifest.json")
     for odd, line in (
         (("shaken=much",), "--boxes is KIND or KIND=WEIGHT, such as keypoints=2; got 'shaken=much'"),
+        (("shaken=",), "--boxes is KIND or KIND=WEIGHT, such as keypoints=2; got 'shaken='"),
         (("shaken", "shaken=2"), "--boxes shaken is given twice; give it once, with its weight"),
     ):
         named = [word for text in odd for word in ("--boxes", text)]
