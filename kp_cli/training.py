@@ -170,6 +170,7 @@ def refit(
     from kp_train.refit import ALIKE
     from kp_train.refit import refit as run
 
+    weights = _parse_boxes(boxes) if boxes else ALIKE
     if threads is not None:
         torch.set_num_threads(checked_threads(threads))
     if not bundle.exists():
@@ -182,10 +183,7 @@ def refit(
     if spec.scheme != "own":
         whole = whole_detector_name(detector)
         finder, made = open_detector(whole, threads=threads), detector_record(whole)
-    result = run(
-        bundle, sources, out, finder, boxes=_parse_boxes(boxes) if boxes else ALIKE, score_only=score_only, made=made,
-        bar=progress,
-    )  # fmt: skip
+    result = run(bundle, sources, out, finder, boxes=weights, score_only=score_only, made=made, bar=progress)
     if as_json:
         print_json(dataclasses.asdict(result) | {"bundle": out})
         return
