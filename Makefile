@@ -45,7 +45,7 @@ bench-gpu: $(BENCH_STAMP)
 test-pythons: $(STAMP)
 	$(BIN)/nox
 
-# the run-time on emulated aarch64; make test-aarch64 BUNDLE=out/resnet18-68 compares its keypoints too
+# the run-time on emulated aarch64; the default model's keypoints too, or BUNDLE's
 test-aarch64: $(STAMP)
 	PYTHON=$(BIN)/python scripts/test-aarch64 $(BUNDLE)
 

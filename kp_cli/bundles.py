@@ -15,10 +15,9 @@ from kp_cli.options import (
     Json,
     PublicKey,
     folder_or_default,
-    note,
     told_of_bundle,
 )
-from kp_cli.report import build_progress, print_bundle, print_json, print_parity, progress
+from kp_cli.report import build_progress, note, print_bundle, print_json, print_parity, progress, tell
 from kp_runtime.errors import InputError, KpError
 
 
@@ -95,7 +94,7 @@ def export(
         )
     if not as_json:
         print_parity(report.parity)
-        typer.echo(f"bundle: {report.bundle}")
+        tell(f"bundle: {report.bundle}")
     plans = []
     if engine is not Engine.never and not blocker:
         from kp_export.plan_bundle import add_plan
@@ -110,7 +109,7 @@ def export(
                 note(f"no TensorRT plan was built: {error}")
     if not as_json:
         for plan in plans:
-            typer.echo(f"plan: {plan.file}")
+            tell(f"plan: {plan.file}")
     if blocker:
         note(f"no TensorRT plan was built: {blocker}")
     models = {"triton": _write_triton(report.bundle, triton, not as_json)} if triton else {}
@@ -119,17 +118,17 @@ def export(
         print_json({"bundle": report.bundle, "parity": rows, "plans": [dataclasses.asdict(p) for p in plans], **models})
 
 
-def _write_triton(bundle: Path, repository: Path, tell: bool) -> dict[str, Any]:
-    """Writes the model repository, and says what is in it where `tell`."""
+def _write_triton(bundle: Path, repository: Path, listed: bool) -> dict[str, Any]:
+    """Writes the model repository, and says what is in it where `listed`."""
     from kp_export.triton import write_repository
     from kp_runtime.default_model import default_detector
 
     report = write_repository(bundle, repository, default_detector(CHECKOUT_DETECTOR))
     for reason in report.left_out:
         note(f"left out: {reason}")
-    for model in report.models if tell else ():
+    for model in report.models if listed else ():
         state = "" if model.is_new else ", as it was"
-        typer.echo(f"{report.repository / model.name}: version {model.version}{state}")
+        tell(f"{report.repository / model.name}: version {model.version}{state}")
     return dataclasses.asdict(report)
 
 
@@ -170,12 +169,12 @@ def verify(
     else:
         print_parity([f.parity for f in result.files if f.parity])
         for verdict in result.files:
-            typer.echo(f"{verdict.file}: {verdict.verdict}" + (f", {verdict.reason}" if verdict.reason else ""))
-        typer.echo(f"signature: {signature}")
+            tell(f"{verdict.file}: {verdict.verdict}" + (f", {verdict.reason}" if verdict.reason else ""))
+        tell(f"signature: {signature}")
     if page is not None:  # after the numbers were printed
         verification_page(result, page)
         if not as_json:
-            typer.echo(page)
+            tell(page)
     check_verification(result)
 
 
@@ -210,8 +209,8 @@ def plan(
     if as_json:
         print_json(dataclasses.asdict(report))
         return
-    typer.echo(f"{bundle / report.file}: {report.gpu}, TensorRT {report.tensorrt}, {report.seconds:g} s")
-    typer.echo(report.receipt)
+    tell(f"{bundle / report.file}: {report.gpu}, TensorRT {report.tensorrt}, {report.seconds:g} s")
+    tell(report.receipt)
 
 
 def pack(
@@ -233,7 +232,7 @@ def pack(
     if as_json:
         print_json({"bundle": str(out), "files": list(manifest.files), "bytes": size})
         return
-    typer.echo(f"{out}: {', '.join(manifest.files)}, {size / 1e6:.1f} MB")
+    tell(f"{out}: {', '.join(manifest.files)}, {size / 1e6:.1f} MB")
 
 
 def inspect(
@@ -265,7 +264,7 @@ def inspect(
         print_json({"manifest": dataclasses.asdict(manifest), "files": states, "signature": signature})
     else:
         print_bundle(folder, manifest, states)
-        typer.echo(f"signature: {signature}")
+        tell(f"signature: {signature}")
     if bad := [text for text in states.values() if text != "ok"]:
         raise BundleError("; ".join(bad))
 
@@ -286,9 +285,9 @@ def sign(
     from kp_runtime.signing import new_key, sign_bundle
 
     if new is not None and bundle is None and key is None:
-        typer.echo(f"{new}: keep it to yourself\n{new_key(new)}: give it to the devices")
+        tell(f"{new}: keep it to yourself\n{new_key(new)}: give it to the devices")
     elif bundle is not None and key is not None and new is None:
         with alone(bundle):
-            typer.echo(sign_bundle(bundle, key))
+            tell(sign_bundle(bundle, key))
     else:
         raise InputError("give a bundle and --key PRIVATE.pem, or --new-key PATH alone")

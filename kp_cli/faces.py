@@ -27,14 +27,13 @@ from kp_cli.options import (
     check_effect,
     detector_record,
     load_model,
-    note,
     note_boxes,
     open_detector,
     quiet_opencv,
     stopped_by_signals,
     whole_detector_name,
 )
-from kp_cli.report import print_json, print_times, progress, share_progress
+from kp_cli.report import is_terminal, note, print_json, print_times, progress, share_progress, tell
 from kp_runtime.errors import InputError, KpError, NotDrawnError
 
 
@@ -138,12 +137,12 @@ def predict(
         print_json(results_json(results))
     else:
         for photo in results:
-            typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}")
+            tell(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}")
             _note_lost(photo, opened.spec.lost_limit)
         if times:
             print_times(timer.summaries())
         for file in [*(p.drawn for p in results if p.drawn), *written][-8:]:
-            typer.echo(file)
+            tell(file)
     if stop.is_set():
         note(f"stopped after {len(results) + len(failed)} of {len(paths)} photos; what is written is of these")
     if failed:
@@ -230,7 +229,7 @@ def _predict_on_ray(
 
         def step(done: int, count: int) -> None:
             bar("predicting", done / count)
-            if not sys.stderr.isatty() and done * 10 // count not in tenths:
+            if not is_terminal(sys.stderr) and done * 10 // count not in tenths:
                 tenths.add(done * 10 // count)
                 note(f"{done} of {count} photos")
 
@@ -241,7 +240,7 @@ def _predict_on_ray(
     else:
         if result.before:
             note(f"{result.before} photos were done before")
-        typer.echo(f"{result.done} of {result.photos} photos, {result.faces} faces: {result.path}")
+        tell(f"{result.done} of {result.photos} photos, {result.faces} faces: {result.path}")
     if result.stopped:
         note("stopped; the same command goes on with what is left")
         raise typer.Exit(130)  # as a shell reports Ctrl-C
@@ -292,7 +291,7 @@ def put_effect(
         print_json([{"image": p.path, "faces": len(p.keypoints), "drawn": p.drawn} for p in results])
     for photo in results:
         if not as_json:
-            typer.echo(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}: {photo.drawn}")
+            tell(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}: {photo.drawn}")
         if not len(photo.keypoints):
             note(f"{photo.path}: no face was found, so {photo.drawn} shows the photo as it is")
     if stop.is_set():
@@ -325,15 +324,17 @@ def convert(
 
     write_as = write_as or format_of(out)
     check_format(write_as)
+    if images is not None and write_as != "coco":
+        raise InputError("--images is for COCO, which has the images' sizes: leave it out")
     faces = faces_from_file(source, read_as)
-    if images is not None and write_as == "coco":
+    if images is not None:
         faces = with_sizes(faces, images)
     written = faces_to_file(faces, out, write_as)
     if as_json:
         print_json({"faces": len(faces), "written": [str(path) for path in written]})
         return
     where = str(written[0]) if len(written) == 1 else f"{len(written)} files in {out}"
-    print(f"{len(faces)} face{'s' * (len(faces) != 1)} of {source} -> {where}")
+    tell(f"{len(faces)} face{'s' * (len(faces) != 1)} of {source} -> {where}")
 
 
 def _parse_box(text: str) -> list[float]:

@@ -16,16 +16,18 @@ from kp_cli.options import (
     Json,
     Threads,
     bundle_or_default,
-    note,
+    check_file,
     open_detector,
 )
 from kp_cli.report import (
+    note,
     print_bench,
     print_comparison,
     print_diagnosis,
     print_json,
     print_tuning,
     share_progress,
+    tell,
     tell_subject,
 )
 from kp_runtime.errors import InputError, KpError
@@ -87,6 +89,8 @@ def bench(
     given = (bundle, photo, batch, precision, seconds, samples, threads, cores, out)
     if new and (detector != "auto" or backend != "auto" or any(value is not None for value in given)):
         raise InputError("--with measures nothing: it goes with --compare, --compare-anyway, --html and --json alone")
+    check_file(out)
+    check_file(html)
     old = results_from_file(compare) if compare else None
     if new:
         result = results_from_file(new)
@@ -121,7 +125,7 @@ def bench(
     written = [] if out is None else [write_results(result, out)]
     written += [] if html is None else [bench_page(result, html, comparison)]
     for path in written if not as_json else ():
-        typer.echo(path)
+        tell(path)
 
 
 def tune(
@@ -187,6 +191,7 @@ def tune(
 
     if also and alone:
         raise InputError("--alone tries no other bundle: leave out --also")
+    check_file(out)
     settings = TuneSettings(
         None if budget is None else milliseconds_from_text(budget), faces, max_rise, unknown, tuple(backend or AUTO),
         tuple(precision or ()), tuple(threads or ()), seconds, samples,
@@ -214,7 +219,7 @@ def tune(
         print_tuning(result)
     for path in write_tuning(result, out):  # after the numbers were printed, as in kp bench
         if not as_json:
-            typer.echo(path)
+            tell(path)
     check_chosen(result)
 
 

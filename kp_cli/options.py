@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kp_cli.report import note
 from kp_runtime.errors import InputError
 
 
@@ -38,7 +39,9 @@ Cores = Annotated[str | None, typer.Option(
 Tuned = Annotated[Path | None, typer.Option(
     metavar="FILE", help="Settings of kp tune: model file, engine and threads; --model may then be left out."
 )]  # fmt: skip
-PublicKey = Annotated[Path | None, typer.Option(help="Refuse a bundle that this PEM file's key did not sign.")]
+PublicKey = Annotated[Path | None, typer.Option(
+    help="Refuse a bundle, the detector's too, that this PEM file's key did not sign."
+)]  # fmt: skip
 Looks = Annotated[
     int, typer.Option(help="Times that a face is looked at, each time in the box of the points found before.")
 ]
@@ -48,17 +51,13 @@ Mirror = Annotated[
 ]
 EFFECT_NAMES = "sunglasses, hat, moustache, mesh, blur, or a .toml file of your own (docs/filters.md)."
 Detector = Annotated[str, typer.Option(
-    metavar="NAME", help="own=BUNDLE (of kp train-detector), haar, yunet=FILE; auto: the project's own, else haar."
+    metavar="NAME",
+    help="own, own=BUNDLE (of kp train-detector), haar, yunet=FILE; auto: what KP_DETECTOR says, else own, else haar.",
 )]  # fmt: skip
 Data = Annotated[list[str], typer.Option(
     "--data", metavar="PATH[=WEIGHT]",
     help="A CSV of 68 points beside its photos, or a folder of photos with .pts files. Repeatable.",
 )]  # fmt: skip
-
-
-def note(text: str) -> None:
-    """Prints a line beside the result, on stderr."""
-    typer.echo(text, err=True)
 
 
 def note_boxes(spec: Any) -> None:
@@ -153,6 +152,12 @@ def open_detector(
 
     named = whole_detector_name(name, public_key)
     return load_detector(named, smallest=smallest, threads=threads, public_key=public_key)
+
+
+def check_file(out: Path | None) -> None:
+    """Refuses a folder where a file is to be written, before there is anything to lose."""
+    if out is not None and (not out.name or out.is_dir()):
+        raise InputError(f"{out} is a folder; name a file in it")
 
 
 def check_effect(effect: str | None, spec: Any) -> None:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import typer
 
@@ -18,6 +18,9 @@ from kp_runtime.spec import DetectorManifest
 __all__ = [
     "build_progress",
     "frames_progress",
+    "harmless",
+    "is_terminal",
+    "note",
     "print_accuracy",
     "print_bench",
     "print_bundle",
@@ -32,15 +35,36 @@ __all__ = [
     "print_tuning",
     "progress",
     "share_progress",
+    "tell",
     "tell_subject",
 ]
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody looks at a stream; one that the caller closed is None."""
+    return stream is not None and stream.isatty()
+
+
+def harmless(text: Any) -> str:
+    """Text of a file that somebody else may have made, or named: it may not steer the terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def tell(text: Any, err: bool = False) -> None:
+    """Prints lines on stdout."""
+    typer.echo("\n".join(map(harmless, str(text).split("\n"))), err=err)
+
+
+def note(text: str) -> None:
+    """Prints a line beside the result, on stderr."""
+    tell(text, err=True)
 
 
 def progress(text: str) -> Any:
     """A progress bar on stderr, for lists of more than one on a terminal."""
 
     def track(items: Sequence[Any]) -> Iterable[Any]:
-        if len(items) < 2 or not sys.stderr.isatty():
+        if len(items) < 2 or not is_terminal(sys.stderr):
             return items
         from rich.console import Console
         from rich.progress import track as rich_track
@@ -52,7 +76,7 @@ def progress(text: str) -> Any:
 
 def build_progress() -> Any:
     """Tells TensorRT's phases on stderr, each tenth of one, where somebody looks."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         return None
     seen: set[tuple[str, int]] = set()
 
@@ -67,7 +91,7 @@ def build_progress() -> Any:
 @contextlib.contextmanager
 def share_progress() -> Iterator[Callable[[str, float], None]]:
     """Bars on stderr for work that tells its phase and share; none where nobody looks."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda phase, share: None
         return
     from rich.console import Console
@@ -87,23 +111,29 @@ def share_progress() -> Iterator[Callable[[str, float], None]]:
 
 def tell_subject(subject: str) -> None:
     """Says on stderr what is looked at, where somebody looks; an empty one wipes it away."""
-    if sys.stderr.isatty():
-        print(f"\r{subject}\033[K", end="", file=sys.stderr, flush=True)
+    if is_terminal(sys.stderr):
+        print(f"\r{harmless(subject)}\033[K", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def frames_progress(text: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A bar on stderr with frames a second and, where the total is known, the time left; none where nobody looks."""
-    if not sys.stderr.isatty():
+    if not is_terminal(sys.stderr):
         yield lambda frames: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     speed = TextColumn("{task.fields[rate]:.1f} frames/s")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        speed,
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True, refresh_per_second=4) as bar:
-        task, begin = bar.add_task(text, total=total, rate=0.0), time.perf_counter()
+        task, begin = bar.add_task(harmless(text), total=total, rate=0.0), time.perf_counter()
         yield lambda frames: bar.update(task, completed=frames, rate=frames / (time.perf_counter() - begin))
 
 
@@ -120,18 +150,13 @@ def one_line_errors(program: str) -> Iterator[None]:
 
 def fail(program: str, text: str) -> NoReturn:
     """Prints one line on stderr and exits with 1."""
-    print(f"{program}: " + " ".join(text.split()), file=sys.stderr)
+    note(f"{program}: " + " ".join(text.split()))
     sys.exit(1)
 
 
 def print_json(value: Any) -> None:
     """Any result as one JSON document; paths become text."""
     typer.echo(json.dumps(value, indent=2, default=str))
-
-
-def _harmless(text: Any) -> str:
-    """Text of a file that somebody else may have made: it may not steer the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in str(text))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -143,7 +168,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(_harmless, row))
+        table.add_row(*map(harmless, row))
     # a table whose cells are cut helps nobody; a narrow terminal breaks its lines
     Console(width=10_000, markup=False).print(table)
 
@@ -209,7 +234,7 @@ def print_parity(reports: Sequence[Any]) -> None:
         title, ("file", "faces", "mean px", "p50 px", "p99 px", "max px", "NME %", "rise", "score", *regions), rows
     )
     if any(p.rise is None for p in reports):
-        typer.echo("these faces have no labels: how far the accuracy itself moves was not measured, --data does that")
+        tell("these faces have no labels: how far the accuracy itself moves was not measured, --data does that")
 
 
 def _number_of(count: int, what: str) -> str:
@@ -222,9 +247,9 @@ def print_run(name: str, result: Any) -> None:
     speed = f"{result.frames / result.seconds:.1f} frames/s{dropped}"
     tracks = f"{_number_of(result.faces, 'track')}, detector on {_number_of(result.detector_runs, 'frame')}"
     stopped = ", stopped" if result.stopped else ""
-    typer.echo(f"{name}: {_number_of(result.frames, 'frame')}{stopped}, {speed}, {tracks}")
+    tell(f"{name}: {_number_of(result.frames, 'frame')}{stopped}, {speed}, {tracks}")
     for path in result.files:
-        typer.echo(path)
+        tell(path)
 
 
 def _ms(time: Any) -> tuple[str, ...]:
@@ -245,7 +270,7 @@ def print_bench(result: Any) -> None:
     """A `Bench`: the machine, the network alone, the stages, the cold starts."""
     machine, setup = result.setup.machine, result.setup
     runs = f"onnxruntime {machine.versions.get('onnxruntime')}, {setup.faces} face(s) on {setup.photo}"
-    typer.echo(f"{machine.cpu}, {machine.cores} cores, {runs}")
+    tell(f"{machine.cpu}, {machine.cores} cores, {runs}")
     tail = ("samples", "p50 ms", "95% interval", "p95", "p99", "longest")
     rows = []
     for case in result.network:
@@ -265,7 +290,7 @@ def print_bench(result: Any) -> None:
     columns = ("file", "engine", "load ms", "first call ms", "peak MiB", "before the load")
     print_table("fresh processes", columns, rows)
     for name, reason in result.left_out.items():
-        typer.echo(f"left out: {name}: {reason}")
+        tell(f"left out: {name}: {reason}")
 
 
 def print_comparison(comparison: Any) -> None:
@@ -281,13 +306,13 @@ def print_comparison(comparison: Any) -> None:
     print_table("against the older results", columns, rows)
     lines = [*(f"no fair comparison: {text}" for text in comparison.obstacles), *comparison.alone, *comparison.notes]
     for line in lines:
-        typer.echo(line)
+        tell(line)
 
 
 def print_tuning(result: Any) -> None:
     """A `Tuning`, a trial a line, what did not open, and what was chosen."""
     machine, settings = result.machine, result.settings
-    typer.echo(f"{machine.cpu}, {machine.cores_usable} cores, {settings.faces} face(s) on {result.photo}")
+    tell(f"{machine.cpu}, {machine.cores_usable} cores, {settings.faces} face(s) on {result.photo}")
     rows = []
     is_one_name = len({Path(bundle).name for bundle in result.bundles}) == len(result.bundles)
     names = [trial.name if is_one_name else str(Path(trial.bundle) / trial.file) for trial in result.trials]
@@ -301,16 +326,16 @@ def print_tuning(result: Any) -> None:
     columns = ("file", "engine", "threads", "fed", "NME rise", "samples", "p50 ms", "95% interval", "p95", "verdict")
     print_table("what was tried", columns, rows)
     for name, reason in result.left_out.items():
-        typer.echo(f"left out: {name}: {reason}")
+        tell(f"left out: {name}: {reason}")
     sources = {name: trial.rise.how for trial, name in zip(result.trials, names, strict=True)}
     for how in dict.fromkeys(sources.values()):
         of = [name for name in sources if sources[name] == how]
-        typer.echo(f"NME rise of {'all' if len(of) == len(sources) else ', '.join(of)}: {how}")
+        tell(f"NME rise of {'all' if len(of) == len(sources) else ', '.join(of)}: {how}")
     if result.chosen is not None:
-        typer.echo(f"chosen: {result.trials[result.chosen]}")
+        tell(f"chosen: {result.trials[result.chosen]}")
     if (ratio := result.over_default) is not None:
         interval = f"{ratio.low:.2f} to {ratio.high:.2f}"
-        typer.echo(f"its time over that of what load() takes by itself: {ratio.value:.2f} ({interval})")
+        tell(f"its time over that of what load() takes by itself: {ratio.value:.2f} ({interval})")
 
 
 def print_diagnosis(diagnosis: Any) -> None:
@@ -318,10 +343,8 @@ def print_diagnosis(diagnosis: Any) -> None:
     width = max(len(finding.subject) for finding in diagnosis.findings)
     for finding in diagnosis.findings:
         advice = f" -> {finding.advice}" if finding.advice else ""
-        typer.echo(f"{finding.status:<7}  {finding.subject:<{width}}  {finding.found}{advice}")
-    typer.echo(
-        f"works: {', '.join(diagnosis.working) or 'nothing'}" + ("" if diagnosis.healthy else "; see the problems")
-    )
+        tell(f"{finding.status:<7}  {finding.subject:<{width}}  {finding.found}{advice}")
+    tell(f"works: {', '.join(diagnosis.working) or 'nothing'}" + ("" if diagnosis.healthy else "; see the problems"))
 
 
 def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:
@@ -341,10 +364,10 @@ def print_bundle(bundle: Any, manifest: Any, states: dict[str, str]) -> None:
         )
     else:
         what = f"{spec.points} points, {spec.size} px crops, margin {spec.margin:g}, boxes {spec.box}"
-    typer.echo(f"{spec.name}: {what}")
+    tell(f"{spec.name}: {what}")
     print_table(str(bundle), ("file", "kind", "precision", "bytes", "sha256", "made from", "layers", "hash"), rows)
     for line in lines:
-        typer.echo(_harmless(line))
+        tell(line)
 
 
 def _file_rows(manifest: Any, states: dict[str, str]) -> list[tuple[str, ...]]:

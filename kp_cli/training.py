@@ -19,12 +19,11 @@ from kp_cli.options import (
     Mirror,
     Threads,
     detector_record,
-    note,
     open_detector,
     told_of_bundle,
     whole_detector_name,
 )
-from kp_cli.report import print_accuracy, print_groups, print_json, print_table, progress
+from kp_cli.report import is_terminal, note, print_accuracy, print_groups, print_json, print_table, progress, tell
 from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BundleError, InputError
 
@@ -124,7 +123,7 @@ def train(
     path = run(
         [parse_source(text, config.points) for text in data], config, out, name=name, weights=weights, init=init,
         teachers=teacher or [], resume=resume, devices=devices, accelerator=accelerator, strategy=strategy,
-        workers=workers, picture_every=picture_every, progress=sys.stdout.isatty(),
+        workers=workers, picture_every=picture_every, progress=is_terminal(sys.stdout),
     )  # fmt: skip
     run_folder, refitted = shlex.quote(str(out)), shlex.quote(f"{out}-refitted")
     lines = [f"checkpoint: {path}", f"curves: tensorboard --logdir {run_folder}"]
@@ -134,7 +133,7 @@ def train(
         lines.append(f"then: kp export {refitted} --fp16")
     else:  # the last layer is solved on boxes around the points
         lines.append(f"next: kp export {run_folder} --fp16")
-    rank_zero_only(typer.echo)("\n".join(lines))
+    rank_zero_only(tell)("\n".join(lines))
 
 
 def refit(
@@ -192,8 +191,8 @@ def refit(
     ]
     print_table("NME of held-out people", ("boxes", "faces", "before", "after"), rows)
     left_out = "" if result.lost_score.is_of_use else "; left out: the model does not find faces well enough for it"
-    typer.echo(f"lost score: {result.lost_score}{left_out}")
-    typer.echo(f"checkpoint: {out}\nnext: kp export {out} --fp16")
+    tell(f"lost score: {result.lost_score}{left_out}")
+    tell(f"checkpoint: {out}\nnext: kp export {out} --fp16")
 
 
 def _parse_boxes(texts: list[str]) -> dict[str, float]:
@@ -320,16 +319,6 @@ def evaluate(
         more["robustness"] = dataclasses.asdict(
             robustness(opened, result.faces, progress("showing otherwise"), looks, mirror)
         )
-    if record is not None:
-        shown: dict[str, Any] = {"missed": result.missed, "given_up": result.given_up, "looks": looks, "mirror": mirror}
-        shown |= {"boxes": boxes.value, **(detector_record(named) if named else {})}
-        if model.is_file():
-            shown["precision"] = opened.manifest.files[model.name].precision
-        kept = {record: dataclasses.asdict(result.accuracy) | shown | more}
-        bundle = model if model.is_dir() else model.parent
-        with told_of_bundle(bundle), alone(bundle):
-            manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
-            dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
     pictures = ["error_curve.png", "worst.png"] + ["point_errors.png"] * (spec.scheme != "own")
     names = [] if out is None else [out / name for name in pictures]
     if as_json:
@@ -347,7 +336,18 @@ def evaluate(
     else:
         print_accuracy(opened.name, result)
         print_groups(more)
-    if names:  # after the numbers were printed
+    # after the numbers were printed: a folder that can't be written does not lose them
+    if record is not None:
+        shown: dict[str, Any] = {"missed": result.missed, "given_up": result.given_up, "looks": looks, "mirror": mirror}
+        shown |= {"boxes": boxes.value, **(detector_record(named) if named else {})}
+        if model.is_file() and (entry := opened.manifest.files[model.name]).kind != "checkpoint":
+            shown |= {"precision": entry.precision, "sha256": entry.sha256}
+        kept = {record: dataclasses.asdict(result.accuracy) | shown | more}
+        bundle = model if model.is_dir() else model.parent
+        with told_of_bundle(bundle), alone(bundle):
+            manifest = Manifest.read(bundle)  # anew: an export may have been at work meanwhile
+            dataclasses.replace(manifest, accuracy=manifest.accuracy | kept).write(bundle)
+    if names:
         from kp_export.pictures import error_curve, point_error_map, worst_faces
 
         error_curve(result, opened.name, names[0])
@@ -355,7 +355,7 @@ def evaluate(
         if names[2:]:
             point_error_map(result, opened.name, names[2])
         for name in names if not as_json else ():
-            typer.echo(name)
+            tell(name)
 
 
 def _quiet_training() -> None:

@@ -19,13 +19,12 @@ from kp_cli.options import (
     Tuned,
     check_effect,
     load_model,
-    note,
     note_boxes,
     open_detector,
     quiet_opencv,
     stopped_by_signals,
 )
-from kp_cli.report import frames_progress, print_json, print_run
+from kp_cli.report import frames_progress, note, print_json, print_run
 from kp_runtime.errors import InputError
 
 
@@ -124,12 +123,12 @@ def run(
         if watch and address:
             host = f"[{address[0]}]" if ":" in address[0] else address[0]
             note(f"metrics: http://{host}:{stack.enter_context(watch.served(*address))}/metrics")
+        signalled = stack.enter_context(stopped_by_signals(stop))
+        step = stack.enter_context(frames_progress(frames.name, frames.count))
         sinks = open_sinks(
             wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live,
             points=opened.spec.points,
         )  # fmt: skip
-        signalled = stack.enter_context(stopped_by_signals(stop))
-        step = stack.enter_context(frames_progress(frames.name, frames.count))
         result = run_video(frames, tracker, sinks, draw=draw, window=window, stop=stop, step=step, metrics=watch)
     if as_json:
         print_json(dataclasses.asdict(result))

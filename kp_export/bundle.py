@@ -101,7 +101,8 @@ def export_bundle(
         raise ExportError("int8 needs real faces to find its ranges: give --calibration with labelled photos")
     target = (out or own).resolve()
     with staging(target) as stage:
-        old = Manifest.read(stage).files if (stage / MANIFEST_NAME).exists() else {}
+        there = Manifest.read(stage) if (stage / MANIFEST_NAME).exists() else None
+        old = {} if there is None else there.files
         known = _parity_rows(stage, old)
         if target != own.resolve():
             for name in manifest.files:
@@ -128,13 +129,21 @@ def export_bundle(
         for path in stage.iterdir():  # of other weights
             if path.name not in files and (path.name in old or _MODEL_NAME.fullmatch(path.name)):
                 path.unlink()
-        manifest = dataclasses.replace(manifest, files=files)
+        is_same = there is not None and there.files.get(CHECKPOINT_NAME) == manifest.files[CHECKPOINT_NAME]
+        accuracy = manifest.accuracy | (there.accuracy if there is not None and is_same else {})
+        manifest = dataclasses.replace(manifest, files=files, accuracy=_of_files(accuracy, files))
         manifest.write(stage)
         for name in manifest.files:
             manifest.check_file(stage, name)
         for name in export.files:
             _check_opens(stage / name)
     return ExportReport(target, manifest, tuple(export.reports))
+
+
+def _of_files(accuracy: dict[str, Any], files: dict[str, FileEntry]) -> dict[str, Any]:
+    """What was measured, but of files that are no longer there or were made anew."""
+    hashes = {None, *(entry.sha256 for entry in files.values())}
+    return {name: one for name, one in accuracy.items() if not isinstance(one, dict) or one.get("sha256") in hashes}
 
 
 @dataclass

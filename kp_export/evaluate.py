@@ -32,7 +32,7 @@ from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import Manifest
 from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
-from kp_train.data import Face, Source, evenly_spread, held_out_fraction, is_held_out, luma_from_file
+from kp_train.data import Face, Source, evenly_spread, held_out_fraction, is_held_out, luma_of_face
 from kp_train.metrics import Accuracy, accuracy, point_errors
 
 __all__ = ["Evaluation", "OpenModel", "answer_in_frames", "evaluate", "held_out_faces", "measured_rise", "open_model"]
@@ -139,7 +139,7 @@ def evaluate(
     for batch in bar(batches):
         frames, found = [], []
         for face in batch:
-            frame = Frame(luma_from_file(face.image), "gray")
+            frame = Frame(luma_of_face(face), "gray")
             box = frame_box(frame.size_hw) if spec.box == "frame" else _box(face, frame, detector)
             if box is None:
                 continue

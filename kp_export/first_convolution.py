@@ -40,13 +40,18 @@ def round_first_convolution(model: Any, fp32: Any, crops: NDArray[np.uint8]) -> 
         crops: `(n, 1, size, size)` uint8.
 
     Returns:
-        Whether it was done: not where the first convolution is in float32, or the crops show nothing.
+        Whether it was done: not where the first convolution is in float32, or the crops show it nothing.
     """
     first, exact = _First(model), _First(fp32)
     if first.before is None:
         return False
     weights = exact.weights
     height, width = weights.shape[2:]
+    side = first.side(model)
+    if side < max(height, width):  # no filter lies in the image
+        return False
+    step = crops.shape[-1] // side  # a reduced network sees means of so many pixels
+    crops = crops.reshape(-1, 1, side, step, side, step).mean(axis=(3, 5)) if step > 1 else crops
     windows = np.lib.stride_tricks.sliding_window_view(crops[:, 0], (height, width), axis=(1, 2))[:, ::5, ::5]
     seen = windows.reshape(-1, height * width).astype(np.float64)
     moment = seen.T @ seen / len(seen)
@@ -78,8 +83,7 @@ def fold_first_convolution(model: Any) -> bool:
     first = _First(model)
     if first.before is None:
         return False
-    shapes = {info.name: info for info in onnx.shape_inference.infer_shapes(model).graph.value_info}
-    side = shapes[first.before.output[0]].type.tensor_type.shape.dim[2].dim_value
+    side = first.side(model)
     if side % 4:
         return False
     weights = first.weights[:, 0]
@@ -137,6 +141,13 @@ class _First:
             while behind.op_type != "DequantizeLinear":
                 behind = next(node for node in self._graph.node if behind.output[0] in node.input)
             self.behind = behind
+
+    def side(self, model: Any) -> int:
+        """Of the image that it sees, where that is quantised."""
+        assert self.before is not None
+        shapes = {info.name: info for info in onnx.shape_inference.infer_shapes(model).graph.value_info}
+        side: int = shapes[self.before.output[0]].type.tensor_type.shape.dim[2].dim_value
+        return side
 
     @property
     def weights(self) -> NDArray[Any]:

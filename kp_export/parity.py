@@ -21,7 +21,7 @@ from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma,
 from kp_runtime.scheme68 import regions_of
 from kp_runtime.spec import ModelSpec
 from kp_train.bar import Bar, no_bar
-from kp_train.data import Source, evenly_spread, luma_from_file
+from kp_train.data import Source, evenly_spread, luma_of_face
 from kp_train.metrics import nme_unit, point_errors
 
 __all__ = [
@@ -127,7 +127,7 @@ def bundled_faces(spec: ModelSpec) -> FaceSet:
 
     LFW's are 25 px wide, so they are enlarged; the astronaut's (NASA, public domain) are cut at
     many places and sizes. They serve to compare engines; for accuracy they are too few. int8 is judged
-    by the astronaut's alone: on LFW's its 99th percentile is 1.7 px of a 224 px crop, on these 0.7.
+    by the astronaut's alone: on LFW's it strays twice as far (docs/parity.md).
 
     Raises:
         MissingExtraError: scikit-image is not installed.
@@ -159,7 +159,7 @@ def faces_from_sources(sources: Sequence[Source], spec: ModelSpec, most: int = 5
     chosen = [faces[i] for i in evenly_spread(len(faces), most)]
     crops, points = [], []
     for face in chosen:
-        luma = luma_from_file(face.image)
+        luma = luma_of_face(face)
         box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(face.xy)
         matrix = matrices_from_boxes(box[None], spec.size, spec.margin)[0]
         crops.append(crop_from_luma(luma, matrix, spec.size))

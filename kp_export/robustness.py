@@ -18,7 +18,7 @@ from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.bar import Bar, no_bar
-from kp_train.data import Face, luma_from_file
+from kp_train.data import Face, luma_of_face
 from kp_train.metrics import nme_unit, point_errors
 
 __all__ = ["Group", "Robustness", "groups", "robustness", "turns"]
@@ -91,7 +91,7 @@ def robustness(
     """
     base, shaken, larger, mirrored = [], [], [], []
     for face in bar(faces):
-        luma, box = luma_from_file(face.image), boxes_from_points(face.xy)
+        luma, box = luma_of_face(face), boxes_from_points(face.xy)
         views = [_View(luma, box), *(_View(luma, _shaken(box, *shake)) for shake in SHAKES)]
         views += [_enlarged(luma, box, k) for k in ENLARGED]
         views.append(_View(np.ascontiguousarray(luma[:, ::-1]), _mirrored_box(box, luma.shape[1])))

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import BackendError, InputError, reason_of
-from kp_runtime.frame import Frame, as_frame, import_cv2
+from kp_runtime.frame import Frame, as_frame, cv2_name, import_cv2
 
 __all__ = ["BoxMap", "Detector", "HaarDetector", "YuNetDetector", "check_smallest", "largest_first", "map_from_pairs"]
 
@@ -155,7 +155,7 @@ class YuNetDetector(_OpenCvDetector):
         if not os.path.isfile(model):  # noqa: PTH113  pathlib's raises where it may not look
             raise BackendError(f"there is no YuNet model at {model}; docs/detectors.md says where it is published")
         try:
-            self._net: Any = cv2.FaceDetectorYN.create(str(model), "", (320, 320), score)
+            self._net: Any = cv2.FaceDetectorYN.create(cv2_name(model), "", (320, 320), score)
         except cv2.error as error:
             raise BackendError(
                 f"OpenCV {cv2.__version__} can't read {model} as a YuNet model; take OpenCV 4.8 or newer and a file "

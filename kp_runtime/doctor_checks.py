@@ -273,10 +273,10 @@ def gpu_crops(answer: Outcome) -> Finding:
         different, levels = answer.facts["different"], answer.facts["levels"]
         if different:
             text = f"{different} of {levels} grey levels are not the CPU's"
-            return Finding("GPU crops", PROBLEM, text, "report it with this output; crop on the CPU")
+            return Finding("GPU crops", PROBLEM, text, "report it with this output; meanwhile: --backend ort-cpu")
         return Finding("GPU crops", OK, f"the CPU's, all {levels} grey levels")
     status = PROBLEM if answer.broken else WARNING
-    return Finding("GPU crops", status, answer.text, "crops are cut on the CPU until cuda-python and NVRTC work")
+    return Finding("GPU crops", status, answer.text, "no engine works on the GPU until cuda-python and NVRTC do")
 
 
 def onnxruntime(here: Surroundings, answer: Outcome) -> Finding:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kp_runtime.errors import KpError
 
-__all__ = ["open_plain", "read_plain", "sha256_of_file", "sha256_of_open_file", "writing"]
+__all__ = ["open_plain", "read_plain", "sha256_of_file", "sha256_of_open_file", "short_name", "writing"]
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def writing(path: Path) -> Iterator[Path]:
     """
     if reason := _fault_of_name(path):
         raise KpError(f"can't write {str(path)!r}: {reason}; name a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{short_name(path.name)}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         if path.exists() and not path.is_file():
             raise KpError(f"can't write {path}: it is a folder, device or pipe; name a file")
@@ -40,6 +40,12 @@ def writing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def short_name(name: str) -> str:
+    """A file's name as part of a temporary one's, which has room for 255 bytes: of a long one, its hash."""
+    data = os.fsencode(name)
+    return name if len(data) <= 200 else hashlib.sha256(data).hexdigest()
 
 
 def _fault_of_name(path: Path) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from kp_runtime.errors import ImageError, missing_or_broken, reason_of
+from kp_runtime.errors import ImageError, InputError, missing_or_broken, reason_of
 
 __all__ = [
     "CHANNELS",
@@ -27,6 +27,7 @@ __all__ = [
     "as_frame",
     "bgr_copy",
     "check_layout",
+    "cv2_name",
     "image_from_bytes",
     "image_from_file",
     "import_cv2",
@@ -246,6 +247,20 @@ def _is_cut_off(data: bytes) -> bool:
         alone = data[at + 1] == 0xFF or data[at + 1] == 0x01 or 0xD0 <= data[at + 1] <= 0xD8
         at += 1 if data[at + 1] == 0xFF else 2 if alone else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return data.find(b"\xff\xd9", at) < 0
+
+
+def cv2_name(name: str | os.PathLike[str]) -> str:
+    """A file's name as OpenCV takes it, which ends the process at one that is no text.
+
+    Raises:
+        InputError: it is none.
+    """
+    text = os.fspath(name)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{text!r}: its name is no text in UTF-8, which OpenCV needs; rename it") from error
+    return text
 
 
 def import_cv2() -> Any:

@@ -14,7 +14,7 @@ from kp_runtime.detect import Detector
 from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.errors import ImageError, InputError, KpError, NotDrawnError
 from kp_runtime.files import writing
-from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, image_from_file, import_cv2
+from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, cv2_name, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
 from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
 from kp_runtime.pipeline import Model
@@ -115,7 +115,7 @@ def predict_photo(
 def _write_picture(picture: NDArray[np.uint8], path: Path) -> None:
     cv2 = import_cv2()
     try:
-        done, encoded = cv2.imencode(path.suffix, picture)
+        done, encoded = cv2.imencode(cv2_name(path.suffix), picture)
     except cv2.error as error:
         raise ImageError(f"OpenCV can't write a picture as {path.name!r}; use .jpg or .png") from error
     if not done:

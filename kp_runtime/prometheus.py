@@ -198,7 +198,7 @@ def address_from_text(text: str) -> tuple[str, int]:
         InputError: it is no address.
     """
     host, _, port = text.rpartition(":")
-    if not (port.isascii() and port.isdigit() and int(port) < 2**16):
+    if not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 2**16):
         raise InputError(f"metrics are served at PORT or HOST:PORT, such as 9100 or 0.0.0.0:9100; got {text!r:.100}")
     return host.strip("[]") or "127.0.0.1", int(port)
 

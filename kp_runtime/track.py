@@ -210,7 +210,8 @@ class Tracker:
             found = self._model(image, searched)
             xy, scores = found.xy, np.asarray(found.lost_score, np.float64)
         else:
-            both = self._model(image, np.concatenate([searched, second_looks(searched)])).xy
+            second_boxes = second_looks(searched, image.shape[1::-1])
+            both = self._model(image, np.concatenate([searched, second_boxes])).xy
             xy, second = both[: len(boxes)], both[len(boxes) :]
             scores = disagreement(xy, second, searched)
         return [_Look(*look) for look in zip(searched, xy, boxes_from_points(xy), scores.tolist(), strict=True)]
@@ -240,9 +241,11 @@ class Tracker:
             return
         # a detector's box is rough: what is judged is the box of the points in it
         points = self._model(image, boxes[free]).xy
-        for look in self._look(image, [box for box in boxes_from_points(points) if _on_image(box, image)]):
+        trust = self._settings.trust_detector
+        is_there = _touches if trust else _on_image
+        for look in self._look(image, [box for box in boxes_from_points(points) if is_there(box, image)]):
             others = [other.box for other in found.values()]
-            is_face = self._settings.trust_detector or self._is_face(look, image)
+            is_face = trust or self._is_face(look, image)
             if not is_face or any(_overlap(look.box, box) >= self._settings.match for box in others):
                 continue
             lost = [face for face in self._known if face.id not in found]
@@ -264,11 +267,15 @@ class Tracker:
         return Track(face.id, look.searched, xy, look.score)
 
 
-def second_looks(boxes_xyxy: NDArray[np.floating]) -> NDArray[np.float64]:
-    """The boxes of the second look: `(n, 4)` to `(n, 4)` float64."""
+def second_looks(boxes_xyxy: NDArray[np.floating], size_wh: tuple[int, ...] | None = None) -> NDArray[np.float64]:
+    """The boxes of the second look: `(n, 4)` to `(n, 4)` float64; within an image's size none is moved off it."""
     boxes = np.asarray(boxes_xyxy, np.float64)
     half = (boxes[:, 2:] - boxes[:, :2]) / 2
-    centre = (boxes[:, :2] + boxes[:, 2:]) / 2 + 2 * _SHIFT * half.max(axis=1, keepdims=True)
+    centre = (boxes[:, :2] + boxes[:, 2:]) / 2
+    shift = np.broadcast_to(2 * _SHIFT * half.max(axis=1, keepdims=True), half.shape)
+    if size_wh is not None:
+        shift = np.where(centre + shift - _ENLARGED * half < size_wh, shift, 0.0)
+    centre = centre + shift
     return np.concatenate([centre - _ENLARGED * half, centre + _ENLARGED * half], axis=1)
 
 
@@ -295,6 +302,12 @@ def _on_image(box: NDArray[np.float64], image: NDArray[np.uint8]) -> bool:
     """Whether a box has its centre on the image and some size."""
     centre, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
     return bool((centre >= 0).all() and (centre < image.shape[1::-1]).all() and (size >= _SMALLEST).all())
+
+
+def _touches(box: NDArray[np.float64], image: NDArray[np.uint8]) -> bool:
+    """Whether any of a box is on the image, and it has some size."""
+    on_it = (box[2:] > 0).all() and (box[:2] < image.shape[1::-1]).all()
+    return bool(on_it and (box[2:] - box[:2] >= _SMALLEST).all())
 
 
 def _overlap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

@@ -142,9 +142,9 @@ class Window:
     """
 
     def __init__(self, title: str) -> None:
-        self._cv2, self._title = import_cv2(), title
+        self._cv2, self._title = import_cv2(), title.encode(errors="replace").decode()
         try:
-            self._cv2.namedWindow(title, self._cv2.WINDOW_NORMAL)
+            self._cv2.namedWindow(self._title, self._cv2.WINDOW_NORMAL)
         except self._cv2.error as error:
             raise BackendError(
                 "this OpenCV can't open a window (the headless wheel has none, or there is no screen); "

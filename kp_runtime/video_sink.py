@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import InputError, KpError, MissingExtraError
-from kp_runtime.frame import import_cv2
+from kp_runtime.files import short_name
+from kp_runtime.frame import cv2_name, import_cv2
 from kp_runtime.track import Track
 from kp_runtime.video_source import VideoFrame
 
@@ -94,13 +95,14 @@ def open_sinks(
 
 def _temporary(path: Path) -> Path:
     """Beside the target, with its suffix, which tells OpenCV the container."""
-    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    return path.with_name(f".{short_name(path.stem)}.{os.getpid()}.tmp{path.suffix}")
 
 
 def _clear_of_the_dead(path: Path) -> None:
     """Removes temporary files of the same target whose processes were killed and are gone."""
-    for left in path.parent.glob(f".{glob.escape(path.stem)}.*.tmp{path.suffix}"):
-        number = left.name.removeprefix(f".{path.stem}.").removesuffix(f".tmp{path.suffix}")
+    name = short_name(path.stem)
+    for left in path.parent.glob(f".{glob.escape(name)}.*.tmp{path.suffix}"):
+        number = left.name.removeprefix(f".{name}.").removesuffix(f".tmp{path.suffix}")
         if os.name == "posix" and number.isascii() and number.isdigit() and not _is_alive(int(number)):
             with contextlib.suppress(OSError):
                 left.unlink()
@@ -146,7 +148,7 @@ class VideoSink:
         # what the encoder does not take ends the process in OpenCV 4.5.4, JetPack 6's, so it is not asked
         most = _MOST_PX[codec]
         if max(size_hw) <= most and rate >= _SLOWEST:
-            self._writer = cv2.VideoWriter(str(self._temporary), fourcc, rate, size_hw[::-1])
+            self._writer = cv2.VideoWriter(cv2_name(self._temporary), fourcc, rate, size_hw[::-1])
         if self._writer is None or not self._writer.isOpened():
             self._temporary.unlink(missing_ok=True)
             raise KpError(

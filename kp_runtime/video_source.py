@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import BackendError, ImageError, InputError
-from kp_runtime.frame import IMAGE_SUFFIXES, image_from_file, import_cv2
+from kp_runtime.frame import IMAGE_SUFFIXES, cv2_name, image_from_file, import_cv2
 from kp_runtime.photos import photos_from_paths
 from kp_runtime.video_container import ends_early
 
@@ -118,11 +118,11 @@ def open_source(
     def live(name: str, opener: Callable[[], Any]) -> LiveSource:
         return LiveSource(name, opener, rate=rate, patience=patience, stop=stop or threading.Event(), say=say)
 
-    cv2 = import_cv2()
+    cv2, text = import_cv2(), cv2_name(text)
     text = text.removeprefix("/dev/video") or text
     if text.isascii() and text.isdigit():
-        index = int(text)
-        if index > 99:
+        index = int(text[-9:])  # Python refuses to read thousands of digits
+        if index > 99 or len(text) > 9:
             raise InputError(f"there is no camera {text}; cameras are counted from 0 (on Linux: ls /dev/video*)")
         return live(f"camera {text}", lambda: cv2.VideoCapture(index))
     if "!" in text:
@@ -172,7 +172,7 @@ class FileSource:
         self.name = str(path) if name is None else name
         self.stem = path.stem if name is None else _stem(name)
         self._cv2, self._rate_given = cv2, rate is not None
-        self._capture = cv2.VideoCapture(str(path.absolute())) if self._is_here else capture
+        self._capture = cv2.VideoCapture(cv2_name(path.absolute())) if self._is_here else capture
         read, image = self._capture.read()
         if not read:
             raise ImageError(f"{self.name} has no frame that can be read: it is cut off, empty or no video")

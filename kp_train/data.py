@@ -49,6 +49,10 @@ __all__ = [
 ]
 
 
+_WIDEST = 10
+"""Times an image's longer side that a face may measure: over it a coordinate is mistyped."""
+
+
 @dataclass(frozen=True)
 class Face:
     """One labelled face.
@@ -192,7 +196,7 @@ def luma_of_face(face: Face) -> NDArray[np.uint8]:
     """The photo of a face, as `luma_from_file`.
 
     Raises:
-        DataError: it can't be read, or no point of the face lies in it.
+        DataError: it can't be read, or no point of the face lies in it, or one lies very far off it.
     """
     luma = luma_from_file(face.image)
     height, width = luma.shape
@@ -200,6 +204,12 @@ def luma_of_face(face: Face) -> NDArray[np.uint8]:
         raise DataError(
             f"{face.image} has {width} x {height} pixels, and none of its face's points lies in them; "
             "correct them or remove the face"
+        )
+    if np.ptp(face.xy, axis=0).max() > _WIDEST * max(width, height):
+        far = int(np.abs(face.xy).max(axis=1).argmax())
+        raise DataError(
+            f"{face.image} has {width} x {height} pixels, and its face is over {_WIDEST} times as large: point {far} "
+            f"lies at {face.xy[far, 0]:g}, {face.xy[far, 1]:g}; correct it or remove the face"
         )
     return luma
 

@@ -9,6 +9,7 @@ size and turned, and on places of the same photos without a face. No other layer
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_train.augment import Augment, grey_levels
-from kp_train.data import Face, luma_from_file
+from kp_train.data import Face, luma_of_face
 from kp_train.metrics import FAILURE
 
 __all__ = ["FACES", "GONE", "LIMIT", "VIEWS", "AnyPlace", "ScoreQuality", "elsewhere", "score_quality", "solved_score"]
@@ -61,17 +62,24 @@ class AnyPlace(Augment):
         return {"shift": shift, "zoom": zoom, "angle": one_of((0, 0), (-0.4, 0.4), (-1.6, 1.6))}
 
 
-def elsewhere(faces: Iterable[Face], detector: Boxes | None) -> tuple[list[Face], NDArray[np.float64]]:
+def elsewhere(
+    faces: Iterable[Face], labelled: Iterable[Face], detector: Boxes | None
+) -> tuple[list[Face], NDArray[np.float64]]:
     """Square places of the faces' photos without a face, 0.6 to 1.4 times as large: whose photo, and boxes `(n, 4)`.
 
     Args:
         faces: labelled faces; in photos that a face fills there is no place.
+        labelled: these and all others, as one photo may show several.
         detector: tells where unlabelled faces are; None leaves them.
     """
     rng, kept, boxes = np.random.default_rng(68), [], []
+    shown = defaultdict(list)
+    for face in labelled:
+        shown[face.image].append(boxes_from_points(face.xy))
     for face in faces:
-        luma, box = luma_from_file(face.image), boxes_from_points(face.xy)
-        known = box[None] if detector is None else np.concatenate([detector(Frame(luma, "gray")), box[None]])
+        luma, box = luma_of_face(face), boxes_from_points(face.xy)
+        found = [] if detector is None else [detector(Frame(luma, "gray"))]
+        known = np.concatenate([*found, np.stack(shown[face.image])])
         for _ in range(_TRIES):
             side = rng.uniform(0.6, 1.4) * (box[2:] - box[:2]).max()
             if side >= min(luma.shape):

@@ -172,7 +172,7 @@ def refit(
     start = {"start_sha256": manifest.files[CHECKPOINT_NAME].sha256, **(made or {})}
     training = _records(manifest.training, start, sources, biases, result)
     spec = dataclasses.replace(manifest.spec, lost_limit=LIMIT if solved.scores else None)
-    accuracy = manifest.accuracy if best is old else {}  # no keypoint has moved
+    accuracy = _without_given_up(manifest.accuracy) if best is old else {}  # no keypoint has moved
     save_checkpoint(run, solved, Manifest(spec, training=training, accuracy=accuracy, licence=manifest.licence))
     return result
 
@@ -208,6 +208,14 @@ def _records(
     if result.lost_score.is_of_use:
         rest["lost_score"] = start | {"sources": named, **vars(result.lost_score)}
     return rest
+
+
+def _without_given_up(accuracy: dict[str, Any]) -> dict[str, Any]:
+    """What was measured without what the lost score that there was said of it."""
+    return {
+        name: {key: value for key, value in one.items() if key != "given_up"} if isinstance(one, dict) else one
+        for name, one in accuracy.items()
+    }
 
 
 def _fill(layer: nn.Linear, weights: Tensor) -> None:
@@ -303,7 +311,9 @@ class _Looker:
         some = [faces[i][0] for i in evenly_spread(len(faces), FACES)]
         keys = [(i % len(some), i) for i in range(VIEWS * len(some))]
         around = self._features(FaceDataset(some, self._spec, AnyPlace()), keys, [1.0] * len(keys), "anywhere")
-        others, boxes = elsewhere(self._bar("finding places without a face")(some), self._detector)
+        others, boxes = elsewhere(
+            self._bar("finding places without a face")(some), [face for face, _ in faces], self._detector
+        )
         if not others:
             return around
         shown = FaceDataset(others, self._spec, boxes_xyxy=boxes)

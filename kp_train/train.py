@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -52,7 +53,7 @@ from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet, load_backbone_weights
 from kp_train.teachers import Teachers, load_teachers, reduced
 
-__all__ = ["run_record", "split_by_person", "stored_record", "train"]
+__all__ = ["ancestry", "run_record", "split_by_person", "stored_record", "train"]
 
 
 class KeypointModule(L.LightningModule):
@@ -179,6 +180,8 @@ def train(
             return run / CHECKPOINT_NAME
     else:
         start, before = _start_weights(module.net, train_set, weights, init)
+        if init is not None and not _held_out_as_many(start["training"], config) and trainer.is_global_zero:
+            print(f"{init} may have seen people whom this run holds out: their NME flatters it", flush=True)
         record = {"name": name, "devices": trainer.world_size}
         record |= run_record(sources, training, held_out, config, start)
         if taught.records:
@@ -304,13 +307,15 @@ def stored_record(
         stored: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
         before = type(config)().to_json() | stored["config"]  # a setting that the run's release did not have
         data = [(s["sha256"], s["weight"]) for s in stored["sources"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        named = stored.get("held_out", {}).get("sha256")  # of a folder the hash above knows no names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
     wanted = config.to_json()
     differ = [key for key in wanted if key not in free and before.get(key) != wanted[key]]
     if changed := [f"{key} {before.get(key)} -> {wanted[key]}" for key in differ]:
         raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones")
-    if data != [(source.sha256, source.weight) for source in sources]:
+    held_out = [f for s in sources for f in s.faces if is_held_out(f.person, config.val_fraction)]
+    if data != [(s.sha256, s.weight) for s in sources] or named not in (None, _sha256_of_names(held_out)):
         raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
     return stored
 
@@ -367,9 +372,31 @@ def _start_weights(
         net.backbone.load_state_dict(state, strict=False)
         sha256 = manifest.files[CHECKPOINT_NAME].sha256
         start = {"checkpoint_sha256": sha256, "points": other.points}
-        return start | {"licence": manifest.licence, "training": manifest.training}, (other, manifest.spec)
+        last, *before = ancestry(manifest.training)
+        kept = {"licence": manifest.licence, "training": last, "before": before}
+        return start | kept, (other, manifest.spec)
     _start_from_mean(net, faces)
     return load_backbone_weights(net, weights), None
+
+
+def _held_out_as_many(training: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether a model that was trained so saw nobody whom a run with these settings holds out."""
+    held_out = training.get("held_out")
+    fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
+    return isinstance(fraction, int | float) and fraction >= config.val_fraction
+
+
+def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """A model's record and those of what it began at, the newest first and none within another.
+
+    So a manifest does not get deeper with each `--init`; a release that nested them is read too.
+    """
+    start = training.get("start")
+    if not isinstance(start, dict):
+        return [training]
+    own = training | {"start": {key: value for key, value in start.items() if key not in ("training", "before")}}
+    older = [record for record in (start.get("training"), *start.get("before", [])) if isinstance(record, dict)]
+    return [own, *(entry for record in older for entry in ancestry(record))]
 
 
 def _licence(start: dict[str, Any], taught: Teachers) -> dict[str, str]:
@@ -417,6 +444,7 @@ def run_record(
             "faces": len(held_out),
             "rule": "person = stem up to the last underscore; first 32 bits of its sha256 / 2^32 < val_fraction",
             "val_fraction": config.val_fraction,
+            "sha256": _sha256_of_names(held_out),
         },
         "git_revision": _git_revision(),
         "versions": {
@@ -426,6 +454,10 @@ def run_record(
             "lightning": L.__version__,
         },
     }
+
+
+def _sha256_of_names(faces: Sequence[Face]) -> str:
+    return hashlib.sha256("\n".join(sorted(face.image.name for face in faces)).encode(errors="replace")).hexdigest()
 
 
 def _git_revision() -> str | None:
@@ -448,7 +480,7 @@ def _write_checkpoint(
 ) -> KeypointNet:
     """Writes a state's (averaged) weights as the run's checkpoint, and returns the network."""
     content = SafetensorsIO().load_checkpoint(state)
-    net = KeypointNet(spec.size, points=spec.points)
+    net = KeypointNet(spec.size, record["config"].get("reduce", 1), spec.points)
     net.load_state_dict({k.removeprefix("net."): v for k, v in content["state_dict"].items()})
     check_finite(net, record["config"]["lr"])
     measured = {k: float(v) for k, v in trainer.callback_metrics.items()}

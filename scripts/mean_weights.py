@@ -83,7 +83,7 @@ def _lineage(manifest: Manifest) -> Iterator[str]:
 def _told(manifest: Manifest) -> dict[str, Any]:
     """A run's record without the record of what it began at, which the mean has from the first."""
     training = manifest.training
-    start = {key: value for key, value in training.get("start", {}).items() if key != "training"}
+    start = {key: value for key, value in training.get("start", {}).items() if key not in ("training", "before")}
     return {"sha256": manifest.files[CHECKPOINT_NAME].sha256, **training, "start": start}
 
 

@@ -1,4 +1,4 @@
-"""Trains the models that ship in engines/, with the table of runs that led to them.
+"""Trains successors of the models in engines/ on a GPU, with a table of the runs that led to them.
 
     python scripts/train_reference.py --data training_frames_keypoints.csv --data photos_68 --out runs/reference
 
@@ -26,7 +26,8 @@ from kp_cli.report import one_line_errors
 from kp_export.evaluate import evaluate, open_model
 from kp_runtime.errors import InputError, KpError
 from kp_runtime.files import writing
-from kp_train.checkpoint import CHECKPOINT_NAME, has_begun
+from kp_runtime.spec import MANIFEST_NAME
+from kp_train.checkpoint import has_begun
 from kp_train.config import TrainConfig, recipe
 from kp_train.data import Source, is_held_out, parse_source
 from kp_train.refit import refit
@@ -96,7 +97,7 @@ def final(epochs: int, taught_epochs: int, seeds: list[int], changes: dict[str, 
 def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Trains a run, or goes on with it, and measures it on the held-out people of each source."""
     folder = out / run.name
-    if not (folder / CHECKPOINT_NAME).is_file():
+    if not (folder / MANIFEST_NAME).is_file():  # written last
         print(f"== {run.name}: {run.changes}", flush=True)
         train(
             weighted(sources, run.photos), config_of(run, args.precision), folder,
@@ -113,7 +114,7 @@ def finish_refit(run: Run, sources: list[Source], out: Path) -> dict[str, Any] |
     kind, _, seed = run.name.rpartition("-")
     refitted = replace(run, name=f"{kind}-refitted-{seed}")
     folder = out / refitted.name
-    if not (folder / CHECKPOINT_NAME).is_file():
+    if not (folder / MANIFEST_NAME).is_file():  # written last
         print(f"== {refitted.name}", flush=True)
         try:
             detector = whole_detector_name("auto")
@@ -211,6 +212,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     sources = [parse_source(text) for text in args.data]
+    if len({source.path.name for source in sources}) < len(sources):
+        raise InputError("two data sets have one name, by which the table tells them apart; rename one")
     changes = dict(map(change_from_text, args.change))
     runs = ideas(args.idea_epochs) if args.part != "final" else []
     if args.part != "ideas":

@@ -15,6 +15,7 @@ import pytest
 
 import kp_cli
 from kp_cli import report
+from kp_export.staging import alone
 from kp_runtime.errors import InputError
 from kp_runtime.spec import Manifest
 from tests.test_export import small_checkpoint
@@ -114,6 +115,10 @@ def test_a_file_beside_no_manifest_is_named(
         (("train", "--data", "x", "--out", "{out}", "--pairs", "1-2"), "--pairs goes with --points"),
         (("bench", "{bundle}/model.fp32.onnx"), "give its folder, not"),
         (("eval", "{bundle}", "--data", "x", "--detector", "own=d"), "--detector goes with --boxes detector"),
+        (("bench", "{bundle}", "--out", "{bundle}"), "is a folder; name a file in it"),
+        (("bench", "{bundle}", "--html", "/"), "/ is a folder; name a file in it"),
+        (("convert", "x.csv", "{out}.parquet", "--images", "x"), "--images is for COCO"),
+        (("predict", "a\x1b]0;x\x07.jpg"), r"at a\x1b]0;x\x07.jpg"),
         (("bench", "{bundle}", "--batch", "0"), "batch sizes must be 1 or more"),
         (("bench", "{bundle}", "--threads", "9999"), "threads must be 1 to"),
         (("bench", "{bundle}", "--precision", "int8"), "no ONNX file or TensorRT plan of precision int8, only fp32"),
@@ -348,6 +353,15 @@ def test_eval_prints_json(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_
     assert all(Path(p).is_file() for p in measured["pictures"])
     status, out, _ = kp(capsys, *words)
     assert "SmoothL1 as the original" in out
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    words = ("eval", copy / "model.fp32.onnx", "--data", data, "--record", "mine")
+    with alone(copy):
+        status, out, err = kp(capsys, *words)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "SmoothL1 as the original" in out
+    assert "mine" not in Manifest.read(copy).accuracy
+    assert kp(capsys, *words)[0] == 0
+    assert "mine" in Manifest.read(copy).accuracy
     status, _, err = kp(capsys, *words, "--split", "person")
     assert "does not say which people" in err
 

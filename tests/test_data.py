@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
+from kp_export.parity import faces_from_sources
 from kp_runtime.errors import DataError
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import boxes_from_points, matrices_from_boxes
@@ -127,6 +128,21 @@ def test_a_face_beside_its_photo_is_named(csv_source: Path, moved: tuple[float, 
         WindowDataset([face, beside], [1.0, 1.0], Pictures(), 0, 1)
     partly = dataclasses.replace(face, xy=face.xy + np.float32([70, 0]))  # as on the edge of many photos
     assert len(FaceDataset([partly], ModelSpec("x", 64))) == 1
+
+
+def test_a_point_far_off_its_photo_is_named(csv_source: Path) -> None:
+    """Its crop would need more memory than there is."""
+    face = read_source(csv_source).faces[1]
+    far = dataclasses.replace(face, xy=face.xy.copy())
+    far.xy[3] = 7021234567, 12
+    message = (
+        r"person0_1\.png has 150 x 160 pixels, and its face is over 10 times as large: point 3 lies at 7\.02123e\+09"
+    )
+    with pytest.raises(DataError, match=message):
+        FaceDataset([face, far], ModelSpec("x", 64))
+    source = dataclasses.replace(read_source(csv_source), faces=(far,))
+    with pytest.raises(DataError, match=message):
+        faces_from_sources([source], ModelSpec("x", 64))
 
 
 def test_a_csv_without_a_header_loses_no_row(csv_source: Path) -> None:

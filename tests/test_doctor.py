@@ -248,7 +248,7 @@ def test_gpus_that_do_not_work(
     ({"nvrtc": Outcome("failed", "NVRTC can't be loaded")}, [], "NVRTC", "warning", "can't be loaded", "KP_CUBIN"),
     ({"nvrtc": Outcome("crashed", "ended by SIGSEGV")}, [], "NVRTC", "problem", "ended by SIGSEGV", "KP_CUBIN"),
     ({"crops": answered(levels=8192, different=3)}, [], "GPU crops", "problem", "3 of 8192 grey levels", "report it"),
-    ({"crops": Outcome("hung", "no answer")}, [], "GPU crops", "problem", "no answer", "cut on the CPU"),
+    ({"crops": Outcome("hung", "no answer")}, [], "GPU crops", "problem", "no answer", "engine works on the GPU"),
     ({}, ["onnxruntime==1.23.0", "onnxruntime-gpu==1.22.0"], "ONNX Runtime", "problem",
      "onnxruntime and onnxruntime-gpu are installed", "pip uninstall -y onnxruntime onnxruntime-gpu, then"),
     ({}, ["onnxruntime-gpu==1.22.0"], "ONNX Runtime", "problem", "1.22.0 is recorded, but 1.23.0 is imported",

@@ -306,6 +306,20 @@ def test_an_export_into_a_bundle_that_has_more_keeps_what_is_known_of_it(copied:
     assert set(after) == {"model.fp16.onnx", "model.fp32.onnx"}
 
 
+def test_an_export_keeps_what_was_measured_of_the_same_weights(copied: Path, tmp_path: Path) -> None:
+    source = small_checkpoint(tmp_path / "run")
+    there = Manifest.read(copied)
+    of_file = {"nme": 0.04, "precision": "fp32", "sha256": there.files["model.fp32.onnx"].sha256}
+    accuracy = {"weights": {"nme": 0.03}, "fp32": of_file, "another int8": of_file | {"sha256": "0" * 64}}
+    dataclasses.replace(there, accuracy=accuracy).write(copied)
+    assert export_bundle(source, copied).manifest.accuracy == {"weights": {"nme": 0.03}, "fp32": of_file}
+    net, manifest = load_checkpoint(source)
+    with torch.no_grad():
+        net.backbone.fc.bias += 1
+    save_checkpoint(source, net, manifest)
+    assert export_bundle(source, copied).manifest.accuracy == {}
+
+
 def test_files_of_other_weights_go(copied: Path) -> None:
     """Programs that take a file by its name would run the old weights."""
     plan = copied / "model.fp16.sm87.trt10.3.0.plan"

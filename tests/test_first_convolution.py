@@ -25,10 +25,17 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def quantised(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *, size: int = 64, reduce: int = 1, white: int = 255, floats: int = 0
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    size: int = 64,
+    reduce: int = 1,
+    white: int = 255,
+    floats: int = 0,
+    seed: int = 0,
 ) -> onnx.ModelProto:
     """The plain int8 graph of a network with random weights, calibrated on noise up to `white`."""
-    torch.manual_seed(size + reduce)
+    torch.manual_seed(seed or size + reduce)
     net = KeypointNet(size, reduce)
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # those of the sums begin at 0
@@ -139,6 +146,19 @@ def test_weights_are_rounded_by_what_the_filters_see(tmp_path: Path, monkeypatch
 
     assert missed(better) < 0.5 * missed(nearest)
     assert operators(better) == operators(nearest)
+
+
+def test_a_reducing_network_is_rounded_by_what_its_filters_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That is the mean of each two by two pixels: a smaller network that is shown these ends with the same weights."""
+    shown = noise(8, 128)
+    means = shown.reshape(8, 1, 64, 2, 64, 2).mean(axis=(3, 5))
+    weights = []
+    for size, reduce, crops in ((128, 2, shown), (64, 1, means)):
+        model = quantised(tmp_path, monkeypatch, size=size, reduce=reduce, seed=1)
+        assert round_first_convolution(model, onnx.load(tmp_path / "fp32.onnx"), crops)
+        quantised_weights = [c for c in model.graph.initializer if c.dims[2:] == [7, 7]]
+        weights.append(numpy_helper.to_array(quantised_weights[0]))
+    np.testing.assert_array_equal(*weights)
 
 
 def test_black_crops_tell_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

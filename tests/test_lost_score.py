@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def test_places_hold_neither_a_labelled_nor_a_found_face(faces: list[Face]) -> N
         return np.array([[0.0, 0, width / 2, height]])
 
     for detector in (None, finds):
-        of, boxes = elsewhere(faces, detector)
+        of, boxes = elsewhere(faces, faces, detector)
         assert of == faces[:3]
         for face, box in zip(of, boxes, strict=True):
             own = boxes_from_points(face.xy)
@@ -78,13 +79,22 @@ def test_places_hold_neither_a_labelled_nor_a_found_face(faces: list[Face]) -> N
             assert overlaps(own[None], box[None])[0, 0] < 0.02
             assert box[2] - box[0] == pytest.approx(box[3] - box[1])
             assert 0.6 <= (box[2] - box[0]) / (own[2:] - own[:2]).max() <= 1.4
-    again = elsewhere(faces, finds)[1]
+    again = elsewhere(faces, faces, finds)[1]
     assert np.array_equal(again, boxes)
-    assert elsewhere([], None)[1].shape == (0, 4)
+    assert elsewhere([], [], None)[1].shape == (0, 4)
+
+
+def test_a_place_holds_no_other_labelled_face_of_its_photo(faces: list[Face]) -> None:
+    first, *_ = faces
+    others = [dataclasses.replace(first, xy=first.xy - np.float32(off)) for off in ((200, 0), (100, 0), (0, 150))]
+    _, boxes = elsewhere([first] * 50, [first, *others], None)
+    assert len(boxes) > 10
+    for other in (first, *others):
+        assert overlaps(boxes_from_points(other.xy)[None], boxes).max() < 0.02
 
 
 def test_a_place_lies_in_its_photo(tmp_path: Path) -> None:
     """There is none where the photo is narrower than the face, however long it is."""
     cv2.imwrite(str(tmp_path / "strip.png"), np.zeros((400, 40), np.uint8))
     face = Face(tmp_path / "strip.png", np.array([[0, 0], [80, 0], [80, 80]], np.float32))
-    assert elsewhere([face] * 5, None)[0] == []
+    assert elsewhere([face] * 5, [face], None)[0] == []

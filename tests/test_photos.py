@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import cv2
@@ -75,11 +76,23 @@ def test_drawn_copy(suffix: str, model: Model, photo: Path, tmp_path: Path) -> N
     assert [p.name for p in (tmp_path / "out").iterdir()] == [f"d{suffix}"]
 
 
+def test_drawn_copy_with_a_name_as_long_as_a_file_can_have(model: Model, photo: Path, tmp_path: Path) -> None:
+    result = predict_photo(model, photo, boxes_xyxy=BOXES, drawn=tmp_path / f"{'d' * 251}.png")
+    assert [result.drawn] == list(tmp_path.glob("d*"))
+
+
 @pytest.mark.parametrize("name", ["d", "d.xyz"])
 def test_drawn_copy_of_a_kind_that_opencv_does_not_write(name: str, model: Model, photo: Path, tmp_path: Path) -> None:
     with pytest.raises(NotDrawnError, match=rf"can't write a picture as '{name}'; use \.jpg or \.png"):
         predict_photo(model, photo, boxes_xyxy=BOXES, drawn=tmp_path / name)
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")
+def test_drawn_copy_of_a_kind_that_is_no_text(model: Model, photo: Path, tmp_path: Path) -> None:
+    """OpenCV ends the process at it."""
+    with pytest.raises(NotDrawnError, match="its name is no text"):
+        predict_photo(model, photo, boxes_xyxy=BOXES, drawn=tmp_path / os.fsdecode(b"d.\xff"))
 
 
 def test_drawn_copy_in_a_place_that_can_not_be(model: Model, photo: Path) -> None:

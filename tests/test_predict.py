@@ -243,6 +243,17 @@ def test_a_photo_whose_name_most_locales_do_not_print(bundle: Path, astronaut: P
     assert "caf\\udce9.png: 1 face" in done.stdout
 
 
+@pytest.mark.skipif(os.name != "posix", reason="closes a descriptor as a POSIX shell does")
+def test_a_closed_stderr_loses_nothing(bundle: Path, astronaut: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        shutil.copy(astronaut, tmp_path / f"{name}.png")
+    words = [sys.executable, "-m", "kp_cli", "predict", "a.png", "b.png", "--model", bundle, "--json"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 2>&-', "sh", *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert len(json.loads(done.stdout)) == 2
+
+
 def test_two_photos_of_one_name_are_not_mixed_up(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
 ) -> None:

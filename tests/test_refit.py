@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +154,11 @@ def test_the_lost_score_alone_moves_no_keypoint(
     source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kp_train.lost_score.MOST_WRONG", 1.0)
-    result = refit(run, [source], tmp_path / "a", Detector(source), score_only=True)
+    measured = dataclasses.replace(Manifest.read(run), accuracy={"x": {"nme": 0.1, "given_up": 0.5}, "note": "mine"})
+    measured.write(shutil.copytree(run, tmp_path / "run"))
+    result = refit(tmp_path / "run", [source], tmp_path / "a", Detector(source), score_only=True)
     (old, _), (new, manifest) = load_checkpoint(run), load_checkpoint(tmp_path / "a")
+    assert manifest.accuracy == {"x": {"nme": 0.1}, "note": "mine"}  # another score gives others up
     assert changed(old, new) == set(SCORE)
     crops = torch.randint(0, 256, (3, 1, 64, 64), dtype=torch.uint8)
     keypoints, scores = new.outputs(crops)

@@ -190,11 +190,11 @@ def test_progress_tells_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with frames_progress("talk.mp4", 200) as step:
+    with frames_progress("talk[/b].mp4", 200) as step:
         step(50)
         step(100)
     shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
-    assert "talk.mp4" in shown
+    assert "talk[/b].mp4" in shown
     assert "100/200" in shown
     assert re.search(r"\d\.\d frames/s", shown)
 

@@ -175,6 +175,24 @@ def test_the_detector_is_believed_where_a_face_too_many_is_better() -> None:
     assert tracker.faces < 10  # mostly the same one: its points scatter
 
 
+def test_a_believed_face_counts_as_long_as_a_part_of_it_is_on_the_image() -> None:
+    """Its eyes may be there where the middle of it is not."""
+    world = World(lambda t: (1260, 680 + 5 * t))
+    tracker = world.tracker(trust_detector=True, detect_every=1)
+    found = world.run(tracker, range(15))
+    assert [ids(tracks) for tracks in found] == [[1]] * 15
+    assert not any(world.run(world.tracker(), range(10, 15)))
+
+
+def test_a_second_look_stays_on_the_image() -> None:
+    box = np.array([[100, 476.5, 160, 481.4], [600, 100, 640, 160]])
+    plain, kept = second_looks(box), second_looks(box, (640, 480))
+    assert plain[0, 1] > 480
+    assert kept[0, 1] < 476.5
+    np.testing.assert_array_equal(kept[0, ::2], plain[0, ::2])
+    np.testing.assert_array_equal(kept[1], plain[1])
+
+
 def test_a_face_that_leaves_the_image_is_lost() -> None:
     world = World(lambda t: (1100 + 10 * t, 300) if t < 25 else None)
     found = world.run(world.tracker(), range(60))

@@ -30,7 +30,16 @@ from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
 from kp_train.loaders import SourceSampler
 from kp_train.model import KeypointNet
 from kp_train.synthetic import write_csv_source
-from kp_train.train import _git_revision, _start_weights, train
+from kp_train.train import (
+    _git_revision,
+    _start_weights,
+    ancestry,
+    run_record,
+    split_by_person,
+    stored_record,
+    train,
+)
+from tests.test_export import small_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -160,6 +169,30 @@ def test_a_run_can_start_from_a_checkpoint_at_another_size(trained: Path, faces:
     assert start["training"]["config"]["size"] == 64
 
 
+def test_records_do_not_nest_deeper_with_each_start(faces: Path, tmp_path: Path) -> None:
+    """A manifest that is nested too deep could not be read again."""
+    init = small_checkpoint(tmp_path / "0")
+    dataclasses.replace(Manifest.read(init), training={"config": {"seed": 0}}).write(init)
+    for seed in (1, 2, 3):
+        init = run(faces, tmp_path / f"{seed}", epochs=1, init=init, seed=seed).parent
+    start = load_checkpoint(init)[1].training["start"]
+    records = [start["training"], *start["before"]]
+    assert [record["config"]["seed"] for record in records] == [2, 1, 0]
+    assert all(not {"training", "before"} & set(record.get("start", {})) for record in records)
+    nested = {"a": 1, "start": {"x": 1, "training": {"a": 2, "start": {"x": 2, "training": {"a": 3}}}}}
+    assert ancestry(nested) == [{"a": 1, "start": {"x": 1}}, {"a": 2, "start": {"x": 2}}, {"a": 3}]
+
+
+def test_a_start_that_may_have_seen_held_out_people_is_said(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for held_out, is_said in (({}, True), ({"val_fraction": 0.01}, True), ({"val_fraction": 0.5}, False)):
+        init = small_checkpoint(tmp_path / f"{held_out}")
+        dataclasses.replace(Manifest.read(init), training={"held_out": held_out}).write(init)
+        run(faces, tmp_path / f"from {held_out}", epochs=1, init=init)
+        assert ("may have seen people whom this run holds out" in capsys.readouterr().out) == is_said
+
+
 def test_the_original_recipe_trains_on_whole_photos(faces: Path, tmp_path: Path) -> None:
     path = run(faces, tmp_path / "r", recipe="seed", size=64, epochs=1, ema=0)
     _, manifest = load_checkpoint(path)
@@ -248,6 +281,16 @@ def test_other_data_can_not_resume_a_run(trained: Path, tmp_path: Path) -> None:
     same = recipe("default", size=64, epochs=8, batch_size=8, ema=0.5, lr=1e-3, augment="none")
     with pytest.raises(KpError, match="began with other data"):
         train([other], same, trained, resume=True, accelerator="cpu", progress=False)
+
+
+def test_other_names_can_not_resume_a_run(faces: Path, tmp_path: Path) -> None:
+    """They say who is held out; in `.pts` files and in the hash of them there are none."""
+    source, config = read_source(faces), recipe("default")
+    (tmp_path / "run.json").write_text(json.dumps(run_record([source], *split_by_person([source], config), config, {})))
+    assert stored_record(tmp_path, [source], config)["held_out"]["faces"] > 0
+    renamed = [dataclasses.replace(f, image=f.image.with_name("x" + f.image.name)) for f in source.faces]
+    with pytest.raises(KpError, match="began with other data"):
+        stored_record(tmp_path, [dataclasses.replace(source, faces=tuple(renamed))], config)
 
 
 def begun(faces: Path, run: Path, state: dict[str, Any], **record: object) -> None:

@@ -64,6 +64,14 @@ def test_a_run_that_cannot_be_refitted_is_said_and_left(tmp_path: Path, capsys: 
     assert not list(tmp_path.iterdir())
 
 
+def test_two_data_sets_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = [write_csv_source(tmp_path / name, people=4) for name in "ab"]
+    assert len({path.name for path in data}) == 1
+    monkeypatch.setattr("sys.argv", ["x", *(f"--data={path}" for path in data), f"--out={tmp_path / 'out'}"])
+    with pytest.raises(InputError, match="two data sets have one name"):
+        train_reference.main()
+
+
 def test_a_weight_behind_a_source_counts(tmp_path: Path) -> None:
     sources = [Source(tmp_path, weight, (), "") for weight in (2.0, 1.5)]
     assert [source.weight for source in train_reference.weighted(sources, 1.0)] == [2.0, 1.5]

@@ -106,6 +106,7 @@ def test_another_machine_is_a_line(
         (("--also", "nowhere", "--alone"), "--alone tries no other bundle: leave out --also"),
         (("--data", "nowhere.csv"), "nowhere.csv"),
         (("--photo", "nowhere.jpg"), "nowhere.jpg"),
+        (("--out", "."), ". is a folder; name a file in it"),
     ],
 )
 def test_bad_input_is_one_line(

@@ -66,6 +66,15 @@ def test_what_killed_runs_left_beside_the_target_is_cleared(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
 
 
+def test_a_name_as_long_as_a_file_can_have(tmp_path: Path) -> None:
+    stem = "é" * 120  # 240 bytes, and 14 of _keypoints.mp4: 255 are taken
+    sinks = open_sinks(["mp4", "jsonl"], tmp_path, stem[:-1], rate=25, size_hw=SIZE_HW, live=False)
+    for sink in sinks:
+        sink.write(VideoFrame(0, 0, picture(1)), (), picture(1))
+        sink.close()
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem[:-1]}_keypoints.{kind}" for kind in ("mp4", "jsonl")}
+
+
 def test_outputs_that_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     source = FolderSource(folder_of_frames(tmp_path / "frames", 2))

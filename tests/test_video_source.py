@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
 import threading
 import time
 from pathlib import Path
@@ -169,8 +170,9 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         open_source("nothing.mp4")
     with pytest.raises(InputError, match="there is no video, folder"):
         open_source("a" * 300)
-    with pytest.raises(InputError, match="there is no camera 12345"):
-        open_source("12345")
+    for camera in ("12345", "9" * 5000, "1" + 9 * "0"):
+        with pytest.raises(InputError, match=f"there is no camera {camera}"):
+            open_source(camera)
     cv2.imwrite(str(tmp_path / "a.png"), picture(3))
     with pytest.raises(InputError, match=r"a.png is a photo: kp predict"):
         open_source(str(tmp_path / "a.png"))
@@ -179,6 +181,18 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
         open_source(str(tmp_path / "empty"))
     with pytest.raises(ImageError, match="camera 3 gives no frame; check that it is connected"):
         live(Camera())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")
+def test_names_that_are_no_text(tmp_path: Path) -> None:
+    """OpenCV ends the process at them."""
+    name = os.fsdecode(b"talk\xff.mp4")
+    video(tmp_path / "talk.mp4").rename(tmp_path / name)
+    for source in (str(tmp_path / name), "rtsp://" + name, name + " ! appsink"):
+        with pytest.raises(InputError, match=r"its name is no text in UTF-8, which OpenCV needs; rename it"):
+            open_source(source)
+    with pytest.raises(InputError, match="rename it"):
+        VideoSink(tmp_path / name, "mp4v", 25, SIZE_HW, by_clock=False)
 
 
 def test_a_pipeline_needs_an_opencv_with_gstreamer(monkeypatch: pytest.MonkeyPatch) -> None:
