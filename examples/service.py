@@ -122,7 +122,8 @@ class BatchingBackend(Backend):
 
     The first thread to come waits `wait_s` for others, or until `enough` faces are there, and while
     a call is running; then it runs all that have come. A `Model` on it is used as any other, so a
-    request's keypoints are those of `model(image, boxes)`.
+    request's keypoints are those of `model(image, boxes)`. All calls are made by one thread: on a GPU
+    each thread that calls an engine gets a context of its own, with memory for the largest batch.
     """
 
     def __init__(self, backend: Backend, wait_s: float, enough: int) -> None:
@@ -131,6 +132,7 @@ class BatchingBackend(Backend):
         self.calls = self.faces = 0
         self._backend, self._wait_s, self._enough = backend, wait_s, enough
         self._arrival, self._engine = threading.Condition(), threading.Lock()
+        self._one = ThreadPoolExecutor(1, "engine")
         self._batch = Batch()
 
     @property
@@ -151,8 +153,13 @@ class BatchingBackend(Backend):
                 with self._arrival:
                     batch, self._batch = self._batch, Batch()
                 self.calls, self.faces = self.calls + 1, self.faces + batch.faces
-                batch.run(self._backend)
+                self._one.submit(batch.run, self._backend).result()
         return answer.result()
+
+    def begin(self, crop: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Makes calls of up to `enough` faces find everything ready; the keypoints of a crop, which nobody shares."""
+        self._one.submit(self._backend.warmup, self._enough).result()
+        return self._one.submit(self._backend.infer, crop).result()
 
 
 class Service:
@@ -161,7 +168,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         bundle = settings.model or default_bundle(ENGINES_OF_THE_CHECKOUT / "resnet18-68")
         model = kp_runtime.load(bundle, settings.backend, public_key=settings.public_key)
-        model.warmup(settings.batch_faces)
+        model.close()  # its engine alone is used
         self.batching = BatchingBackend(model.backend, settings.wait_ms / 1000, settings.batch_faces)
         self.metrics = metrics_or_none()
         shared = kp_runtime.Model(self.batching)
@@ -176,7 +183,7 @@ class Service:
             self._detectors.put(self.metrics.detector(detector) if self.metrics else detector)
         size = model.spec.size
         self._crop = np.random.default_rng(68).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
-        self._expected = model.backend.infer(self._crop)  # load() has just compared the golden crop
+        self._expected = self.batching.begin(self._crop)  # load() has just compared the golden crop
 
     def answer(self, data: bytes) -> dict[str, Any]:
         """The keypoints of all faces, as `Keypoints.to_json`."""

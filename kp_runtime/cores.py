@@ -61,7 +61,7 @@ def check_process(origin: int) -> None:
     if os.getpid() != origin:
         raise BackendError(
             f"the threads that this needs stayed behind when process {origin} forked this one; load models and "
-            "detectors in each process (those with threads=1 can be called here, but not submitted to)"
+            "detectors in each process (on a CPU those with threads=1 can be called here, but not submitted to)"
         )
 
 

@@ -143,6 +143,11 @@ def _advice(reason: str) -> str:
             "something read or wrote memory that is not there, such as a frame that was freed too early; "
             "this process can't use the GPU any more: start it again"
         )
+    if "NOT_INITIALIZED" in reason:
+        return (
+            "where this process was forked from one that had used CUDA, start it by spawn instead, or load models "
+            "after the fork and not before it"
+        )
     return "see that nvidia-smi (tegrastats on a Jetson) shows a GPU that works"
 
 

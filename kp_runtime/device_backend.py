@@ -195,9 +195,14 @@ class DeviceBackend(Backend):
         lane = self._lane(len(crops))
         call, stream = self.driver.call, self.driver.api.CUstream(lane.stream)
         self.driver.make_current()
-        call("cuMemcpyHtoDAsync", lane.input_ptr, crops.ctypes.data, crops.nbytes, stream)
-        lane.enqueue(len(crops))
-        lane.fetch(len(crops), given.ctypes.data)
+        try:
+            call("cuMemcpyHtoDAsync", lane.input_ptr, crops.ctypes.data, crops.nbytes, stream)
+            lane.enqueue(len(crops))
+            lane.fetch(len(crops), given.ctypes.data)
+        except BaseException:
+            with contextlib.suppress(BackendError):  # what is queued still reads and writes these arrays
+                call("cuStreamSynchronize", stream)
+            raise
         call("cuStreamSynchronize", stream)
         return arrays_of(given, len(crops), self.spec)
 

@@ -14,12 +14,14 @@ from typing import Any
 from kp_runtime.errors import ImageError, reason_of
 from kp_runtime.frame import CHANNELS, check_layout, size_hw_from_shape
 
-__all__ = ["DeviceFrame"]
+__all__ = ["PER_THREAD_STREAM", "DeviceFrame"]
 
 _LONGEST = 32767
 """OpenCV's warpAffine takes no longer images; here they stop where the CPU path stops."""
 
 _DEFAULT_STREAM = 1  # the legacy one, as both interfaces number it
+PER_THREAD_STREAM = 2
+"""The default one of the calling thread, likewise."""
 _CUDA, _CUDA_MANAGED, _UNSIGNED = 2, 13, 1
 """kDLCUDA, kDLCUDAManaged and kDLUInt of DLPack's dlpack.h."""
 

@@ -18,7 +18,7 @@ from kp_runtime.backend import Answer, Backend, open_backend
 from kp_runtime.cuda_graphs import GraphReport
 from kp_runtime.default_model import default_bundle
 from kp_runtime.device_backend import DeviceBackend
-from kp_runtime.device_frame import DeviceFrame
+from kp_runtime.device_frame import PER_THREAD_STREAM, DeviceFrame
 from kp_runtime.errors import BackendError, BoxError, ImageError, InputError
 from kp_runtime.frame import Frame, as_frame
 from kp_runtime.geometry import apply_matrix, boxes_from_points, invert_matrix, matrices_from_boxes, mirrored_matrices
@@ -157,6 +157,7 @@ class Model:
             out: likewise; one for each frame that is under way.
 
         Raises:
+            InputError: a device frame on the per-thread default stream, which is another one in each thread.
             BackendError: the model is closed, a callback asks while `IN_FLIGHT` frames are unfinished, or this process
                 was forked since the first call.
         """
@@ -166,6 +167,11 @@ class Model:
         if self._gpu is None:
             return line.submit(lambda: self._predict(image, boxes_xyxy, layout, None, out, False))
         gpu = self._gpu
+        if isinstance(image, DeviceFrame) and image.stream == PER_THREAD_STREAM:
+            raise InputError(
+                "a frame that is written on the per-thread default stream (2) can't be submitted: to the thread that "
+                "crops it, 2 is another stream; synchronise it and give stream None, or write on a stream of your own"
+            )
         return line.submit(lambda: self._started(gpu, image, boxes_xyxy, layout, out), lambda finish: finish())
 
     def close(self) -> None:

@@ -338,6 +338,20 @@ def test_engine_that_fails_while_it_runs(install: Any, tmp_path: Path, rng: Any)
         backend.infer(some_crops(rng, 3))
 
 
+def test_what_is_queued_is_waited_for_where_a_call_fails(
+    install: Any, driver: DriverDouble, tmp_path: Path, rng: Any
+) -> None:
+    """It reads and writes arrays that would be freed meanwhile."""
+    install()
+    backend, crops = opened(with_plan(tmp_path)), some_crops(rng, 2)
+    backend.answer(crops)
+    driver.failing["cuMemcpyDtoHAsync"] = Result.CUDA_ERROR_ILLEGAL_ADDRESS
+    before = len(driver.asked)
+    with pytest.raises(BackendError, match="cuMemcpyDtoHAsync"):
+        backend.answer(crops)
+    assert [call[0] for call in driver.asked[before:]][-1] == "cuStreamSynchronize"
+
+
 def test_no_tensorrt(install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(name="none")
     with pytest.raises(BackendError, match=r"TensorRT is not installed here \(.*\): JetPack .*pip install tensorrt$"):

@@ -195,4 +195,4 @@ def test_a_forked_process_does_not_wait_for_threads_that_stayed_behind(threads: 
     lines = [line.split(" refused  ")[0] for line in done.stdout.splitlines()]
     called = [f"{name} True" if threads == 1 else name for name in ("a face", "crops", "detector")]
     assert lines == [*called, "submit"], done.stderr
-    assert "load models and detectors in each process (those with threads=1" in done.stdout
+    assert "load models and detectors in each process (on a CPU those with threads=1" in done.stdout

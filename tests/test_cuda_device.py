@@ -51,7 +51,10 @@ def test_machine_that_is_no_jetson(driver: DriverDouble) -> None:
 
 def test_cuda_that_does_not_work(driver: DriverDouble) -> None:
     driver.failing["cuInit"] = Result.CUDA_ERROR_NO_BINARY_FOR_GPU
-    with pytest.raises(BackendError, match="cuInit says CUDA_ERROR_NO_BINARY_FOR_GPU"):
+    with pytest.raises(BackendError, match="cuInit says CUDA_ERROR_NO_BINARY_FOR_GPU; see that nvidia-smi"):
+        cuda_device()
+    driver.failing["cuInit"] = Result.CUDA_ERROR_NOT_INITIALIZED
+    with pytest.raises(BackendError, match="forked from one that had used CUDA, start it by spawn"):
         cuda_device()
 
 

@@ -113,6 +113,26 @@ def test_an_error_is_everyones_and_the_next_call_works(service: Any) -> None:
     assert len(batching.infer(crops_of(7, 8))) == 2
 
 
+def test_one_thread_calls_the_engine(service: Any) -> None:
+    """On a GPU each that does has a context of its own."""
+    callers: set[int] = set()
+
+    class Noting(CountingBackend):
+        def _run(self, crops: np.ndarray) -> list[np.ndarray]:
+            callers.add(threading.get_ident())
+            return super()._run(crops)
+
+    engine = Noting()
+    engine.may_run.set()
+    batching = service.BatchingBackend(engine, wait_s=0.001, enough=4)
+    assert (batching.begin(crops_of(5))[:, 0, 0] == [5]).all()
+    assert engine.batches == [1, 2, 4, 1]
+    with ThreadPoolExecutor(8) as threads:
+        assert [len(a) for a in threads.map(batching.infer, [crops_of(i) for i in range(30)])] == [1] * 30
+    assert len(callers) == 1
+    assert batching.faces == 30
+
+
 def test_settings_from_the_environment(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KP_DETECTOR", "face.onnx")
     monkeypatch.setenv("KP_PORT", "8001")

@@ -291,6 +291,13 @@ def both(cpu: Model, model: Model) -> Iterator[list[Model]]:
         yield [other, model]
 
 
+def test_a_stream_that_is_another_one_in_each_thread_is_not_submitted(model: Model, driver: DriverDouble) -> None:
+    device = on_device(driver, Frame(picture(0), "bgr"), stream=2)
+    with pytest.raises(InputError, match="per-thread default stream"):
+        model.submit(device, boxes_of(0, 1))
+    assert len(model.submit(on_device(driver, Frame(picture(0), "bgr"), stream=1), boxes_of(0, 1)).result(30)) == 1
+
+
 def test_submitted_frames_come_in_order_and_right(both: list[Model], cpu: Model) -> None:
     for either in both:
         done: list[int] = []
