@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from kp_runtime.interchange import faces_from_file, faces_to_file, with_sizes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import ModelSpec
 from kp_train.data import (
+    Face,
     FaceDataset,
     evenly_spread,
     is_held_out,
@@ -280,3 +282,16 @@ def test_workers_share_the_images_instead_of_a_copy(csv_source: Path, monkeypatc
     assert loader.multiprocessing_context.get_start_method() == "fork"  # whatever this Python's own is
     assert sum(len(crops) for crops, _ in loader) == len(shown)
     assert start_of_workers(0) is None
+
+
+def test_a_person_is_a_files_name_up_to_the_last_underscore() -> None:
+    names = {"Mary_Ann_Smith_12.jpg": "Mary_Ann_Smith", "ada_1.png": "ada", "ada.png": "ada", "_1.png": "_1"}
+    assert {name: Face(Path("x_y", name), np.zeros((68, 2), np.float32)).person for name in names} == names
+
+
+def test_who_is_held_out_follows_the_rule_in_the_manifest() -> None:
+    """Another hash would mix the people of every model that there is."""
+    for person in ("ada", "Mary_Ann_Smith", "person0", "é"):
+        bucket = int.from_bytes(hashlib.sha256(person.encode()).digest()[:4], "big") / 2**32
+        assert not is_held_out(person, bucket)
+        assert is_held_out(person, bucket + 2**-32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import kp_export.bundle
 from kp_export.bundle import export_bundle, predict_from_net
 from kp_export.onnx_from_checkpoint import check_fits_half
 from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
-from kp_export.staging import alone, mend
+from kp_export.staging import alone, mend, staging
 from kp_runtime.backend import GOLDEN_TOLERANCE_PX, Answer, open_backend
 from kp_runtime.errors import ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
@@ -373,3 +374,21 @@ def test_who_may_not_write_beside_a_bundle_needs_no_lock(copied: Path, monkeypat
         monkeypatch.setattr("os.access", lambda path, mode: False)
         with alone(copied), alone(Path("/")):
             pass
+
+
+def test_a_swap_that_fails_puts_the_old_bundle_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("old")
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(source).name == ".b.new":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    message = "No space left on device; what was there before is unchanged"
+    with pytest.raises(ExportError, match=message), staging(tmp_path / "b"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert (tmp_path / "b" / "x").read_text() == "old"

@@ -128,6 +128,7 @@ def test_coco_is_what_its_tools_expect(tmp_path: Path) -> None:
     assert [a["image_id"] for a in document["annotations"]] == [1, 1, 2]
     annotation, (category,) = document["annotations"][1], document["categories"]
     assert annotation["bbox"] == [2.5, 3.0, 78.75, 88.0]
+    assert annotation["area"] == 78.75 * 88
     assert annotation["keypoints"][3:6] == [*FACES[1].xy[1].tolist(), 2]
     assert (len(category["keypoints"]), category["keypoints"][36]) == (68, "left_eye_0")
     assert {1, 68} <= {point for edge in category["skeleton"] for point in edge} <= set(range(1, 69))

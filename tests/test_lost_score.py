@@ -98,3 +98,12 @@ def test_a_place_lies_in_its_photo(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "strip.png"), np.zeros((400, 40), np.uint8))
     face = Face(tmp_path / "strip.png", np.array([[0, 0], [80, 0], [80, 80]], np.float32))
     assert elsewhere([face] * 5, [face], None)[0] == []
+
+
+def test_places_lie_in_a_wide_photo(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "wide.png"), np.zeros((200, 600), np.uint8))
+    face = Face(tmp_path / "wide.png", (mean_shape() * 35 + 60).astype(np.float32))
+    _, boxes = elsewhere([face] * 50, [face], None)
+    assert len(boxes) == 50
+    assert (boxes[:, 2:] <= (600, 200)).all()
+    assert boxes[:, 2].max() > 400

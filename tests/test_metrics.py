@@ -50,3 +50,10 @@ def test_smooth_l1_is_the_original_projects(rng: np.random.Generator) -> None:
     target = torch.tensor((wanted - crop - 100) / 50)
     expected = torch.nn.functional.smooth_l1_loss(raw, target)
     assert smooth_l1_original(predicted, TRUTH, SIZES).mean() == pytest.approx(float(expected))
+
+
+def test_smooth_l1_goes_by_the_shorter_side_whichever_it_is() -> None:
+    moved = TRUTH + 7
+    np.testing.assert_array_equal(
+        smooth_l1_original(moved, TRUTH, SIZES), smooth_l1_original(moved, TRUTH, SIZES[:, ::-1])
+    )

@@ -87,3 +87,13 @@ def test_the_command_says_what_it_packed(capsys: pytest.CaptureFixture[str], ful
     said = json.loads(out)
     assert set(said["files"]) == set(Manifest.read(tmp_path / "slim").files)
     assert said["bytes"] == sum((tmp_path / "slim" / name).stat().st_size for name in said["files"])
+
+
+def test_plans_of_a_precision_are_packed_with_it(full: Path, tmp_path: Path) -> None:
+    manifest, plan = Manifest.read(full), "model.int8.sm87.trt10.3.0.plan"
+    (full / plan).write_bytes(b"a plan")
+    entry = file_entry(full / plan, "plan", precision="int8")
+    dataclasses.replace(manifest, files=manifest.files | {plan: entry}).write(full)
+    assert plan in pack_bundle(full, tmp_path / "int8", ["int8"]).files
+    assert (tmp_path / "int8" / plan).read_bytes() == b"a plan"
+    assert plan not in pack_bundle(full, tmp_path / "fp32", ["fp32"]).files

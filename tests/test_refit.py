@@ -22,8 +22,8 @@ from kp_runtime.geometry import boxes_from_points
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import check_start, load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig
-from kp_train.data import Source, luma_from_file, read_source
-from kp_train.lost_score import LIMIT
+from kp_train.data import Source, is_held_out, luma_from_file, read_source
+from kp_train.lost_score import LIMIT, elsewhere
 from kp_train.model import KeypointNet
 from kp_train.refit import Refit, _Seen, refit, solved_head
 from kp_train.synthetic import mean_shape, write_csv_source
@@ -301,3 +301,35 @@ def test_the_command(
     assert kp(capsys, "refit", tmp_path / "nowhere", *words[2:], tmp_path / "c")[2] == (
         f"kp: there is no bundle or run at {tmp_path / 'nowhere'}\n"
     )
+
+
+def test_what_was_measured_of_other_keypoints_is_not_kept(source: Source, run: Path, tmp_path: Path) -> None:
+    measured = dataclasses.replace(Manifest.read(run), accuracy={"x": {"nme": 0.1}})
+    measured.write(shutil.copytree(run, tmp_path / "run"))
+    assert refit(tmp_path / "run", [source], tmp_path / "new", None, boxes={"keypoints": 1}).strength > 0
+    assert Manifest.read(tmp_path / "new").accuracy == {}
+
+
+def test_sources_count_by_their_weights(source: Source, run: Path, tmp_path: Path) -> None:
+    def head(name: str, *weights: float) -> torch.Tensor:
+        halves = (source.faces[:30], source.faces[30:])
+        parts = [dataclasses.replace(source, faces=f, weight=w) for f, w in zip(halves, weights, strict=True)]
+        refit(run, parts, tmp_path / name, None, boxes={"keypoints": 1})
+        return load_checkpoint(tmp_path / name)[0].backbone.fc.weight
+
+    assert not torch.allclose(head("a", 1e6, 1.0), head("b", 1.0, 1e6), atol=0.01)
+
+
+def test_a_lost_score_is_judged_by_held_out_faces(
+    source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def places(faces: Any, labelled: Any, detector: Any) -> Any:
+        asked.append({is_held_out(face.person, 0.3) for face in faces})
+        return elsewhere(faces, labelled, detector)
+
+    monkeypatch.setattr("kp_train.lost_score.MOST_WRONG", 1.0)
+    monkeypatch.setattr("kp_train.refit.elsewhere", places)
+    refit(run, [source], tmp_path / "a", None, score_only=True)
+    assert asked == [{False}, {True}]  # solved on these, judged by those

@@ -273,3 +273,16 @@ def test_the_shipped_network_follows_a_face_and_notices_its_loss(lite: object, a
     assert tracker.detector_runs <= 3
     empty = np.random.default_rng(0).integers(0, 255, (300, 480, 3), np.uint8)
     assert tracker(cv2.GaussianBlur(empty, None, 3), 2.0) == ()
+
+
+def test_a_second_look_is_shifted_wherever_the_image_reaches() -> None:
+    face, asked = mean_shape() * 50 + (900, 300), []
+
+    def model(image: np.ndarray, boxes: np.ndarray, /) -> Keypoints:
+        asked.append(np.asarray(boxes))
+        return Keypoints(np.float32([face] * len(boxes)), boxes, np.zeros((len(boxes), 2, 3)), (720, 1280), None)
+
+    track = Tracker(model, lambda image: np.array([[850.0, 250, 950, 350]]))
+    track(np.zeros((720, 1280, 3), np.uint8), 0.0)
+    first, second = asked[-1]
+    np.testing.assert_allclose(second, second_looks(first[None])[0])

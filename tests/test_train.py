@@ -186,7 +186,7 @@ def test_records_do_not_nest_deeper_with_each_start(faces: Path, tmp_path: Path)
 def test_a_start_that_may_have_seen_held_out_people_is_said(
     faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for held_out, is_said in (({}, True), ({"val_fraction": 0.01}, True), ({"val_fraction": 0.5}, False)):
+    for held_out, is_said in (({}, True), ({"val_fraction": 0.01}, True), ({"val_fraction": 0.1}, False)):
         init = small_checkpoint(tmp_path / f"{held_out}")
         dataclasses.replace(Manifest.read(init), training={"held_out": held_out}).write(init)
         run(faces, tmp_path / f"from {held_out}", epochs=1, init=init)
@@ -276,11 +276,13 @@ def test_nothing_to_resume_and_other_settings_are_said(trained: Path, faces: Pat
         train([read_source(faces)], recipe("default", epochs=9), trained, resume=True)
 
 
-def test_other_data_can_not_resume_a_run(trained: Path, tmp_path: Path) -> None:
+def test_other_data_can_not_resume_a_run(trained: Path, faces: Path, tmp_path: Path) -> None:
     other = read_source(write_csv_source(tmp_path, people=40, seed=1))
     same = recipe("default", size=64, epochs=8, batch_size=8, ema=0.5, lr=1e-3, augment="none")
-    with pytest.raises(KpError, match="began with other data"):
-        train([other], same, trained, resume=True, accelerator="cpu", progress=False)
+    heavier = parse_source(f"{faces}=2")
+    for source in (other, heavier):
+        with pytest.raises(KpError, match="began with other data or weights"):
+            train([source], same, trained, resume=True, accelerator="cpu", progress=False)
 
 
 def test_other_names_can_not_resume_a_run(faces: Path, tmp_path: Path) -> None:
