@@ -25,8 +25,10 @@ from kp_cli.options import (
     Tuned,
     bundle_or_default,
     check_effect,
+    check_file,
     detector_record,
     load_model,
+    make_folder,
     note_boxes,
     open_detector,
     quiet_opencv,
@@ -95,6 +97,7 @@ def predict(
     paths = photos_from_paths(photos)
     if len(paths) > 1 and (box or drawn):
         raise InputError(f"--box and --drawn go with one photo, got {len(paths)}")
+    check_file(drawn)
     targets = [drawn or out / f"{path.stem}_keypoints.jpg" for path in paths]
     _check_targets(paths, targets)
     if "pts" in (formats or []):
@@ -107,6 +110,7 @@ def predict(
     finder = None if boxes is not None else open_detector(detector, threads=threads, public_key=public_key)
     if finder is not None:
         note_boxes(opened.spec)
+    make_folder(out)
     results, failed, undrawn = [], [], []
     stop = threading.Event()
     for path, target in _until_stopped("predicting", list(zip(paths, targets, strict=True)), stop):
@@ -125,7 +129,7 @@ def predict(
             )
         except NotDrawnError as error:
             results.append(error.photo)
-            undrawn.append(f"{error} (--drawn FILE); its keypoints are kept")
+            undrawn.append(f"{error} (--drawn FILE)")
         except KpError as error:
             failed.append(str(error))
     written, unwritten = [], []
@@ -133,6 +137,11 @@ def predict(
         written = write_results(results, out, formats or ["json"]) if results else []
     except KpError as error:  # told in the end, after what was found
         unwritten.append(str(error))
+        if "json" not in (formats or ["json"]):  # such as where two .pts files would have one name
+            written = write_results(results, out, ["json"])
+            unwritten.append(f"all keypoints are in {written[0]}")
+    if undrawn and not unwritten:
+        undrawn.append("the keypoints are kept")
     if as_json:
         print_json(results_json(results))
     else:
@@ -278,6 +287,7 @@ def put_effect(
     check_effect(effect, opened.spec)
     opened.check_looks(looks, mirror)
     finder = open_detector(detector, threads=threads, public_key=public_key)
+    make_folder(out)
     results, failed = [], []
     stop = threading.Event()
     for path, target in _until_stopped("drawing", list(zip(paths, targets, strict=True)), stop):
@@ -329,6 +339,9 @@ def convert(
     faces = faces_from_file(source, read_as)
     if images is not None:
         faces = with_sizes(faces, images)
+    bare = sum(not Path(face.image).suffix for face in faces)
+    if bare and write_as != "pts" and (read_as or format_of(source)) == "pts":
+        note(f"no photo lies beside {bare} of the .pts files, so the names of their images have no suffix")
     written = faces_to_file(faces, out, write_as)
     if as_json:
         print_json({"faces": len(faces), "written": [str(path) for path in written]})

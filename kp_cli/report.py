@@ -139,11 +139,13 @@ def frames_progress(text: str, total: int | None) -> Iterator[Callable[[int], No
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Ends the program with one line on stderr and exit status 1 at a `KpError`, or at an error of the system."""
+    """Ends the program with one line on stderr and exit status 1 at a `KpError`, or where system or memory fail."""
     try:
         yield
     except KpError as error:
         fail(program, str(error))
+    except MemoryError as error:
+        fail(program, f"there is too little memory: {error or 'take less at once'}")
     except OSError as error:
         fail(program, f"{error.filename or 'the system'}: {error.strerror or error}")
 

@@ -98,12 +98,7 @@ def train(
     """
     if pairs and points is None:
         raise InputError("--pairs goes with --points; the pairs of the 68 points are known")
-    _quiet_training()
-    from lightning.pytorch.utilities import rank_zero_only
-
     from kp_train.config import recipe as settings
-    from kp_train.data import parse_source
-    from kp_train.train import train as run
 
     config = settings(
         recipe.value,
@@ -120,6 +115,12 @@ def train(
         seed=seed,
         precision=precision,
     )
+    _quiet_training()  # from here on it takes seconds to import
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from kp_train.data import parse_source
+    from kp_train.train import train as run
+
     path = run(
         [parse_source(text, config.points) for text in data], config, out, name=name, weights=weights, init=init,
         teachers=teacher or [], resume=resume, devices=devices, accelerator=accelerator, strategy=strategy,

@@ -164,7 +164,8 @@ def _checked(face: LabelledFace) -> NDArray[np.float32]:
 
 def _image_folder(path: Path, name: str) -> Path:
     """Beside `training_frames_keypoints.csv` the photos lie in a folder of that name, in `training/`, or in its own."""
-    places = [path.parent / path.stem, path.parent / path.stem.split("_")[0], path.parent]
+    names = dict.fromkeys((path.stem, path.stem.split("_")[0], ""))
+    places = [path.parent / name for name in names]
     with contextlib.suppress(OSError):  # of a name that is longer than any file's
         if found := [place for place in places if (place / name).is_file()]:
             return found[0]

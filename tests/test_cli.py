@@ -117,6 +117,9 @@ def test_a_file_beside_no_manifest_is_named(
         (("eval", "{bundle}", "--data", "x", "--detector", "own=d"), "--detector goes with --boxes detector"),
         (("bench", "{bundle}", "--out", "{bundle}"), "is a folder; name a file in it"),
         (("bench", "{bundle}", "--html", "/"), "/ is a folder; name a file in it"),
+        (("predict", "{photo}", "--model", "{bundle}", "--out", "{photo}"), "can't write into"),
+        (("predict", "{photo}", "--drawn", "{bundle}"), "is a folder; name a file in it"),
+        (("filter", "{photo}", "--effect", "hat", "--model", "{bundle}", "--out", "{photo}"), "can't write into"),
         (("convert", "x.csv", "{out}.parquet", "--images", "x"), "--images is for COCO"),
         (("predict", "a\x1b]0;x\x07.jpg"), r"at a\x1b]0;x\x07.jpg"),
         (("bench", "{bundle}", "--batch", "0"), "batch sizes must be 1 or more"),
@@ -159,6 +162,22 @@ def test_a_fault_is_one_line_and_exit_1(
     assert err.startswith("kp: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_pts_files_without_photos_are_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from kp_train.synthetic import write_csv_source
+
+    data = write_csv_source(tmp_path, people=2)
+    assert kp(capsys, "convert", data, tmp_path / "alone")[::2] == (0, "")
+    status, _, err = kp(capsys, "convert", tmp_path / "alone", tmp_path / "b.csv")
+    assert status == 0
+    assert err == "no photo lies beside 4 of the .pts files, so the names of their images have no suffix\n"
+
+
+def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"), report.one_line_errors("kp"):
+        raise MemoryError("Unable to allocate 14.9 GiB")  # as NumPy does
+    assert capsys.readouterr().err == "kp: there is too little memory: Unable to allocate 14.9 GiB\n"
 
 
 def test_a_folder_that_can_not_be_written_is_said(

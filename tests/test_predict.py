@@ -87,7 +87,7 @@ def test_a_photo_that_can_not_be_drawn_keeps_its_keypoints(
     assert (status, err.count("\n")) == (1, 1)
     assert err.startswith("kp: 1 of 3 photos failed: ")
     assert "a.png was not drawn: can't write" in err
-    assert err.endswith(" (--drawn FILE); its keypoints are kept\n")
+    assert err.endswith(" (--drawn FILE); the keypoints are kept\n")
     assert f"{photos / 'a.png'}: 1 face\n" in printed
     written = json.loads((out / "keypoints.json").read_text())
     assert [(Path(photo["image"]).name, len(photo["faces"])) for photo in written] == [("a.png", 1), ("c.png", 1)]
@@ -252,6 +252,20 @@ def test_a_closed_stderr_loses_nothing(bundle: Path, astronaut: Path, tmp_path: 
         ["sh", "-c", 'exec "$@" 2>&-', "sh", *words], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
     )
     assert len(json.loads(done.stdout)) == 2
+
+
+def test_keypoints_whose_pts_files_would_have_one_name_are_kept_all_the_same(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    picture = cv2.imread(str(astronaut))
+    cv2.imwrite(str(tmp_path / "a.png"), np.hstack([picture, picture]))  # a_0.pts and a_1.pts
+    cv2.imwrite(str(tmp_path / "a_0.png"), picture)
+    words = ("predict", tmp_path / "a.png", tmp_path / "a_0.png", "--model", bundle, "--out", tmp_path / "o")
+    status, _, err = kp(capsys, *words, "--format", "pts")
+    assert (status, err.count("\n")) == (1, 1)
+    assert "would both be a_0.pts" in err
+    assert err.endswith(f"all keypoints are in {tmp_path / 'o' / 'keypoints.json'}\n")
+    assert [len(photo["faces"]) for photo in json.loads((tmp_path / "o" / "keypoints.json").read_text())] == [2, 1]
 
 
 def test_two_photos_of_one_name_are_not_mixed_up(
