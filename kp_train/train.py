@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,6 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torchvision
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
@@ -44,16 +40,17 @@ from kp_train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from kp_train.config import DetectorConfig, TrainConfig, has_bfloat16
-from kp_train.data import Face, FaceDataset, Source, check_lost_worker, evenly_spread, is_held_out
+from kp_train.config import TrainConfig, has_bfloat16
+from kp_train.data import FaceDataset, Source, check_lost_worker, evenly_spread
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet, load_backbone_weights
+from kp_train.run_record import ancestry, held_out_as_many, run_record, split_by_person, stored_record
 from kp_train.teachers import Teachers, load_teachers, reduced
 
-__all__ = ["ancestry", "run_record", "split_by_person", "stored_record", "train"]
+__all__ = ["train"]
 
 
 class KeypointModule(L.LightningModule):
@@ -180,7 +177,7 @@ def train(
             return run / CHECKPOINT_NAME
     else:
         start, before = _start_weights(module.net, train_set, weights, init)
-        if init is not None and not _held_out_as_many(start["training"], config) and trainer.is_global_zero:
+        if init is not None and not held_out_as_many(start["training"], config) and trainer.is_global_zero:
             print(f"{init} may have seen people whom this run holds out: their NME flatters it", flush=True)
         record = {"name": name, "devices": trainer.world_size}
         record |= run_record(sources, training, held_out, config, start)
@@ -295,31 +292,6 @@ def _devices_and_nodes(devices: str) -> tuple[int | str, int]:
     return here, everywhere // here
 
 
-def stored_record(
-    run: Path, sources: Sequence[Source], config: TrainConfig | DetectorConfig, free: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The record that a run began with; a resumed one must have its settings, but for the `free` ones, and its data.
-
-    Raises:
-        KpError: it can't be read, or something differs.
-    """
-    try:
-        stored: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        before = type(config)().to_json() | stored["config"]  # a setting that the run's release did not have
-        data = [(s["sha256"], s["weight"]) for s in stored["sources"]]
-        named = stored.get("held_out", {}).get("sha256")  # of a folder the hash above knows no names
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
-    wanted = config.to_json()
-    differ = [key for key in wanted if key not in free and before.get(key) != wanted[key]]
-    if changed := [f"{key} {before.get(key)} -> {wanted[key]}" for key in differ]:
-        raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones")
-    held_out = [f for s in sources for f in s.faces if is_held_out(f.person, config.val_fraction)]
-    if data != [(s.sha256, s.weight) for s in sources] or named not in (None, _sha256_of_names(held_out)):
-        raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
-    return stored
-
-
 def _check_resumed(
     run: Path, record: dict[str, Any], name: str, init: Path | None, taught: Teachers, devices: int
 ) -> None:
@@ -344,21 +316,6 @@ def _sees_alike(one: ModelSpec, other: ModelSpec) -> bool:
     return (one.box, one.margin, one.points) == (other.box, other.margin, other.points)
 
 
-def split_by_person(
-    sources: Sequence[Source], config: TrainConfig | DetectorConfig
-) -> tuple[list[list[Face]], list[Face]]:
-    """Each source's faces to train on, and all held-out ones together, by person."""
-    training = [[f for f in s.faces if not is_held_out(f.person, config.val_fraction)] for s in sources]
-    held_out = [f for s in sources for f in s.faces if is_held_out(f.person, config.val_fraction)]
-    if not held_out or not any(training):
-        raise DataError(
-            f"{sum(len(s.faces) for s in sources)} faces give none to "
-            f"{'validate' if not held_out else 'train'} on at val_fraction {config.val_fraction:g}; "
-            "add faces of more people (a person is a file name up to its last underscore)"
-        )
-    return training, held_out
-
-
 def _start_weights(
     net: KeypointNet, faces: FaceDataset, weights: str, init: Path | None
 ) -> tuple[dict[str, Any], tuple[KeypointNet, ModelSpec] | None]:
@@ -379,26 +336,6 @@ def _start_weights(
     return load_backbone_weights(net, weights), None
 
 
-def _held_out_as_many(training: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a model that was trained so saw nobody whom a run with these settings holds out."""
-    held_out = training.get("held_out")
-    fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
-    return isinstance(fraction, int | float) and fraction >= config.val_fraction
-
-
-def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """A model's record and those of what it began at, the newest first and none within another.
-
-    So a manifest does not get deeper with each `--init`; a release that nested them is read too.
-    """
-    start = training.get("start")
-    if not isinstance(start, dict):
-        return [training]
-    own = training | {"start": {key: value for key, value in start.items() if key not in ("training", "before")}}
-    older = [record for record in (start.get("training"), *start.get("before", [])) if isinstance(record, dict)]
-    return [own, *(entry for record in older for entry in ancestry(record))]
-
-
 def _licence(start: dict[str, Any], taught: Teachers) -> dict[str, str]:
     """That of the weights which a run began at and of its teachers: what is learned from them stays under it."""
     licences = [*([start["licence"]] if start.get("licence") else []), *(known for known in taught.licences if known)]
@@ -417,62 +354,6 @@ def _print_biases(sources: Sequence[Source], biases: Sequence[NDArray[np.float64
 
 def _start_from_mean(net: KeypointNet, faces: FaceDataset) -> None:
     net.start_from_mean(torch.stack([faces[i][1] for i in evenly_spread(len(faces), 256)]).mean(dim=0))
-
-
-def run_record(
-    sources: Sequence[Source],
-    training: list[list[Face]],
-    held_out: list[Face],
-    config: TrainConfig | DetectorConfig,
-    start: dict[str, Any],
-) -> dict[str, Any]:
-    """What the manifest keeps of a run: enough to say what made these weights."""
-    return {
-        "config": config.to_json(),
-        "start": start,
-        "sources": [
-            {
-                "name": source.path.name,
-                "sha256": source.sha256,
-                "weight": source.weight,
-                "faces": len(source.faces),
-                "trained_on": len(part),
-            }
-            for source, part in zip(sources, training, strict=True)
-        ],
-        "held_out": {
-            "faces": len(held_out),
-            "rule": "person = stem up to the last underscore; first 32 bits of its sha256 / 2^32 < val_fraction",
-            "val_fraction": config.val_fraction,
-            "sha256": _sha256_of_names(held_out),
-        },
-        "git_revision": _git_revision(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "lightning": L.__version__,
-        },
-    }
-
-
-def _sha256_of_names(faces: Sequence[Face]) -> str:
-    return hashlib.sha256("\n".join(sorted(face.image.name for face in faces)).encode(errors="replace")).hexdigest()
-
-
-def _git_revision() -> str | None:
-    """The revision of this source tree, `-dirty` where files differ; None outside a checkout."""
-    here = Path(__file__).parent
-    if not (here.parent / ".git").exists():  # installed, maybe below somebody's own checkout
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=here, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
 
 
 def _write_checkpoint(

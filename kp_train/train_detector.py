@@ -33,7 +33,7 @@ from kp_train.config import DetectorConfig
 from kp_train.data import Source, check_lost_worker, start_of_workers
 from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
 from kp_train.face_windows import Pictures, WindowDataset
-from kp_train.train import run_record, split_by_person, stored_record
+from kp_train.run_record import run_record, split_by_person, stored_record
 
 __all__ = ["begun_config", "train_detector"]
 

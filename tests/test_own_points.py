@@ -23,7 +23,7 @@ from kp_train.config import TrainConfig
 from kp_train.data import parse_source, read_source
 from kp_train.metrics import accuracy, nme_unit
 from kp_train.model import KeypointNet
-from kp_train.train import stored_record
+from kp_train.run_record import stored_record
 from tests.test_cli import kp
 
 FIVE = np.array([[40.0, 40], [60, 40], [50, 55], [42, 70], [58, 70]], np.float32)

@@ -29,16 +29,9 @@ from kp_train.config import RECIPES, TrainConfig, recipe
 from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
 from kp_train.loaders import SourceSampler
 from kp_train.model import KeypointNet
+from kp_train.run_record import _git_revision, ancestry, run_record, split_by_person, stored_record
 from kp_train.synthetic import write_csv_source
-from kp_train.train import (
-    _git_revision,
-    _start_weights,
-    ancestry,
-    run_record,
-    split_by_person,
-    stored_record,
-    train,
-)
+from kp_train.train import _start_weights, train
 from tests.test_export import small_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -99,9 +92,9 @@ def test_the_revision_of_somebody_elses_checkout_is_not_this_ones(
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.invalid"]
     for words in (["init"], ["commit", "--allow-empty", "-m", "theirs"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
-    monkeypatch.setattr("kp_train.train.__file__", str(tmp_path / "venv" / "kp_train" / "train.py"))
+    monkeypatch.setattr("kp_train.run_record.__file__", str(tmp_path / "venv" / "kp_train" / "train.py"))
     assert _git_revision() is None
-    monkeypatch.setattr("kp_train.train.__file__", str(tmp_path / "venv" / "train.py"))
+    monkeypatch.setattr("kp_train.run_record.__file__", str(tmp_path / "venv" / "train.py"))
     assert _git_revision(), "beside .git it is a checkout"
 
 

@@ -1,0 +1,140 @@
+"""The record of a run: who is held out, what it began with, and whether one that goes on began likewise.
+
+It stands in `run.json` from the first step on and becomes `training` of the manifest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torchvision
+
+from kp_runtime.errors import DataError, KpError
+from kp_train.config import DetectorConfig, TrainConfig
+from kp_train.data import Face, Source, is_held_out
+
+__all__ = ["ancestry", "held_out_as_many", "run_record", "split_by_person", "stored_record"]
+
+
+def split_by_person(
+    sources: Sequence[Source], config: TrainConfig | DetectorConfig
+) -> tuple[list[list[Face]], list[Face]]:
+    """Each source's faces to train on, and all held-out ones together, by person."""
+    training = [[f for f in s.faces if not is_held_out(f.person, config.val_fraction)] for s in sources]
+    held_out = [f for s in sources for f in s.faces if is_held_out(f.person, config.val_fraction)]
+    if not held_out or not any(training):
+        raise DataError(
+            f"{sum(len(s.faces) for s in sources)} faces give none to "
+            f"{'validate' if not held_out else 'train'} on at val_fraction {config.val_fraction:g}; "
+            "add faces of more people (a person is a file name up to its last underscore)"
+        )
+    return training, held_out
+
+
+def run_record(
+    sources: Sequence[Source],
+    training: list[list[Face]],
+    held_out: list[Face],
+    config: TrainConfig | DetectorConfig,
+    start: dict[str, Any],
+) -> dict[str, Any]:
+    """What the manifest keeps of a run: enough to say what made these weights."""
+    return {
+        "config": config.to_json(),
+        "start": start,
+        "sources": [
+            {
+                "name": source.path.name,
+                "sha256": source.sha256,
+                "weight": source.weight,
+                "faces": len(source.faces),
+                "trained_on": len(part),
+            }
+            for source, part in zip(sources, training, strict=True)
+        ],
+        "held_out": {
+            "faces": len(held_out),
+            "rule": "person = stem up to the last underscore; first 32 bits of its sha256 / 2^32 < val_fraction",
+            "val_fraction": config.val_fraction,
+            "sha256": _sha256_of_names(held_out),
+        },
+        "git_revision": _git_revision(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "lightning": L.__version__,
+        },
+    }
+
+
+def stored_record(
+    run: Path, sources: Sequence[Source], config: TrainConfig | DetectorConfig, free: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The record that a run began with; a resumed one must have its settings, but for the `free` ones, and its data.
+
+    Raises:
+        KpError: it can't be read, or something differs.
+    """
+    try:
+        stored: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        before = type(config)().to_json() | stored["config"]  # a setting that the run's release did not have
+        data = [(s["sha256"], s["weight"]) for s in stored["sources"]]
+        named = stored.get("held_out", {}).get("sha256")  # of a folder the hash above knows no names
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
+    wanted = config.to_json()
+    differ = [key for key in wanted if key not in free and before.get(key) != wanted[key]]
+    if changed := [f"{key} {before.get(key)} -> {wanted[key]}" for key in differ]:
+        raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones")
+    held_out = [f for s in sources for f in s.faces if is_held_out(f.person, config.val_fraction)]
+    if data != [(s.sha256, s.weight) for s in sources] or named not in (None, _sha256_of_names(held_out)):
+        raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
+    return stored
+
+
+def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """A model's record and those of what it began at, the newest first and none within another.
+
+    So a manifest does not get deeper with each `--init`; a release that nested them is read too.
+    """
+    start = training.get("start")
+    if not isinstance(start, dict):
+        return [training]
+    own = training | {"start": {key: value for key, value in start.items() if key not in ("training", "before")}}
+    older = [record for record in (start.get("training"), *start.get("before", [])) if isinstance(record, dict)]
+    return [own, *(entry for record in older for entry in ancestry(record))]
+
+
+def held_out_as_many(training: dict[str, Any], config: TrainConfig) -> bool:
+    """Whether a model that was trained so saw nobody whom a run with these settings holds out."""
+    held_out = training.get("held_out")
+    fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
+    return isinstance(fraction, int | float) and fraction >= config.val_fraction
+
+
+def _sha256_of_names(faces: Sequence[Face]) -> str:
+    return hashlib.sha256("\n".join(sorted(face.image.name for face in faces)).encode(errors="replace")).hexdigest()
+
+
+def _git_revision() -> str | None:
+    """The revision of this source tree, `-dirty` where files differ; None outside a checkout."""
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():  # installed, maybe below somebody's own checkout
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
