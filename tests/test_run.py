@@ -20,11 +20,12 @@ import pytest
 from kp_cli.options import load_model
 from kp_cli.report import frames_progress
 from kp_runtime.errors import KpError
+from kp_runtime.track import Track
 from kp_runtime.video import run_video
 from kp_runtime.video_sink import ParquetSink
-from kp_runtime.video_source import FileSource, FolderSource
+from kp_runtime.video_source import FileSource, FolderSource, VideoFrame
 from tests.test_cli import kp
-from tests.test_video import folder_of_frames, levels, one_face, sinks_for, video
+from tests.test_video import folder_of_frames, levels, one_face, picture, sinks_for, video
 from tests.test_video_sink import FullDisk
 
 ENDLESS = """
@@ -225,6 +226,16 @@ def test_a_run_without_a_frame_leaves_an_older_result_alone(tmp_path: Path) -> N
     assert run_video(source, one_face(), sinks_for(source, tmp_path, *formats), stop=stop).files == ()
     assert {path: path.read_bytes() for path in before} == before
     assert not list(tmp_path.glob(".*"))
+
+
+def test_parquet_of_more_rows_than_go_to_the_disk_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    monkeypatch.setattr("kp_runtime.video_sink._ROWS_AT_ONCE", 4)
+    sink, track = ParquetSink(tmp_path / "a.parquet"), Track(1, np.zeros(4), np.zeros((68, 2), np.float32), 0.1)
+    for index in range(10):
+        sink.write(VideoFrame(index, index / 30, picture(0)), (track,), None)
+    sink.close()
+    assert parquet.read_table(tmp_path / "a.parquet").column("frame").to_pylist() == list(range(10))
 
 
 def test_a_parquet_file_without_faces_is_whole(tmp_path: Path) -> None:

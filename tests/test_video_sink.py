@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 
 from kp_runtime.errors import InputError, KpError, MissingExtraError
-from kp_runtime.track import Track
 from kp_runtime.video import run_video
-from kp_runtime.video_sink import LinesSink, ParquetSink, Sink, VideoSink, open_sinks
+from kp_runtime.video_sink import LinesSink, Sink, VideoSink, open_sinks
 from kp_runtime.video_source import FolderSource, VideoFrame
 from tests.test_video import SIZE_HW, folder_of_frames, levels, one_face, picture, sinks_for
 
@@ -196,16 +195,6 @@ def test_a_sink_that_can_not_be_opened_leaves_nothing_of_the_others(
     with pytest.raises(KpError, match=rf"can't write the video .*{message}"):
         open_sinks(["jsonl", kind], tmp_path, "odd", rate=rate, size_hw=size_hw, live=False)
     assert not list(tmp_path.iterdir())
-
-
-def test_parquet_of_more_rows_than_go_to_the_disk_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pq = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("kp_runtime.video_sink._ROWS_AT_ONCE", 4)
-    sink, track = ParquetSink(tmp_path / "a.parquet"), Track(1, np.zeros(4), np.zeros((68, 2), np.float32), 0.1)
-    for index in range(10):
-        sink.write(VideoFrame(index, index / 30, picture(0)), (track,), None)
-    sink.close()
-    assert pq.read_table(tmp_path / "a.parquet").column("frame").to_pylist() == list(range(10))
 
 
 @pytest.mark.parametrize(("room", "told"), [(3, "a.avi has 3 of the 5 frames"), (0, "a.avi: it would have none of")])
