@@ -28,7 +28,6 @@ from kp_cli.options import (
     check_file,
     detector_record,
     load_model,
-    make_folder,
     note_boxes,
     open_detector,
     quiet_opencv,
@@ -80,6 +79,7 @@ def predict(
     quiet_opencv()
     import numpy as np
 
+    from kp_runtime.files import make_folder
     from kp_runtime.photos import (
         check_formats,
         photos_from_paths,
@@ -277,6 +277,7 @@ def put_effect(
     """
     quiet_opencv()
     from kp_runtime.effects import open_effect
+    from kp_runtime.files import make_folder
     from kp_runtime.photos import photos_from_paths, predict_photo
 
     put = open_effect(effect)

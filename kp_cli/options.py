@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from kp_cli.report import note
-from kp_runtime.errors import InputError, KpError
+from kp_runtime.errors import InputError
 
 
 def stay_on(context: typer.Context, cores: str | None) -> str | None:
@@ -158,14 +158,6 @@ def check_file(out: Path | None) -> None:
     """Refuses a folder where a file is to be written, before there is anything to lose."""
     if out is not None and (not out.name or out.is_dir()):
         raise InputError(f"{out} is a folder; name a file in it")
-
-
-def make_folder(out: Path) -> None:
-    """Makes the folder of the results, before there is anything to lose."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KpError(f"can't write into {out}: {error.strerror or error}; name another folder with --out") from error
 
 
 def check_effect(effect: str | None, spec: Any) -> None:

@@ -51,7 +51,7 @@ def harmless(text: Any) -> str:
 
 
 def tell(text: Any, err: bool = False) -> None:
-    """Prints lines on stdout."""
+    """Prints lines on stdout, or on stderr."""
     typer.echo("\n".join(map(harmless, str(text).split("\n"))), err=err)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kp_runtime.errors import KpError
 
-__all__ = ["open_plain", "read_plain", "sha256_of_file", "sha256_of_open_file", "short_name", "writing"]
+__all__ = ["make_folder", "open_plain", "read_plain", "sha256_of_file", "sha256_of_open_file", "short_name", "writing"]
 
 
 @contextlib.contextmanager
@@ -40,6 +40,18 @@ def writing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder that `--out` names, before there is anything to lose.
+
+    Raises:
+        KpError: it can't be made.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KpError(f"can't write into {out}: {error.strerror or error}; name another folder with --out") from error
 
 
 def short_name(name: str) -> str:

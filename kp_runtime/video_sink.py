@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import InputError, KpError, MissingExtraError
-from kp_runtime.files import short_name
+from kp_runtime.files import make_folder, short_name
 from kp_runtime.frame import cv2_name, import_cv2
 from kp_runtime.track import Track
 from kp_runtime.video_source import VideoFrame
@@ -72,11 +72,8 @@ def open_sinks(
     """
     if odd := [name for name in formats if name not in FORMATS]:
         raise InputError(f"there is no format {odd[0]!r}; choose from {', '.join(FORMATS)}")
-    try:
-        if formats:
-            out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KpError(f"can't write into {out}: {error.strerror or error}; name another folder with --out") from error
+    if formats:
+        make_folder(out)
     sinks: list[Sink] = []
     try:
         for name in dict.fromkeys(formats):

@@ -121,10 +121,10 @@ def open_source(
     cv2, text = import_cv2(), cv2_name(text)
     text = text.removeprefix("/dev/video") or text
     if text.isascii() and text.isdigit():
-        index = int(text[-9:])  # Python refuses to read thousands of digits
-        if index > 99 or len(text) > 9:
+        digits = text.lstrip("0") or "0"  # Python refuses to read thousands of them
+        if len(digits) > 2:
             raise InputError(f"there is no camera {text}; cameras are counted from 0 (on Linux: ls /dev/video*)")
-        return live(f"camera {text}", lambda: cv2.VideoCapture(index))
+        return live(f"camera {text}", lambda: cv2.VideoCapture(int(digits)))
     if "!" in text:
         if not cv2.videoio_registry.hasBackend(cv2.CAP_GSTREAMER):
             raise BackendError(

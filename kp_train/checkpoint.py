@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError
-from kp_runtime.files import writing
+from kp_runtime.files import make_folder, writing
 from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, Manifest, file_entry
 from kp_train.detector_net import DetectorNet
 from kp_train.model import KeypointNet
@@ -178,10 +178,7 @@ def check_no_bundle(out: Path) -> None:
     """
     if (out / MANIFEST_NAME).exists() or (out / CHECKPOINT_NAME).exists():
         raise KpError(f"{out} already holds a bundle; name another folder with --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise KpError(f"can't write into {out}: {error.strerror or error}; name another folder with --out") from error
+    make_folder(out)
 
 
 def check_finite(net: nn.Module, lr: float) -> None:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,11 +41,13 @@ __all__ = [
     "check_lost_worker",
     "evenly_spread",
     "held_out_fraction",
+    "held_out_of",
     "is_held_out",
     "luma_from_file",
     "luma_of_face",
     "parse_source",
     "read_source",
+    "recorded_fraction",
     "start_of_workers",
 ]
 
@@ -103,13 +106,24 @@ def held_out_fraction(manifest: Manifest) -> float:
     Raises:
         DataError: its manifest does not say.
     """
-    held_out = manifest.training.get("held_out")
-    fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
-    if not isinstance(fraction, int | float):
+    fraction = recorded_fraction(manifest.training)
+    if fraction is None:
         raise DataError(
             f"the manifest of {manifest.spec.name} does not say which people were held out; take a model of kp train"
         )
-    return float(fraction)
+    return fraction
+
+
+def recorded_fraction(training: dict[str, Any]) -> float | None:
+    """The same by a run's record; None where it does not say."""
+    held_out = training.get("held_out")
+    fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
+    return float(fraction) if isinstance(fraction, int | float) else None
+
+
+def held_out_of(sources: Sequence[Source], fraction: float) -> list[Face]:
+    """The faces of held-out people of all sources together."""
+    return [face for source in sources for face in source.faces if is_held_out(face.person, fraction)]
 
 
 def parse_source(text: str, points: int = POINTS) -> Source:

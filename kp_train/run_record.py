@@ -19,7 +19,7 @@ import torchvision
 
 from kp_runtime.errors import DataError, KpError
 from kp_train.config import DetectorConfig, TrainConfig
-from kp_train.data import Face, Source, is_held_out
+from kp_train.data import Face, Source, held_out_of, is_held_out, recorded_fraction
 
 __all__ = ["ancestry", "held_out_as_many", "run_record", "split_by_person", "stored_record"]
 
@@ -29,7 +29,7 @@ def split_by_person(
 ) -> tuple[list[list[Face]], list[Face]]:
     """Each source's faces to train on, and all held-out ones together, by person."""
     training = [[f for f in s.faces if not is_held_out(f.person, config.val_fraction)] for s in sources]
-    held_out = [f for s in sources for f in s.faces if is_held_out(f.person, config.val_fraction)]
+    held_out = held_out_of(sources, config.val_fraction)
     if not held_out or not any(training):
         raise DataError(
             f"{sum(len(s.faces) for s in sources)} faces give none to "
@@ -95,8 +95,8 @@ def stored_record(
     differ = [key for key in wanted if key not in free and before.get(key) != wanted[key]]
     if changed := [f"{key} {before.get(key)} -> {wanted[key]}" for key in differ]:
         raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones")
-    held_out = [f for s in sources for f in s.faces if is_held_out(f.person, config.val_fraction)]
-    if data != [(s.sha256, s.weight) for s in sources] or named not in (None, _sha256_of_names(held_out)):
+    names = _sha256_of_names(held_out_of(sources, config.val_fraction))
+    if data != [(s.sha256, s.weight) for s in sources] or named not in (None, names):
         raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
     return stored
 
@@ -116,9 +116,8 @@ def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
 
 def held_out_as_many(training: dict[str, Any], config: TrainConfig) -> bool:
     """Whether a model that was trained so saw nobody whom a run with these settings holds out."""
-    held_out = training.get("held_out")
-    fraction = held_out.get("val_fraction") if isinstance(held_out, dict) else None
-    return isinstance(fraction, int | float) and fraction >= config.val_fraction
+    fraction = recorded_fraction(training)
+    return fraction is not None and fraction >= config.val_fraction
 
 
 def _sha256_of_names(faces: Sequence[Face]) -> str:

@@ -29,7 +29,6 @@ from kp_train.config import RECIPES, TrainConfig, recipe
 from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
 from kp_train.loaders import SourceSampler
 from kp_train.model import KeypointNet
-from kp_train.run_record import _git_revision, ancestry, run_record, split_by_person, stored_record
 from kp_train.synthetic import write_csv_source
 from kp_train.train import _start_weights, train
 from tests.test_export import small_checkpoint
@@ -83,19 +82,6 @@ def test_faces_of_a_run_that_leaves_all_measure_are_drawn(faces: Path, tmp_path:
     trainer = SimpleNamespace(sanity_checking=False, is_global_zero=True, current_epoch=0, logger=None)
     FacesPicture(shown, tmp_path, every=1).on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
     assert (tmp_path / "faces_epoch_001.png").is_file()
-
-
-def test_the_revision_of_somebody_elses_checkout_is_not_this_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "venv" / "kp_train").mkdir(parents=True)
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.invalid"]
-    for words in (["init"], ["commit", "--allow-empty", "-m", "theirs"]):
-        subprocess.run([*git, *words], check=True, capture_output=True)
-    monkeypatch.setattr("kp_train.run_record.__file__", str(tmp_path / "venv" / "kp_train" / "train.py"))
-    assert _git_revision() is None
-    monkeypatch.setattr("kp_train.run_record.__file__", str(tmp_path / "venv" / "train.py"))
-    assert _git_revision(), "beside .git it is a checkout"
 
 
 def test_a_run_learns(trained: Path, faces: Path) -> None:
@@ -172,8 +158,6 @@ def test_records_do_not_nest_deeper_with_each_start(faces: Path, tmp_path: Path)
     records = [start["training"], *start["before"]]
     assert [record["config"]["seed"] for record in records] == [2, 1, 0]
     assert all(not {"training", "before"} & set(record.get("start", {})) for record in records)
-    nested = {"a": 1, "start": {"x": 1, "training": {"a": 2, "start": {"x": 2, "training": {"a": 3}}}}}
-    assert ancestry(nested) == [{"a": 1, "start": {"x": 1}}, {"a": 2, "start": {"x": 2}}, {"a": 3}]
 
 
 def test_a_start_that_may_have_seen_held_out_people_is_said(
@@ -276,16 +260,6 @@ def test_other_data_can_not_resume_a_run(trained: Path, faces: Path, tmp_path: P
     for source in (other, heavier):
         with pytest.raises(KpError, match="began with other data or weights"):
             train([source], same, trained, resume=True, accelerator="cpu", progress=False)
-
-
-def test_other_names_can_not_resume_a_run(faces: Path, tmp_path: Path) -> None:
-    """They say who is held out; in `.pts` files and in the hash of them there are none."""
-    source, config = read_source(faces), recipe("default")
-    (tmp_path / "run.json").write_text(json.dumps(run_record([source], *split_by_person([source], config), config, {})))
-    assert stored_record(tmp_path, [source], config)["held_out"]["faces"] > 0
-    renamed = [dataclasses.replace(f, image=f.image.with_name("x" + f.image.name)) for f in source.faces]
-    with pytest.raises(KpError, match="began with other data"):
-        stored_record(tmp_path, [dataclasses.replace(source, faces=tuple(renamed))], config)
 
 
 def begun(faces: Path, run: Path, state: dict[str, Any], **record: object) -> None:

@@ -1,0 +1,44 @@
+"""The record of a run: its source's revision, its data, and the records of what it began at."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from kp_runtime.errors import KpError
+from kp_train.config import recipe
+from kp_train.data import read_source
+from kp_train.run_record import _git_revision, ancestry, run_record, split_by_person, stored_record
+from kp_train.synthetic import write_csv_source
+
+
+def test_the_revision_of_somebody_elses_checkout_is_not_this_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "venv" / "kp_train").mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.invalid"]
+    for words in (["init"], ["commit", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    monkeypatch.setattr("kp_train.run_record.__file__", str(tmp_path / "venv" / "kp_train" / "train.py"))
+    assert _git_revision() is None
+    monkeypatch.setattr("kp_train.run_record.__file__", str(tmp_path / "venv" / "train.py"))
+    assert _git_revision(), "beside .git it is a checkout"
+
+
+def test_other_names_can_not_resume_a_run(tmp_path: Path) -> None:
+    """They say who is held out; in `.pts` files and in the hash of them there are none."""
+    source, config = read_source(write_csv_source(tmp_path, people=40)), recipe("default")
+    (tmp_path / "run.json").write_text(json.dumps(run_record([source], *split_by_person([source], config), config, {})))
+    assert stored_record(tmp_path, [source], config)["held_out"]["faces"] > 0
+    renamed = [dataclasses.replace(f, image=f.image.with_name("x" + f.image.name)) for f in source.faces]
+    with pytest.raises(KpError, match="began with other data"):
+        stored_record(tmp_path, [dataclasses.replace(source, faces=tuple(renamed))], config)
+
+
+def test_records_that_an_older_release_nested_are_read() -> None:
+    nested = {"a": 1, "start": {"x": 1, "training": {"a": 2, "start": {"x": 2, "training": {"a": 3}}}}}
+    assert ancestry(nested) == [{"a": 1, "start": {"x": 1}}, {"a": 2, "start": {"x": 2}}, {"a": 3}]
