@@ -392,3 +392,17 @@ def test_a_swap_that_fails_puts_the_old_bundle_back(tmp_path: Path, monkeypatch:
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b" / "x").read_text() == "old"
+
+
+def test_where_a_file_can_not_be_linked_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as on exFAT."""
+
+    def refused(source: str, target: str) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("old")
+    monkeypatch.setattr("os.link", refused)
+    with staging(tmp_path / "b") as stage:
+        (stage / "y").write_text("new")
+    assert contents(tmp_path / "b") == {"x": b"old", "y": b"new"}

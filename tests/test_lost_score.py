@@ -63,6 +63,8 @@ def test_squares_lie_in_place_off_and_beside_the_face() -> None:
         assert values.max() <= max(high for _, high in ranges)
         assert values.max() > 0.9 * ranges[2][1]
     assert abs(np.corrcoef(ways, zooms)[0, 1]) < 0.1
+    quarters = np.array([(d["shift"] > 0) @ (1, 2) for d in drawn if d["shift"].any()])
+    assert np.allclose(np.bincount(quarters) / len(quarters), 0.25, atol=0.05)
 
 
 def test_places_hold_neither_a_labelled_nor_a_found_face(faces: list[Face]) -> None:

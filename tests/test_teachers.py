@@ -126,6 +126,8 @@ def test_teachers_of_another_contract_are_refused(tmp_path: Path) -> None:
         load_teachers([model(tmp_path / "wide", 64, margin=1.5)], spec)
     with pytest.raises(InputError, match=r"few can't teach this run: it has points 5, the run 68"):
         load_teachers([model(tmp_path / "few", 64, points=5, scheme="own")], spec)
+    with pytest.raises(InputError, match=r"frames can't teach this run: it has box frame, the run keypoints"):
+        load_teachers([model(tmp_path / "frames", 64, box="frame")], spec)
     with pytest.raises(
         InputError, match="crops of 96 pixels can't be reduced to 64; take teachers of sizes that divide"
     ):

@@ -7,6 +7,7 @@ import http.server
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -49,6 +50,25 @@ def test_a_given_rate_takes_the_place_of_the_files(tmp_path: Path) -> None:
     for rate in (0.0, float("nan"), 5000.0):
         with pytest.raises(InputError, match="the frame rate must be over 0"):
             open_source(str(tmp_path / "a.avi"), rate=rate)
+
+
+@pytest.mark.parametrize("said", [0.0, 0.5, 1000.0, 90000.0, float("nan")])
+def test_a_rate_that_is_none_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: float) -> None:
+    """Such as 1000, a time base in milliseconds."""
+    path = str(video(tmp_path / "a.avi", 4))
+
+    class Capture:
+        def __init__(self, *where: object, opened: Callable[..., cv2.VideoCapture] = cv2.VideoCapture) -> None:
+            self.real = opened(*where)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.real, name)
+
+        def get(self, what: int) -> float:
+            return said if what == cv2.CAP_PROP_FPS else self.real.get(what)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Capture)
+    assert open_source(path).rate == 30
 
 
 def test_a_folder_gives_its_frames_in_order(tmp_path: Path) -> None:
