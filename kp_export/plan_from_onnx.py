@@ -23,6 +23,7 @@ from kp_export.cuda_device import CudaDevice, cuda_device
 from kp_export.plan_builder import PlanBuilder, Progress
 from kp_export.plan_options import PlanOptions, plan_name, rebuild_command, trtexec_command
 from kp_export.precision_receipt import LEAST_SHARE, PrecisionReceipt, check_receipt, receipt_from_inspector
+from kp_runtime.backend_trt import check_runtime
 from kp_runtime.cubin import cache_folder as default_cache
 from kp_runtime.errors import BackendError, ExportError
 from kp_runtime.files import writing
@@ -167,13 +168,13 @@ def tensorrt_module() -> Any:
     except ImportError as error:
         raise BackendError(
             f"TensorRT is not installed here ({error}): JetPack brings it for the system's Python, elsewhere "
-            "pip install tensorrt"
+            "pip install tensorrt-cu12 or tensorrt-cu13, by the driver's CUDA"
         ) from error
     return module
 
 
 def _find(trt: Any, device: CudaDevice | None) -> tuple[Any, CudaDevice]:
-    """TensorRT and a device that works, in this order: importing TensorRT is safe, using it is not."""
+    """TensorRT and a device that works for it, in this order: importing TensorRT is safe, using it is not."""
     try:
         trt = trt if trt is not None else tensorrt_module()
         device = device or cuda_device()
@@ -184,6 +185,10 @@ def _find(trt: Any, device: CudaDevice | None) -> tuple[Any, CudaDevice]:
             f"TensorRT {trt.__version__} is too old, {'.'.join(map(str, OLDEST))} to 11.4 are supported: update it "
             f"(JetPack 6.1 brings 10.3); {BUILD_THERE}"
         )
+    try:
+        check_runtime(trt, device.cuda)
+    except BackendError as error:
+        raise BackendError(f"{error}; {BUILD_THERE}") from error
     return trt, device
 
 

@@ -194,9 +194,11 @@ def _plans(stem: str, bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], 
             left_out.append(f"{file}: no plan can have precision {entry.precision}, only {', '.join(order)}")
     known = [plan for plan in plans if plan[1].precision in order]
     for file, entry in sorted(known, key=lambda plan: order.index(str(plan[1].precision))):
-        least, most, where = _plan_facts(bundle, file, entry)
+        least, most, where, is_for_dla = _plan_facts(bundle, file, entry)
         name = f"{stem}-crops-{where}"
-        if least > 1:
+        if is_for_dla:
+            left_out.append(f"{file}: it runs on a DLA core, and Triton loads plans for the GPU")
+        elif least > 1:
             left_out.append(f"{file}: it takes {least} faces or more, and Triton's batches may be smaller")
         elif name in wanted:
             left_out.append(f"{file}: {wanted[name].file} is for the same GPU and TensorRT")
@@ -206,13 +208,14 @@ def _plans(stem: str, bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], 
     return list(wanted.values()), left_out
 
 
-def _plan_facts(bundle: Path, file: str, entry: FileEntry) -> tuple[int, int, str]:
-    """Fewest and most faces of a plan, and where it runs: `sm87-trt10.3.0`."""
+def _plan_facts(bundle: Path, file: str, entry: FileEntry) -> tuple[int, int, str, bool]:
+    """Fewest and most faces of a plan, where it runs, `sm87-trt10.3.0`, and whether on a DLA core there."""
     made = entry.made
     try:
         least, _, most = (int(size) for size in made["profile"])
         numbers = re.findall(r"\d+", f"{made['compute_capability']}")
-        return least, most, f"sm{''.join(numbers)}-trt{re.sub('[^0-9.]', '', made['tensorrt'].partition('.post')[0])}"
+        where = f"sm{''.join(numbers)}-trt{re.sub('[^0-9.]', '', made['tensorrt'].partition('.post')[0])}"
+        return least, most, where, made.get("options", {}).get("dla_core") is not None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(f"{bundle}: the manifest lacks what {file} was made for ({error}); build it again") from error
 

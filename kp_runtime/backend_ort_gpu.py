@@ -27,6 +27,7 @@ from kp_runtime.cubin import cache_folder
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend, Lane
 from kp_runtime.errors import BackendError, reason_of
+from kp_runtime.machine import l4t_release
 from kp_runtime.spec import FileEntry, ModelSpec
 
 __all__ = ["OrtCudaBackend", "OrtGpuBackend", "OrtTensorRtBackend"]
@@ -55,20 +56,22 @@ class OrtGpuBackend(DeviceBackend):
         super().__init__(spec, driver)
         ort = import_onnxruntime("ort-gpu", "running ONNX files on a GPU")
         if self.provider not in ort.get_available_providers():
-            raise BackendError(_absent(ort, self.provider))
-        self._sessions = _Sessions(ort, model, driver, self.provider, self.provider_options(entry))
+            raise BackendError(_absent(ort, self.provider, driver))
+        options = self.provider_options(entry)
+        self._sessions = _Sessions(ort, model, driver, self.provider, options, _preloaded(ort))
         self._run_options = ort.RunOptions()
         self._run_options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        if hasattr(ort, "preload_dlls"):
-            with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
-                ort.preload_dlls()  # CUDA and cuDNN as pip installs them
         first = self._sessions.take()
         check_contract(first.session, spec, "the ONNX file")
         _check_placement(first.session, self.provider)
         self._sessions.give(first)
 
     def provider_options(self, entry: FileEntry) -> dict[str, str]:
-        """The provider's options, without the stream."""
+        """The provider's options, without the stream; what they need is there.
+
+        Raises:
+            BackendError: a folder that they name can't be made.
+        """
         return {"device_id": str(self.driver.device_id)}
 
     def open_lane(self, max_faces: int) -> Lane:
@@ -107,6 +110,12 @@ class OrtTensorRtBackend(OrtGpuBackend):
         size, (least, most) = self.spec.size, self.batches
         shapes = {"min": least, "opt": 8, "max": most}
         folder = cache_folder() / "ort-tensorrt" / entry.sha256
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # the provider makes one level alone
+        except OSError as error:
+            raise BackendError(
+                f"no engine can be kept in {folder} ({error.strerror}); set KP_CACHE to a folder"
+            ) from error
         return super().provider_options(entry) | {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(folder),
@@ -122,9 +131,11 @@ class _Sessions:
     May be shared between threads.
     """
 
-    def __init__(self, ort: Any, model: bytes, driver: CudaDriver, provider: str, options: dict[str, str]) -> None:
+    def __init__(
+        self, ort: Any, model: bytes, driver: CudaDriver, provider: str, options: dict[str, str], missing: str
+    ) -> None:
         self._ort, self._model, self._driver = ort, model, driver
-        self._provider, self._options = provider, options
+        self._provider, self._options, self._missing = provider, options, missing
         self._lock = threading.Lock()
         self._left: _Opened | None = None
 
@@ -154,17 +165,33 @@ class _Sessions:
             )
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             raise BackendError(
-                f"ONNX Runtime {ort.__version__} can't run the file by {self._provider} alone: {reason_of(error)}; see "
-                "that the CUDA and cuDNN that it is made for are installed (pip install 'onnxruntime-gpu[cuda,cudnn]') "
-                "and that the GPU has free memory, or take the backend ort-cpu"
+                f"ONNX Runtime {ort.__version__} can't run the file by {self._provider} alone: {reason_of(error)}"
+                f"{self._missing}; see that the CUDA and cuDNN that it is made for are installed (pip install "
+                f"'onnxruntime-gpu[cuda,cudnn]{_release(self._driver)}') and that the GPU has free memory, or take the "
+                "backend ort-cpu"
             ) from error
         return opened
+
+
+def _preloaded(ort: Any) -> str:
+    """Loads CUDA and cuDNN as pip installs them; returns the middle of a sentence that says which were not found."""
+    if not hasattr(ort, "preload_dlls"):
+        return ""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        ort.preload_dlls()
+    missing = [line for line in said.getvalue().splitlines() if line.startswith("Failed to load")]
+    return f" ({'; '.join(missing[:3])})" if missing else ""
+
+
+def _release(driver: CudaDriver) -> str:
+    """Which releases of onnxruntime-gpu are for the driver's CUDA: those on PyPI are for CUDA 13 from 1.27 on."""
+    return "<1.27" if driver.cuda.startswith("12.") else ""
 
 
 def _session_options(ort: Any) -> Any:
     """Nothing on the CPU, and a record of what runs where."""
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is in the exception, too
+    options.log_severity_level = 4  # what goes wrong is in the exception, and which library lacks in `_preloaded`
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -252,18 +279,21 @@ def _check_placement(session: Any, provider: str) -> None:
         )
 
 
-def _absent(ort: Any, provider: str) -> str:
+def _absent(ort: Any, provider: str, driver: CudaDriver) -> str:
     """Why a provider is not there, and what to install or to remove."""
     from importlib import metadata
 
     have = f"onnxruntime {ort.__version__} has no {provider}, only {', '.join(ort.get_available_providers())}"
+    if l4t_release():
+        return f"{have}; no public wheel has code for a Jetson's GPU: take the backend tensorrt (kp plan), or ort-cpu"
+    wheel = f"'kp-edge[ort-gpu]'{_release(driver) and ' ' + repr('onnxruntime-gpu' + _release(driver))}"
     installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(metadata, name)]
     if len(installed) == 2:
         return (
             f"{have}: onnxruntime and onnxruntime-gpu are both installed and write into one folder; remove "
-            "onnxruntime: pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'kp-edge[ort-gpu]'"
+            f"onnxruntime: pip uninstall -y onnxruntime onnxruntime-gpu && pip install {wheel}"
         )
-    return f"{have}; run: pip uninstall -y onnxruntime && pip install 'kp-edge[ort-gpu]'"
+    return f"{have}; run: pip uninstall -y onnxruntime && pip install {wheel}"
 
 
 def _is_installed(metadata: Any, name: str) -> bool:

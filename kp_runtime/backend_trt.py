@@ -28,7 +28,7 @@ from kp_runtime.device_backend import DeviceBackend, Lane
 from kp_runtime.errors import BackendError, reason_of
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 
-__all__ = ["TensorRtBackend", "open_plan", "plan_mismatch", "tensorrt_runtime"]
+__all__ = ["TensorRtBackend", "check_runtime", "open_plan", "plan_mismatch", "tensorrt_runtime"]
 
 MODULES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch")
 """Packages with a runtime; the last two load version-compatible plans alone."""
@@ -55,7 +55,7 @@ def tensorrt_runtime() -> Any:
         reasons.append(f"{name} is a folder without code, as after an uninstall")
     raise BackendError(
         f"TensorRT is not installed here ({reasons[0]}): JetPack brings it for the system's Python, elsewhere "
-        "pip install tensorrt"
+        "pip install tensorrt-cu12 or tensorrt-cu13, by the driver's CUDA"
     )
 
 
@@ -161,13 +161,7 @@ class TensorRtBackend(DeviceBackend):
         self._errors = _Errors(maxlen=8)
         logger = _runtime_logger(trt, self._errors)
         driver.make_current()
-        runtime = trt.Runtime(logger)
-        if self._errors:  # to touch the runtime now, to read an attribute or to free it, would end the process
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))
-            raise BackendError(
-                f"TensorRT {trt.__version__} can't use CUDA here: {self._errors[0]}; the driver runs up to CUDA "
-                f"{driver.cuda}: update it, or install the TensorRT that is made for it"
-            )
+        runtime = _runtime(trt, logger, self._errors, driver.cuda)
         options = entry.made["options"]
         if options["version_compatible"]:
             runtime.engine_host_code_allowed = True  # such a plan brings its own run-time; its sha256 is known
@@ -242,6 +236,39 @@ class _Errors(deque[str]):
 
     def last(self) -> str:
         return self[-1] if self else "it gave no reason"
+
+
+def check_runtime(trt: Any, cuda: str) -> None:
+    """Whether TensorRT can use CUDA, asked before what would end the process where it can't.
+
+    Args:
+        trt: a module of `MODULES`.
+        cuda: newest CUDA version of the driver, whose device is open.
+
+    Raises:
+        BackendError: it can't.
+    """
+    errors = _Errors(maxlen=8)
+    _runtime(trt, _runtime_logger(trt, errors), errors, cuda)
+
+
+def _runtime(trt: Any, logger: Any, errors: _Errors, cuda: str) -> Any:
+    """TensorRT's runtime, where it can use CUDA."""
+    reason = None
+    try:
+        runtime = trt.Runtime(logger)
+    except TypeError as error:  # what the full package says of a runtime that was not made
+        reason = errors[0] if errors else reason_of(error)
+    else:
+        if errors:  # to touch the runtime now, to read an attribute or to free it, would end the process
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(runtime))
+            reason = errors[0]
+    if reason is not None:
+        raise BackendError(
+            f"TensorRT {trt.__version__} can't use CUDA here: {reason}; the driver runs up to CUDA {cuda}: update it, "
+            "or install the TensorRT that is made for it"
+        )
+    return runtime
 
 
 def _runtime_logger(trt: Any, errors: _Errors) -> Any:

@@ -93,7 +93,9 @@ def captured(driver: CudaDriver, stream: Any, work: Callable[[], None]) -> Any:
 
 def _check_nodes(driver: CudaDriver, graph: Any) -> None:
     host = driver.api.CUgraphNodeType.CU_GRAPH_NODE_TYPE_HOST
-    _, _, count = driver.api.cuGraphGetNodes(graph)
+    status, _, count = driver.api.cuGraphGetNodes(graph)
+    if status != driver.api.CUresult.CUDA_SUCCESS:
+        raise BackendError(f"CUDA does not tell what a graph does: cuGraphGetNodes says {status}")
     nodes = driver.call("cuGraphGetNodes", graph, count) if count else []
     if any(driver.call("cuGraphNodeGetType", node) == host for node in nodes):
         raise BackendError("the work calls code of the host, which a graph would call again at each launch")

@@ -150,7 +150,7 @@ class CropKernels:
     """
 
     def __init__(self, driver: CudaDriver, cubin: bytes | str | os.PathLike[str] | None = None) -> None:
-        self._driver = driver
+        self._driver, self._kernels = driver, dict[int, Any]()
         given = cubin if cubin is not None else os.environ.get("KP_CUBIN") or None
         image = np.frombuffer(compile_cubin(driver.arch) if given is None else _cubin_bytes(given), np.uint8)
         driver.make_current()
@@ -184,6 +184,10 @@ class CropKernels:
             self._kernels = {}
             self._driver.make_current()
             self._driver.call("cuModuleUnload", self._module)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # a program that ends takes the driver away first
+            self.close()
 
 
 class CropRecords:

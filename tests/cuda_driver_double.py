@@ -33,6 +33,7 @@ class Result(enum.IntEnum):
     CUDA_ERROR_NO_BINARY_FOR_GPU = 209
     CUDA_ERROR_ILLEGAL_ADDRESS = 700
     CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED = 900
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
 
 
 @dataclass(eq=False)
@@ -55,6 +56,19 @@ WITHOUT_CONTEXT = (
     "cuDevicePrimaryCtxRetain",
     "cuCtxSetCurrent",
 )
+
+
+ARGUMENTS = {
+    "cuCtxSetCurrent": 1, "cuDeviceGet": 1, "cuDeviceGetAttribute": 2, "cuDeviceGetCount": 0, "cuDeviceGetName": 2,
+    "cuDevicePrimaryCtxRetain": 1, "cuDriverGetVersion": 0, "cuEventCreate": 1, "cuEventDestroy": 1, "cuEventRecord": 2,
+    "cuEventSynchronize": 1, "cuGraphDestroy": 1, "cuGraphExecDestroy": 1, "cuGraphInstantiate": 2, "cuGraphLaunch": 2,
+    "cuGraphNodeGetType": 1, "cuInit": 1, "cuLaunchKernel": 11, "cuMemAlloc": 1, "cuMemFree": 1, "cuMemFreeHost": 1,
+    "cuMemHostAlloc": 2, "cuMemcpyDtoDAsync": 4, "cuMemcpyDtoHAsync": 4, "cuMemcpyHtoDAsync": 4, "cuMemsetD8Async": 4,
+    "cuModuleGetFunction": 2, "cuModuleLoadData": 1, "cuModuleUnload": 1, "cuPointerGetAttribute": 2,
+    "cuStreamBeginCapture": 2, "cuStreamCreate": 1, "cuStreamDestroy": 1, "cuStreamEndCapture": 1,
+    "cuStreamSynchronize": 1, "cuStreamWaitEvent": 3,
+}  # fmt: skip
+"""How many each function takes, by cuda-python's own word; no other can be called."""
 
 
 class DriverDouble:
@@ -92,6 +106,7 @@ class DriverDouble:
         self.events: dict[int, Step | None] = {}
         self.captures: dict[int, list[Step]] = {}
         self.capturing: dict[int, int] = {}
+        self.invalid: set[int] = set()
         self.graphs: dict[int, list[Step]] = {}
         self.handles = 1000
         self.gate = threading.Event()
@@ -100,10 +115,11 @@ class DriverDouble:
         self._threads = threading.local()
 
     def __getattr__(self, name: str) -> Callable[..., tuple[Any, ...]]:
-        if not name.startswith("cu"):
+        if name not in ARGUMENTS:
             raise AttributeError(name)
 
         def function(*arguments: Any) -> tuple[Any, ...]:
+            assert len(arguments) == ARGUMENTS[name], name
             if name == "cuEventSynchronize":
                 assert self.gate.wait(60)
             with self._lock:
@@ -173,7 +189,7 @@ class DriverDouble:
     def _block(self, size: int) -> int | Result:
         assert size > 0
         if threading.get_ident() in self.capturing.values():
-            return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+            return self._forbidden()
         block = ctypes.create_string_buffer(b"\xee" * (size + 255), size + 255)
         address = -(-ctypes.addressof(block) // 256) * 256  # as the driver's memory is
         self.memory[address] = block
@@ -222,7 +238,7 @@ class DriverDouble:
 
     def _cuEventRecord(self, event: int, stream: int) -> Result | None:
         if stream in self.captures:
-            return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+            return self._forbidden()
         mark = self.events[event] = Step(None, (), stream)
         self.queues[stream].append(mark)
         return None
@@ -234,7 +250,7 @@ class DriverDouble:
 
     def _cuEventSynchronize(self, event: int) -> Result | None:
         if threading.get_ident() in self.capturing.values():
-            return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+            return self._forbidden()
         mark = self.events[event]
         if mark is not None:
             self._advance(mark)
@@ -242,7 +258,7 @@ class DriverDouble:
 
     def _cuStreamSynchronize(self, stream: int) -> Result | None:
         if stream in self.captures:
-            return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+            return self._forbidden()
         while self.queues[stream]:
             self._advance(self.queues[stream][-1])
         return None
@@ -264,10 +280,19 @@ class DriverDouble:
         self.captures[stream] = []
         self.capturing[stream] = threading.get_ident()
 
-    def _cuStreamEndCapture(self, stream: int) -> int:
-        graph = self._handle()
+    def _forbidden(self) -> Result:
+        """A call that no capture survives."""
+        self.invalid |= {stream for stream, thread in self.capturing.items() if thread == threading.get_ident()}
+        return Result.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+
+    def _cuStreamEndCapture(self, stream: int) -> int | Result:
         assert self.capturing.pop(stream) == threading.get_ident()
-        self.graphs[graph] = self.captures.pop(stream)
+        steps = self.captures.pop(stream)
+        if stream in self.invalid:
+            self.invalid.remove(stream)
+            return Result.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED
+        graph = self._handle()
+        self.graphs[graph] = steps
         return graph
 
     def _cuGraphInstantiate(self, graph: int, flags: int) -> int:
@@ -280,7 +305,9 @@ class DriverDouble:
             assert step.work is not None
             self.work(stream, step.work, *step.touches)
 
-    def cuGraphGetNodes(self, graph: int, count: int = 0) -> tuple[Result, list[Step], int]:
+    def cuGraphGetNodes(self, graph: int, count: int = 0) -> tuple[Result, list[Step] | None, int | None]:
+        if "cuGraphGetNodes" in self.failing:
+            return self.failing["cuGraphGetNodes"], None, None
         steps = self.graphs[graph]
         return Result.CUDA_SUCCESS, steps[:count], len(steps)
 

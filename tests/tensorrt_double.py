@@ -52,6 +52,9 @@ class Script:
     inputs: tuple[str, ...] = ("crops",)
     inspector: str | None = None
     cuda_error: str = ""
+    makes_runtime: bool = (
+        True  # also where CUDA does not work, as the lean package does; the full one gives a TypeError
+    )
     device: Any = None
     profile: tuple[int, int, int] = (1, 8, 32)
     tensors: dict[str, tuple[str, str, tuple[int, ...]]] = field(default_factory=lambda: dict(TENSORS))
@@ -290,7 +293,7 @@ class _ParserError:
 
 
 class _Runtime:
-    """Where CUDA does not work, the real one is made all the same; to use or to free it ends the process."""
+    """Where CUDA does not work, the lean package makes it all the same; to use or to free it ends the process."""
 
     _double: Any
 
@@ -298,10 +301,12 @@ class _Runtime:
         self._allowed = False
         if self._double.script.cuda_error:
             logger.log(self._double.ILogger.ERROR, self._double.script.cuda_error)
+        if not self._double.script.makes_runtime:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
         self._double.tape.asked_runtime += 1
 
     def __del__(self) -> None:
-        self._double.tape.ended += bool(self._double.script.cuda_error)
+        self._double.tape.ended += bool(self._double.script.cuda_error and self._double.script.makes_runtime)
 
     def _survive(self) -> None:
         if self._double.script.cuda_error:
@@ -381,12 +386,13 @@ class _Context:
         self._addresses: dict[str, int] = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        least, _, most = self._double.script.profile
         self._shape = tuple(shape)
-        return name == "crops"
+        return name == "crops" and least <= shape[0] <= most
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
         self._addresses[name] = memory
-        return memory % 256 == 0
+        return name in self._double.script.tensors and memory % 256 == 0
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         script, shape = self._double.script, self._shape

@@ -69,6 +69,8 @@ class Session:
         self._runs, self._kept = 0, b""
         ((self._provider, chosen),) = providers
         type(self).said = SimpleNamespace(provider=self._provider, options=chosen)
+        if kept := chosen.get("trt_engine_cache_path"):
+            Path(kept).mkdir(exist_ok=True)  # the provider makes one level alone
         own = onnxruntime.SessionOptions()
         own.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         self._real = REAL(model, own, providers=["CPUExecutionProvider"])
@@ -157,9 +159,10 @@ def cutting(driver: DriverDouble, kernel: EmulatedKernel, monkeypatch: pytest.Mo
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> DriverDouble:
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DriverDouble:
     """A machine with a driver and an onnxruntime that has both providers."""
     double = DriverDouble(None)
+    monkeypatch.setenv("KP_CACHE", str(tmp_path / "kept"))
     monkeypatch.setattr(Session, "open", 0)
     monkeypatch.setattr(Session, "room", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", double)
@@ -354,6 +357,23 @@ def test_options_of_the_providers(driver: DriverDouble, tmp_path: Path, monkeypa
     }
     assert wanted.items() <= Session.said.options.items()
     assert all(isinstance(value, str) for value in Session.said.options.values())
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("KP_CACHE", str(tmp_path / "file"))
+    with pytest.raises(BackendError, match=r"no engine can be kept in .*file/ort-tensorrt.* set KP_CACHE to a folder"):
+        opened(bundle, "ort-tensorrt")
+
+
+def test_a_library_that_lacks_is_named(
+    driver: DriverDouble, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime prints it, and its exception says nothing of it."""
+    lacks = "Failed to load libcublasLt.so.13: libcublasLt.so.13: cannot open shared object file"
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: print(f"a word\n{lacks}"), raising=False)
+    monkeypatch.setattr(Session, "room", 0)
+    told = rf"alone: Failed to allocate memory \({re.escape(lacks)}\); see that .*'onnxruntime-gpu\[cuda,cudnn\]<1\.27'"
+    with pytest.raises(BackendError, match=told):
+        opened(bundle)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_node_that_runs_elsewhere_is_refused(
@@ -417,7 +437,7 @@ def test_engine_that_fails_while_it_runs(
     ("installed", "message"),
     [
         (("onnxruntime", "onnxruntime-gpu"), "are both installed .*; remove onnxruntime: pip uninstall -y"),
-        (("onnxruntime",), r"only CPUExecutionProvider; run: pip uninstall -y onnxruntime && pip install .*ort-gpu"),
+        (("onnxruntime",), r"only CPUExecutionProvider; run: pip uninstall -y onnxruntime && pip install "),
     ],
 )
 def test_onnxruntime_without_the_provider(
@@ -429,8 +449,16 @@ def test_onnxruntime_without_the_provider(
 
     monkeypatch.setattr(metadata, "distribution", distribution)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    with pytest.raises(BackendError, match=rf"has no CUDAExecutionProvider.*{message}"):
+    told = rf"has no CUDAExecutionProvider.*{message}.*'kp-edge\[ort-gpu\]'"
+    with pytest.raises(BackendError, match=rf"{told} 'onnxruntime-gpu<1\.27'$"):
         opened(bundle)
+    monkeypatch.setattr(driver, "_cuDriverGetVersion", lambda: 13000)
+    with pytest.raises(BackendError, match=f"{told}$"):
+        opened(bundle)
+    monkeypatch.setattr("kp_runtime.backend_ort_gpu.l4t_release", lambda: "# R36 (release), REVISION: 4.0")
+    with pytest.raises(BackendError, match="no public wheel has code for a Jetson's GPU: take the backend") as caught:
+        opened(bundle)
+    assert "uninstall" not in str(caught.value)
 
 
 def test_what_is_not_installed(driver: DriverDouble, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

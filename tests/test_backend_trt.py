@@ -318,6 +318,20 @@ def test_cuda_that_tensorrt_can_not_use(install: Any, tmp_path: Path) -> None:
     assert trt.tape.ended == 0
 
 
+def test_a_runtime_that_is_not_made_leaves_the_cpu(install: Any, tmp_path: Path) -> None:
+    """As by the full package; without a word, too."""
+    install(cuda_error="CUDA initialization failure with error: 35", makes_runtime=False)
+    bundle = with_plan(tmp_path)
+    with pytest.raises(BackendError, match="can't use CUDA here: CUDA initialization failure with error: 35; the dri"):
+        opened(bundle)
+    report = open_backend(bundle).report
+    assert report.backend == "ort-cpu"
+    assert "error: 35" in report.rejected[0]
+    install(makes_runtime=False)
+    with pytest.raises(BackendError, match=r"can't use CUDA here: pybind11::init\(\): factory .* nullptr; the driver"):
+        opened(bundle)
+
+
 def test_driver_that_is_too_old_for_cuda_python(
     install: Any, driver: DriverDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +368,9 @@ def test_what_is_queued_is_waited_for_where_a_call_fails(
 
 def test_no_tensorrt(install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(name="none")
-    with pytest.raises(BackendError, match=r"TensorRT is not installed here \(.*\): JetPack .*pip install tensorrt$"):
+    with pytest.raises(
+        BackendError, match=r"TensorRT is not installed here \(.*\): JetPack .*pip install tensorrt-cu12 or"
+    ):
         tensorrt_runtime()
     with pytest.raises(BackendError, match="TensorRT is not installed here"):
         opened(with_plan(tmp_path))

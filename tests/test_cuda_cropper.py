@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError, ImageError, MissingExtraError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.preprocess_cuda import CudaCropper
+from kp_runtime.preprocess_cuda import CropKernels, CudaCropper
 from kp_runtime.probes import crops as crops_on_the_gpu
-from tests.cuda_driver_double import DriverDouble, Result
+from tests.cuda_driver_double import ARGUMENTS, DriverDouble, Result
 from tests.emulation import EmulatedKernel
 
 SIZE = 48
@@ -171,6 +173,28 @@ def test_errors_after_which_the_gpu_is_lost(driver: DriverDouble) -> None:
         driver.failing["cuEventCreate"] = Result.CUDA_ERROR_ILLEGAL_ADDRESS
         with pytest.raises(BackendError, match=r"ILLEGAL_ADDRESS; something read or wrote memory .*start it again"):
             CudaCropper(cubin=b"cubin")
+
+
+def test_kernels_go_with_what_used_them(driver: DriverDouble) -> None:
+    cropper = CudaCropper(cubin=b"cubin")
+    driver.failing["cuEventCreate"] = Result.CUDA_ERROR_OUT_OF_MEMORY
+    with pytest.raises(BackendError):
+        CudaCropper(cubin=b"cubin")
+    del cropper
+    kernels = CropKernels(CudaDriver(), b"cubin")
+    kernels.close()
+    del kernels
+    gc.collect()
+    asked = [name for name, *_ in driver.asked]
+    assert asked.count("cuModuleLoadData") == asked.count("cuModuleUnload") == 3
+
+
+def test_the_double_takes_what_the_driver_s_functions_take() -> None:
+    real = pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
+    for name, count in ARGUMENTS.items():
+        signature = getattr(real, name).__doc__.splitlines()[0]
+        given = signature[len(name) + 1 : -1]
+        assert len(given.split(",")) * bool(given) == count, signature
 
 
 def test_no_such_device(driver: DriverDouble) -> None:

@@ -233,6 +233,14 @@ def test_no_memory_for_a_graph(model: Model, cpu: Model, driver: DriverDouble) -
     check(model, cpu, picture(2), boxes_of(2, 2))
 
 
+def test_a_graph_that_nobody_can_look_into_is_not_used(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    check(model, cpu, picture(0), boxes_of(0, 2))
+    driver.failing["cuGraphGetNodes"] = Result.CUDA_ERROR_INVALID_VALUE
+    with pytest.warns(GraphWarning, match="CUDA does not tell what a graph does: cuGraphGetNodes says"):
+        check(model, cpu, picture(1), boxes_of(1, 2))
+    check(model, cpu, picture(2), boxes_of(2, 2))
+
+
 def test_warnings_that_are_errors_leave_the_model_usable(driver: DriverDouble, cpu: Model) -> None:
     with Model(DeviceDouble(elsewhere=True)) as model:
         model(picture(0), boxes_of(0, 2))

@@ -206,6 +206,17 @@ def test_inspector_without_details_is_no_proof(folder: Path, version: str) -> No
         build(folder, tensorrt_double(version, inspector='{"Layers": ["conv"]}'))
 
 
+@pytest.mark.parametrize("makes_runtime", [False, True])
+def test_cuda_that_tensorrt_can_not_use_is_known_before_a_builder_is_made(
+    folder: Path, version: str, makes_runtime: bool
+) -> None:
+    trt = tensorrt_double(version, cuda_error="CUDA initialization failure with error: 35", makes_runtime=makes_runtime)
+    trt.Builder = None
+    assert "can't use CUDA here: CUDA initialization failure with error: 35; " in str(plan_blocker(trt, ORIN))
+    with pytest.raises(BackendError, match=r"error: 35; the driver runs up to CUDA 12\.6: .*; a plan is built on the"):
+        build(folder, trt)
+
+
 def test_profile_that_is_refused(folder: Path, version: str) -> None:
     with pytest.raises(ExportError, match="refuses the batch sizes 1, 8, 32"):
         build(folder, tensorrt_double(version, profile_index=-1))

@@ -62,6 +62,7 @@ def test_a_repository_holds_what_the_bundle_can(own: Path, tmp_path: Path) -> No
     with_plan(own, "model.fp16.sm90.trt10.3.0.plan", (4, 4, 4), compute_capability="9.0")
     with_plan(own, "model.int8-trt.sm87.trt10.3.0.plan", (1, 8, 16), "int8-trt")
     with_plan(own, "model.sm87.trt10.3.0.plan", (1, 8, 16), None)
+    with_plan(own, "model.int8.sm87.trt10.3.0.dla1.plan", (1, 8, 16), "int8", options={"dla_core": 1})
     report = write_repository(own, tmp_path / "repo")
     assert report.models == (
         TritonModel("tiny-images", 1, True, None),
@@ -71,6 +72,7 @@ def test_a_repository_holds_what_the_bundle_can(own: Path, tmp_path: Path) -> No
     assert [reason.split(":")[0] for reason in report.left_out] == [
         "model.int8-trt.sm87.trt10.3.0.plan",
         "model.sm87.trt10.3.0.plan",
+        "model.int8.sm87.trt10.3.0.dla1.plan",
         "model.fp16.sm87.trt10.3.0.plan",
         "model.fp16.sm90.trt10.3.0.plan",
     ]
