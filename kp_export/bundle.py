@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from kp_export.int8_from_onnx import LEAST_FACES, calibration_stride, check_calibration, search_int8
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, check_fits_half, layer_types, onnx_from_checkpoint
 from kp_export.operators import check_operators
+from kp_export.pack import measured_of
 from kp_export.parity import (
     Ask,
     FaceSet,
@@ -131,19 +132,13 @@ def export_bundle(
                 path.unlink()
         is_same = there is not None and there.files.get(CHECKPOINT_NAME) == manifest.files[CHECKPOINT_NAME]
         accuracy = manifest.accuracy | (there.accuracy if there is not None and is_same else {})
-        manifest = dataclasses.replace(manifest, files=files, accuracy=_of_files(accuracy, files))
+        manifest = dataclasses.replace(manifest, files=files, accuracy=measured_of(accuracy, files))
         manifest.write(stage)
         for name in manifest.files:
             manifest.check_file(stage, name)
         for name in export.files:
             _check_opens(stage / name)
     return ExportReport(target, manifest, tuple(export.reports))
-
-
-def _of_files(accuracy: dict[str, Any], files: dict[str, FileEntry]) -> dict[str, Any]:
-    """What was measured, but of files that are no longer there or were made anew."""
-    hashes = {None, *(entry.sha256 for entry in files.values())}
-    return {name: one for name, one in accuracy.items() if not isinstance(one, dict) or one.get("sha256") in hashes}
 
 
 @dataclass

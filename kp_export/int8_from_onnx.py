@@ -166,8 +166,8 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
     convolutions = [node.name for node in nodes if node.op_type == "Conv"]
     pooling = next(i for i, node in enumerate(nodes) if node.op_type == "ReduceMean")
     head = [node.name for node in nodes[pooling:]]
-    with tempfile.TemporaryDirectory() as folder, _quiet():
-        quantised = Path(folder) / "int8.onnx"
+    with _temporary_folder() as folder, _quiet():
+        quantised = folder / "int8.onnx"
         try:
             quantize_static(
                 str(fp32),
@@ -212,6 +212,19 @@ class _Reader:
 
     def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
         return next(self._batches, None)
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """For what the quantiser writes; where that does not fit, the error names this folder and not the bundle's."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise ExportError(
+            f"can't write the quantiser's files into {tempfile.gettempdir()}: {error.strerror or error}; make room, or "
+            "name another folder in TMPDIR"
+        ) from error
 
 
 @contextlib.contextmanager

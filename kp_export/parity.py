@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from kp_runtime.backend import Answer
 from kp_runtime.errors import MissingExtraError, ParityError
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
+from kp_runtime.interchange import as_text
 from kp_runtime.scheme68 import regions_of
 from kp_runtime.spec import ModelSpec
 from kp_train.bar import Bar, no_bar
@@ -164,9 +165,9 @@ def faces_from_sources(sources: Sequence[Source], spec: ModelSpec, most: int = 5
         matrix = matrices_from_boxes(box[None], spec.size, spec.margin)[0]
         crops.append(crop_from_luma(luma, matrix, spec.size))
         points.append(apply_matrix(matrix, face.xy))
-    origin = ", ".join(source.path.name for source in sources)
+    origin = ", ".join(as_text(source.path.name) for source in sources)
     return FaceSet(
-        tuple(f"{face.image.parent.name}/{face.image.name}" for face in chosen),
+        tuple(as_text(f"{face.image.parent.name}/{face.image.name}") for face in chosen),
         np.stack(crops)[:, None],
         origin,
         np.stack(points),

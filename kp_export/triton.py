@@ -11,6 +11,7 @@ config.pbtxt stays as it is. Both appear by one rename. docs/triton.md tells wha
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import json
 import os
 import re
@@ -129,6 +130,8 @@ def _wanted(bundle: Path, manifest: Manifest, detector: Path | None) -> tuple[li
             f"{bundle} has no {GOLDEN_NAME}, which the health check runs; kp export of its checkpoint makes it"
         )
     stem = re.sub(r"[^A-Za-z0-9_.-]+", "_", manifest.spec.name).lstrip(".") or "model"
+    if stem != manifest.spec.name:  # other names may end in the same one
+        stem += f"-{hashlib.sha256(manifest.spec.name.encode(errors='replace')).hexdigest()[:8]}"
     wanted = [_images(stem, bundle, manifest, detector)]
     left_out = []
     onnx = {str(entry.precision): name for name, entry in runnable.items() if entry.kind == "onnx"}

@@ -19,7 +19,7 @@ __all__ = ["EpochLines", "FacesPicture", "StateKeeper", "Together"]
 
 
 class Together(Callback):
-    """Sees to it that all workers begin alike, and says where a resumed run goes on.
+    """Sees to it that all workers begin alike, and that a resumed run goes on where it was and ends as it would have.
 
     Args:
         beginning: what must be the same for all: settings, data, and whether the run goes on.
@@ -27,10 +27,12 @@ class Together(Callback):
 
     Attributes:
         begun: whether the training has, so that a stored state was taken.
+        measured: in the newest epoch, by name.
     """
 
     def __init__(self, beginning: dict[str, Any], resume: bool) -> None:
         self.beginning, self.resume, self.begun = beginning, resume, False
+        self.measured: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Compares with the first worker."""
@@ -50,6 +52,16 @@ class Together(Callback):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.resume and trainer.is_global_zero:
             print(f"goes on after epoch {trainer.current_epoch} of {trainer.max_epochs}", flush=True)
+        # Lightning keeps how long there was no better epoch, and not that it was too long
+        trainer.should_stop |= any(c.wait_count >= c.patience for c in trainer.early_stopping_callbacks)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keeps what was measured: a run that has no epoch left to go on with measures nothing."""
+        checkpoint["measured"] = self.measured = {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Takes it from a stored state; one of an earlier release has none."""
+        self.measured = checkpoint.get("measured", {})
 
 
 class StateKeeper(ModelCheckpoint):

@@ -61,15 +61,20 @@ def save_detector(bundle: Path, net: DetectorNet, manifest: DetectorManifest) ->
 
 
 def _save_weights(bundle: Path, net: nn.Module, manifest: Manifest, half: bool) -> None:
-    tensors = {
-        name: (value.half() if half and value.ndim > 1 else value.float()).contiguous().cpu()
-        for name, value in net.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
+    tensors = _stored(net, half)
     bundle.mkdir(parents=True, exist_ok=True)
     _save_tensors(tensors, bundle / CHECKPOINT_NAME, {"spec": json.dumps(dataclasses.asdict(manifest.spec))})
     entry = file_entry(bundle / CHECKPOINT_NAME, "checkpoint", precision="fp16" if half else "fp32")
     dataclasses.replace(manifest, files={CHECKPOINT_NAME: entry}).write(bundle)
+
+
+def _stored(net: nn.Module, half: bool) -> dict[str, Tensor]:
+    """Weights and batch norm's statistics as they are written."""
+    return {
+        name: (value.half() if half and value.ndim > 1 else value.float()).contiguous().cpu()
+        for name, value in net.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
 
 
 def load_checkpoint(path: Path) -> tuple[KeypointNet, Manifest]:
@@ -182,12 +187,13 @@ def check_no_bundle(out: Path) -> None:
 
 
 def check_finite(net: nn.Module, lr: float) -> None:
-    """Checks the weights that a run ended with.
+    """Checks what a run ended with, as it would be stored: matrices as fp16.
 
     Raises:
-        KpError: one is infinite or not a number; the advice names the run's learning rate.
+        KpError: a weight, or a statistic of batch norm, is infinite or not a number; the advice names the run's
+            learning rate.
     """
-    if not all(bool(torch.isfinite(p).all()) for p in net.parameters()):
+    if not all(bool(torch.isfinite(value).all()) for value in _stored(net, half=True).values()):
         raise KpError(f"the trained weights are not finite; lower --lr (was {lr:g}) and train again")
 
 

@@ -88,6 +88,10 @@ class TrainConfig:
         _check(self.keep in ("best", "last"), "keep", self.keep, "best or last")
         _check(self.patience >= 0, "patience", self.patience, "0 (off) or more")
         _check(self.augment in AUGMENTS, "augment", self.augment, f"one of {', '.join(AUGMENTS)}")
+        _check(
+            self.augment != "crop" or self.box == "frame", "augment", self.augment,
+            "another one where crops are of faces: crop is for whole photos (--recipe seed)",
+        )  # fmt: skip
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")
         _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         _check(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ __all__ = [
     "is_held_out",
     "luma_from_file",
     "luma_of_face",
+    "lumas_of_faces",
     "parse_source",
     "read_source",
     "recorded_fraction",
@@ -96,7 +98,7 @@ class Source:
 
 def is_held_out(person: str, fraction: float) -> bool:
     """Whether a person belongs to the held-out share: fixed by the name alone."""
-    bucket = int(hashlib.sha256(person.encode()).hexdigest()[:8], 16) / 0x1_0000_0000
+    bucket = int(hashlib.sha256(os.fsencode(person)).hexdigest()[:8], 16) / 0x1_0000_0000
     return bucket < fraction
 
 
@@ -207,14 +209,26 @@ def luma_from_file(path: Path) -> NDArray[np.uint8]:
     return frame.luma(0, 0, width, height)
 
 
-def luma_of_face(face: Face) -> NDArray[np.uint8]:
-    """The photo of a face, as `luma_from_file`.
+def lumas_of_faces(faces: Sequence[Face]) -> list[NDArray[np.uint8]]:
+    """The photo of each face, as `luma_from_file`; faces of one photo share it.
 
     Raises:
-        DataError: it can't be read, or no point of the face lies in it, or one lies very far off it.
+        DataError: one can't be read, or no point of a face lies in it, or one lies very far off it.
     """
-    luma = luma_from_file(face.image)
-    height, width = luma.shape
+    decoded: dict[Path, NDArray[np.uint8]] = {}
+    for face in faces:
+        if face.image not in decoded:
+            decoded[face.image] = luma_from_file(face.image)
+        _check_place(face, *decoded[face.image].shape)
+    return [decoded[face.image] for face in faces]
+
+
+def luma_of_face(face: Face) -> NDArray[np.uint8]:
+    """The photo of one face, as `lumas_of_faces`."""
+    return lumas_of_faces([face])[0]
+
+
+def _check_place(face: Face, height: int, width: int) -> None:
     if not ((face.xy > -0.5) & (face.xy < (width - 0.5, height - 0.5))).all(axis=1).any():
         raise DataError(
             f"{face.image} has {width} x {height} pixels, and none of its face's points lies in them; "
@@ -226,7 +240,6 @@ def luma_of_face(face: Face) -> NDArray[np.uint8]:
             f"{face.image} has {width} x {height} pixels, and its face is over {_WIDEST} times as large: point {far} "
             f"lies at {face.xy[far, 0]:g}, {face.xy[far, 1]:g}; correct it or remove the face"
         )
-    return luma
 
 
 def evenly_spread(count: int, most: int) -> list[int]:
@@ -284,7 +297,7 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.spec = spec
         self.augment = augment
         self._boxes = boxes_xyxy
-        self._lumas = [luma_of_face(face) for face in faces]
+        self._lumas = lumas_of_faces(faces)
 
     def __len__(self) -> int:
         return len(self.faces)

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from kp_runtime.errors import DataError
 from kp_runtime.frame import IMAGE_SUFFIXES
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, matrices_from_boxes
-from kp_train.data import Face, luma_from_file, luma_of_face
+from kp_train.data import Face, luma_from_file, lumas_of_faces
 
 __all__ = ["WINDOW", "Pictures", "WindowDataset", "read_pictures"]
 
@@ -83,7 +83,7 @@ class WindowDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __init__(
         self, faces: Sequence[Face], weights: Sequence[float], pictures: Pictures, seed: int, count: int
     ) -> None:
-        self._photos = [(luma_of_face(face), face.xy) for face in faces]
+        self._photos = list(zip(lumas_of_faces(faces), (face.xy for face in faces), strict=True))
         up_to = np.cumsum(weights)
         self._up_to = up_to / up_to[-1]
         self._pictures, self._seed, self._count = pictures.lumas, seed, count

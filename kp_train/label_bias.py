@@ -104,7 +104,7 @@ def bias_of(off: Tensor, people: Sequence[str], order: NDArray[np.intp]) -> NDAr
     sideways = np.bincount(person, off[..., 0].mean(dim=1).numpy()) / np.bincount(person)
     if len(sideways) < _FEWEST or abs(sideways.mean()) <= _SURE * sideways.std(ddof=1) / len(sideways) ** 0.5:
         return None
-    bias = off.median(dim=0).values.numpy()
+    bias = np.median(off.numpy(), axis=0)  # torch's is the lower of two middle ones
     return np.asarray((bias - bias[order] * [-1, 1]) / 2).round(4)
 
 

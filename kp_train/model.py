@@ -18,6 +18,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 
 from kp_runtime.errors import KpError
 from kp_runtime.files import sha256_of_file
+from kp_runtime.interchange import as_text
 from kp_runtime.scheme68 import POINTS
 
 __all__ = ["KeypointNet", "load_backbone_weights"]
@@ -137,4 +138,4 @@ def load_backbone_weights(net: KeypointNet, weights: str) -> dict[str, str]:
         raise KpError(f"{weights} is no torchvision ResNet-18: it has other layers")
     if weights in ("imagenet", "auto"):
         return {"weights": "imagenet"}
-    return {"weights": Path(weights).name, "weights_sha256": sha256_of_file(Path(weights))}
+    return {"weights": as_text(Path(weights).name), "weights_sha256": sha256_of_file(Path(weights))}

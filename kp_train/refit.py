@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import box_of_face, boxes_from_points
+from kp_runtime.interchange import as_text
 from kp_runtime.spec import Manifest
 from kp_train.augment import face_augment, mirror_from_pairs
 from kp_train.bar import Bar, no_bar
@@ -197,7 +198,7 @@ def _records(
 ) -> dict[str, Any]:
     """The manifest's record with what became of the last layer and of the lost score."""
     rest = {key: value for key, value in training.items() if key != "lost_score"}
-    named = [{"name": source.path.name, "sha256": source.sha256} for source in sources]
+    named = [{"name": as_text(source.path.name), "sha256": source.sha256} for source in sources]
     if result.strength:
         of_layer = {key: value for key, value in vars(result).items() if key != "lost_score"}
         weighed = [
@@ -261,6 +262,12 @@ def _errors(net: KeypointNet, seen: _Seen, weights: Tensor) -> Tensor:
 
 def _nme(net: KeypointNet, seen: _Seen, weights: Tensor) -> float:
     return float(_errors(net, seen, weights).mean())
+
+
+def _spread(xy: NDArray[np.floating]) -> NDArray[np.float64]:
+    """How far each face's points lie from their middle, `(n,)`, whatever the turn."""
+    spread: NDArray[np.float64] = np.linalg.norm(xy - xy.mean(axis=1, keepdims=True), axis=(1, 2))
+    return spread
 
 
 def training_config(manifest: Manifest) -> dict[str, Any]:
@@ -329,6 +336,8 @@ class _Looker:
             features.append(self._net.features(torch.stack([crop for crop, _ in batch])).double())
             points.append(torch.stack([xy for _, xy in batch]).double())
         seen, xy = torch.cat(features), torch.cat(points)
-        unit = torch.from_numpy(nme_unit(xy.numpy()))
+        labels = np.stack([faces.faces[key if isinstance(key, int) else key[0]].xy for key in keys])
+        # by the label's own size and the view's scale: a box's size would change with the turn
+        unit = torch.from_numpy(nme_unit(labels) * _spread(xy.numpy()) / _spread(labels))
         ones = torch.ones(len(seen), 1, dtype=torch.float64)
         return _Seen(torch.cat([seen, ones], dim=1), xy, unit, torch.tensor(weights, dtype=torch.float64))

@@ -18,10 +18,11 @@ import torch
 import torchvision
 
 from kp_runtime.errors import DataError, KpError
+from kp_runtime.interchange import as_text
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, Source, held_out_of, is_held_out, recorded_fraction
 
-__all__ = ["ancestry", "held_out_as_many", "run_record", "split_by_person", "stored_record"]
+__all__ = ["ancestry", "least_held_out", "run_record", "split_by_person", "stored_record"]
 
 
 def split_by_person(
@@ -52,7 +53,7 @@ def run_record(
         "start": start,
         "sources": [
             {
-                "name": source.path.name,
+                "name": as_text(source.path.name),
                 "sha256": source.sha256,
                 "weight": source.weight,
                 "faces": len(source.faces),
@@ -114,10 +115,9 @@ def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
     return [own, *(entry for record in older for entry in ancestry(record))]
 
 
-def held_out_as_many(training: dict[str, Any], config: TrainConfig) -> bool:
-    """Whether a model that was trained so saw nobody whom a run with these settings holds out."""
-    fraction = recorded_fraction(training)
-    return fraction is not None and fraction >= config.val_fraction
+def least_held_out(records: Sequence[dict[str, Any]]) -> float:
+    """The share of people whom none of these runs saw, of a model and what it began at; 0 where one does not say."""
+    return min(recorded_fraction(record) or 0.0 for record in records)
 
 
 def _sha256_of_names(faces: Sequence[Face]) -> str:

@@ -47,7 +47,7 @@ from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet, load_backbone_weights
-from kp_train.run_record import ancestry, held_out_as_many, run_record, split_by_person, stored_record
+from kp_train.run_record import ancestry, least_held_out, run_record, split_by_person, stored_record
 from kp_train.teachers import Teachers, load_teachers, reduced
 
 __all__ = ["train"]
@@ -149,6 +149,8 @@ def train(
     elastic = torch.distributed.is_torchelastic_launched()
     resume = resume or (elastic and has_begun(run))
     check_start(run, resume)
+    if init is not None and weights not in ("auto", "none"):
+        raise InputError(f"a run begins at --init {init} or at --weights {weights}; leave one out")
     trainer = _trainer(config, run, devices, accelerator, strategy, progress)
     on_cpu = trainer.strategy.root_device.type == "cpu"
     if on_cpu and config.precision == "16-mixed":  # Lightning would take bf16-mixed, and the record would not say so
@@ -170,14 +172,15 @@ def train(
     module = KeypointModule(config, taught)
     if resume:
         record = stored_record(run, sources, config)
-        _check_resumed(run, record, name, init, taught, trainer.world_size)
+        _check_resumed(run, record, name, weights, init, taught, trainer.world_size)
         if (run / MANIFEST_NAME).exists():  # written last
             if trainer.is_global_zero:
                 print(f"the run in {run} is finished", flush=True)
             return run / CHECKPOINT_NAME
     else:
         start, before = _start_weights(module.net, train_set, weights, init)
-        if init is not None and not held_out_as_many(start["training"], config) and trainer.is_global_zero:
+        known = least_held_out([start["training"], *start["before"]]) if init is not None else 1.0
+        if known < config.val_fraction and trainer.is_global_zero:
             print(f"{init} may have seen people whom this run holds out: their NME flatters it", flush=True)
         record = {"name": name, "devices": trainer.world_size}
         record |= run_record(sources, training, held_out, config, start)
@@ -185,8 +188,8 @@ def train(
             record["teachers"] = list(taught.records)
             record["start"] |= {"licence": _licence(start, taught)}
         if before is not None and _sees_alike(before[1], spec):
-            known = dataclasses.replace(spec, size=before[1].size)  # crops of another size it may not read yet
-            biases = source_biases(before[0], sources, config.val_fraction, known, order)
+            theirs = dataclasses.replace(spec, size=before[1].size)  # crops of another size it may not read yet
+            biases = source_biases(before[0], sources, min(known, config.val_fraction), theirs, order)
             for source, bias in zip(record["sources"], biases, strict=True):
                 source["label_bias"] = bias if bias is None else bias.tolist()
         if trainer.is_global_zero:
@@ -211,6 +214,12 @@ def train(
             f"the weights draw {len(sampler)} faces in an epoch for {trainer.world_size} workers; "
             "give larger ones behind --data, or more faces"
         )
+    for source, part in zip(sources, training, strict=True):
+        if part and not round(len(part) * source.weight):
+            raise DataError(
+                f"{source.path} has {len(part)} faces to train on, of which the weight {source.weight:g} draws none; "
+                "give a larger one, or leave it out"
+            )
     loaders = Loaders(train_set, val_set, sampler, config.batch_size, workers)
     try:
         trainer.fit(module, datamodule=loaders, ckpt_path=str(last) if resume else None)
@@ -220,9 +229,10 @@ def train(
             raise KpError(f"{place}, before the first state was saved: start it again") from error
         how = "the same command" if elastic else "the same command with --resume"
         raise KpError(f"{place}; nothing is lost up to the last whole epoch: {how} goes on") from error
-    except torch.OutOfMemoryError as error:
-        raise KpError(f"the device has too little memory for {config.batch_size} crops; lower --batch-size") from error
     except (KeyError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            few = f"too little memory for {config.batch_size} crops"
+            raise KpError(f"the device has {few}; lower --batch-size") from error
         if trainer.world_size > 1 and any(library in str(error) for library in ("gloo", "NCCL")):
             raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error
         check_lost_worker(error)
@@ -234,7 +244,7 @@ def train(
         raise
     if trainer.is_global_zero:
         state = last if config.keep == "last" else last.with_name("best.state")
-        net = _write_checkpoint(state, run, spec, record, trainer)
+        net = _write_checkpoint(state, run, spec, record, together.measured)
         if any("label_bias" not in source for source in record["sources"]):  # nothing could tell before
             what = f"this run's mirrored faces did not keep to that, a run with --init {run} will"
             _print_biases(sources, source_biases(net, sources, config.val_fraction, spec, order), what)
@@ -293,7 +303,7 @@ def _devices_and_nodes(devices: str) -> tuple[int | str, int]:
 
 
 def _check_resumed(
-    run: Path, record: dict[str, Any], name: str, init: Path | None, taught: Teachers, devices: int
+    run: Path, record: dict[str, Any], name: str, weights: str, init: Path | None, taught: Teachers, devices: int
 ) -> None:
     """Refuses to go on under another name, from other weights, with other teachers, or on more or fewer devices."""
     if (began_on := record.get("devices", devices)) != devices:  # a run that an older release began has none
@@ -305,6 +315,8 @@ def _check_resumed(
         raise KpError(f"the run in {run} began with other teachers; give the same ones")
     if (began := record.get("name", name)) != name:
         raise KpError(f"the run in {run} began with --name {began}; give the same one")
+    if Path(weights).name not in ("auto", record["start"].get("weights", "none")):
+        raise KpError(f"the run in {run} began at other weights than {weights}; leave --weights out")
     if init is not None:
         _, manifest = load_checkpoint(init)
         if manifest.files[CHECKPOINT_NAME].sha256 != record["start"].get("checkpoint_sha256"):
@@ -357,14 +369,13 @@ def _start_from_mean(net: KeypointNet, faces: FaceDataset) -> None:
 
 
 def _write_checkpoint(
-    state: Path, run: Path, spec: ModelSpec, record: dict[str, Any], trainer: L.Trainer
+    state: Path, run: Path, spec: ModelSpec, record: dict[str, Any], measured: dict[str, float]
 ) -> KeypointNet:
     """Writes a state's (averaged) weights as the run's checkpoint, and returns the network."""
     content = SafetensorsIO().load_checkpoint(state)
     net = KeypointNet(spec.size, record["config"].get("reduce", 1), spec.points)
     net.load_state_dict({k.removeprefix("net."): v for k, v in content["state_dict"].items()})
     check_finite(net, record["config"]["lr"])
-    measured = {k: float(v) for k, v in trainer.callback_metrics.items()}
     kept = record["config"].get("keep", "best")  # a run that an older release began has none
     record = record | {f"{kept}_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": measured}
     # weights made from others stay under their licence; a run that an older release began does not know it

@@ -112,7 +112,7 @@ def train_detector(
         num_workers=workers,
         multiprocessing_context=start_of_workers(workers),
     )
-    checks = WindowDataset(held_out, [1.0] * len(held_out), pictures, config.seed, VALIDATION_WINDOWS)
+    checks = WindowDataset(held_out, [1.0] * len(held_out), pictures, config.seed + 1, VALIDATION_WINDOWS)
     try:
         for batch in loader:
             state.learn(batch)

@@ -193,3 +193,17 @@ def test_weights_that_are_not_finite(value: float) -> None:
         net.weight[0, 0] = value
     with pytest.raises(KpError, match=r"not finite; lower --lr \(was 0\.1\)"):
         check_finite(net, 0.1)
+    normed = torch.nn.BatchNorm2d(2)
+    normed.running_var[0] = value
+    with pytest.raises(KpError, match="not finite"):
+        check_finite(normed, 0.1)
+
+
+def test_weights_that_fp16_does_not_hold() -> None:
+    net = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        net.bias[0] = 1e5  # vectors stay as fp32
+        check_finite(net, 0.1)
+        net.weight[0, 0] = 1e5
+    with pytest.raises(KpError, match="not finite"):
+        check_finite(net, 0.1)

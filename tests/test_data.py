@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from kp_train.data import (
     evenly_spread,
     is_held_out,
     luma_from_file,
+    lumas_of_faces,
     parse_source,
     read_source,
     start_of_workers,
@@ -287,6 +289,20 @@ def test_workers_share_the_images_instead_of_a_copy(csv_source: Path, monkeypatc
 def test_a_person_is_a_files_name_up_to_the_last_underscore() -> None:
     names = {"Mary_Ann_Smith_12.jpg": "Mary_Ann_Smith", "ada_1.png": "ada", "ada.png": "ada", "_1.png": "_1"}
     assert {name: Face(Path("x_y", name), np.zeros((68, 2), np.float32)).person for name in names} == names
+
+
+def test_a_name_that_is_no_text_is_a_person_s(tmp_path: Path) -> None:
+    """Such as an old Latin-1 one."""
+    assert {is_held_out(os.fsdecode(b"caf\xe9"), fraction) for fraction in (0.0, 1.0)} == {False, True}
+
+
+def test_faces_of_one_photo_share_it(tmp_path: Path) -> None:
+    source = write_csv_source(tmp_path, people=1)
+    face = read_source(source).faces[0]
+    one, other = lumas_of_faces([face, dataclasses.replace(face, xy=face.xy + 1)])
+    assert one is other
+    with pytest.raises(DataError, match="none of its face's points"):
+        lumas_of_faces([face, dataclasses.replace(face, xy=face.xy + 1e4)])
 
 
 def test_who_is_held_out_follows_the_rule_in_the_manifest() -> None:

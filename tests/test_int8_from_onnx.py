@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,18 @@ def test_each_way_is_tried_and_the_reasons_are_told(
     with pytest.raises(ParityError, match=r"minmax, 0 in float32: .*rise of the NME.*minmax, 1 in float32"):
         export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), calibration=[source])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_for_the_quantiser_is_not_the_bundle_s_fault(
+    checkpoint: Path, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", full)
+    told = f"can't write the quantiser's files into {tempfile.gettempdir()}: No space left on device; .*TMPDIR"
+    with pytest.raises(ExportError, match=told):
+        export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), calibration=[source])
 
 
 def test_int8_without_faces_is_refused(checkpoint: Path, tmp_path: Path) -> None:

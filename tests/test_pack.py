@@ -28,7 +28,12 @@ def full(bundle: Path, tmp_path: Path) -> Path:
         "checkpoint.safetensors": file_entry(folder / "checkpoint.safetensors", "checkpoint", precision="int8"),
         "parity.json": file_entry(folder / "parity.json", "report"),
     }
-    dataclasses.replace(manifest, files=manifest.files | more).write(folder)
+    accuracy = {
+        "whole": {"nme": 0.03},
+        "fp32": {"nme": 0.03, "sha256": manifest.files["model.fp32.onnx"].sha256},
+        "checkpoint": {"nme": 0.03, "sha256": more["checkpoint.safetensors"].sha256},
+    }
+    dataclasses.replace(manifest, files=manifest.files | more, accuracy=accuracy).write(folder)
     (folder / "MODEL_CARD.md").write_text("card")
     return folder
 
@@ -44,6 +49,12 @@ def test_only_what_was_asked_for_is_packed_and_runs(full: Path, tmp_path: Path) 
         Manifest.read(out).check_file(out, name)
     assert load(out, threads=1).backend.report.precision == "int8"
     assert Manifest.read(out).spec == Manifest.read(full).spec
+
+
+def test_what_was_measured_of_files_goes_with_them(full: Path, tmp_path: Path) -> None:
+    """Both ONNX files have the same bytes."""
+    assert set(pack_bundle(full, tmp_path / "a", ["int8"]).accuracy) == {"whole", "fp32"}
+    assert set(pack_bundle(full, tmp_path / "b", ["int8"], checkpoint=True).accuracy) == {"whole", "fp32", "checkpoint"}
 
 
 def test_a_bundle_can_be_packed_in_place(full: Path) -> None:

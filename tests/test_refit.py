@@ -10,9 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from kp_cli.options import CHECKOUT_DETECTOR
 from kp_runtime.errors import BundleError, DataError, InputError, KpError
@@ -20,12 +22,15 @@ from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.spec import Manifest, ModelSpec
+from kp_train.augment import Augment
+from kp_train.bar import no_bar
 from kp_train.checkpoint import check_start, load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig
-from kp_train.data import Source, is_held_out, luma_from_file, read_source
+from kp_train.data import Face, FaceDataset, Source, is_held_out, luma_from_file, read_source
 from kp_train.lost_score import LIMIT, elsewhere
+from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
-from kp_train.refit import Refit, _Seen, refit, solved_head
+from kp_train.refit import Refit, _Looker, _Seen, refit, solved_head
 from kp_train.synthetic import mean_shape, write_csv_source
 from tests.test_cli import kp
 
@@ -113,6 +118,20 @@ def test_it_is_the_mean_nme_that_falls() -> None:
     old = torch.zeros(136, 2, dtype=torch.float64)
     found = net.decode(data.features[:1] @ solved_head(net, old, [data], 1e-9).T)
     assert found.mean() > 35  # towards the 80: 80 / 20 is more than 30 / 10
+
+
+@pytest.mark.parametrize("points", [5, 68])
+def test_a_turned_face_counts_as_an_upright_one(tmp_path: Path, points: int) -> None:
+    """Own points' NME is counted in their box's size, which changes with the turn."""
+    torch.manual_seed(0)
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((200, 200), np.uint8))
+    xy = (mean_shape() * 60 + 100)[np.linspace(0, 67, points).astype(int)].astype(np.float32)
+    spec = ModelSpec("x", 64, points=points, scheme="ibug68" if points == 68 else "own")
+    looker = _Looker(KeypointNet(64, points=points), Manifest(spec), None, None, lambda text: no_bar)
+    turned = FaceDataset([Face(tmp_path / "a.png", xy)], spec, Augment(0.1, 0.2, 0.2, 30, None, v2.Identity()))
+    seen = looker._features(turned, [(0, seed) for seed in range(8)], [1.0] * 8, "turned")
+    scale = (seen.xy[:, 0] - seen.xy[:, -1]).norm(dim=-1).numpy() / np.linalg.norm(xy[0] - xy[-1])
+    np.testing.assert_allclose(seen.unit.numpy(), scale * nme_unit(xy[None])[0], rtol=1e-4)
 
 
 def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path) -> None:

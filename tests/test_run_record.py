@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from kp_runtime.errors import KpError
-from kp_train.config import recipe
+from kp_runtime.spec import Manifest, ModelSpec
+from kp_train.checkpoint import load_checkpoint, save_checkpoint
+from kp_train.config import TrainConfig, recipe
 from kp_train.data import read_source
+from kp_train.model import KeypointNet
 from kp_train.run_record import _git_revision, ancestry, run_record, split_by_person, stored_record
 from kp_train.synthetic import write_csv_source
 
@@ -37,6 +41,15 @@ def test_other_names_can_not_resume_a_run(tmp_path: Path) -> None:
     renamed = [dataclasses.replace(f, image=f.image.with_name("x" + f.image.name)) for f in source.faces]
     with pytest.raises(KpError, match="began with other data"):
         stored_record(tmp_path, [dataclasses.replace(source, faces=tuple(renamed))], config)
+
+
+def test_a_source_s_name_that_is_no_text_can_be_read_again(tmp_path: Path) -> None:
+    source = read_source(write_csv_source(tmp_path, people=20))
+    named = dataclasses.replace(source, path=tmp_path / os.fsdecode(b"caf\xe9"))
+    config = TrainConfig()
+    record = run_record([named], *split_by_person([named], config), config, {})
+    save_checkpoint(tmp_path / "r", KeypointNet(64), Manifest(ModelSpec("x", 64), training=record))
+    assert load_checkpoint(tmp_path / "r")[1].training["sources"][0]["name"] == r"caf\udce9"
 
 
 def test_records_that_an_older_release_nested_are_read() -> None:

@@ -44,10 +44,11 @@ def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(faces: Path, out: Path, **changes: object) -> Path:
     settings = {"size": 64, "epochs": 2, "batch_size": 16, "ema": 0.5, "lr": 1e-3} | changes
     base = str(settings.pop("recipe", "default"))
-    more: dict[str, Any] = {key: settings.pop(key) for key in ("resume", "name", "init") if key in settings}
+    more: dict[str, Any] = {"weights": "none"}
+    more |= {key: settings.pop(key) for key in ("resume", "name", "init", "weights") if key in settings}
     return train(
         [read_source(faces)], recipe(base, **settings), out,
-        weights="none", accelerator="cpu", workers=0, picture_every=1, progress=False, **more,
+        accelerator="cpu", workers=0, picture_every=1, progress=False, **more,
     )  # fmt: skip
 
 
@@ -170,6 +171,22 @@ def test_a_start_that_may_have_seen_held_out_people_is_said(
         assert ("may have seen people whom this run holds out" in capsys.readouterr().out) == is_said
 
 
+def test_what_a_start_began_at_may_have_seen_held_out_people(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "kp_train.train.source_biases", lambda net, sources, fraction, *_: asked.append(fraction) or [None]
+    )
+    first = small_checkpoint(tmp_path / "first")
+    held_out = {"held_out": {"val_fraction": 0.3}, "start": {"training": {"held_out": {"val_fraction": 0.01}}}}
+    dataclasses.replace(Manifest.read(first), training=held_out).write(first)
+    for name, init in (("second", first), ("third", tmp_path / "second")):
+        run(faces, tmp_path / name, epochs=1, init=init)
+        assert "may have seen people whom this run holds out" in capsys.readouterr().out
+    assert asked == [0.01, 0.01]
+
+
 def test_the_original_recipe_trains_on_whole_photos(faces: Path, tmp_path: Path) -> None:
     path = run(faces, tmp_path / "r", recipe="seed", size=64, epochs=1, ema=0)
     _, manifest = load_checkpoint(path)
@@ -231,6 +248,10 @@ def test_another_name_or_start_can_not_resume_a_run(trained: Path, faces: Path, 
         run(faces, trained, init=trained, **settings)
     with pytest.raises(BundleError, match="there is no checkpoint at"):
         run(faces, trained, init=tmp_path / "gone", **settings)
+    with pytest.raises(KpError, match="began at other weights than imagenet; leave --weights out"):
+        run(faces, trained, weights="imagenet", **settings)
+    with pytest.raises(InputError, match=r"begins at --init .* or at --weights /a\.pth; leave one out"):
+        run(faces, tmp_path / "r", init=trained, weights="/a.pth")
 
 
 def test_a_model_that_sees_another_part_of_a_photo_is_not_asked_how_labels_lie(
@@ -319,6 +340,38 @@ def test_weights_that_draw_no_face(faces: Path, tmp_path: Path, source: str) -> 
             [parse_source(source.format(faces))], recipe("default", size=64), tmp_path / "r",
             weights="none", accelerator="cpu", progress=False,
         )  # fmt: skip
+
+
+def test_a_source_of_which_nothing_is_drawn(faces: Path, tmp_path: Path) -> None:
+    few = write_csv_source(tmp_path / "few", people=4)
+    with pytest.raises(
+        DataError, match=r"few.* faces to train on, of which the weight 0\.01 draws none; give a larger"
+    ):
+        train(
+            [read_source(faces), read_source(few, 0.01)], recipe("default", size=64), tmp_path / "r",
+            weights="none", accelerator="cpu", progress=False,
+        )  # fmt: skip
+
+
+def test_too_little_memory_is_one_line(faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kp_train.train.keypoint_loss", lambda *_: torch.empty(1 << 50))
+    with pytest.raises(KpError, match="the device has too little memory for 16 crops; lower --batch-size"):
+        run(faces, tmp_path / "r")
+
+
+@pytest.mark.parametrize("settings", [{"epochs": 2}, {"epochs": 9, "patience": 1, "lr": 0.5, "keep": "last"}])
+def test_a_run_that_was_killed_at_its_end_ends_as_an_undisturbed_one(
+    faces: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    """It has its last state, and no checkpoint yet."""
+    path = run(faces, tmp_path / "r", **settings)
+    weights, manifest = path.read_bytes(), Manifest.read(path.parent)
+    for file in (path, path.with_name("manifest.json")):
+        file.unlink()
+    run(faces, tmp_path / "r", resume=True, **settings)
+    assert path.read_bytes() == weights
+    assert {"val_loss", "train_loss"} <= set(manifest.training["last_epoch_metrics"])
+    assert Manifest.read(path.parent).training == manifest.training
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import kp_cli
+import kp_train.train_detector as module
 from kp_export.detector_bundle import export_detector
 from kp_runtime.center_detector import MODEL_NAME, CenterDetector
 from kp_runtime.errors import BundleError, DataError, IntegrityError, KpError
@@ -114,6 +116,23 @@ def raw_for(box: tuple[float, ...], score: float = 6.0) -> torch.Tensor:
                 reach = torch.tensor([x - x0, y - y0, x1 - x, y1 - y])
                 raw[0, :, row, column] = torch.cat([torch.tensor([score]), (reach / 16).log()])
     return raw
+
+
+def test_held_out_windows_are_drawn_otherwise_than_those_of_training(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the pictures without a face there is one set alone."""
+    made: list[WindowDataset] = []
+
+    class Noted(WindowDataset):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(module, "WindowDataset", Noted)
+    train_detector([parse_source(str(source))], Pictures(), DetectorConfig(steps=1, batch_size=32), tmp_path / "r")
+    learnt, checked = made
+    assert not any(torch.equal(learnt[i][0], checked[i][0]) for i in range(32))
 
 
 def test_the_loss_falls_towards_the_right_box() -> None:

@@ -160,6 +160,16 @@ def test_what_a_killed_export_left_is_cleared_away(own: Path, tmp_path: Path) ->
     assert (repo / "tiny-images/config.pbtxt").read_text() != "half"
 
 
+def test_models_of_other_names_are_other_models(tmp_path: Path) -> None:
+    """Triton's names are ASCII, and a second version would take the first one's place."""
+    for name in ("人脸", "模型", "a b", "a_b"):
+        own = tiny_bundle(tmp_path / name)
+        manifest = Manifest.read(own)
+        dataclasses.replace(manifest, spec=dataclasses.replace(manifest.spec, name=name)).write(own)
+        assert {model.version for model in write_repository(own, tmp_path / "repo").models} == {1}
+    assert {"a_b-images", "a_b-crops-onnx"} <= {path.name for path in (tmp_path / "repo").iterdir()}
+
+
 def test_another_contract_is_refused_before_anything_is_written(own: Path, tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     other = tiny_bundle(tmp_path / "other", size=96)
