@@ -1,8 +1,9 @@
-"""Writes the tables of docs/benchmarks.md from benchmarks/results/, a section a machine.
+"""Writes the tables of docs/benchmarks.md and benchmarks_operators.md from benchmarks/results/, a section a machine.
 
     python -m benchmarks.table
 
-What stands between the two markers is made; the text around them is written by hand and stays.
+Operators by batch have the second page, all else the first. What stands between the two markers of a page is made; the
+text around them is written by hand and stays.
 """
 
 from __future__ import annotations
@@ -18,16 +19,36 @@ from kp_runtime.errors import InputError
 from kp_runtime.files import writing
 from kp_runtime.timing import Ratio
 
-__all__ = ["BEGIN", "DOCS", "END", "docs_with_tables", "tables_from_records"]
+__all__ = ["BEGIN", "DOCS", "END", "PAGES", "docs_with_tables", "pages_with_tables", "tables_from_records"]
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+OPERATORS = "operators"
+PAGES = {
+    "benchmarks.md": tuple(kind for kind in KINDS if kind != OPERATORS),
+    "benchmarks_operators.md": (OPERATORS,),
+}
+"""The kinds of results whose tables each page shows."""
 BEGIN = "<!-- begin: made by python -m benchmarks.table -->"
 END = "<!-- end: made by python -m benchmarks.table -->"
 NOTHING = "There are no results here yet; `make bench` makes them."
 
 
+def pages_with_tables(folder: Path, records: Sequence[Record]) -> dict[Path, str]:
+    """The pages of a folder with their tables made anew, by path; nothing is written.
+
+    Raises:
+        InputError: a page lacks the markers, or a record a field.
+    """
+    return {
+        folder / name: docs_with_tables(
+            (folder / name).read_text(encoding="utf-8"), [record for record in records if record.kind in kinds]
+        )
+        for name, kinds in PAGES.items()
+    }
+
+
 def docs_with_tables(text: str, records: Sequence[Record]) -> str:
-    """The page with its tables made anew.
+    """A page with the tables of these records made anew.
 
     Raises:
         InputError: the page lacks the markers, or a record a field.
@@ -247,14 +268,14 @@ _KINDS: dict[str, Callable[[Record], Iterable[str]]] = {
 
 
 def main() -> None:
-    """Makes the page's tables anew."""
+    """Makes the pages' tables anew."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--results", type=Path, default=RESULTS)
-    made.add_argument("--docs", type=Path, default=DOCS)
+    made.add_argument("--docs", type=Path, default=DOCS, help="the folder of the pages")
     args = made.parse_args()
-    text = docs_with_tables(args.docs.read_text(encoding="utf-8"), read_records(args.results))
-    with writing(args.docs) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    for page, text in pages_with_tables(args.docs, read_records(args.results)).items():
+        with writing(page) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,17 @@ from benchmarks.crop_path import CropPath, Scene, crops_by_hand, measure_crop_pa
 from benchmarks.engines import OPENVINO, ORT, Candidate, LeftOut, bf16_blocker, candidates_from_bundle, openvino_ready
 from benchmarks.faces import varied_crops
 from benchmarks.profile_batches import Profile, print_profile, profile_bundle, profile_file
-from benchmarks.record import RESULTS, Record, median_of, read_record, read_records, record_from, write_record
+from benchmarks.record import (
+    KINDS,
+    RESULTS,
+    Record,
+    machine_name,
+    median_of,
+    read_record,
+    read_records,
+    record_from,
+    write_record,
+)
 from benchmarks.start import Start, measure_start, print_start, run_process, summaries_from_samples
 from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BackendError, InputError, KpError
@@ -82,8 +92,32 @@ def small_scenes() -> list[Scene]:
 
 
 def test_docs_show_the_results() -> None:
-    text = table.DOCS.read_text(encoding="utf-8")
-    assert table.docs_with_tables(text, read_records(RESULTS)) == text, "run: python -m benchmarks.table"
+    pages = table.pages_with_tables(table.DOCS, read_records(RESULTS))
+    assert [page.name for page in pages] == list(table.PAGES)
+    for page, text in pages.items():
+        assert page.read_text(encoding="utf-8") == text, f"{page.name}: run python -m benchmarks.table"
+
+
+def test_every_kind_of_result_has_its_page() -> None:
+    assert sorted(kind for kinds in table.PAGES.values() for kind in kinds) == sorted(KINDS)
+
+
+def test_the_first_table_is_of_the_results() -> None:
+    """What the page answers first is written by hand."""
+    text = (table.DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (AVX\S+(?: alone)?) \| (\d.*) \|$", text.partition("\n## ")[0], re.MULTILINE))
+    measured = {
+        (machine_name(r.machine), r.bundle["folder"], case["batch"]): f"{case['ms_a_face']:.2f}"
+        for r in read_records(RESULTS)
+        if r.kind == "engines" and r.settings["threads"] == 2
+        for case in r.measured["cases"]
+        if (case["engine"], case["precision"]) == (ORT, "int8")
+    }
+    for name, machine in (("AVX512-VNNI", "AMD EPYC avx_vnni, 2 cores"), ("AVX2 alone", "AMD EPYC avx2, 2 cores")):
+        wanted = [
+            measured[machine, folder, batch] for folder in ("resnet18-68", "resnet18-68-lite") for batch in (1, 8)
+        ]
+        assert rows[name].split(" | ") == wanted, name
 
 
 def test_crops_are_real_and_differ(crops: np.ndarray) -> None:
