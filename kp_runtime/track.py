@@ -2,8 +2,8 @@
 
 The box of the next frame is that of the last points, so the detector runs only now and then. Whether a
 face is still there the model says itself (`ModelSpec.lost_limit`). One that does not is asked for a second look, in a
-box that is shifted and larger: on a face both looks find the same points, elsewhere they do not (`docs/video.md` has
-the measurements).
+box that is shifted and larger: on a face both looks find the same points, elsewhere they do not
+(`docs/video_measured.md` has the measurements).
 """
 
 from __future__ import annotations

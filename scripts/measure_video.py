@@ -1,4 +1,4 @@
-"""Measures what docs/video.md says of `kp run`: its speed beside each step alone, and jitter and lag of the smoothing.
+"""Measures `kp run`: its speed (docs/video_measured.md), and jitter and lag of the smoothing (docs/video.md).
 
     python scripts/measure_video.py BUNDLE [--frames N] [--rounds N] [--threads N] [--detector NAME]
 
