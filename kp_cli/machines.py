@@ -17,6 +17,7 @@ from kp_cli.options import (
     Threads,
     bundle_or_default,
     check_file,
+    folder_or_default,
     open_detector,
 )
 from kp_cli.report import (
@@ -108,7 +109,7 @@ def bench(
             admit = gate(old, anyway)
             face = photo or _astronaut()
             result = run_bench(
-                bundle_or_default(bundle),
+                bundle or folder_or_default(None),
                 face,
                 open_detector(detector, threads=threads),
                 settings,
@@ -196,7 +197,7 @@ def tune(
         None if budget is None else milliseconds_from_text(budget), faces, max_rise, unknown, tuple(backend or AUTO),
         tuple(precision or ()), tuple(threads or ()), seconds, samples,
     )  # fmt: skip
-    first = bundle_or_default(bundle)
+    first = bundle or folder_or_default(None)
     lite = None if also or alone else beside(first)
     if lite is not None:
         note(f"{lite} lies beside it and is tried too; --alone leaves it out")

@@ -71,6 +71,7 @@ def run_bench(
 
     Raises:
         InputError: settings that make no sense, or a precision that the bundle lacks.
+        BundleError: the bundle can't be used.
         ImageError: the photo can't be read or shows no face.
         BackendError: the engine failed, or more threads than cores.
     """
@@ -102,7 +103,7 @@ def _check(settings: BenchSettings, bundle: Path) -> None:
         raise InputError(
             f"a case needs seconds from 0 on and samples from 1 on, got {settings.seconds} and {settings.samples}"
         )
-    if not bundle.is_dir():
+    if bundle.is_file():
         raise InputError(f"bench compares the files of a bundle: give its folder, not {bundle}")
 
 

@@ -131,6 +131,8 @@ def test_without_a_bundle_it_is_the_default_one(
     assert kp(capsys, "inspect")[1] == out, "a model file stands for its bundle"
     for command in ("plan", "verify"):
         assert "is not a bundle" not in kp(capsys, command)[2]
+    for command in ("tune", "bench"):
+        assert "of precision int8, only fp32" in kp(capsys, command, "--precision", "int8")[2]
     monkeypatch.delenv("KP_MODEL")
     monkeypatch.setattr(options, "DEFAULT_BUNDLE", Path("not-there"))
     status, _, err = kp(capsys, "inspect")
