@@ -74,6 +74,8 @@ def cores_from_text(text: str) -> frozenset[int]:
     if not re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", text):
         raise InputError(f"cores must be numbers and ranges such as 0,2-3; got {text!r}")
     ends = [list(map(int, part.split("-"))) for part in text.split(",")]
+    if any(end[0] > end[-1] for end in ends):
+        raise InputError(f"a range of cores begins at its lower end, such as 2-3; got {text!r}")
     return checked_cores([core for end in ends for core in range(end[0], end[-1] + 1)])
 
 

@@ -155,9 +155,10 @@ def test_text_that_is_no_list_of_cores(text: str) -> None:
         cores_from_text(text)
 
 
-def test_a_range_that_runs_backwards_holds_no_core() -> None:
-    with pytest.raises(InputError, match="at least one; got"):
-        cores_from_text("3-1")
+@pytest.mark.parametrize("text", ["3-1", "0,1-0"])
+def test_a_range_that_runs_backwards_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=f"a range of cores begins at its lower end, such as 2-3; got '{text}'"):
+        cores_from_text(text)
 
 
 FORKED = """
