@@ -190,7 +190,7 @@ def write_tuning(tuning: Tuning, out: Path) -> list[Path]:
     if tuning.tuned is not None:
         folder = Path(tuning.tuned.bundle).resolve()
         try:
-            place = os.path.relpath(folder, out.resolve().parent)
+            place = os.path.relpath(folder, out.parent.resolve())
         except ValueError:  # another drive
             place = str(folder)
         written.insert(0, write_tuned(dataclasses.replace(tuning.tuned, bundle=place), out))

@@ -82,13 +82,13 @@ def write_tuned(tuned: Tuned, path: Path) -> Path:
 
 
 def tuned_from_file(path: Path) -> Tuned:
-    """Reads and checks a settings file.
+    """Reads and checks a settings file, which may be a link to one.
 
     Raises:
         InputError: it can't be read, is no such file, has another schema or a wrong field.
     """
     try:
-        raw = json.loads(read_plain(path, _LARGEST))
+        raw = json.loads(read_plain(Path(os.path.realpath(path)), _LARGEST))
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror or error}; {AGAIN}, which writes one") from error
     except (ValueError, RecursionError) as error:
@@ -145,7 +145,7 @@ def open_tuned(
     """
     path = Path(path)
     tuned = tuned_from_file(path)
-    folder = path.parent / tuned.bundle if bundle is None else Path(bundle)
+    folder = Path(os.path.realpath(path)).parent / tuned.bundle if bundle is None else Path(bundle)
     entry = Manifest.read(folder, public_key).files.get(tuned.file)
     if entry is None or entry.sha256 != tuned.sha256:
         has = "no such file" if entry is None else f"one with {entry.sha256[:12]}…"

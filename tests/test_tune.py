@@ -292,6 +292,8 @@ def test_a_smaller_model_is_tried_too(tmp_path: Path, tuned_by: Callable[..., Tu
     model = kp_runtime.load(tuned=write_tuning(result, tmp_path / "t" / "tuned.json")[0])
     assert model.spec.size == 32
     assert json.loads((tmp_path / "t" / "tuned.json").read_text())["bundle"] == str(Path("..") / "net-lite")
+    (tmp_path / "link.json").symlink_to(tmp_path / "t" / "tuned.json")
+    assert kp_runtime.load(tuned=write_tuning(result, tmp_path / "link.json")[0]).spec.size == 32, "in the link's place"
     assert tuned_by([first, lite], MS, max_rise=0.05).tuned.file == "model.fp32.onnx"  # type: ignore[union-attr]
 
 

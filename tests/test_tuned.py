@@ -44,6 +44,17 @@ def test_settings_are_read_as_they_were_written(settings_of: Callable[..., Path]
     assert kp_runtime.load(elsewhere, tuned=path).backend.threads == 1
 
 
+def test_settings_behind_a_link_are_read(settings_of: Callable[..., Path], tmp_path: Path) -> None:
+    """As configuration is mounted into containers; the bundle lies where the file itself says."""
+    (tmp_path / "mounted").mkdir()
+    link, circle = tmp_path / "mounted" / "tuned.json", tmp_path / "mounted" / "circle.json"
+    link.symlink_to(settings_of())
+    assert kp_runtime.load(tuned=link).backend.threads == 1
+    circle.symlink_to(circle)
+    with pytest.raises(InputError, match=r"circle\.json can't be read: "):
+        tuned_from_file(circle)
+
+
 def test_what_is_not_said_is_the_engines_own_choice(settings_of: Callable[..., Path], tmp_path: Path) -> None:
     raw = json.loads(settings_of().read_text())
     del raw["feeding"], raw["threads"]
