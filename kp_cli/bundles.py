@@ -102,7 +102,8 @@ def export(
         wanted = [*(["fp16"] * fp16), *(["int8"] * int8)] or ["fp32"]
         for precision in wanted:
             try:
-                plans.append(add_plan(report.bundle, precision, progress=build_progress()))
+                with build_progress() as step:
+                    plans.append(add_plan(report.bundle, precision, progress=step))
             except KpError as error:
                 if engine is Engine.required:
                     raise
@@ -204,8 +205,8 @@ def plan(
     options = PlanOptions(
         min_batch, tuned_for, max_batch, workspace_mib, version_compatible, hardware_compatible, dla_core
     )
-    with told_of_bundle(bundle):
-        report = add_plan(bundle, precision, options, progress=build_progress())
+    with told_of_bundle(bundle), build_progress() as step:
+        report = add_plan(bundle, precision, options, progress=step)
     if as_json:
         print_json(dataclasses.asdict(report))
         return

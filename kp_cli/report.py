@@ -74,18 +74,23 @@ def progress(text: str) -> Any:
     return track
 
 
-def build_progress() -> Any:
-    """Tells TensorRT's phases on stderr, each tenth of one, where somebody looks."""
+@contextlib.contextmanager
+def build_progress() -> Iterator[Callable[[str, float], None] | None]:
+    """Tells TensorRT's phases on stderr, each tenth of one, until the build ends; None where nobody looks."""
     if not is_terminal(sys.stderr):
-        return None
+        yield None
+        return
     seen: set[tuple[str, int]] = set()
 
-    def progress(phase: str, share: float) -> None:
+    def step(phase: str, share: float) -> None:
         if (phase, int(share * 10)) not in seen:
             seen.add((phase, int(share * 10)))
-            print(f"\r{phase} {share:.0%}\033[K", end="", file=sys.stderr, flush=True)
+            tell_subject(f"{phase} {share:.0%}")
 
-    return progress
+    try:
+        yield step
+    finally:
+        tell_subject("")
 
 
 @contextlib.contextmanager

@@ -310,11 +310,14 @@ def test_bench_refuses_before_it_measures(
     assert "threads 1, then of the engine's choice" in err
 
 
-def test_a_terminal_sees_bars(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    """What somebody looks at."""
 
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_sees_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal)
@@ -323,6 +326,18 @@ def test_a_terminal_sees_bars(monkeypatch: pytest.MonkeyPatch) -> None:
         step("measuring", 0.25)
     assert "cold starts" in terminal.getvalue()
     assert "25%" in terminal.getvalue()
+
+
+def test_the_line_of_a_build_is_wiped_away_at_its_end_and_at_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with contextlib.suppress(InputError), report.build_progress() as step:
+        assert step is not None
+        for share in (0.51, 0.52, 1.0):
+            step("Building\x1b[2J engine", share)
+        raise InputError
+    lines = [r"Building\x1b[2J engine 51%", r"Building\x1b[2J engine 100%", ""]
+    assert terminal.getvalue() == "".join(f"\r{line}\033[K" for line in lines)
 
 
 def test_export_and_verify_as_typed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
