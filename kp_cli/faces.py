@@ -74,6 +74,8 @@ def predict(
     if ray is not None:
         if box or drawn or times or tuned or public_key or set(formats or []) - {"parquet"}:
             raise InputError("--ray writes Parquet; leave out --box, --drawn, --times, --tuned, --public-key, --format")
+        if cores and ray != "local":
+            raise InputError("--cores goes with --ray local: a running cluster chooses its own; leave it out")
         _predict_on_ray(photos, out, model, backend, threads, detector, looks, mirror, ray, as_json)
         return
     quiet_opencv()

@@ -187,6 +187,20 @@ def test_ray_that_is_not_installed_is_one_line(
     assert err.count("\n") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="cores are chosen on Linux alone")
+def test_cores_are_no_matter_of_a_running_ray_cluster(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # where Ray's own settings are put
+    monkeypatch.setitem(sys.modules, "ray", None)
+    cores = min(os.sched_getaffinity(0))
+    words = ("predict", astronaut, "--cores", cores, "--model", bundle, "--out", tmp_path / "out", "--ray")
+    status, out, err = kp(capsys, *words, "auto")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "--cores goes with --ray local: a running cluster chooses its own; leave it out" in err
+    assert "needs the package ray[data]" in kp(capsys, *words, "local")[2]
+
+
 def test_boxes_that_hold_no_face_are_said(capsys: pytest.CaptureFixture[str], astronaut: Path, tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path / "tiny", lost_limit=0.135)  # its score is a quarter of the crop's mean grey level
     words = ("--model", bundle, "--out", tmp_path / "out", "--box", "175,85,272,180", "--box", "5,300,60,360")
