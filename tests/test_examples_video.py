@@ -280,3 +280,9 @@ def test_the_program_ends_cleanly(ros: Any, bundle: Path, monkeypatch: pytest.Mo
     with pytest.raises(SystemExit, match=r"^error: nowhere is not a bundle"):
         node.main()
     assert calls[3:] == ["init", "shutdown"]
+
+
+def test_a_wrong_range_ends_the_node_at_its_start(ros: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rclpy_double.Node, "given", {"bundle": str(bundle), "luma_range": "ful"})
+    with pytest.raises(SystemExit, match=r"^error: the range must be 'full' or 'limited', got 'ful'$"):
+        ros.main()

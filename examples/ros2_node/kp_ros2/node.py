@@ -25,6 +25,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image, PointCloud2, PointField
 
 import kp_runtime
+from kp_runtime.frame import check_layout
 
 PACKED = {
     "bgr8": ("bgr", 3), "rgb8": ("rgb", 3), "bgra8": ("bgra", 4), "rgba8": ("rgba", 4), "mono8": ("gray", 1),
@@ -85,7 +86,7 @@ class KeypointsNode(Node):  # type: ignore[misc]
     """See the file's head.
 
     Raises:
-        KpError: the bundle or the detector can't be used.
+        KpError: the bundle, the detector or the range can't be used.
     """
 
     def __init__(self) -> None:
@@ -94,6 +95,7 @@ class KeypointsNode(Node):  # type: ignore[misc]
         backend = self.declare_parameter("backend", "auto").value
         detector = self.declare_parameter("detector", "auto").value
         self._luma_range = self.declare_parameter("luma_range", "limited").value
+        check_layout("gray", self._luma_range)
         self._model = kp_runtime.load(bundle or None, backend)
         self._model.warmup()
         self._detector = kp_runtime.load_detector(detector)
