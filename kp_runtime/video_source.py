@@ -29,6 +29,7 @@ __all__ = ["FileSource", "FolderSource", "LiveSource", "Source", "VideoFrame", "
 USUAL_RATE = 30.0
 """Frames a second where the source does not tell."""
 
+_ADDRESS = re.compile("[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _FILE_ADDRESS = re.compile("(https?|ftp|file)://", re.IGNORECASE)
 """Where a video file may lie; what `rtsp://` and its like give comes by the clock, even where its length is known."""
 
@@ -72,7 +73,7 @@ class Source(Protocol):
     size_hw: tuple[int, int]
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        """The frames; `ImageError` where they end before their time."""
+        """The frames; `ImageError` where they end before their time. To be asked once: a file's second time raises."""
         ...
 
 
@@ -104,10 +105,9 @@ def open_source(
         raise InputError(f"the frame rate must be over 0 and at most 1000 a second, got {rate:g}")
     if not text.strip():
         raise InputError("the source has no name; give a video, a folder, a camera's index, an address or a pipeline")
-    path = Path("." if "!" in text else text)  # a pipeline may be longer than any file's name
-    is_dir, is_file = False, False
+    path, is_dir, is_file = Path(text), False, False
     with contextlib.suppress(OSError):  # a name that is too long is no file's
-        is_dir, is_file = path.is_dir() and "!" not in text, path.is_file()
+        is_dir, is_file = path.is_dir(), path.is_file()
     if is_dir:
         return FolderSource(path, rate)
     if is_file:
@@ -125,14 +125,7 @@ def open_source(
         if len(digits) > 2:
             raise InputError(f"there is no camera {text}; cameras are counted from 0 (on Linux: ls /dev/video*)")
         return live(f"camera {text}", lambda: cv2.VideoCapture(int(digits)))
-    if "!" in text:
-        if not cv2.videoio_registry.hasBackend(cv2.CAP_GSTREAMER):
-            raise BackendError(
-                f"OpenCV {cv2.__version__} is built without GStreamer (PyPI's wheels are); "
-                "use the system's OpenCV (JetPack's and Debian's have it), a camera's index, or an rtsp:// address"
-            )
-        return live("the pipeline", lambda: cv2.VideoCapture(text, cv2.CAP_GSTREAMER))
-    if "://" in text:
+    if _ADDRESS.match(text):
         limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _NETWORK_TIMEOUT_MS]
         limits += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, _NETWORK_TIMEOUT_MS]
         opened, name = [cv2.VideoCapture(text, cv2.CAP_FFMPEG, limits)], _without_password(text)
@@ -140,6 +133,13 @@ def open_source(
             return FileSource(Path(text), rate, opened.pop(), name)
         # the connection that is there is used: some cameras serve one at a time
         return live(name, lambda: opened.pop() if opened else cv2.VideoCapture(text, cv2.CAP_FFMPEG, limits))
+    if "!" in text:
+        if not cv2.videoio_registry.hasBackend(cv2.CAP_GSTREAMER):
+            raise BackendError(
+                f"OpenCV {cv2.__version__} is built without GStreamer (PyPI's wheels are); "
+                "use the system's OpenCV (JetPack's and Debian's have it), a camera's index, or an rtsp:// address"
+            )
+        return live("the pipeline", lambda: cv2.VideoCapture(text, cv2.CAP_GSTREAMER))
     raise InputError(f"there is no video, folder, camera index, address (rtsp://…) or GStreamer pipeline {text!r}")
 
 

@@ -215,6 +215,15 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
         VideoSink(tmp_path / name, "mp4v", 25, SIZE_HW, by_clock=False)
 
 
+def test_what_is_there_and_an_address_may_have_an_exclamation_mark(tmp_path: Path) -> None:
+    video(tmp_path / "a!.mp4", codec="mp4v")
+    folder_of_frames(tmp_path / "f!")
+    assert isinstance(open_source(str(tmp_path / "a!.mp4")), FileSource)
+    assert isinstance(open_source(str(tmp_path / "f!")), FolderSource)
+    with pytest.raises(ImageError, match=r"rtsp://127.0.0.1:1/x gives no frame"):
+        open_source("rtsp://u:p!@127.0.0.1:1/x")
+
+
 def test_a_pipeline_needs_an_opencv_with_gstreamer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cv2.videoio_registry, "hasBackend", lambda backend: False)
     with pytest.raises(BackendError, match="is built without GStreamer"):
