@@ -73,7 +73,7 @@ class Source(Protocol):
     size_hw: tuple[int, int]
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        """The frames; `ImageError` where they end before their time. To be asked once: a file's second time raises."""
+        """The frames; `ImageError` where they end before their time, `InputError` where a file is read once more."""
         ...
 
 
@@ -177,14 +177,17 @@ class FileSource:
         if not read:
             raise ImageError(f"{self.name} has no frame that can be read: it is cut off, empty or no video")
         self._first: NDArray[np.uint8] = image
-        self._begin = self._stamp()
+        self._begin, self._is_read = self._stamp(), False
         self.size_hw = (image.shape[0], image.shape[1])
         self.count, said = _count(self._capture), _rate(self._capture)
         self.rate = rate or said
         self._seconds = (self.count or 0) / said
 
     def __iter__(self) -> Iterator[VideoFrame]:
-        """Every frame; `ImageError` after the last one where the file is cut off."""
+        """Every frame, once; `ImageError` after the last one where the file is cut off."""
+        if self._is_read:
+            raise InputError(f"{self.name} can be read once; open it again")
+        self._is_read = True
         read, image, index, seconds, last = True, self._first, 0, 0.0, 0.0
         with _released(self._capture):
             while read:

@@ -44,6 +44,13 @@ def test_a_file_gives_every_frame_with_its_time(tmp_path: Path) -> None:
     assert np.abs([frame.image.mean() - 10 * i for i, frame in enumerate(frames)]).max() < 3
 
 
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    source = open_source(str(video(tmp_path / "a.avi", 3)))
+    assert len(list(source)) == 3
+    with pytest.raises(InputError, match="a.avi can be read once; open it again"):
+        list(source)
+
+
 def test_a_given_rate_takes_the_place_of_the_files(tmp_path: Path) -> None:
     frames = list(open_source(str(video(tmp_path / "a.avi", 4)), rate=50))
     np.testing.assert_allclose([frame.seconds for frame in frames], [0, 0.02, 0.04, 0.06])
