@@ -79,7 +79,7 @@ class TrackerSettings:
         again: frames on which a lost face is still looked for in its place: one bad frame loses nobody.
         keep: frames that a lost face may be away and still come back with its id.
         match: least overlap (IoU) of a detection with the place where a face is awaited.
-        same: overlap from which two tracks are taken for one face.
+        same: overlap from which two tracks are taken for one face; likewise a detection that is trusted and a track.
         smooth: smooth the points (One-Euro); off for measurements.
         trust_detector: what the detector takes for a face is one on that frame, even where its points tell otherwise:
             for hiding faces, where one too many is better than one too few.
@@ -235,18 +235,22 @@ class Tracker:
         self.detector_runs += 1
         self._until_detection = self._settings.detect_every
         boxes = self._detector(image)
-        taken = {row for row, _ in _matches(boxes, [look.box for look in found.values()], self._settings.match)}
+        trust = self._settings.trust_detector
+        least = self._settings.same if trust else self._settings.match  # neighbours overlap too
+        taken = {row for row, _ in _matches(boxes, [look.box for look in found.values()], least)}
         free = [row for row in range(len(boxes)) if row not in taken]
         if not free:
             return
         # a detector's box is rough: what is judged is the box of the points in it
         points = self._model(image, boxes[free]).xy
-        trust = self._settings.trust_detector
         is_there = _touches if trust else _on_image
-        for look in self._look(image, [box for box in boxes_from_points(points) if is_there(box, image)]):
+        there = [row for row, box in enumerate(boxes_from_points(points)) if is_there(box, image)]
+        for row, look in zip(there, self._look(image, list(boxes_from_points(points[there]))), strict=True):
             others = [other.box for other in found.values()]
+            if trust and any(_overlap(look.box, box) >= least for box in others):  # it slid onto a neighbour
+                look = _Look(boxes[free[row]], points[row], look.searched, look.score)
             is_face = trust or self._is_face(look, image)
-            if not is_face or any(_overlap(look.box, box) >= self._settings.match for box in others):
+            if not is_face or any(_overlap(look.box, box) >= least for box in others):
                 continue
             lost = [face for face in self._known if face.id not in found]
             places = [face.awaited for face in lost] + [face.awaited_uncovered for face in lost]

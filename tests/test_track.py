@@ -175,6 +175,24 @@ def test_the_detector_is_believed_where_a_face_too_many_is_better() -> None:
     assert tracker.faces < 10  # mostly the same one: its points scatter
 
 
+def test_believed_faces_may_overlap() -> None:
+    world = World(lambda t: (300, 300), lambda t: (351, 300))  # an IoU of 0.32
+    tracker = world.tracker(trust_detector=True, detect_every=1)
+    assert all(ids(tracks) == [1, 2] for tracks in world.run(tracker, range(20)))
+
+
+def test_a_believed_face_whose_second_look_slides_onto_its_neighbour_keeps_the_first() -> None:
+    class Sliding(World):
+        def _face(self, box: np.ndarray) -> np.ndarray | None:
+            first, second = self.faces()
+            return first if np.allclose(box, boxes_from_points(second), atol=0.01) else super()._face(box)
+
+    world = Sliding(lambda t: (300, 300), lambda t: (351, 300))
+    for tracks in world.run(world.tracker(trust_detector=True, detect_every=1), range(20)):
+        assert ids(tracks) == [1, 2]
+        np.testing.assert_allclose(tracks[1].xy, world.faces()[1], atol=0.01)
+
+
 def test_a_believed_face_counts_as_long_as_a_part_of_it_is_on_the_image() -> None:
     """Its eyes may be there where the middle of it is not."""
     world = World(lambda t: (1260, 680 + 5 * t))
