@@ -15,7 +15,15 @@ from collections.abc import Collection, Iterator
 
 from kp_runtime.errors import BackendError, InputError
 
-__all__ = ["check_process", "checked_cores", "checked_threads", "cores_from_text", "on_cores", "usable_cores"]
+__all__ = [
+    "check_process",
+    "checked_cores",
+    "checked_threads",
+    "cores_from_text",
+    "no_thread",
+    "on_cores",
+    "usable_cores",
+]
 
 
 def usable_cores() -> int:
@@ -63,6 +71,11 @@ def check_process(origin: int) -> None:
             f"the threads that this needs stayed behind when process {origin} forked this one; load models and "
             "detectors in each process (on a CPU those with threads=1 can be called here, but not submitted to)"
         )
+
+
+def no_thread(error: RuntimeError) -> BackendError:
+    """The error to raise where the system starts no more threads."""
+    return BackendError(f"no thread could be started ({error}); end other programs, or raise the limit: ulimit -u")
 
 
 def cores_from_text(text: str) -> frozenset[int]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from kp_runtime.cores import check_process
+from kp_runtime.cores import check_process, no_thread
 from kp_runtime.errors import BackendError
 
 __all__ = ["InOrder"]
@@ -26,6 +26,7 @@ class InOrder:
 
     def __init__(self, workers: int, most: int) -> None:
         self._line = [ThreadPoolExecutor(1, f"kp-submit-{i}") for i in range(workers)]
+        self._is_started, self._is_closed, self._lock = False, False, threading.Lock()
         self._room = threading.BoundedSemaphore(most)
         self._inside = threading.local()
         self._process = os.getpid()
@@ -38,9 +39,10 @@ class InOrder:
 
         Raises:
             BackendError: the line is closed, or is full and a future's callback, which would wait for
-                itself, asks; or this process was forked from the one with the threads.
+                itself, asks; or no thread could be started; or this process was forked from the one with the threads.
         """
         check_process(self._process)
+        self._start()
         if not self._room.acquire(blocking=not getattr(self._inside, "worker", False)):
             raise BackendError("a future's callback can't submit while the line is full; submit from another thread")
         future: Future[Any] = Future()
@@ -50,6 +52,18 @@ class InOrder:
             self._room.release()
             raise BackendError("this model is closed; load it again") from error
         return future
+
+    def _start(self) -> None:
+        """Starts the threads by work that is none: a task would stay in the queue of a thread that can't be started."""
+        with self._lock:
+            if self._is_started or self._is_closed:
+                return
+            try:
+                for worker in self._line:
+                    worker.submit(int)
+            except RuntimeError as error:
+                raise no_thread(error) from error
+            self._is_started = True
 
     def _step(
         self, future: Future[Any], steps: tuple[Callable[..., Any], ...], at: int, value: Any, error: Any
@@ -77,5 +91,7 @@ class InOrder:
 
     def close(self) -> None:
         """Waits for every task that was given; later ones are refused. A second call does nothing."""
+        with self._lock:
+            self._is_closed = True
         for worker in self._line:
             worker.shutdown()

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.cores import check_process, on_cores
+from kp_runtime.cores import check_process, no_thread, on_cores
 from kp_runtime.frame import Frame, Scratch
 from kp_runtime.geometry import crop_from_window, crop_plan
 
@@ -68,7 +68,11 @@ class CpuCropper:
         self._pool: ThreadPoolExecutor | None = None
 
     def crops_from_frame(self, frame: Frame, crop_from_image: NDArray[np.floating], size: int) -> NDArray[np.uint8]:
-        """As the function of that name; the crops stay until the calling thread's next call."""
+        """As the function of that name; the crops stay until the calling thread's next call.
+
+        Raises:
+            BackendError: no thread could be started, or this process was forked from the one with the threads.
+        """
         n = len(crop_from_image)
         crops = self._scratch().array("crops", (n, 1, size, size))
         parts = min(self._most, n // _FACES_A_THREAD)
@@ -86,8 +90,13 @@ class CpuCropper:
                 with self._lock:  # the threads are not ended in between
                     if self._pool is None:
                         self._pool = ThreadPoolExecutor(self._most - 1, "kp-crops")
-                    for part in others:
-                        under_way.append(self._pool.submit(cut, part))
+                    try:
+                        for part in others:
+                            under_way.append(self._pool.submit(cut, part))
+                    except RuntimeError as error:
+                        pool, self._pool = self._pool, None
+                        pool.shutdown()  # waits: that part is in the queue all the same, for the threads there are
+                        raise no_thread(error) from error
                 cut(first)
             finally:
                 failures = [future.exception() for future in under_way]  # waits: they write to `crops`

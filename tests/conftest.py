@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
 from pathlib import Path
 
 import cv2
@@ -57,3 +59,15 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("the real data sets are not beside this checkout")
     return SHARED / "data"
+
+
+def no_thread_at(monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
+    """Of the threads that are started from now on, the one of that number, counted from 1, can't be."""
+    start, count = threading.Thread.start, itertools.count(1)
+
+    def started(thread: threading.Thread) -> None:
+        if next(count) == fails:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", started)

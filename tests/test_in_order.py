@@ -9,6 +9,7 @@ import pytest
 
 from kp_runtime.errors import BackendError
 from kp_runtime.in_order import InOrder
+from tests.conftest import no_thread_at
 
 WAIT = 60
 
@@ -99,6 +100,16 @@ threading.Thread(target=lambda: print(future.result(20))).start()
 def test_a_task_between_two_steps_when_the_program_ends() -> None:
     done = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "1\n", done.stderr
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_thread_that_can_not_be_started_fails_one_submit(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = InOrder(2, 1)
+    no_thread_at(monkeypatch, fails)
+    with pytest.raises(BackendError, match=r"no thread could be started \(can't start new thread\)"):
+        line.submit(lambda: 1, lambda value: value + 1)
+    assert [line.submit(lambda: 1, lambda value: value + 1).result(WAIT) for _ in range(3)] == [2, 2, 2]
+    line.close()
 
 
 def test_a_closed_line() -> None:

@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from kp_runtime.errors import BackendError
 from kp_runtime.frame import Frame, as_frame
 from kp_runtime.geometry import crop_from_luma, matrices_from_boxes
 from kp_runtime.preprocess_cpu import CpuCropper, crops_from_frame
+from tests.conftest import no_thread_at
 from tests.reference import reference_luma
 
 SIZE = 64
@@ -167,6 +169,19 @@ def test_a_cropper_that_is_closed_beside_calls(bgr: np.ndarray) -> None:
         ended.set()
         closing.join()
         cropper.close()
+
+
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_thread_that_can_not_be_started_leaves_no_part_behind(
+    fails: int, bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cropper, frame = CpuCropper(3), Frame(bgr, "bgr")
+    no_thread_at(monkeypatch, fails)
+    with pytest.raises(BackendError, match="no thread could be started"):
+        cropper.crops_from_frame(frame, grid(33), 64)
+    found = cropper.crops_from_frame(frame, grid(32), 64)
+    assert np.array_equal(found, crops_from_frame(frame, grid(32), 64))
+    cropper.close()
 
 
 @pytest.mark.parametrize("bad", [0, 30])

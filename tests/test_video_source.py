@@ -47,7 +47,7 @@ def test_a_file_gives_every_frame_with_its_time(tmp_path: Path) -> None:
 def test_a_file_is_read_once(tmp_path: Path) -> None:
     source = open_source(str(video(tmp_path / "a.avi", 3)))
     assert len(list(source)) == 3
-    with pytest.raises(InputError, match="a.avi can be read once; open it again"):
+    with pytest.raises(InputError, match=r"a.avi can be read once; open it again"):
         list(source)
 
 
