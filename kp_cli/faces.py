@@ -87,7 +87,6 @@ def predict(
         photos_from_paths,
         predict_photo,
         results_json,
-        write_results,
     )
     from kp_runtime.timing import StageTimer
 
@@ -134,14 +133,7 @@ def predict(
             undrawn.append(f"{error} (--drawn FILE)")
         except KpError as error:
             failed.append(str(error))
-    written, unwritten = [], []
-    try:
-        written = write_results(results, out, formats or ["json"]) if results else []
-    except KpError as error:  # told in the end, after what was found
-        unwritten.append(str(error))
-        if "json" not in (formats or ["json"]):  # such as where two .pts files would have one name
-            written = write_results(results, out, ["json"])
-            unwritten.append(f"all keypoints are in {written[0]}")
+    written, unwritten = _write(results, out, formats or ["json"]) if results else ([], [])
     if undrawn and not unwritten:
         undrawn.append("the keypoints are kept")
     if as_json:
@@ -171,6 +163,22 @@ def _until_stopped(text: str, photos: list[tuple[Path, Path]], stop: threading.E
             if stop.is_set():
                 return
             yield photo
+
+
+def _write(photos: list[Any], out: Path, formats: list[str]) -> tuple[list[Path], list[str]]:
+    """Writes the formats, and JSON where one of them can't be; the files, and what is told in the end of the others."""
+    from kp_runtime.photos import write_results
+
+    written, unwritten = [], []
+    for name in sorted(set(formats), key=lambda name: (name == "json", name)):
+        try:
+            written += write_results(photos, out, [name])
+        except KpError as error:
+            unwritten.append(str(error))
+    if unwritten and "json" not in formats:  # such as where two .pts files would have one name
+        kept, failed = _write(photos, out, ["json"])
+        return written + kept, [*unwritten, *failed, *(f"all keypoints are in {path}" for path in kept)]
+    return written, unwritten
 
 
 def _note_lost(photo: Any, limit: float | None) -> None:

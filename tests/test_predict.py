@@ -243,6 +243,22 @@ def test_what_was_found_is_told_where_it_can_not_be_written(
     assert "keypoints.json: it is a folder" in err
 
 
+def test_each_format_is_written_or_told_by_itself(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "keypoints.csv").mkdir()
+    words = ("predict", astronaut, "--model", bundle, "--out", tmp_path, "--box", "165,70,280,195", "--format", "csv")
+    status, out, err = kp(capsys, *words, "--format", "coco")
+    assert (status, err.count("\n")) == (1, 1)
+    assert out.splitlines()[2:] == [str(tmp_path / name) for name in ("keypoints.coco.json", "keypoints.json")]
+    (tmp_path / "keypoints.json").unlink()
+    (tmp_path / "keypoints.json").mkdir()
+    status, out, err = kp(capsys, *words, "--json")
+    assert (status, err.count("\n"), len(json.loads(out))) == (1, 1, 1)
+    assert "keypoints.csv: it is a folder" in err
+    assert "keypoints.json: it is a folder" in err
+
+
 @pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")
 def test_a_photo_whose_name_most_locales_do_not_print(bundle: Path, astronaut: Path, tmp_path: Path) -> None:
     photo = tmp_path / os.fsdecode(b"caf\xe9.png")
