@@ -13,7 +13,6 @@ from kp_cli.options import (
     CHECKOUT_DETECTOR,
     ELSE_DEFAULT,
     Json,
-    PublicKey,
     folder_or_default,
     told_of_bundle,
 )
@@ -238,10 +237,12 @@ def pack(
 
 def inspect(
     bundle: Annotated[Path | None, typer.Argument(help="A bundle's folder; " + ELSE_DEFAULT)] = None,
-    public_key: PublicKey = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="Say whether this PEM file's key signed it; exit status 1 if not.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a bundle holds, whether its hashes hold and whether it is signed.
+    """Show a bundle: its files, their hashes, its signature.
 
     Exit status 1 where a hash does not hold, or --public-key is not the signer's.
 
@@ -278,7 +279,9 @@ def sign(
         typer.Option("--new-key", metavar="PATH", help="Make a key pair: PATH and, to give away, .pub.pem."),
     ] = None,
 ) -> None:
-    """Sign a bundle, so that devices can refuse any other; or make the keys for it.
+    """Sign a bundle, or make the keys for it.
+
+    Devices can then refuse any other.
 
     Example: kp sign --new-key release.pem, then kp sign out/resnet18-68 --key release.pem
     """

@@ -281,9 +281,11 @@ def put_effect(
     public_key: PublicKey = None,
     as_json: Json = False,
 ) -> None:
-    """Put sunglasses, a hat, a moustache or a mask on all faces of photos, or hide the faces.
+    """Put pictures on all faces of photos, or hide the faces.
 
-    Writes copies; the photos stay. Example: kp filter photo.jpg --effect sunglasses
+    Sunglasses, a hat, a moustache or a mask. Writes copies; the photos stay.
+
+    Example: kp filter photo.jpg --effect sunglasses
     """
     quiet_opencv()
     from kp_runtime.effects import open_effect
@@ -337,7 +339,7 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn labelled faces into another format: .pts, COCO keypoints, CSV, Parquet.
+    """Convert labelled faces: .pts, COCO, CSV, Parquet.
 
     Example: kp convert faces.csv faces.coco.json --images photos
     """

@@ -171,11 +171,11 @@ def tune(
     ),
     as_json: Json = False,
 ) -> None:
-    """Find the fastest way to run a model on this machine that keeps its accuracy.
+    """Find the fastest way to run a model on this machine.
 
-    Tries engines, precisions, threads, ways to feed a batch, and the lite model; writes the settings, which
-    kp predict --tuned and load(tuned=...) take, and the table of what was tried. Exit status 1 where nothing
-    fits the budget. docs/tune.md explains it.
+    One that keeps its accuracy. Tries engines, precisions, threads, ways to feed a batch, and the lite model; writes
+    the settings, which kp predict --tuned and load(tuned=...) take, and the table of what was tried. Exit status 1
+    where nothing fits the budget. docs/tune.md explains it.
 
     Example: kp tune out/resnet18-68 --budget 5ms --data faces.csv
     """
@@ -236,7 +236,7 @@ def doctor(
     ] = 300.0,
     as_json: Json = False,
 ) -> None:
-    """Say what works on this machine, what does not, and what to do.
+    """Say what works on this machine, and what to do.
 
     GPU, driver, packages that do not fit each other, and one real inference on each backend that claims to
     work. Each is tried in a process of its own: one that crashes or hangs is a line of the report.

@@ -156,10 +156,11 @@ def refit(
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Solve a trained model's last layer anew, in closed form: minutes that are worth many epochs.
+    """Solve a trained model's last layer anew.
 
-    On the faces that it was trained on, in boxes of several kinds. People who were held out choose how strongly, and
-    show what came of it. The new model also gives a lost score, which tells whether a box holds a face.
+    In closed form, in minutes that are worth many epochs, on the faces that it was trained on, in boxes of several
+    kinds. People who were held out choose how strongly, and show what came of it. The new model also gives a lost
+    score, which tells whether a box holds a face.
 
     Example: kp refit runs/first --data faces.csv --data photos_68 --out runs/refitted
     """
@@ -230,7 +231,9 @@ def train_detector(
     workers: Annotated[int, typer.Option(min=0, help="Processes that make windows beside the training.")] = 0,
     threads: Threads = None,
 ) -> None:
-    """Train a small face detector on photos with 68 points, and export it; go on after a kill.
+    """Train a small face detector, and export it.
+
+    On photos with 68 points; goes on after a kill.
 
     Example: kp train-detector --data faces.csv --data photos_68 --no-faces textures --out runs/detector
     """

@@ -60,6 +60,15 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str], command: tu
     assert "Example:" in out if command else all(name in out for name in COMMANDS)
 
 
+def test_what_help_says_of_the_commands_is_not_cut(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = kp(capsys, "--help")[1].partition("Commands:\n")[2].splitlines()
+    assert len(lines) >= len(COMMANDS)
+    assert [line for line in lines if line.endswith(("...", "…"))] == []
+
+
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert kp(capsys, "predict", "--nonsense")[0] == 2
     assert kp(capsys, "eval", "x")[0] == 2
