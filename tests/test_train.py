@@ -174,10 +174,13 @@ def test_a_start_that_may_have_seen_held_out_people_is_said(
 def test_what_a_start_began_at_may_have_seen_held_out_people(
     faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    monkeypatch.setattr(
-        "kp_train.train.source_biases", lambda net, sources, fraction, *_: asked.append(fraction) or [None]
-    )
+    asked: list[float] = []
+
+    def no_biases(net: KeypointNet, sources: object, fraction: float, *rest: object) -> list[None]:
+        asked.append(fraction)
+        return [None]
+
+    monkeypatch.setattr("kp_train.train.source_biases", no_biases)
     first = small_checkpoint(tmp_path / "first")
     held_out = {"held_out": {"val_fraction": 0.3}, "start": {"training": {"held_out": {"val_fraction": 0.01}}}}
     dataclasses.replace(Manifest.read(first), training=held_out).write(first)
