@@ -117,14 +117,21 @@ def new_key(path: str | os.PathLike[str]) -> Path:
     beside = path.with_name(path.stem + ".pub.pem")
     if os.path.lexists(beside):
         raise KpError(f"{beside} is there already, and a key is never overwritten; give another path")
-    for file, data, mode in ((path, private, 0o600), (beside, public, 0o644)):
-        try:
-            with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as opened:
+    made: list[Path] = []
+    try:
+        for file, data, mode in ((path, private, 0o600), (beside, public, 0o644)):
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            made.append(file)
+            with open(descriptor, "wb") as opened:
                 opened.write(data)
-        except FileExistsError as error:
+    except BaseException as error:
+        for half in made:
+            half.unlink(missing_ok=True)
+        if isinstance(error, FileExistsError):
             raise KpError(f"{file} is there already, and a key is never overwritten; give another path") from error
-        except OSError as error:
+        if isinstance(error, OSError):
             raise KpError(f"can't write the key {file}: {error.strerror or error}") from error
+        raise
     return beside
 
 

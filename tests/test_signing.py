@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import stat
 import sys
@@ -270,6 +271,26 @@ def test_private_key_is_for_its_owner_and_never_overwritten(tmp_path: Path) -> N
     assert b"PRIVATE" not in public_before
     with pytest.raises(KpError, match=r"can't write the key .*: No such file"):
         new_key(tmp_path / "no folder" / "release.pem")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is always full")
+@pytest.mark.parametrize("fails", [0, 1], ids=["private", "public"])
+def test_a_key_that_can_not_be_written_leaves_no_half_behind(
+    fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, opened = [], os.open
+
+    def open_(file: Path, flags: int, mode: int) -> int:
+        made.append(opened(file, flags, mode))
+        return opened("/dev/full", os.O_WRONLY) if len(made) == fails + 1 else made[-1]
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "open", open_)
+        with pytest.raises(KpError, match=r"can't write the key .*: No space left on device"):
+            new_key(tmp_path / "release.pem")
+    os.close(made[-1])
+    assert not list(tmp_path.iterdir())
+    assert new_key(tmp_path / "release.pem").stat().st_size
 
 
 def test_a_bundle_that_is_not_whole_is_not_signed(bundle: Path, keys: Path, tmp_path: Path) -> None:
