@@ -411,12 +411,19 @@ def _signed_bytes(bundle: str | os.PathLike[str], public_key: str | os.PathLike[
 def _decoded(data: bytes, origin: str) -> Any:
     """The JSON document of a manifest's bytes."""
     try:
-        raw = json.loads(data.decode())
+        raw = json.loads(data.decode(), parse_int=_integer)
         _check_depth(raw)
-        json.dumps(raw, ensure_ascii=False).encode()  # half of a pair of code units is no character
+        # half of a pair of code units is no character, NaN no number of JSON
+        json.dumps(raw, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{origin} can't be read as JSON ({error}); make the bundle again") from error
     return raw
+
+
+def _integer(text: str) -> int:
+    if abs(value := int(text)) >= 2**63:
+        raise ValueError("a whole number of 64 bits or more")
+    return value
 
 
 def _check_depth(raw: Any) -> None:

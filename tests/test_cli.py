@@ -217,6 +217,18 @@ def test_inspect_tells_a_changed_file(capsys: pytest.CaptureFixture[str], bundle
     assert json.loads(out)["files"]["golden.npz"] == "ok"
 
 
+@pytest.mark.parametrize("nme", [10**400, float("nan")], ids=["huge", "NaN"])
+@pytest.mark.parametrize("words", [(), ("--json",)], ids=["text", "json"])
+def test_inspect_of_a_number_that_is_none_is_one_line(
+    nme: float, words: tuple[str, ...], capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    dataclasses.replace(Manifest.read(copied), accuracy={"x": {"nme": nme, "faces": 1}}).write(copied)
+    status, out, err = kp(capsys, "inspect", copied, *words)
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert "can't be read as JSON" in err
+
+
 def test_doctor_says_what_works(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
     status, out, _ = kp(capsys, "doctor", bundle)
     lines = out.splitlines()

@@ -289,8 +289,15 @@ def test_a_manifest_of_gigabytes_is_not_read(copied: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ['{"schema": ' + "9" * 5000 + "}", '{"schema": 1, "spec": ' + "[" * 40 + "]" * 40 + "}", '{"schema": "\\ud800"}'],
-    ids=["long number", "40 levels", "half a character"],
+    [
+        '{"schema": ' + "9" * 5000 + "}",
+        '{"schema": 9223372036854775808}',
+        '{"schema": NaN}',
+        '{"schema": 1e999}',
+        '{"schema": 1, "spec": ' + "[" * 40 + "]" * 40 + "}",
+        '{"schema": "\\ud800"}',
+    ],
+    ids=["long number", "over 64 bits", "NaN", "infinity", "40 levels", "half a character"],
 )
 def test_json_that_python_takes_and_we_do_not(text: str) -> None:
     with pytest.raises(BundleError, match="can't be read as JSON"):
