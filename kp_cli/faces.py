@@ -106,9 +106,8 @@ def predict(
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load_model(model, tuned, backend, threads, public_key), StageTimer()
     opened.check_looks(looks, mirror)
-    if opened.spec.box == "frame" and detector != "auto":
-        raise InputError("this model sees whole frames, not face boxes: leave out --detector")
-    finder = None if boxes is not None else open_detector(detector, threads=threads, public_key=public_key)
+    _check_detector(opened.spec, detector)
+    finder = None if boxes is not None else _finder(opened.spec, detector, threads, public_key)
     if finder is not None:
         note_boxes(opened.spec)
     make_folder(out)
@@ -154,6 +153,17 @@ def predict(
         raise KpError("; ".join([*failed, *undrawn, *unwritten]))
     if stop.is_set():
         raise typer.Exit(130)  # as a shell reports Ctrl-C
+
+
+def _check_detector(spec: Any, detector: str) -> None:
+    """Refuses a `--detector` for a model that takes no boxes."""
+    if spec.box == "frame" and detector != "auto":
+        raise InputError("this model sees whole frames, not face boxes: leave out --detector")
+
+
+def _finder(spec: Any, detector: str, threads: int | None, public_key: Path | None) -> Any:
+    """The detector; None where the model takes no boxes."""
+    return None if spec.box == "frame" else open_detector(detector, threads=threads, public_key=public_key)
 
 
 def _until_stopped(text: str, photos: list[tuple[Path, Path]], stop: threading.Event) -> Iterator[tuple[Path, Path]]:
@@ -224,9 +234,12 @@ def _predict_on_ray(
     from kp_runtime.photos import photos_from_paths
     from kp_runtime.pipeline import load
     from kp_runtime.ray_batches import Tools, predict_batches
+    from kp_runtime.spec import Manifest
 
     paths, threads = photos_from_paths(photos), 1 if threads is None else threads
     bundle = bundle_or_default(model).resolve()
+    manifest = (bundle if bundle.is_dir() else bundle.parent) / "manifest.json"
+    _check_detector(Manifest.read(manifest.parent).spec, detector)
     kind, is_file, file = whole_detector_name(detector).partition("=")
     detector = f"{kind}={Path(file).resolve()}" if is_file else kind
     gpus = 0 if backend in ("auto", "ort-cpu") else 1
@@ -234,7 +247,6 @@ def _predict_on_ray(
     load_detector(detector, threads=threads)  # what is wrong with it is said here, before Ray is started
     if not gpus:
         load(bundle, backend, threads).check_looks(looks, mirror)  # likewise
-    manifest = (bundle if bundle.is_dir() else bundle.parent) / "manifest.json"
     settings = detector_record(detector) | {
         "model": bundle.name, "manifest_sha256": sha256_of_file(manifest), "backend": backend, "detector": detector,
         "looks": looks, "mirror": mirror,
@@ -299,7 +311,8 @@ def put_effect(
     opened = load_model(model, tuned, "auto", threads, public_key)
     check_effect(effect, opened.spec)
     opened.check_looks(looks, mirror)
-    finder = open_detector(detector, threads=threads, public_key=public_key)
+    _check_detector(opened.spec, detector)
+    finder = _finder(opened.spec, detector, threads, public_key)
     make_folder(out)
     results, failed = [], []
     stop = threading.Event()

@@ -72,11 +72,17 @@ def tiny_graph(size: int = SIZE, *, scores: bool = True) -> onnx.ModelProto:
 
 
 def tiny_bundle(
-    folder: Path, size: int = SIZE, *, golden: bool = True, margin: float = 1.3, lost_limit: float | None = LOST_LIMIT
+    folder: Path,
+    size: int = SIZE,
+    *,
+    golden: bool = True,
+    margin: float = 1.3,
+    box: str = "keypoints",
+    lost_limit: float | None = LOST_LIMIT,
 ) -> Path:
     """Writes a bundle with `model.fp32.onnx` and, unless told otherwise, a golden crop."""
     folder.mkdir(parents=True, exist_ok=True)
-    spec = ModelSpec("tiny", size=size, margin=margin, lost_limit=lost_limit)
+    spec = ModelSpec("tiny", size=size, margin=margin, box=box, lost_limit=lost_limit)
     model = folder / "model.fp32.onnx"
     model.write_bytes(tiny_graph(size, scores=lost_limit is not None).SerializeToString())
     files = {model.name: file_entry(model, "onnx", precision="fp32")}

@@ -27,6 +27,7 @@ import kp_runtime
 from kp_runtime.backend import Backend
 from kp_runtime.signing import new_key
 from kp_runtime.spec import ModelSpec
+from tests.models import tiny_bundle
 from tests.tolerances import FP32_PX, assert_close
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -250,6 +251,13 @@ def test_a_key_asks_for_a_signature(service: Any, bundle: Path, tmp_path: Path) 
     settings = service.Settings(model=str(bundle), public_key=str(new_key(tmp_path / "release.pem")))
     with pytest.raises(kp_runtime.SignatureError, match="is not signed, and a public key was given"):
         service.create_app(settings)
+
+
+def test_the_service_takes_no_model_of_whole_frames(service: Any, tmp_path: Path) -> None:
+    with pytest.raises(
+        kp_runtime.InputError, match="tiny sees whole frames, not face boxes; give one that takes boxes"
+    ):
+        service.Service(service.Settings(model=str(tiny_bundle(tmp_path / "tiny", margin=1.0, box="frame"))))
 
 
 def test_a_full_service_says_so_at_once(service: Any, bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import array
 import importlib
 import importlib.util
@@ -18,6 +19,7 @@ import pytest
 import kp_runtime
 from kp_runtime.geometry import boxes_from_points
 from tests import rclpy_double
+from tests.models import tiny_bundle
 from tests.rclpy_double import Header, Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -264,6 +266,18 @@ def test_the_node_answers_each_image(ros: Any, bundle: Path, astronaut: Path, mo
     assert (nobody.height, nobody.width, nobody.data) == (0, 68, b"")
     assert [kind for kind, _ in node.get_logger().lines] == ["info", "error"]
     assert "the encoding 'bayer_rggb8' is not taken" in node.get_logger().lines[1][1]
+
+
+def test_no_model_of_whole_frames_is_taken(
+    ros: Any, camera: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny", margin=1.0, box="frame")
+    monkeypatch.setattr(camera, "Camera", lambda pipeline: [])
+    monkeypatch.setattr(rclpy_double.Node, "given", {"bundle": str(bundle)})
+    with pytest.raises(kp_runtime.InputError, match="tiny sees whole frames, not face boxes"):
+        camera.run(argparse.Namespace(pipeline="", bundle=bundle, backend="ort-cpu"))
+    with pytest.raises(kp_runtime.InputError, match="tiny sees whole frames, not face boxes"):
+        ros.KeypointsNode()
 
 
 def test_the_program_ends_cleanly(ros: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,7 @@ from kp_runtime.errors import NotDrawnError
 from kp_runtime.geometry import frame_box
 from kp_runtime.photos import Photo, photos_from_paths, predict_photo, write_results
 from kp_runtime.scheme68 import point_names
-from kp_runtime.spec import Manifest, ModelSpec
-from tests.models import SIZE, tiny_bundle
+from tests.models import tiny_bundle
 from tests.reference import waves
 from tests.tolerances import MAP_PX, assert_close
 
@@ -120,9 +119,7 @@ def test_no_boxes_and_no_detector(model: Model, photo: Path) -> None:
 
 
 def test_model_of_the_whole_frame_needs_no_detector(photo: Path, tmp_path: Path) -> None:
-    bundle = tiny_bundle(tmp_path / "frame", lost_limit=None)
-    files = Manifest.read(bundle).files
-    Manifest(spec=ModelSpec("frame", size=SIZE, margin=1.0, box="frame"), files=files).write(bundle)
+    bundle = tiny_bundle(tmp_path / "frame", margin=1.0, box="frame")
     result = predict_photo(load(bundle, threads=1), photo).keypoints
     assert_close(result.boxes_xyxy, frame_box((140, 180))[None], MAP_PX, "box")
     # the tiny network's face fills 0.6 of its crop, whose side is 224/250 of the photo's shorter side

@@ -163,6 +163,25 @@ def test_predict_with_boxes_needs_no_detector(
     assert [face["box_xyxy"] for face in photo["faces"]] == [[180, 80, 265, 180], [1, 1, 60, 60]]
 
 
+@pytest.mark.parametrize("command", [("predict",), ("filter", "--effect", "hat")], ids=["predict", "filter"])
+def test_a_model_of_whole_frames_opens_no_detector(
+    command: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    astronaut: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(faces, "open_detector", None)
+    words = (*command, astronaut, "--model", tiny_bundle(tmp_path / "tiny", margin=1.0, box="frame"), "--out", tmp_path)
+    status, out, err = kp(capsys, *words, "--detector", "haar")
+    assert (status, out) == (1, "")
+    assert err == "kp: this model sees whole frames, not face boxes: leave out --detector\n"
+    assert kp(capsys, *words)[0] == 0
+    pytest.importorskip("ray")
+    if command == ("predict",):
+        assert kp(capsys, *words, "--detector", "haar", "--ray", "local") == (1, "", err)
+
+
 def test_predict_on_an_engine_that_is_not_there_is_one_line(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
