@@ -82,6 +82,7 @@ def predict(
     import numpy as np
 
     from kp_runtime.files import make_folder
+    from kp_runtime.frame import import_cv2
     from kp_runtime.photos import (
         check_formats,
         photos_from_paths,
@@ -113,7 +114,9 @@ def predict(
     make_folder(out)
     results, failed, undrawn = [], [], []
     stop = threading.Event()
+    import_cv2()  # once: it is no part of the first photo's time
     for path, target in _until_stopped("predicting", list(zip(paths, targets, strict=True)), stop):
+        call = StageTimer()
         try:
             results.append(
                 predict_photo(
@@ -122,7 +125,7 @@ def predict(
                     detector=finder,
                     boxes_xyxy=boxes,
                     drawn=target,
-                    timer=timer,
+                    timer=call,
                     looks=looks,
                     mirror=mirror,
                 )
@@ -132,6 +135,7 @@ def predict(
             undrawn.append(f"{error} (--drawn FILE)")
         except KpError as error:
             failed.append(str(error))
+        timer.add(call)
     written, unwritten = _write(results, out, formats or ["json"]) if results else ([], [])
     if undrawn and not unwritten:
         undrawn.append("the keypoints are kept")

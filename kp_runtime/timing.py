@@ -84,6 +84,11 @@ class StageTimer:
         finally:
             self.seconds.setdefault(stage, []).append(time.perf_counter() - start)
 
+    def add(self, call: StageTimer) -> None:
+        """Adds one sample a stage of a call: the sum of its looks."""
+        for stage, seconds in call.seconds.items():
+            self.seconds.setdefault(stage, []).append(sum(seconds))
+
     def summaries(self) -> dict[str, TimeSummary]:
         """Each stage's summary, in the order in which the stages first ran."""
         # nothing is known of turns: every sample is one

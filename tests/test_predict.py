@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,16 @@ def test_predict_draws_and_writes(
     assert (tmp_path / "astronaut.pts").read_text().startswith("version: 1\nn_points: 68\n{\n")
     drawn = cv2.imread(str(tmp_path / "astronaut_keypoints.jpg"))
     assert np.abs(drawn.astype(int) - cv2.imread(str(astronaut))).max() > 100
+
+
+def test_times_are_of_whole_photos(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    words = ("predict", astronaut, "--model", bundle, "--out", tmp_path, "--box", "165,70,280,195", "--times")
+    status, out, _ = kp(capsys, *words, "--looks", "3")
+    assert status == 0
+    assert len(rows := re.findall(r"^ *(?:read|crop|infer|map back) .*", out, re.MULTILINE)) == 4, out
+    assert all(re.search(r"(?:read|crop|infer|back) +1 ", row) for row in rows)
 
 
 @pytest.mark.parametrize(
