@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -377,7 +378,8 @@ def _write_checkpoint(
     net.load_state_dict({k.removeprefix("net."): v for k, v in content["state_dict"].items()})
     check_finite(net, record["config"]["lr"])
     kept = record["config"].get("keep", "best")  # a run that an older release began has none
-    record = record | {f"{kept}_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": measured}
+    finite = {name: value for name, value in measured.items() if math.isfinite(value)}  # JSON has no other numbers
+    record = record | {f"{kept}_epoch": int(content["epoch"]) + 1, "last_epoch_metrics": finite}
     # weights made from others stay under their licence; a run that an older release began does not know it
     save_checkpoint(run, net, Manifest(spec, training=record, licence=record["start"].get("licence", {})))
     return net

@@ -13,7 +13,7 @@ from kp_export import cuda_device as module
 from kp_export.cuda_device import CudaDevice, cuda_device
 from kp_runtime.errors import BackendError
 from kp_runtime.machine import driver_version, l4t_release
-from tests.cuda_driver_double import DriverDouble, Result
+from tests.cuda_driver_double import ARGUMENTS, DriverDouble, Result
 
 
 class Orin(DriverDouble):
@@ -72,3 +72,11 @@ def test_the_real_device() -> None:
         pytest.skip(str(error))
     assert device.name
     assert float(device.compute_capability) >= 5
+
+
+def test_the_double_takes_what_the_driver_s_functions_take() -> None:
+    real = pytest.importorskip("cuda.bindings.driver", reason="cuda-python is not installed")
+    for name, count in ARGUMENTS.items():
+        signature = getattr(real, name).__doc__.splitlines()[0]
+        given = signature[len(name) + 1 : -1]
+        assert len(given.split(",")) * bool(given) == count, signature

@@ -188,7 +188,6 @@ def test_a_model_of_whole_frames_opens_no_detector(
     assert (status, out) == (1, "")
     assert err == "kp: this model sees whole frames, not face boxes: leave out --detector\n"
     assert kp(capsys, *words)[0] == 0
-    pytest.importorskip("ray")
     if command == ("predict",):
         assert kp(capsys, *words, "--detector", "haar", "--ray", "local") == (1, "", err)
 

@@ -217,14 +217,15 @@ def test_parquet_holds_what_json_lines_hold(tmp_path: Path) -> None:
 
 def test_a_run_without_a_frame_leaves_an_older_result_alone(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="pyarrow is not installed")
-    source, stop = FileSource(video(tmp_path / "a.avi", 5)), threading.Event()
-    formats = "avi", "jsonl", "parquet"
+    path, stop = video(tmp_path / "a.avi", 5), threading.Event()
+    formats, source = ("avi", "jsonl", "parquet"), FileSource(path)
     first = run_video(source, one_face(), sinks_for(source, tmp_path, *formats))
-    before = {path: path.read_bytes() for path in first.files}
+    before = {file: file.read_bytes() for file in first.files}
     assert len(before) == 3
     stop.set()
-    assert run_video(source, one_face(), sinks_for(source, tmp_path, *formats), stop=stop).files == ()
-    assert {path: path.read_bytes() for path in before} == before
+    again = FileSource(path)
+    assert run_video(again, one_face(), sinks_for(again, tmp_path, *formats), stop=stop).files == ()
+    assert {file: file.read_bytes() for file in before} == before
     assert not list(tmp_path.glob(".*"))
 
 

@@ -362,6 +362,17 @@ def test_too_little_memory_is_one_line(faces: Path, tmp_path: Path, monkeypatch:
         run(faces, tmp_path / "r")
 
 
+def test_a_run_whose_last_epoch_left_all_measure_keeps_its_best(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON has no number for what it measured."""
+    monkeypatch.setattr("kp_train.train.nme_unit", lambda xy: np.zeros(len(xy)))
+    path = run(faces, tmp_path / "r", epochs=2)
+    _, manifest = load_checkpoint(path)
+    assert "val_loss" in manifest.training["last_epoch_metrics"]
+    assert "val_nme" not in manifest.training["last_epoch_metrics"]
+
+
 @pytest.mark.parametrize("settings", [{"epochs": 2}, {"epochs": 9, "patience": 1, "lr": 0.5, "keep": "last"}])
 def test_a_run_that_was_killed_at_its_end_ends_as_an_undisturbed_one(
     faces: Path, tmp_path: Path, settings: dict[str, object]
