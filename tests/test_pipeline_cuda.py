@@ -225,18 +225,19 @@ def test_a_model_without_a_lost_score(driver: DriverDouble, cpu: Model) -> None:
         assert model.graphs.captured == ((3, 4),)
 
 
-def test_no_memory_for_a_graph(model: Model, cpu: Model, driver: DriverDouble) -> None:
+@pytest.mark.parametrize(
+    ("function", "error", "reason"),
+    [
+        ("cuStreamCreate", Result.CUDA_ERROR_OUT_OF_MEMORY, "no room for 2 faces"),
+        ("cuGraphGetNodes", Result.CUDA_ERROR_INVALID_VALUE, "CUDA does not tell what a graph does: cuGraphGetNodes"),
+    ],
+)
+def test_a_graph_that_can_not_be_made_or_looked_into(
+    function: str, error: Result, reason: str, model: Model, cpu: Model, driver: DriverDouble
+) -> None:
     check(model, cpu, picture(0), boxes_of(0, 2))
-    driver.failing["cuStreamCreate"] = Result.CUDA_ERROR_OUT_OF_MEMORY
-    with pytest.warns(GraphWarning, match="CUDA graphs are off, and calls take longer: no room for 2 faces"):
-        check(model, cpu, picture(1), boxes_of(1, 2))
-    check(model, cpu, picture(2), boxes_of(2, 2))
-
-
-def test_a_graph_that_nobody_can_look_into_is_not_used(model: Model, cpu: Model, driver: DriverDouble) -> None:
-    check(model, cpu, picture(0), boxes_of(0, 2))
-    driver.failing["cuGraphGetNodes"] = Result.CUDA_ERROR_INVALID_VALUE
-    with pytest.warns(GraphWarning, match="CUDA does not tell what a graph does: cuGraphGetNodes says"):
+    driver.failing[function] = error
+    with pytest.warns(GraphWarning, match=f"CUDA graphs are off, and calls take longer: {reason}"):
         check(model, cpu, picture(1), boxes_of(1, 2))
     check(model, cpu, picture(2), boxes_of(2, 2))
 
