@@ -289,7 +289,7 @@ def sign(
     from kp_runtime.signing import new_key, sign_bundle
 
     if new is not None and bundle is None and key is None:
-        tell(f"{new}: keep it to yourself\n{new_key(new)}: give it to the devices")
+        tell(f"{new}: keep it to yourself", f"{new_key(new)}: give it to the devices")
     elif bundle is not None and key is not None and new is None:
         with alone(bundle):
             tell(sign_bundle(bundle, key))

@@ -299,7 +299,7 @@ def put_effect(
 ) -> None:
     """Put pictures on all faces of photos, or hide the faces.
 
-    Sunglasses, a hat, a moustache or a mask. Writes copies; the photos stay.
+    Sunglasses, a hat, a moustache or a mesh over the face. Writes copies; the photos stay.
 
     Example: kp filter photo.jpg --effect sunglasses
     """

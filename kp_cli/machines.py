@@ -262,10 +262,13 @@ def doctor(
 
 
 def _astronaut() -> Path:
-    from kp_runtime.errors import MissingExtraError
+    from kp_runtime.errors import BackendError
 
     try:
         import skimage
     except ImportError as error:
-        raise MissingExtraError("scikit-image", "export", "a bench without --photo") from error
+        raise BackendError(
+            "no --photo was given, and scikit-image, whose portrait of an astronaut is taken then, is not installed; "
+            "give a photo with a face: --photo photo.jpg"
+        ) from error
     return Path(skimage.__file__).parent / "data" / "astronaut.png"

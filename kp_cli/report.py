@@ -50,9 +50,9 @@ def harmless(text: Any) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def tell(text: Any, err: bool = False) -> None:
-    """Prints lines on stdout, or on stderr."""
-    typer.echo("\n".join(map(harmless, str(text).split("\n"))), err=err)
+def tell(*lines: Any, err: bool = False) -> None:
+    """Prints lines on stdout, or on stderr; what breaks one, as in a file's name, is escaped."""
+    typer.echo("\n".join(map(harmless, lines)), err=err)
 
 
 def note(text: str) -> None:

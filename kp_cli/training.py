@@ -134,7 +134,7 @@ def train(
         lines.append(f"then: kp export {refitted} --fp16")
     else:  # the last layer is solved on boxes around the points
         lines.append(f"next: kp export {run_folder} --fp16")
-    rank_zero_only(tell)("\n".join(lines))
+    rank_zero_only(tell)(*lines)
 
 
 def refit(
@@ -194,7 +194,7 @@ def refit(
     print_table("NME of held-out people", ("boxes", "faces", "before", "after"), rows)
     left_out = "" if result.lost_score.is_of_use else "; left out: the model does not find faces well enough for it"
     tell(f"lost score: {result.lost_score}{left_out}")
-    tell(f"checkpoint: {out}\nnext: kp export {out} --fp16")
+    tell(f"checkpoint: {out}", f"next: kp export {out} --fp16")
 
 
 def _parse_boxes(texts: list[str]) -> dict[str, float]:
@@ -257,7 +257,7 @@ def train_detector(
         workers=workers, threads=threads, say=lambda text: print(text, flush=True),
     )  # fmt: skip
     exported = export_detector(out, score)
-    print(f"detector: {exported}\nnext: kp predict photo.jpg --detector own={out}")
+    tell(f"detector: {exported}", f"next: kp predict photo.jpg --detector own={shlex.quote(str(out))}")
 
 
 def evaluate(

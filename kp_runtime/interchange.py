@@ -313,7 +313,7 @@ def _write_coco(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
         if face.size_hw is None:
             raise InputError(
                 f"COCO needs the height and width of {face.image}, which the source does not say; "
-                "add the folder of the images: --images FOLDER"
+                f"add the folder in which {face.image} lies: --images FOLDER"
             )
         image = images.setdefault(
             face.image,
@@ -454,7 +454,7 @@ def _pyarrow() -> tuple[Any, Any]:
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as error:
-        raise MissingExtraError("pyarrow", "parquet", "Parquet files") from error
+        raise MissingExtraError("pyarrow", "parquet", "reading or writing Parquet") from error
 
 
 def _text(path: Path) -> str:

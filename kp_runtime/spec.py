@@ -389,6 +389,9 @@ def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:
     try:
         return read_plain(path, _LARGEST_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
+        if not os.path.lexists(path.parent):
+            where = path.parent.absolute()
+            raise BundleError(f"{path.parent} is not a bundle: there is nothing at {where}; check the path") from error
         raise BundleError(
             f"{path.parent} is not a bundle: it has no {MANIFEST_NAME}; give a folder that "
             "`kp train`, `kp train-detector` or `kp export` wrote"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,7 +113,9 @@ def open_source(
         return FolderSource(path, rate)
     if is_file:
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            raise InputError(f"{path} is a photo: kp predict {path}, or give the folder that holds the frames")
+            raise InputError(
+                f"{path} is a photo: kp predict {shlex.quote(text)}, or give the folder that holds the frames"
+            )
         return FileSource(path, rate, say=say)
 
     def live(name: str, opener: Callable[[], Any]) -> LiveSource:

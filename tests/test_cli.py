@@ -123,7 +123,7 @@ def test_a_file_beside_no_manifest_is_named(
         (("export", "{bundle}/typo", "--triton", "{out}"), "/typo is not a bundle"),
         (("train", "--data", "x", "--out", "{out}", "--pairs", "1-2"), "--pairs goes with --points"),
         (("bench", "{bundle}/model.fp32.onnx"), "give its folder, not"),
-        (("bench", "nowhere"), "nowhere is not a bundle: it has no manifest.json; give a folder that"),
+        (("bench", "nowhere"), "nowhere is not a bundle: there is nothing at "),
         (("eval", "{bundle}", "--data", "x", "--detector", "own=d"), "--detector goes with --boxes detector"),
         (("bench", "{bundle}", "--out", "{bundle}"), "is a folder; name a file in it"),
         (("bench", "{bundle}", "--html", "/"), "/ is a folder; name a file in it"),

@@ -338,3 +338,15 @@ def test_two_photos_of_one_name_are_not_mixed_up(
     assert status == 1
     assert "would both be drawn as" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_line_break_in_a_name_makes_no_line(
+    capsys: pytest.CaptureFixture[str], astronaut: Path, bundle: Path, tmp_path: Path
+) -> None:
+    photo = tmp_path / "x\nkp: all is well.png"
+    shutil.copyfile(astronaut, photo)
+    status, out, _ = kp(
+        capsys, "predict", str(photo), "--model", str(bundle), "--box", "170,80,280,200", "--out", str(tmp_path / "o")
+    )
+    assert status == 0
+    assert [line.partition(str(tmp_path))[0] for line in out.splitlines()] == [""] * 3

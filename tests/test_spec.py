@@ -46,6 +46,8 @@ def test_written_and_read_again(bundle: Path, tmp_path: Path) -> None:
 
 def test_folder_without_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"is not a bundle: it has no manifest\.json; give a folder"):
+        Manifest.read(tmp_path)
+    with pytest.raises(BundleError, match=r"none is not a bundle: there is nothing at /.*/none; check the path"):
         Manifest.read(tmp_path / "none")
 
 
