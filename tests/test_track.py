@@ -139,6 +139,21 @@ def test_a_face_that_stays_away_gets_a_new_id() -> None:
     assert ids(world.run(world.tracker(keep=30), range(100))[-1]) == [2]
 
 
+@pytest.mark.parametrize(("away", "found"), [(2, [1]), (3, [])])
+def test_a_lost_face_is_looked_for_in_its_place_on_as_many_frames_as_were_asked(away: int, found: list[int]) -> None:
+    world = World(lambda t: (300, 300) if not 50 <= t < 50 + away else None)
+    tracker = world.tracker(again=2)
+    world.run(tracker, range(50))
+    tracker._detector = lambda image: np.empty((0, 4))
+    assert ids(world.run(tracker, range(50, 60))[-1]) == found
+
+
+@pytest.mark.parametrize(("away", "found"), [(10, [1]), (11, [2])])
+def test_a_lost_face_keeps_its_id_for_as_many_frames_as_were_asked(away: int, found: list[int]) -> None:
+    world = World(lambda t: (300, 300) if not 50 <= t < 50 + away else None)
+    assert ids(world.run(world.tracker(keep=10, search_every=1), range(70))[-1]) == found
+
+
 def test_another_place_is_another_face() -> None:
     world = World(lambda t: (300, 300) if t < 50 else (800, 300))
     found = world.run(world.tracker(), range(60))
