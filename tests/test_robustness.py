@@ -75,6 +75,13 @@ def test_looks_at_the_mirror_image_too_are_the_same_in_the_mirror(faces: tuple[F
     assert found.nme == pytest.approx(robustness(fixed(symmetric()), faces).nme, rel=1e-4)
 
 
+def test_a_second_look_is_taken_where_it_is_asked_for(faces: tuple[Face, ...]) -> None:
+    """The points of a fixed answer lie elsewhere in the box around themselves."""
+    once, twice = (robustness(fixed(symmetric()), faces, looks=looks) for looks in (1, 2))
+    assert twice.nme == pytest.approx(evaluate(fixed(symmetric()), faces, looks=2).accuracy.nme, rel=1e-6)
+    assert abs(twice.nme - once.nme) > 0.01
+
+
 def test_enlarged_photos_are_seen_enlarged(faces: tuple[Face, ...]) -> None:
     """A model that reads the crop sees much the same crop whatever the photo's resolution."""
     spec = ModelSpec("x", SIZE)
