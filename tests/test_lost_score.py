@@ -45,6 +45,9 @@ def test_what_is_between_a_face_and_none_counts_for_neither() -> None:
     assert not score_quality(score[:0], nme[:0]).is_of_use
     assert ScoreQuality(100, 0.05, 100, 0.05).is_of_use
     assert not ScoreQuality(100, 0.06, 100, 0).is_of_use
+    assert not ScoreQuality(100, 0, 100, 0.06).is_of_use
+    assert not ScoreQuality(100, 0, 0, 0).is_of_use
+    assert not ScoreQuality(0, 0, 100, 0).is_of_use
     assert score_quality(score, nme) == ScoreQuality(faces=3, given_up=pytest.approx(1 / 3), lost=2, missed=0.5)
 
 
