@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from kp_runtime.geometry import invert_matrix
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
-from kp_train.augment import MirrorFace, augment_from_name, bent
+from kp_train.augment import MirrorFace, augment_from_name, bent, grey_levels
 from kp_train.data import FaceDataset, read_source
 from kp_train.synthetic import mean_shape, write_csv_source
 
@@ -70,12 +70,14 @@ def test_the_original_crop_lies_anywhere_in_its_250_px_image() -> None:
     assert {jitter["angle"] for jitter in drawn} == {0.0}
 
 
-@pytest.mark.parametrize(("name", "wide", "turn"), [("faces", 0.4, 8), ("shaken", 1.0, 10), ("light", 0.0, 5)])
+@pytest.mark.parametrize(
+    ("name", "wide", "turn"), [("faces", 0.4, 8), ("bent", 0.4, 10), ("shaken", 1.0, 10), ("light", 0.0, 5)]
+)
 def test_boxes_err_as_widely_as_the_name_says(name: str, wide: float, turn: float) -> None:
     """By the mean square of a spread that is 2.5 times as wide for some faces; what it is cut off at takes little."""
     augment = augment_from_name(name)
     assert augment is not None
-    assert augment.bend == (0.015 if name == "shaken" else 0)
+    assert augment.bend == (0.015 if name in ("bent", "shaken") else 0)
     torch.manual_seed(0)
     drawn = [augment.draw_jitter((200, 300)) for _ in range(3000)]
     mixed = (1 - wide + wide * 2.5**2) ** 0.5
@@ -83,6 +85,16 @@ def test_boxes_err_as_widely_as_the_name_says(name: str, wide: float, turn: floa
     np.testing.assert_allclose(shifts.std(axis=0), 0.02 * mixed, rtol=0.06)
     np.testing.assert_allclose(np.log([jitter["zoom"] for jitter in drawn]).std(), 0.04 * mixed, rtol=0.06)
     np.testing.assert_allclose(np.degrees([jitter["angle"] for jitter in drawn]).std(), turn, rtol=0.06)
+    assert np.abs(shifts).max() <= np.float32(augment.max_shift)
+    assert np.abs([jitter["angle"] for jitter in drawn]).max() <= np.radians(2.5 * turn) * (1 + 1e-6)
+
+
+def test_noise_makes_no_white_pixel_black() -> None:
+    torch.manual_seed(0)
+    noisy = grey_levels(light=0, patches=0, largest=0.1, noise=40, p=0.5)
+    white = tv_tensors.Image(torch.full((1, 64, 64), 255, dtype=torch.uint8))
+    seen = torch.stack([noisy(white) for _ in range(20)])
+    assert 30 < seen.min() < 250
 
 
 def test_a_stretched_crop_keeps_its_middle_and_its_area() -> None:
