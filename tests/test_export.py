@@ -285,6 +285,31 @@ def test_a_nan_is_as_far_as_can_be() -> None:
             check_parity(report, SIZE)
 
 
+@pytest.mark.parametrize(
+    ("precision", "away", "what"), [("fp16", 0.3, "worst point"), ("int8", 0.8, "99th percentile")]
+)
+def test_a_smaller_crop_has_smaller_limits(precision: str, away: float, what: str) -> None:
+    faces = FaceSet(("a",), np.zeros((1, 1, SIZE, SIZE), np.uint8), "made up")
+    base = np.zeros((1, 68, 2), np.float32)
+    base[:, 45, 0] = 20.0
+    report = parity(Answer(base), Answer(base + np.float32([away, 0])), faces, file="f", precision=precision)
+    check_parity(report, 224)
+    with pytest.raises(ParityError, match=f"{what} {away} px"):
+        check_parity(report, 112)
+
+
+@pytest.mark.parametrize(("second", "said"), [(0.88, "0.02"), (np.nan, "inf")])
+def test_a_lost_score_has_a_limit_too(second: float, said: str) -> None:
+    faces = FaceSet(("tiny", "b"), np.zeros((2, 1, SIZE, SIZE), np.uint8), "made up", tiny=1)
+    base = np.zeros((2, 68, 2), np.float32)
+    base[:, 45, 0] = 20.0
+    answers = [Answer(base, np.float32([0.9, score])) for score in (0.9, second)]
+    with pytest.raises(ParityError, match=rf"too far from PyTorch: lost score {said} away \(at most 0.01\)"):
+        check_parity(parity(*answers, faces, file="f", precision="fp16"), SIZE)
+    enlarged = [Answer(base, np.float32([score, 0.9])) for score in (0.9, 0.1)]
+    assert parity(*enlarged, faces, file="f", precision="int8").score == 0  # int8 is not judged by the tiny ones
+
+
 def test_an_export_elsewhere_brings_along_what_the_bundle_has_of_the_same_weights(copied: Path, tmp_path: Path) -> None:
     made = Manifest.read(copied)
     other = export_bundle(copied, tmp_path / "other").manifest
