@@ -89,6 +89,31 @@ def test_boxes_err_as_widely_as_the_name_says(name: str, wide: float, turn: floa
     assert np.abs([jitter["angle"] for jitter in drawn]).max() <= np.radians(2.5 * turn) * (1 + 1e-6)
 
 
+@pytest.mark.parametrize("name", ["faces", "varied", "light"])
+def test_half_of_the_faces_are_mirrored(name: str) -> None:
+    plain = mean_shape() * 20 + 32
+    image = tv_tensors.Image(torch.zeros(1, 64, 64, dtype=torch.uint8))
+    points = tv_tensors.KeyPoints(torch.from_numpy(plain).float(), canvas_size=(64, 64))
+    torch.manual_seed(0)
+    augment = augment_from_name(name)
+    assert augment is not None
+    drawn = np.stack([augment(image, points)[1].numpy() for _ in range(300)])
+    mirrored = plain[MIRROR] * (-1, 1) + (63, 0)
+    shares = [np.isclose(drawn, wanted, atol=1e-4).all(axis=(1, 2)).mean() for wanted in (plain, mirrored)]
+    assert sum(shares) == 1
+    assert 0.4 < shares[0] < 0.6
+
+
+@pytest.mark.parametrize("name", ["bent", "shaken"])
+def test_faces_are_bent_where_the_name_says(name: str) -> None:
+    points = tv_tensors.KeyPoints(torch.from_numpy(mean_shape() * 20 + 32).float(), canvas_size=(64, 64))
+    torch.manual_seed(0)
+    augment = augment_from_name(name, mirror=None)
+    assert augment is not None
+    _, there = augment(tv_tensors.Image(torch.zeros(1, 64, 64, dtype=torch.uint8)), points)
+    assert (there - points).norm(dim=1).max() > 0.5
+
+
 def test_noise_makes_no_white_pixel_black() -> None:
     torch.manual_seed(0)
     noisy = grey_levels(light=0, patches=0, largest=0.1, noise=40, p=0.5)
