@@ -121,7 +121,7 @@ def test_a_lost_face_is_noticed_at_once_and_comes_back_with_its_id() -> None:
     assert all(not tracks for tracks in found[50:62])
     assert [t for t in range(62, 100) if not found[t]] == [t for t in range(62, 67) if not found[t]]
     assert all(ids(tracks) == [1] for tracks in found[67:])
-    assert tracker.faces == 1
+    assert (tracker.faces, tracker.lost) == (1, 1)
 
 
 def test_one_bad_frame_loses_nobody_whom_the_detector_can_not_find() -> None:
@@ -152,6 +152,21 @@ def test_a_lost_face_is_looked_for_in_its_place_on_as_many_frames_as_were_asked(
 def test_a_lost_face_keeps_its_id_for_as_many_frames_as_were_asked(away: int, found: list[int]) -> None:
     world = World(lambda t: (300, 300) if not 50 <= t < 50 + away else None)
     assert ids(world.run(world.tracker(keep=10, search_every=1), range(70))[-1]) == found
+
+
+def test_a_lost_face_is_searched_for_while_another_is_in_view() -> None:
+    world = World(lambda t: (300, 300), lambda t: (700, 300) if not 50 <= t < 62 else None)
+    found = world.run(world.tracker(detect_every=30, search_every=5), range(70))
+    assert ids(found[61]) == [1]
+    assert ids(found[67]) == [1, 2]
+
+
+def test_points_of_before_a_face_was_lost_are_not_smoothed_into_those_of_after() -> None:
+    world = World(lambda t: (300, 300) if t < 50 else (340, 300) if t >= 60 else None)
+    found = world.run(world.tracker(smooth=True), range(70))
+    back = next(tracks for tracks in found[60:] if tracks)
+    assert ids(back) == [1]
+    np.testing.assert_allclose(back[0].xy, world.faces()[0], atol=1e-3)
 
 
 def test_another_place_is_another_face() -> None:
