@@ -221,6 +221,7 @@ def test_a_believed_face_whose_second_look_slides_onto_its_neighbour_keeps_the_f
     for tracks in world.run(world.tracker(trust_detector=True, detect_every=1), range(20)):
         assert ids(tracks) == [1, 2]
         np.testing.assert_allclose(tracks[1].xy, world.faces()[1], atol=0.01)
+        np.testing.assert_allclose(tracks[1].box_xyxy, boxes_from_points(world.faces()[1]) + 6)
 
 
 def test_a_believed_face_counts_as_long_as_a_part_of_it_is_on_the_image() -> None:
@@ -286,6 +287,13 @@ def test_two_tracks_never_share_a_face() -> None:
     for tracks in world.run(world.tracker(), range(120)):
         boxes = [boxes_from_points(track.xy) for track in tracks]
         assert all(overlaps(a[None], b[None])[0, 0] < 0.6 for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_of_two_tracks_on_one_face_the_one_that_was_awaited_there_stays() -> None:
+    world = World(lambda t: (300, 300) if t < 50 else None, lambda t: (645 - 6 * t, 300))
+    found = world.run(world.tracker(), range(55))
+    assert ids(found[49]) == [1, 2]
+    assert [ids(tracks) for tracks in found[50:]] == [[2]] * 5
 
 
 def test_smoothing_is_for_the_caller_alone() -> None:
