@@ -373,6 +373,7 @@ def test_recorded_rises_between_bundles(tmp_path: Path) -> None:
     for before, after in (
         ({"boxes": "keypoints"}, {"boxes": "detector"}), ({"mirror": False}, {"mirror": True}),
         ({}, {"precision": "int8"}),
+        ({"looks": 1}, {"looks": 2}), ({"missed": 0}, {"missed": 9}), ({"detector": "own"}, {"detector": "haar"}),
         ({"detector": "own", "detector_sha256": "a"}, {"detector": "own", "detector_sha256": "b"}),
     ):  # fmt: skip
         pair = []
