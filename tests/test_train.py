@@ -85,6 +85,21 @@ def test_faces_of_a_run_that_leaves_all_measure_are_drawn(faces: Path, tmp_path:
     assert (tmp_path / "faces_epoch_001.png").is_file()
 
 
+def test_faces_are_drawn_every_few_epochs_and_by_the_first_worker(faces: Path, tmp_path: Path) -> None:
+    shown = FaceDataset(read_source(faces).faces[:2], ModelSpec("x", 64))
+    module = torch.nn.Module()
+    module.net = lambda crops: torch.zeros(len(crops), 68, 2)  # type: ignore[assignment]
+    module.device = "cpu"  # type: ignore[assignment]
+    picture = FacesPicture(shown, tmp_path, every=3)
+    for epoch in range(7):
+        for checking, first in ((False, True), (True, True), (False, False)):
+            trainer = SimpleNamespace(sanity_checking=checking, is_global_zero=first, current_epoch=epoch, logger=None)
+            picture.folder = tmp_path / f"{checking}_{first}"
+            picture.on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
+    drawn = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    assert drawn == ["False_True/faces_epoch_003.png", "False_True/faces_epoch_006.png"]
+
+
 def test_a_run_learns(trained: Path, faces: Path) -> None:
     """Held-out faces are met better than by the mean face that the network starts from."""
     net, manifest = load_checkpoint(trained)
