@@ -23,8 +23,9 @@ from kp_export.verify import FileVerdict, Verification, check_verification, veri
 from kp_export.verify_page import verification_page
 from kp_runtime.backend import Backend, open_backend
 from kp_runtime.errors import BundleError, DataError, IntegrityError, ParityError
+from kp_runtime.geometry import apply_matrix, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
-from kp_train.data import read_source
+from kp_train.data import luma_of_face, read_source
 from kp_train.synthetic import write_csv_source
 from tests.test_export import SIZE, small_checkpoint
 
@@ -255,6 +256,17 @@ def test_labels_give_the_rise(exported: Path, tmp_path: Path) -> None:
     assert result.files[0].parity is not None
     assert result.files[0].parity.rise is not None
     assert "no labels" not in verification_page(result, tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_model_of_whole_frames_is_compared_on_these(tmp_path: Path) -> None:
+    source = read_source(write_csv_source(tmp_path, people=1))
+    found = faces_from_sources([source], ModelSpec("x", SIZE, margin=1.0, box="frame"))
+    assert found.xy_crop is not None
+    for face, crop, xy in zip(source.faces, found.crops, found.xy_crop, strict=True):
+        luma = luma_of_face(face)
+        matrix = matrices_from_boxes(frame_box((luma.shape[0], luma.shape[1]))[None], SIZE, 1.0)[0]
+        np.testing.assert_array_equal(crop[0], crop_from_luma(luma, matrix, SIZE))
+        np.testing.assert_allclose(xy, apply_matrix(matrix, face.xy))
 
 
 def test_the_page_stands_alone(copied: Path, faces: FaceSet, tmp_path: Path) -> None:
