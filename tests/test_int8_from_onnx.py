@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -170,6 +171,22 @@ def test_no_room_for_the_quantiser_is_not_the_bundle_s_fault(
 def test_int8_without_faces_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="give --calibration"):
         export_bundle(checkpoint, tmp_path / "b", precisions=("int8",))
+
+
+@pytest.mark.parametrize(
+    ("faces", "measured", "told"),
+    [
+        (5, True, "32 or more faces, .* has 5"),
+        (20, False, "32 or more faces, and .* leaves [0-9]+, as half of its people measure the result"),
+    ],
+)
+def test_an_export_refuses_too_few_faces(
+    checkpoint: Path, source: Source, tmp_path: Path, faces: int, measured: bool, told: str
+) -> None:
+    few = dataclasses.replace(source, faces=source.faces[:faces])
+    with pytest.raises(DataError, match=told):
+        export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), sources=[source] * measured, calibration=[few])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_noise_few_faces_and_no_labels_are_refused(source: Source, rng: np.random.Generator) -> None:
