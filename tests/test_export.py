@@ -431,3 +431,14 @@ def test_where_a_file_can_not_be_linked_it_is_copied(tmp_path: Path, monkeypatch
     with staging(tmp_path / "b") as stage:
         (stage / "y").write_text("new")
     assert contents(tmp_path / "b") == {"x": b"old", "y": b"new"}
+
+
+def test_a_graph_that_a_parser_would_refuse_is_no_export(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> None:
+        raise ExportError(f"TensorRT's ONNX parser would refuse {path.name}")
+
+    before = contents(copied)
+    monkeypatch.setattr("kp_export.bundle.check_operators", refused)
+    with pytest.raises(ExportError, match=r"would refuse model\.fp32\.onnx"):
+        export_bundle(copied)
+    assert contents(copied) == before
