@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +97,7 @@ class Source:
 
 def is_held_out(person: str, fraction: float) -> bool:
     """Whether a person belongs to the held-out share: fixed by the name alone."""
-    bucket = int(hashlib.sha256(os.fsencode(person)).hexdigest()[:8], 16) / 0x1_0000_0000
+    bucket = int(hashlib.sha256(person.encode("utf-8", "surrogateescape")).hexdigest()[:8], 16) / 0x1_0000_0000
     return bucket < fraction
 
 
