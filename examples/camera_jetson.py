@@ -190,8 +190,7 @@ def run(options: argparse.Namespace) -> None:
     """Frame after frame, until the stream ends or the program is stopped."""
     camera = Camera(options.pipeline)
     model = kp_runtime.load(options.bundle, options.backend)
-    if model.spec.box == "frame":
-        raise kp_runtime.InputError(f"{options.bundle} sees whole frames, not face boxes; give one that takes boxes")
+    model.check_boxes()
     model.warmup()
     report = model.backend.report
     print(f"{report.file} on {report.backend}", file=sys.stderr)

@@ -168,9 +168,8 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         bundle = settings.model or default_bundle(ENGINES_OF_THE_CHECKOUT / "resnet18-68")
         model = kp_runtime.load(bundle, settings.backend, public_key=settings.public_key)
+        model.check_boxes()
         model.close()  # its engine alone is used
-        if model.spec.box == "frame":
-            raise kp_runtime.InputError(f"{bundle} sees whole frames, not face boxes; give one that takes boxes")
         self.batching = BatchingBackend(model.backend, settings.wait_ms / 1000, settings.batch_faces)
         self.metrics = metrics_or_none()
         shared = kp_runtime.Model(self.batching)

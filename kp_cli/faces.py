@@ -107,7 +107,6 @@ def predict(
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load_model(model, tuned, backend, threads, public_key), StageTimer()
     opened.check_looks(looks, mirror)
-    _check_detector(opened.spec, detector)
     finder = None if boxes is not None else _finder(opened.spec, detector, threads, public_key)
     if finder is not None:
         note_boxes(opened.spec)
@@ -135,6 +134,7 @@ def predict(
             undrawn.append(f"{error} (--drawn FILE)")
         except KpError as error:
             failed.append(str(error))
+            continue
         timer.add(call)
     written, unwritten = _write(results, out, formats or ["json"]) if results else ([], [])
     if undrawn and not unwritten:
@@ -167,6 +167,7 @@ def _check_detector(spec: Any, detector: str) -> None:
 
 def _finder(spec: Any, detector: str, threads: int | None, public_key: Path | None) -> Any:
     """The detector; None where the model takes no boxes."""
+    _check_detector(spec, detector)
     return None if spec.box == "frame" else open_detector(detector, threads=threads, public_key=public_key)
 
 
@@ -238,12 +239,12 @@ def _predict_on_ray(
     from kp_runtime.photos import photos_from_paths
     from kp_runtime.pipeline import load
     from kp_runtime.ray_batches import Tools, predict_batches
-    from kp_runtime.spec import Manifest
+    from kp_runtime.spec import MANIFEST_NAME, Manifest, folder_of
 
     paths, threads = photos_from_paths(photos), 1 if threads is None else threads
     bundle = bundle_or_default(model).resolve()
-    manifest = (bundle if bundle.is_dir() else bundle.parent) / "manifest.json"
-    _check_detector(Manifest.read(manifest.parent).spec, detector)
+    folder = folder_of(bundle)
+    _check_detector(Manifest.read(folder).spec, detector)
     kind, is_file, file = whole_detector_name(detector).partition("=")
     detector = f"{kind}={Path(file).resolve()}" if is_file else kind
     gpus = 0 if backend in ("auto", "ort-cpu") else 1
@@ -252,8 +253,8 @@ def _predict_on_ray(
     if not gpus:
         load(bundle, backend, threads).check_looks(looks, mirror)  # likewise
     settings = detector_record(detector) | {
-        "model": bundle.name, "manifest_sha256": sha256_of_file(manifest), "backend": backend, "detector": detector,
-        "looks": looks, "mirror": mirror,
+        "model": bundle.name, "manifest_sha256": sha256_of_file(folder / MANIFEST_NAME), "backend": backend,
+        "detector": detector, "looks": looks, "mirror": mirror,
     }  # fmt: skip
     tools = Tools(
         partial(load, bundle, backend, threads), partial(load_detector, detector, threads=threads), threads, gpus,
@@ -315,7 +316,6 @@ def put_effect(
     opened = load_model(model, tuned, "auto", threads, public_key)
     check_effect(effect, opened.spec)
     opened.check_looks(looks, mirror)
-    _check_detector(opened.spec, detector)
     finder = _finder(opened.spec, detector, threads, public_key)
     make_folder(out)
     results, failed = [], []

@@ -105,8 +105,7 @@ def run(
     few = max(1, usable_cores() - 1) if threads is None else threads  # reading, drawing and writing go on meanwhile
     import_cv2().setNumThreads(few)
     opened = load_model(model, tuned, "auto", threads if tuned else few, public_key)
-    if opened.spec.box == "frame":
-        raise InputError("this model sees whole frames, not face boxes; kp run needs one that follows faces")
+    opened.check_boxes()
     check_effect(effect, opened.spec)
     note_boxes(opened.spec)
     hide = effect == "blur"  # then a face too many is better than one that is seen

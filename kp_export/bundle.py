@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from kp_export.int8_from_onnx import LEAST_FACES, calibration_stride, check_calibration, search_int8
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, check_fits_half, layer_types, onnx_from_checkpoint
 from kp_export.operators import check_operators
-from kp_export.pack import measured_of
 from kp_export.parity import (
     Ask,
     FaceSet,
@@ -132,7 +131,7 @@ def export_bundle(
                 path.unlink()
         is_same = there is not None and there.files.get(CHECKPOINT_NAME) == manifest.files[CHECKPOINT_NAME]
         accuracy = manifest.accuracy | (there.accuracy if there is not None and is_same else {})
-        manifest = dataclasses.replace(manifest, files=files, accuracy=measured_of(accuracy, files))
+        manifest = dataclasses.replace(manifest, accuracy=accuracy).with_files(files)
         manifest.write(stage)
         for name in manifest.files:
             manifest.check_file(stage, name)

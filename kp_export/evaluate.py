@@ -32,7 +32,7 @@ from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import Manifest
 from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
-from kp_train.data import Face, Source, evenly_spread, held_out_fraction, is_held_out, luma_of_face
+from kp_train.data import Face, Source, evenly_spread, held_out_fraction, held_out_of, luma_of_face
 from kp_train.metrics import Accuracy, accuracy, point_errors
 
 __all__ = ["Evaluation", "OpenModel", "answer_in_frames", "evaluate", "held_out_faces", "measured_rise", "open_model"]
@@ -99,7 +99,7 @@ def held_out_faces(source: Source, manifest: Manifest) -> Source:
         fraction = held_out_fraction(manifest)
     except DataError as error:
         raise DataError(f"{error}, or leave out --split person") from error
-    faces = tuple(face for face in source.faces if is_held_out(face.person, fraction))
+    faces = tuple(held_out_of([source], fraction))
     if not faces:
         raise DataError(f"{source.path} has no face of a person that was held out of training")
     return Source(source.path, source.weight, faces, source.sha256)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from kp_export.staging import mend, staging
 from kp_runtime.errors import BundleError
 from kp_runtime.files import writing
 from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, any_manifest, file_entry
 
-__all__ = ["measured_of", "pack_bundle"]
+__all__ = ["pack_bundle"]
 
 
 def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoint: bool = False) -> Manifest:
@@ -61,15 +59,9 @@ def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoin
                 shutil.copyfile(manifest.check_file(bundle, name), temporary)
             if entry.kind == "report":
                 kept[name] = _shortened(stage / name, set(kept))
-        packed = dataclasses.replace(manifest, files=kept, accuracy=measured_of(manifest.accuracy, kept))
+        packed = manifest.with_files(kept)
         packed.write(stage)
     return packed
-
-
-def measured_of(accuracy: dict[str, Any], files: Mapping[str, FileEntry]) -> dict[str, Any]:
-    """What a manifest says was measured, but of files that are not among these."""
-    hashes = {None, *(entry.sha256 for entry in files.values())}
-    return {name: one for name, one in accuracy.items() if not isinstance(one, dict) or one.get("sha256") in hashes}
 
 
 def _shortened(report: Path, names: set[str]) -> FileEntry:

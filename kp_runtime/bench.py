@@ -234,7 +234,7 @@ class StagedCalls:
     def __call__(self) -> None:
         timer = StageTimer()
         self._predict(timer=timer)
-        self._calls.append({stage: sum(seconds) for stage, seconds in timer.seconds.items()})
+        self._calls.append(timer.totals())
 
     def turns(self, whole: Turns) -> dict[str, Turns]:
         """The stages' seconds in the turns of the whole calls, which `measure_in_turns` gave.

@@ -17,16 +17,23 @@ __all__ = ["InOrder"]
 class InOrder:
     """A line of workers, a thread each: every task passes them in order, and no task another. For any thread.
 
-    Threads are started by the first task.
+    Threads are started at once.
 
     Args:
         workers: how many steps a task has; while a worker does one, others do other tasks' steps.
         most: tasks that may be under way or waiting; `submit` blocks beyond it.
+
+    Raises:
+        BackendError: no thread could be started.
     """
 
     def __init__(self, workers: int, most: int) -> None:
         self._line = [ThreadPoolExecutor(1, f"kp-submit-{i}") for i in range(workers)]
-        self._is_started, self._is_closed, self._lock = False, False, threading.Lock()
+        try:
+            for worker in self._line:  # work that is none: a task would stay in the queue of a thread that fails
+                worker.submit(int)
+        except RuntimeError as error:
+            raise no_thread(error) from error
         self._room = threading.BoundedSemaphore(most)
         self._inside = threading.local()
         self._process = os.getpid()
@@ -39,10 +46,9 @@ class InOrder:
 
         Raises:
             BackendError: the line is closed, or is full and a future's callback, which would wait for
-                itself, asks; or no thread could be started; or this process was forked from the one with the threads.
+                itself, asks; or this process was forked from the one with the threads.
         """
         check_process(self._process)
-        self._start()
         if not self._room.acquire(blocking=not getattr(self._inside, "worker", False)):
             raise BackendError("a future's callback can't submit while the line is full; submit from another thread")
         future: Future[Any] = Future()
@@ -52,18 +58,6 @@ class InOrder:
             self._room.release()
             raise BackendError("this model is closed; load it again") from error
         return future
-
-    def _start(self) -> None:
-        """Starts the threads by work that is none: a task would stay in the queue of a thread that can't be started."""
-        with self._lock:
-            if self._is_started or self._is_closed:
-                return
-            try:
-                for worker in self._line:
-                    worker.submit(int)
-            except RuntimeError as error:
-                raise no_thread(error) from error
-            self._is_started = True
 
     def _step(
         self, future: Future[Any], steps: tuple[Callable[..., Any], ...], at: int, value: Any, error: Any
@@ -91,7 +85,5 @@ class InOrder:
 
     def close(self) -> None:
         """Waits for every task that was given; later ones are refused. A second call does nothing."""
-        with self._lock:
-            self._is_closed = True
         for worker in self._line:
             worker.shutdown()

@@ -133,6 +133,15 @@ class Model:
         if mirror:
             check_mirrored(self.spec.points)
 
+    def check_boxes(self) -> None:
+        """Whether calls take face boxes, as a detector finds them.
+
+        Raises:
+            InputError: the model sees whole frames.
+        """
+        if self.spec.box == "frame":
+            raise InputError(f"{self.spec.name} sees whole frames, not face boxes; give a model that takes boxes")
+
     def submit(
         self,
         image: Frame | DeviceFrame | NDArray[np.uint8],
@@ -158,8 +167,8 @@ class Model:
 
         Raises:
             InputError: a device frame on the per-thread default stream, which is another one in each thread.
-            BackendError: the model is closed, a callback asks while `IN_FLIGHT` frames are unfinished, or this process
-                was forked since the first call.
+            BackendError: the model is closed, a callback asks while `IN_FLIGHT` frames are unfinished, no thread could
+                be started, or this process was forked since the first call.
         """
         with self._lock:
             self._check_open()

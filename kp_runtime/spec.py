@@ -273,6 +273,14 @@ class Manifest:
                 )
         return manifest
 
+    def with_files(self, files: dict[str, FileEntry]) -> Self:
+        """With these files, and of what was measured all but that of others."""
+        hashes = {None, *(entry.sha256 for entry in files.values())}
+        kept = {
+            name: one for name, one in self.accuracy.items() if not isinstance(one, dict) or one.get("sha256") in hashes
+        }
+        return dataclasses.replace(self, files=files, accuracy=kept)
+
     def write(self, bundle: str | os.PathLike[str]) -> None:
         """Writes `manifest.json` into the folder, the old one kept whole until the new one is.
 

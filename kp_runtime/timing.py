@@ -84,10 +84,14 @@ class StageTimer:
         finally:
             self.seconds.setdefault(stage, []).append(time.perf_counter() - start)
 
+    def totals(self) -> dict[str, float]:
+        """Each stage's seconds in all, such as of the looks of one call."""
+        return {stage: sum(seconds) for stage, seconds in self.seconds.items()}
+
     def add(self, call: StageTimer) -> None:
-        """Adds one sample a stage of a call: the sum of its looks."""
-        for stage, seconds in call.seconds.items():
-            self.seconds.setdefault(stage, []).append(sum(seconds))
+        """Adds one sample a stage of a call."""
+        for stage, seconds in call.totals().items():
+            self.seconds.setdefault(stage, []).append(seconds)
 
     def summaries(self) -> dict[str, TimeSummary]:
         """Each stage's summary, in the order in which the stages first ran."""

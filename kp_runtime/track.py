@@ -243,9 +243,9 @@ class Tracker:
             return
         # a detector's box is rough: what is judged is the box of the points in it
         points = self._model(image, boxes[free]).xy
-        is_there = _touches if trust else _on_image
-        there = [row for row, box in enumerate(boxes_from_points(points)) if is_there(box, image)]
-        for row, look in zip(there, self._look(image, list(boxes_from_points(points[there]))), strict=True):
+        around, is_there = boxes_from_points(points), _touches if trust else _on_image
+        there = [row for row, box in enumerate(around) if is_there(box, image)]
+        for row, look in zip(there, self._look(image, [around[row] for row in there]), strict=True):
             others = [other.box for other in found.values()]
             if trust and any(_overlap(look.box, box) >= least for box in others):  # it slid onto a neighbour
                 look = _Look(boxes[free[row]], points[row], look.searched, look.score)

@@ -65,7 +65,7 @@ def _save_weights(bundle: Path, net: nn.Module, manifest: Manifest, half: bool) 
     bundle.mkdir(parents=True, exist_ok=True)
     _save_tensors(tensors, bundle / CHECKPOINT_NAME, {"spec": json.dumps(dataclasses.asdict(manifest.spec))})
     entry = file_entry(bundle / CHECKPOINT_NAME, "checkpoint", precision="fp16" if half else "fp32")
-    dataclasses.replace(manifest, files={CHECKPOINT_NAME: entry}).write(bundle)
+    manifest.with_files({CHECKPOINT_NAME: entry}).write(bundle)
 
 
 def _stored(net: nn.Module, half: bool) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ __all__ = [
     "FaceDataset",
     "Source",
     "check_lost_worker",
+    "check_memory",
     "evenly_spread",
     "held_out_fraction",
     "held_out_of",
@@ -265,6 +266,16 @@ def check_lost_worker(error: Exception) -> None:
             "a process that makes crops was killed, as the system does where memory is short, or in a container shared "
             "memory (docker run --shm-size); go on with fewer --workers"
         ) from error
+
+
+def check_memory(error: Exception, batch_size: int) -> None:
+    """Tells PyTorch's error of too little memory, a GPU's or the processor's, in a line; does nothing with another.
+
+    Raises:
+        KpError: it is that one.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        raise KpError(f"the device has too little memory for {batch_size} crops; lower --batch-size") from error
 
 
 class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kp_runtime.spec import ModelSpec
 from kp_train.bar import Bar, no_bar
-from kp_train.data import Face, FaceDataset, Source, is_held_out
+from kp_train.data import Face, FaceDataset, Source, held_out_of
 from kp_train.model import KeypointNet
 
 __all__ = ["bias_of", "from_both_sides", "measured_bias", "source_biases", "with_bias"]
@@ -119,8 +119,7 @@ def source_biases(
     """`measured_bias` of each source, by the held-out `fraction` of its people; None where no face is mirrored."""
     if order is None:
         return [None] * len(sources)
-    held_out = [[face for face in s.faces if is_held_out(face.person, fraction)] for s in sources]
-    return [measured_bias(net, faces, spec, order, bar) for faces in held_out]
+    return [measured_bias(net, held_out_of([source], fraction), spec, order, bar) for source in sources]
 
 
 def with_bias(faces: Sequence[Face], bias: NDArray[np.float64] | None) -> list[Face]:

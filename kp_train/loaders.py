@@ -36,6 +36,7 @@ class SourceSampler(Sampler[tuple[int, int]]):
         self, counts: Sequence[int], weights: Sequence[float], seed: int, rank: int = 0, ranks: int = 1
     ) -> None:
         self.counts, self.weights, self.seed, self.epoch = counts, weights, seed, 0
+        self.draws = [round(n * w) for n, w in zip(counts, weights, strict=True)]
         self.rank, self.ranks = rank, ranks
 
     def set_epoch(self, epoch: int) -> None:
@@ -43,15 +44,15 @@ class SourceSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return sum(round(n * w) for n, w in zip(self.counts, self.weights, strict=True)) // self.ranks
+        return sum(self.draws) // self.ranks
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         drawn, start = [], 0
-        for count, weight in zip(self.counts, self.weights, strict=True):
+        for count, weight, draws in zip(self.counts, self.weights, self.draws, strict=True):
             passes = math.ceil(weight)
             order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
-            drawn.append(order[: round(count * weight)] + start)
+            drawn.append(order[:draws] + start)
             start += count
         indices = torch.cat(drawn)
         indices = indices[torch.randperm(len(indices), generator=generator)]

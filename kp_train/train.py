@@ -27,6 +27,7 @@ from torch import Tensor
 
 from kp_runtime.errors import DataError, InputError, KpError, reason_of
 from kp_runtime.files import writing
+from kp_runtime.interchange import as_text
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import MANIFEST_NAME, Manifest, ModelSpec
 from kp_train.augment import augment_from_name, mirror_from_pairs
@@ -42,7 +43,7 @@ from kp_train.checkpoint import (
     save_checkpoint,
 )
 from kp_train.config import TrainConfig, has_bfloat16
-from kp_train.data import FaceDataset, Source, check_lost_worker, evenly_spread
+from kp_train.data import Face, FaceDataset, Source, check_lost_worker, check_memory, evenly_spread
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
@@ -165,6 +166,8 @@ def train(
     taught = load_teachers(teachers, spec)
     mirror = mirror_from_pairs(config.pairs, config.points)
     training, held_out = split_by_person(sources, config)
+    sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
+    _check_draws(sampler, sources, training, trainer.world_size)
     augment = augment_from_name(config.augment, mirror)
     order = mirror if augment and augment.mirror else None
     train_set = FaceDataset([f for part in training for f in part], spec, augment, detail=taught.size // spec.size)
@@ -180,17 +183,17 @@ def train(
             return run / CHECKPOINT_NAME
     else:
         start, before = _start_weights(module.net, train_set, weights, init)
-        known = least_held_out([start["training"], *start["before"]]) if init is not None else 1.0
-        if known < config.val_fraction and trainer.is_global_zero:
-            print(f"{init} may have seen people whom this run holds out: their NME flatters it", flush=True)
         record = {"name": name, "devices": trainer.world_size}
         record |= run_record(sources, training, held_out, config, start)
+        unseen = least_held_out(ancestry(record))
+        if unseen < config.val_fraction and trainer.is_global_zero:
+            print(f"{init} may have seen people whom this run holds out: their NME flatters it", flush=True)
         if taught.records:
             record["teachers"] = list(taught.records)
             record["start"] |= {"licence": _licence(start, taught)}
         if before is not None and _sees_alike(before[1], spec):
             theirs = dataclasses.replace(spec, size=before[1].size)  # crops of another size it may not read yet
-            biases = source_biases(before[0], sources, min(known, config.val_fraction), theirs, order)
+            biases = source_biases(before[0], sources, unseen, theirs, order)
             for source, bias in zip(record["sources"], biases, strict=True):
                 source["label_bias"] = bias if bias is None else bias.tolist()
         if trainer.is_global_zero:
@@ -209,18 +212,6 @@ def train(
     beginning = {"settings": config.to_json(), "data": data, "teachers": taught.records, "state": resume}
     together = Together(beginning, resume)
     trainer.callbacks.append(together)  # type: ignore[attr-defined]
-    sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
-    if len(sampler) < trainer.world_size:
-        raise DataError(
-            f"the weights draw {len(sampler)} faces in an epoch for {trainer.world_size} workers; "
-            "give larger ones behind --data, or more faces"
-        )
-    for source, part in zip(sources, training, strict=True):
-        if part and not round(len(part) * source.weight):
-            raise DataError(
-                f"{source.path} has {len(part)} faces to train on, of which the weight {source.weight:g} draws none; "
-                "give a larger one, or leave it out"
-            )
     loaders = Loaders(train_set, val_set, sampler, config.batch_size, workers)
     try:
         trainer.fit(module, datamodule=loaders, ckpt_path=str(last) if resume else None)
@@ -231,9 +222,7 @@ def train(
         how = "the same command" if elastic else "the same command with --resume"
         raise KpError(f"{place}; nothing is lost up to the last whole epoch: {how} goes on") from error
     except (KeyError, RuntimeError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
-            few = f"too little memory for {config.batch_size} crops"
-            raise KpError(f"the device has {few}; lower --batch-size") from error
+        check_memory(error, config.batch_size)
         if trainer.world_size > 1 and any(library in str(error) for library in ("gloo", "NCCL")):
             raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error
         check_lost_worker(error)
@@ -248,7 +237,8 @@ def train(
         net = _write_checkpoint(state, run, spec, record, together.measured)
         if any("label_bias" not in source for source in record["sources"]):  # nothing could tell before
             what = f"this run's mirrored faces did not keep to that, a run with --init {run} will"
-            _print_biases(sources, source_biases(net, sources, config.val_fraction, spec, order), what)
+            unseen = least_held_out(ancestry(record))
+            _print_biases(sources, source_biases(net, sources, unseen, spec, order), what)
     return run / CHECKPOINT_NAME
 
 
@@ -316,12 +306,29 @@ def _check_resumed(
         raise KpError(f"the run in {run} began with other teachers; give the same ones")
     if (began := record.get("name", name)) != name:
         raise KpError(f"the run in {run} began with --name {began}; give the same one")
-    if Path(weights).name not in ("auto", record["start"].get("weights", "none")):
+    if as_text(Path(weights).name) not in ("auto", record["start"].get("weights", "none")):
         raise KpError(f"the run in {run} began at other weights than {weights}; leave --weights out")
     if init is not None:
         _, manifest = load_checkpoint(init)
         if manifest.files[CHECKPOINT_NAME].sha256 != record["start"].get("checkpoint_sha256"):
             raise KpError(f"the run in {run} began at other weights than {init}; leave --init out")
+
+
+def _check_draws(
+    sampler: SourceSampler, sources: Sequence[Source], training: Sequence[Sequence[Face]], workers: int
+) -> None:
+    """Refuses weights that draw too few faces for all workers, or none of a source's."""
+    if len(sampler) < workers:
+        raise DataError(
+            f"the weights draw {len(sampler)} faces in an epoch for {workers} workers; "
+            "give larger ones behind --data, or more faces"
+        )
+    for source, part, draws in zip(sources, training, sampler.draws, strict=True):
+        if part and not draws:
+            raise DataError(
+                f"{source.path} has {len(part)} faces to train on, of which the weight {source.weight:g} draws none; "
+                "give a larger one, or leave it out"
+            )
 
 
 def _sees_alike(one: ModelSpec, other: ModelSpec) -> bool:

@@ -29,7 +29,7 @@ from kp_runtime.files import writing
 from kp_runtime.spec import MANIFEST_NAME
 from kp_train.checkpoint import has_begun
 from kp_train.config import TrainConfig, recipe
-from kp_train.data import Source, is_held_out, parse_source
+from kp_train.data import Source, held_out_of, parse_source
 from kp_train.refit import refit
 from kp_train.train import train
 
@@ -139,7 +139,7 @@ def measure(run: Run, sources: list[Source], folder: Path) -> dict[str, Any]:
         told = {"changes": run.changes, "photos": run.photos, "init": run.init, "teachers": run.teachers}
         result: dict[str, Any] = {"run": run.name} | told
         for source in sources:
-            faces = [face for face in source.faces if is_held_out(face.person, VAL_FRACTION)]
+            faces = held_out_of([source], VAL_FRACTION)
             if faces:
                 result[source.path.name] = evaluate(model, faces).accuracy.nme
         with writing(measured) as temporary:

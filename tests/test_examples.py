@@ -255,7 +255,7 @@ def test_a_key_asks_for_a_signature(service: Any, bundle: Path, tmp_path: Path) 
 
 def test_the_service_takes_no_model_of_whole_frames(service: Any, tmp_path: Path) -> None:
     with pytest.raises(
-        kp_runtime.InputError, match="tiny sees whole frames, not face boxes; give one that takes boxes"
+        kp_runtime.InputError, match="tiny sees whole frames, not face boxes; give a model that takes boxes"
     ):
         service.Service(service.Settings(model=str(tiny_bundle(tmp_path / "tiny", margin=1.0, box="frame"))))
 

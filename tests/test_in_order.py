@@ -103,11 +103,11 @@ def test_a_task_between_two_steps_when_the_program_ends() -> None:
 
 
 @pytest.mark.parametrize("fails", [1, 2])
-def test_a_thread_that_can_not_be_started_fails_one_submit(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = InOrder(2, 1)
+def test_a_thread_that_can_not_be_started_is_told_at_once(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
     no_thread_at(monkeypatch, fails)
     with pytest.raises(BackendError, match=r"no thread could be started \(can't start new thread\)"):
-        line.submit(lambda: 1, lambda value: value + 1)
+        InOrder(2, 1)
+    line = InOrder(2, 1)
     assert [line.submit(lambda: 1, lambda value: value + 1).result(WAIT) for _ in range(3)] == [2, 2, 2]
     line.close()
 

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kp_runtime import BoxError, Frame, ImageError, InputError, Model, StageTimer, load
+from kp_runtime import BackendError, BoxError, Frame, ImageError, InputError, Model, StageTimer, load
 from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.pipeline import checked_boxes
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
+from tests.conftest import no_thread_at
 from tests.models import SIZE, tiny_keypoints
 from tests.reference import reference_crop, waves
 from tests.tolerances import MAP_PX, assert_close
@@ -240,3 +241,12 @@ def test_many_faces_are_cut_on_the_engines_number_of_threads(threads: int, bundl
         assert len(cutting) == threads - 1
         assert np.array_equal(found.xy, np.concatenate([model(image, box[None]).xy for box in boxes]))
     assert not any(thread.is_alive() for thread in cutting)
+
+
+def test_a_submit_without_a_thread_leaves_the_next_one_right(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, boxes = np.zeros((80, 80, 3), np.uint8), [[10, 10, 60, 60]]
+    with load(bundle, threads=1) as model:
+        no_thread_at(monkeypatch, 1)
+        with pytest.raises(BackendError, match="no thread could be started"):
+            model.submit(image, boxes)
+        assert np.array_equal(model.submit(image, boxes).result(60).xy, model(image, boxes).xy)

@@ -173,7 +173,10 @@ def test_the_lost_score_alone_moves_no_keypoint(
     source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kp_train.lost_score.MOST_WRONG", 1.0)
-    measured = dataclasses.replace(Manifest.read(run), accuracy={"x": {"nme": 0.1, "given_up": 0.5}, "note": "mine"})
+    measured = dataclasses.replace(
+        Manifest.read(run),
+        accuracy={"x": {"nme": 0.1, "given_up": 0.5}, "note": "mine", "int8": {"nme": 0.1, "sha256": "0" * 64}},
+    )
     measured.write(shutil.copytree(run, tmp_path / "run"))
     result = refit(tmp_path / "run", [source], tmp_path / "a", Detector(source), score_only=True)
     (old, _), (new, manifest) = load_checkpoint(run), load_checkpoint(tmp_path / "a")

@@ -97,8 +97,7 @@ class KeypointsNode(Node):  # type: ignore[misc]
         self._luma_range = self.declare_parameter("luma_range", "limited").value
         check_layout("gray", self._luma_range)
         self._model = kp_runtime.load(bundle or None, backend)
-        if self._model.spec.box == "frame":
-            raise kp_runtime.InputError(f"{bundle} sees whole frames, not face boxes; give one that takes boxes")
+        self._model.check_boxes()
         self._model.warmup()
         self._detector = kp_runtime.load_detector(detector)
         self._publisher = self.create_publisher(PointCloud2, "keypoints", 10)
