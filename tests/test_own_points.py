@@ -126,7 +126,7 @@ def test_a_run_that_began_without_the_settings_goes_on(tmp_path: Path) -> None:
 def test_effects_are_for_68_points(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, astronaut: Path, command: str, module: str
 ) -> None:
-    opened = SimpleNamespace(spec=ModelSpec("five", 64, points=5, scheme="own"))
+    opened = SimpleNamespace(spec=ModelSpec("five", 64, points=5, scheme="own"), check_boxes=lambda: None)
     monkeypatch.setattr(f"kp_cli.{module}.load_model", lambda *_: opened)
     told = "kp: effects hang on the 68 points of a face; this model has 5 of its own\n"
     assert kp(capsys, command, astronaut, "--effect", "hat") == (1, "", told)

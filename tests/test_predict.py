@@ -41,6 +41,14 @@ def test_predict_draws_and_writes(
     assert np.abs(drawn.astype(int) - cv2.imread(str(astronaut))).max() > 100
 
 
+def test_kp_run_takes_no_model_of_whole_frames(
+    capsys: pytest.CaptureFixture[str], astronaut: Path, tmp_path: Path
+) -> None:
+    whole = tiny_bundle(tmp_path / "whole", margin=1.0, box="frame")
+    told = "kp: tiny sees whole frames, not face boxes; give a model that takes boxes\n"
+    assert kp(capsys, "run", str(astronaut), "--model", str(whole)) == (1, "", told)
+
+
 def test_times_are_of_whole_photos(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
 ) -> None:
