@@ -165,7 +165,7 @@ def faces_from_sources(sources: Sequence[Source], spec: ModelSpec, most: int = 5
         matrix = matrices_from_boxes(box[None], spec.size, spec.margin)[0]
         crops.append(crop_from_luma(luma, matrix, spec.size))
         points.append(apply_matrix(matrix, face.xy))
-    origin = ", ".join(as_text(source.path.name) for source in sources)
+    origin = ", ".join(source.name for source in sources)
     return FaceSet(
         tuple(as_text(f"{face.image.parent.name}/{face.image.name}") for face in chosen),
         np.stack(crops)[:, None],

@@ -28,7 +28,7 @@ from torchvision import tv_tensors
 from kp_runtime.errors import DataError, ImageError, KpError
 from kp_runtime.frame import IMAGE_SUFFIXES, as_frame, image_from_file
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
-from kp_runtime.interchange import LabelledFace, faces_from_file, pts_files
+from kp_runtime.interchange import LabelledFace, as_text, faces_from_file, pts_files
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.augment import Augment
@@ -94,6 +94,11 @@ class Source:
     weight: float
     faces: tuple[Face, ...]
     sha256: str
+
+    @property
+    def name(self) -> str:
+        """Of its file or folder, as a record keeps it."""
+        return as_text(self.path.name)
 
 
 def is_held_out(person: str, fraction: float) -> bool:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import box_of_face, boxes_from_points
-from kp_runtime.interchange import as_text
 from kp_runtime.spec import Manifest
 from kp_train.augment import face_augment, mirror_from_pairs
 from kp_train.bar import Bar, no_bar
@@ -198,7 +197,7 @@ def _records(
 ) -> dict[str, Any]:
     """The manifest's record with what became of the last layer and of the lost score."""
     rest = {key: value for key, value in training.items() if key != "lost_score"}
-    named = [{"name": as_text(source.path.name), "sha256": source.sha256} for source in sources]
+    named = [{"name": source.name, "sha256": source.sha256} for source in sources]
     if result.strength:
         of_layer = {key: value for key, value in vars(result).items() if key != "lost_score"}
         weighed = [

@@ -18,7 +18,6 @@ import torch
 import torchvision
 
 from kp_runtime.errors import DataError, KpError
-from kp_runtime.interchange import as_text
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, Source, held_out_of, is_held_out, recorded_fraction
 
@@ -53,7 +52,7 @@ def run_record(
         "start": start,
         "sources": [
             {
-                "name": as_text(source.path.name),
+                "name": source.name,
                 "sha256": source.sha256,
                 "weight": source.weight,
                 "faces": len(source.faces),
