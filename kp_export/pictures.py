@@ -17,7 +17,7 @@ from kp_runtime.frame import Frame
 from kp_runtime.geometry import apply_matrix, matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.scheme68 import CONTOURS, EYE_CORNERS, MIRROR, POINTS
-from kp_train.data import luma_from_file
+from kp_train.data import luma_of_face
 from kp_train.metrics import FAILURE, point_errors
 
 if TYPE_CHECKING:
@@ -127,9 +127,8 @@ def worst_faces(evaluation: Evaluation, path: Path, most: int = 24, cell: int = 
         face = evaluation.faces[i]
         box = np.concatenate([face.xy.min(axis=0), face.xy.max(axis=0)])
         matrix = matrices_from_boxes(box[None], cell, 1.5)
-        canvas = cv2.cvtColor(
-            crops_from_frame(Frame(luma_from_file(face.image), "gray"), matrix, cell)[0, 0], cv2.COLOR_GRAY2BGR
-        )
+        crop = crops_from_frame(Frame(luma_of_face(face), "gray"), matrix, cell)[0, 0]
+        canvas = cv2.cvtColor(crop, cv2.COLOR_GRAY2BGR)
         for xy, color in ((face.xy, (90, 220, 90)), (evaluation.predicted[i], (70, 70, 250))):
             for x, y in np.clip(np.rint(apply_matrix(matrix[0], xy) * 16), -(2**20), 2**20).astype(int).tolist():
                 cv2.circle(canvas, (x, y), 24, color, -1, cv2.LINE_AA, 4)
