@@ -400,10 +400,10 @@ def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:
         if not os.path.lexists(path.parent):
             where = path.parent.absolute()
             raise BundleError(f"{path.parent} is not a bundle: there is nothing at {where}; check the path") from error
-        raise BundleError(
-            f"{path.parent} is not a bundle: it has no {MANIFEST_NAME}; give a folder that "
-            "`kp train`, `kp train-detector` or `kp export` wrote"
-        ) from error
+        advice = "give a folder that `kp train`, `kp train-detector` or `kp export` wrote"
+        if (path.parent / "run.json").exists():  # a run writes it first, and the manifest last
+            advice = "its training has not ended: its own command with --resume goes on"
+        raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST_NAME}; {advice}") from error
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
         reason = getattr(error, "strerror", None) or error
         raise BundleError(f"{path} can't be read ({reason}); make the bundle again") from error

@@ -49,6 +49,9 @@ def test_folder_without_a_manifest(tmp_path: Path) -> None:
         Manifest.read(tmp_path)
     with pytest.raises(BundleError, match=r"none is not a bundle: there is nothing at /.*/none; check the path"):
         Manifest.read(tmp_path / "none")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"no manifest\.json; its training has not ended: .* --resume goes on"):
+        Manifest.read(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"[" * 100_000], ids=["empty", "cut", "bytes", "deep"])
