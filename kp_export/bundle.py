@@ -18,7 +18,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
-from kp_export.int8_from_onnx import LEAST_FACES, calibration_stride, check_calibration, search_int8
+from kp_export.int8_from_onnx import calibration_stride, check_calibration, search_int8
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, check_fits_half, layer_types, onnx_from_checkpoint
 from kp_export.operators import check_operators
 from kp_export.parity import (
@@ -219,13 +219,7 @@ def _face_sets(
         halves.append([dataclasses.replace(source, faces=faces) for source, faces in kept if faces])
     if not all(halves):
         raise DataError("int8 needs faces of more people: some to calibrate on, others to measure; or give --data too")
-    calibrating = faces_from_sources(halves[1], spec, CALIBRATION_FACES)
-    if len(calibrating.names) < LEAST_FACES:
-        raise DataError(
-            f"int8 is calibrated on {LEAST_FACES} or more faces, and {calibrating.origin} leaves "
-            f"{len(calibrating.names)}, as half of its people measure the result; give more, or --data to measure on"
-        )
-    return faces_from_sources(halves[0], spec), calibrating
+    return faces_from_sources(halves[0], spec), faces_from_sources(halves[1], spec, CALIBRATION_FACES)
 
 
 def _with_kept(files: dict[str, FileEntry], old: dict[str, FileEntry]) -> dict[str, FileEntry]:

@@ -88,7 +88,10 @@ def check_calibration(faces: FaceSet, fp32: Callable[[NDArray[np.uint8]], NDArra
         DataError: with the number that is wrong.
     """
     if len(faces.names) < LEAST_FACES:
-        raise DataError(f"int8 is calibrated on {LEAST_FACES} or more faces, {faces.origin} has {len(faces.names)}")
+        raise DataError(
+            f"int8 is calibrated on {LEAST_FACES} or more faces, {faces.origin} gives {len(faces.names)}; give more "
+            "(without --data, half of the people measure the result)"
+        )
     if faces.xy_crop is None:
         raise DataError(f"int8 needs faces with labels, {faces.origin} has none: its gate is the accuracy")
     starts = range(0, len(faces.crops), 32)

@@ -176,8 +176,8 @@ def test_int8_without_faces_is_refused(checkpoint: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("faces", "measured", "told"),
     [
-        (5, True, "32 or more faces, .* has 5"),
-        (20, False, "32 or more faces, and .* leaves [0-9]+, as half of its people measure the result"),
+        (5, True, "32 or more faces, .* gives 5; give more"),
+        (20, False, "32 or more faces, .* gives [0-9]+; give more .without --data, half of the people measure"),
     ],
 )
 def test_an_export_refuses_too_few_faces(
