@@ -131,7 +131,7 @@ class BatchingBackend(Backend):
         self.name, self.report = backend.name, backend.report
         self.calls = self.faces = 0
         self._backend, self._wait_s, self._enough = backend, wait_s, enough
-        self._arrival, self._engine = threading.Condition(), threading.Lock()
+        self._arrival = threading.Condition()
         self._one = ThreadPoolExecutor(1, "engine")
         self._batch = Batch()
 
@@ -149,12 +149,15 @@ class BatchingBackend(Backend):
         if leads:
             with self._arrival:
                 self._arrival.wait_for(lambda: self._batch.faces >= self._enough, self._wait_s)
-            with self._engine:
-                with self._arrival:
-                    batch, self._batch = self._batch, Batch()
-                self.calls, self.faces = self.calls + 1, self.faces + batch.faces
-                self._one.submit(batch.run, self._backend).result()
+            self._one.submit(self._call).result()
         return answer.result()
+
+    def _call(self) -> None:
+        """Runs what waits by the time that the engine's thread is free."""
+        with self._arrival:
+            batch, self._batch = self._batch, Batch()
+        self.calls, self.faces = self.calls + 1, self.faces + batch.faces
+        batch.run(self._backend)
 
     def begin(self, crop: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Makes calls of up to `enough` faces find everything ready; the keypoints of a crop, which nobody shares."""
