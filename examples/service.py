@@ -48,6 +48,8 @@ from kp_runtime.track import FindFaces
 ENGINES_OF_THE_CHECKOUT = Path(__file__).resolve().parents[1] / "engines"
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 """How a JPEG and a PNG begin."""
+PIXELS_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
+"""Where OpenCV reads how many pixels it takes; the error of an image with more names it."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def create_app(settings: Settings) -> FastAPI:
         KpError: the model or the detector can't be used.
     """
     # OpenCV reads it once, when it is imported
-    os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(settings.max_megapixels * 1_000_000)
+    os.environ[PIXELS_VARIABLE] = str(settings.max_megapixels * 1_000_000)
     service, door = Service(settings), Door(settings.max_requests)
     threads = ThreadPoolExecutor(settings.max_requests, "request")  # who is let in never waits for a thread
     app = FastAPI(title="kp", version=kp_runtime.__version__)
@@ -304,6 +306,9 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.exception_handler(kp_runtime.KpError)
     async def failed(_: Request, error: Exception) -> JSONResponse:
+        if PIXELS_VARIABLE in str(error):
+            most = f"an image may have {settings.max_megapixels} megapixels; send a smaller one"
+            return JSONResponse({"detail": most}, 413)
         return JSONResponse({"detail": str(error)}, 400 if isinstance(error, kp_runtime.ImageError) else 500)
 
     return app
