@@ -7,6 +7,7 @@ A rise is in percentage points of the NME over that of a first bundle's fp32. Wi
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,17 @@ def _rise_of_file(bundle: Path, manifest: Manifest, file: str) -> Rise:
     if (entry.kind, entry.precision) == ("onnx", "fp32"):
         return Rise(0.0, "fp32")
     row = next((row for row in _parity(bundle, manifest) if row.get("file") == file), {})
-    rise, nme = (row.get(name) if type(row.get(name)) in (int, float) else None for name in ("rise", "nme"))
+    rise, nme = (_number(row.get(name)) for name in ("rise", "nme"))
     if rise is not None:
-        return Rise(float(rise), f"recorded on {row.get('faces')} labelled faces")
+        return Rise(rise, f"recorded on {row.get('faces')} labelled faces")
     if nme is not None:  # no point is further from the truth than PyTorch's by more than its distance to it
-        return Rise(float(nme), "at most: the recorded distance to PyTorch, on faces without labels")
+        return Rise(nme, "at most: the recorded distance to PyTorch, on faces without labels")
     return Rise(None, f"{PARITY_NAME} records nothing of it")
+
+
+def _number(value: Any) -> float | None:
+    """What a report has for a number; None where it is none, or not finite: Python's JSON has these, too."""
+    return float(value) if type(value) in (int, float) and abs(value) <= sys.float_info.max else None
 
 
 def _parity(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:

@@ -395,7 +395,12 @@ def test_recorded_rises_between_bundles(tmp_path: Path) -> None:
     assert recorded_rise(other, tmp_path / "copy", "model.int8.onnx").points == pytest.approx(0.05), "the same weights"
 
 
-@pytest.mark.parametrize("text", ["{", "{}", "[5]", '[{"file": "model.int8.onnx", "rise": "low"}]'])
+NO_NUMBERS = ('"low"', "NaN", "-Infinity", f"1{'0' * 400}")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "{}", "[5]", *(f'[{{"file": "model.int8.onnx", "rise": {rise}}}]' for rise in NO_NUMBERS)]
+)
 def test_a_damaged_parity_report_says_nothing(text: str, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "a", {"int8": 0.0})
     (bundle / "parity.json").write_text(text)
