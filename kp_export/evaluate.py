@@ -32,8 +32,9 @@ from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import Manifest
 from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
-from kp_train.data import Face, Source, evenly_spread, held_out_fraction, held_out_of, luma_of_face
+from kp_train.data import Face, Source, evenly_spread, held_out_of, luma_of_face
 from kp_train.metrics import Accuracy, accuracy, point_errors
+from kp_train.run_record import ancestry, least_held_out
 
 __all__ = ["Evaluation", "OpenModel", "answer_in_frames", "evaluate", "held_out_faces", "measured_rise", "open_model"]
 
@@ -90,15 +91,17 @@ def open_model(path: Path, threads: int | None = None) -> OpenModel:
 
 
 def held_out_faces(source: Source, manifest: Manifest) -> Source:
-    """The faces of people that the model was never trained on, by the rule in its manifest.
+    """The faces of people that neither the model nor what it began at was trained on, by the rule in its manifest.
 
     Raises:
         DataError: the manifest does not say, or no such face is in the source.
     """
-    try:
-        fraction = held_out_fraction(manifest)
-    except DataError as error:
-        raise DataError(f"{error}, or leave out --split person") from error
+    fraction = least_held_out(ancestry(manifest.training))
+    if not fraction:
+        raise DataError(
+            f"the manifest of {manifest.spec.name} does not say which people were held out, of it and of all that it "
+            "began at; take a model of kp train, or leave out --split person"
+        )
     faces = tuple(held_out_of([source], fraction))
     if not faces:
         raise DataError(f"{source.path} has no face of a person that was held out of training")

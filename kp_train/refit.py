@@ -33,6 +33,7 @@ from kp_train.label_bias import source_biases, with_bias
 from kp_train.lost_score import FACES, LIMIT, VIEWS, AnyPlace, ScoreQuality, elsewhere, score_quality, solved_score
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
+from kp_train.run_record import ancestry, least_held_out
 
 __all__ = ["Refit", "refit", "solved_head", "training_config"]
 
@@ -103,7 +104,8 @@ def refit(
     """Solves the last layer of a bundle's checkpoint anew, and its lost score, and writes a run's checkpoint.
 
     Args:
-        bundle: what was trained; people whom its manifest holds out are not solved on, and choose the strength.
+        bundle: what was trained; people whom it and what it began at held out are not solved on, and choose the
+            strength.
         sources: labelled faces, counted by their weights.
         run: the folder to write.
         detector: finds boxes `(n, 4)` of 68 points on a grey frame; None leaves that view out, as for a model of points
@@ -126,7 +128,9 @@ def refit(
         raise InputError("this model sees whole photos, not face boxes; kp refit is for models of face crops")
     weights = {kind: float(weight) for kind, weight in boxes.items() if kind != FOUND or detector is not None}
     _check_boxes(weights)
-    fraction, pairs = held_out_fraction(manifest), training_config(manifest).get("pairs", "")
+    # where a run before it does not say, whom the last one held out has to do
+    fraction = least_held_out(ancestry(manifest.training)) or held_out_fraction(manifest)
+    pairs = training_config(manifest).get("pairs", "")
     if has_begun(run):
         raise KpError(f"{run} already holds a run; name another folder with --out")
     check_no_bundle(run)

@@ -110,7 +110,9 @@ def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(start, dict):
         return [training]
     own = training | {"start": {key: value for key, value in start.items() if key not in ("training", "before")}}
-    older = [record for record in (start.get("training"), *start.get("before", [])) if isinstance(record, dict)]
+    before = start.get("before")
+    nested = [start.get("training"), *(before if isinstance(before, list) else [])]
+    older = [record for record in nested if isinstance(record, dict)]
     return [own, *(entry for record in older for entry in ancestry(record))]
 
 

@@ -163,8 +163,12 @@ def test_the_person_split_takes_people_never_trained_on(source: Source) -> None:
     assert 0 < len(held.faces) < len(source.faces)
     assert all(is_held_out(face.person, 0.3) for face in held.faces)
     for training in ({}, {"held_out": 5}, {"held_out": {"val_fraction": "x"}}):
-        with pytest.raises(DataError, match="does not say which people"):
-            held_out_faces(source, dataclasses.replace(manifest, training=training))
+        for unclear in (training, manifest.training | {"start": {"training": training}}):
+            with pytest.raises(DataError, match="does not say which people"):
+                held_out_faces(source, dataclasses.replace(manifest, training=unclear))
+    for start in ({"training": manifest.training, "before": 5}, {"before": [manifest.training]}):
+        later = {"held_out": {"val_fraction": 0.9}, "start": start}
+        assert held_out_faces(source, dataclasses.replace(manifest, training=later)).faces == held.faces
     none = dataclasses.replace(source, faces=tuple(f for f in source.faces if f not in held.faces))
     with pytest.raises(DataError, match="no face of a person that was held out"):
         held_out_faces(none, manifest)

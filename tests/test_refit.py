@@ -219,6 +219,10 @@ def test_what_can_not_be_refitted(source: Source, run: Path, tmp_path: Path) -> 
     save_checkpoint(tmp_path / "unknown", net, Manifest(ModelSpec("x", size=64)))
     with pytest.raises(DataError, match="does not say which people were held out"):
         refit(tmp_path / "unknown", [source], tmp_path / "a", detector)
+    seen_before = TRAINING | {"start": {"training": {"held_out": {"val_fraction": 1e-9}}}}
+    save_checkpoint(tmp_path / "seen", net, Manifest(ModelSpec("x", size=64), training=seen_before))
+    with pytest.raises(DataError, match="60 faces to solve on and 0 of held-out people"):
+        refit(tmp_path / "seen", [source], tmp_path / "a", detector)
     one = Source(source.path, 1.0, source.faces[:1], source.sha256)
     with pytest.raises(DataError, match="give the data that the model was trained on"):
         refit(run, [one], tmp_path / "a", detector)
