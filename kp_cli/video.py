@@ -23,6 +23,7 @@ from kp_cli.options import (
     open_detector,
     quiet_opencv,
     stopped_by_signals,
+    whole_detector_name,
 )
 from kp_cli.report import frames_progress, note, print_json, print_run
 from kp_runtime.errors import InputError
@@ -104,12 +105,15 @@ def run(
     draw = draw_effect(open_effect(effect)) if effect else draw_tracks
     few = max(1, usable_cores() - 1) if threads is None else threads  # reading, drawing and writing go on meanwhile
     import_cv2().setNumThreads(few)
+    named = whole_detector_name(detector, public_key)
+    if smallest is not None and named.startswith("yunet="):
+        raise InputError("YuNet has a smallest face of its own: leave out --smallest")
     opened = load_model(model, tuned, "auto", threads if tuned else few, public_key)
     opened.check_boxes()
     check_effect(effect, opened.spec)
     note_boxes(opened.spec)
     hide = effect == "blur"  # then a face too many is better than one that is seen
-    found = open_detector(detector, smallest=smallest or (0.05 if hide else 0.1), threads=few, public_key=public_key)
+    found = open_detector(named, smallest=smallest or (0.05 if hide else 0.1), threads=few, public_key=public_key)
     settings = TrackerSettings(
         detect_every=detect_every or (1 if hide else 30),
         smooth=not hide if smooth is None else smooth,
