@@ -173,7 +173,7 @@ def _finder(spec: Any, detector: str, threads: int | None, public_key: Path | No
 
 def _until_stopped(text: str, photos: list[tuple[Path, Path]], stop: threading.Event) -> Iterator[tuple[Path, Path]]:
     """Photos and where they are drawn, with a progress bar, until a signal sets `stop`."""
-    with stopped_by_signals(stop):
+    with stopped_by_signals(stop, "stopping after this photo; once more stops at once"):
         for photo in progress(text)(photos):
             if stop.is_set():
                 return

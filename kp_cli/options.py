@@ -167,8 +167,8 @@ def check_effect(effect: str | None, spec: Any) -> None:
 
 
 @contextlib.contextmanager
-def stopped_by_signals(stop: threading.Event) -> Iterator[threading.Event]:
-    """Sets `stop`, and what it gives, at the first Ctrl-C, SIGTERM or closed terminal.
+def stopped_by_signals(stop: threading.Event, said: str = "") -> Iterator[threading.Event]:
+    """Sets `stop`, and what it gives, at the first Ctrl-C, SIGTERM or closed terminal, and says so.
 
     The second one does what it always does.
     """
@@ -181,6 +181,9 @@ def stopped_by_signals(stop: threading.Event) -> Iterator[threading.Event]:
         signalled.set()
         stop.set()
         signal.signal(number, before[signal.Signals(number)])
+        if said:
+            with contextlib.suppress(RuntimeError, OSError):  # in the midst of another line; no terminal any more
+                note(said)
 
     for number in before:
         signal.signal(number, handle)
