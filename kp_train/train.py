@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kp_runtime.errors import DataError, InputError, KpError, reason_of
-from kp_runtime.files import writing
+from kp_runtime.files import sha256_of_file, writing
 from kp_runtime.interchange import as_text
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import MANIFEST_NAME, Manifest, ModelSpec
@@ -306,12 +306,19 @@ def _check_resumed(
         raise KpError(f"the run in {run} began with other teachers; give the same ones")
     if (began := record.get("name", name)) != name:
         raise KpError(f"the run in {run} began with --name {began}; give the same one")
-    if as_text(Path(weights).name) not in ("auto", record["start"].get("weights", "none")):
+    if weights != "auto" and not _began_at(weights, record["start"]):
         raise KpError(f"the run in {run} began at other weights than {weights}; leave --weights out")
     if init is not None:
         _, manifest = load_checkpoint(init)
         if manifest.files[CHECKPOINT_NAME].sha256 != record["start"].get("checkpoint_sha256"):
             raise KpError(f"the run in {run} began at other weights than {init}; leave --init out")
+
+
+def _began_at(weights: str, start: dict[str, Any]) -> bool:
+    """Whether a run's start is of these weights: by their content, or by their name where there is none to compare."""
+    if "weights_sha256" in start and Path(weights).is_file():
+        return bool(sha256_of_file(Path(weights)) == start["weights_sha256"])
+    return bool(as_text(Path(weights).name) == start.get("weights", "none"))
 
 
 def _check_draws(

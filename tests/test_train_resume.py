@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kp_runtime.errors import BundleError, InputError, KpError
+from kp_runtime.files import sha256_of_file
 from kp_runtime.spec import Manifest
 from kp_train.callbacks import EpochLines, StateKeeper
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint
@@ -98,6 +99,18 @@ def test_another_name_or_start_can_not_resume_a_run(trained: Path, faces: Path, 
         run(faces, trained, weights="imagenet", **settings)
     with pytest.raises(InputError, match=r"begins at --init .* or at --weights /a\.pth; leave one out"):
         run(faces, tmp_path / "r", init=trained, weights="/a.pth")
+
+
+def test_weights_are_known_by_their_content(faces: Path, tmp_path: Path) -> None:
+    same, other = tmp_path / "moved.pth", tmp_path / "w.pth"
+    same.write_bytes(b"weights")
+    other.write_bytes(b"other weights")
+    begun(faces, tmp_path, {}, start={"weights": "w.pth", "weights_sha256": sha256_of_file(same)})
+    with pytest.raises(KpError, match=r"began at other weights than .*w\.pth; leave --weights out"):
+        run(faces, tmp_path, ema=0, weights=str(other), resume=True)
+    for good in (same, Path("elsewhere/w.pth")):
+        with pytest.raises(KpError, match="does not fit this release"):  # its state is empty
+            run(faces, tmp_path, ema=0, weights=str(good), resume=True)
 
 
 def test_nothing_to_resume_and_other_settings_are_said(trained: Path, faces: Path, tmp_path: Path) -> None:
