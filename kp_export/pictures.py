@@ -15,6 +15,7 @@ from kp_runtime.errors import MissingExtraError
 from kp_runtime.files import writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import apply_matrix, matrices_from_boxes
+from kp_runtime.interchange import as_text
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.scheme68 import CONTOURS, EYE_CORNERS, MIRROR, POINTS
 from kp_train.data import luma_of_face
@@ -132,7 +133,7 @@ def worst_faces(evaluation: Evaluation, path: Path, most: int = 24, cell: int = 
         for xy, color in ((face.xy, (90, 220, 90)), (evaluation.predicted[i], (70, 70, 250))):
             for x, y in np.clip(np.rint(apply_matrix(matrix[0], xy) * 16), -(2**20), 2**20).astype(int).tolist():
                 cv2.circle(canvas, (x, y), 24, color, -1, cv2.LINE_AA, 4)
-        label = f"{evaluation.errors[i]:.1%} {face.image.stem[:24]}"
+        label = f"{evaluation.errors[i]:.1%} {as_text(face.image.stem)[:24]}"  # OpenCV ends the process at no text
         cv2.putText(canvas, label, (4, cell - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
         cells.append(canvas)
     columns = min(6, len(cells))

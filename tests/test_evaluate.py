@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 
 import cv2
@@ -194,6 +196,16 @@ def test_the_pictures_show_the_faces(source: Source, tmp_path: Path) -> None:
     assert sheet.shape == (2 * 96, 6 * 96, 3)
     assert np.ptp(sheet[:, 96:].reshape(-1)) > 200
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["curve.png", "worst.png"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")
+def test_a_worst_face_may_have_a_name_that_is_no_text(source: Source, tmp_path: Path) -> None:
+    """At such a text OpenCV ends the process."""
+    result = evaluate(oracle(source, ModelSpec("x", SIZE), error_px=2.0), source.faces)
+    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
+    shutil.copyfile(result.faces[0].image, odd)
+    named = dataclasses.replace(result, faces=tuple(dataclasses.replace(face, image=odd) for face in result.faces))
+    assert worst_faces(named, tmp_path / "worst.png", most=1).stat().st_size
 
 
 @pytest.mark.filterwarnings("error")
