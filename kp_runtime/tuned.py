@@ -112,10 +112,18 @@ def tuned_from_file(path: Path) -> Tuned:
 def _fits(value: Any, kind: type) -> bool:
     """Whether a field's value is of its kind, and of a size that makes sense."""
     if isinstance(value, str):
-        return kind is str and len(value) <= _LONGEST and value.isprintable()
+        return kind is str and len(value) <= _LONGEST and _is_name(value)
     if type(value) is int:
         return kind is int and 1 <= value <= _MOST
     return type(value) is kind
+
+
+def _is_name(text: str) -> bool:
+    """Whether files can be called so; names need not be printable, such as with an ideographic space."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def open_tuned(

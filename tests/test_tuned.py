@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,12 @@ def test_settings_are_read_as_they_were_written(settings_of: Callable[..., Path]
     with pytest.raises(BundleError, match="is not a bundle"):
         kp_runtime.load(tuned=path)
     assert kp_runtime.load(elsewhere, tuned=path).backend.threads == 1
+
+
+def test_the_bundles_folder_may_have_any_name(settings_of: Callable[..., Path], tmp_path: Path) -> None:
+    for name in ("\u3000", "a\u202fb", "a\nb", *([os.fsdecode(b"caf\xe9")] if os.name == "posix" else [])):
+        shutil.copytree(tmp_path / "net", tmp_path / name)
+        assert kp_runtime.load(tuned=settings_of(bundle=name)).backend.threads == 1
 
 
 def test_settings_behind_a_link_are_read(settings_of: Callable[..., Path], tmp_path: Path) -> None:
