@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.errors import InputError
-from kp_runtime.frame import bgr_copy, import_cv2
+from kp_runtime.frame import Frame, bgr_copy, import_cv2
 from kp_runtime.scheme68 import CONTOURS, POINTS
 
 __all__ = ["draw_keypoints", "put_boxes", "put_keypoints"]
@@ -16,12 +16,12 @@ _LINE, _POINT = (208, 224, 64), (255, 255, 255)
 
 
 def draw_keypoints(
-    image: NDArray[np.uint8], xy: ArrayLike, *, lines: bool = True, color: tuple[int, int, int] = _LINE
+    image: Frame | NDArray[np.uint8], xy: ArrayLike, *, lines: bool = True, color: tuple[int, int, int] = _LINE
 ) -> NDArray[np.uint8]:
     """Draws contours and points on a copy of an image.
 
     Args:
-        image: `(h, w, 3)` uint8 BGR, with a fourth channel that is left out, or grey; not changed.
+        image: `(h, w, 3)` uint8 BGR, with a fourth channel that is left out, or grey, or a `Frame`; not changed.
         xy: `(n, 68, 2)` float, pixels of the image; `n` may be 0. Of another number of points, only points are drawn.
         lines: draw the contours too.
         color: of the contours, BGR.

@@ -179,16 +179,18 @@ def as_frame(image: Frame | NDArray[Any], layout: str = "bgr") -> Frame:
     raise ImageError(f"an image must be (h, w), (h, w, 3) or (h, w, 4), got shape {image.shape}")
 
 
-def bgr_copy(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A copy of an image that `as_frame` takes as BGR or grey, `(h, w, 3)` uint8 BGR.
+def bgr_copy(image: Frame | NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A copy of an image that `as_frame` takes, `(h, w, 3)` uint8 BGR; an array is BGR or grey, of video luma is kept.
 
     Raises:
         ImageError: as `as_frame`.
     """
     frame = as_frame(image)
-    if frame.layout == "gray":
-        return np.repeat(frame.data[:, :, None], 3, axis=2)
-    return frame.data[:, :, :3].copy()
+    if frame.layout in _LUMA_PLANES:
+        height, width = frame.size_hw
+        return np.repeat(frame.luma(0, 0, width, height)[:, :, None], 3, axis=2)
+    order = 1 if frame.layout.startswith("bgr") else -1
+    return frame.data[:, :, :3][:, :, ::order].copy()
 
 
 def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:

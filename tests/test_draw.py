@@ -5,6 +5,7 @@ import pytest
 
 from kp_runtime.draw import draw_keypoints, put_boxes
 from kp_runtime.errors import InputError
+from kp_runtime.frame import Frame
 from kp_train.synthetic import mean_shape
 
 FACE = mean_shape() * 60 + (100, 120)
@@ -41,6 +42,23 @@ def test_any_image_and_any_number_of_faces(shape: tuple[int, ...], n: int) -> No
     assert (image == 40).all()
     assert (drawn == 40).all() == (n == 0)
     assert not np.shares_memory(drawn, image)
+
+
+def test_frames_are_drawn_in_their_own_colours() -> None:
+    """What a model takes, `draw_keypoints` and the effects take too."""
+    none, blue = np.empty((0, 68, 2)), np.full((40, 50, 3), (200, 90, 10), np.uint8)
+    grey, opaque = np.full((40, 50), 77, np.uint8), np.full((40, 50, 1), 255, np.uint8)
+    frames = {
+        "bgr": blue, "rgb": blue[:, :, ::-1], "bgra": np.dstack([blue, opaque]),
+        "rgba": np.dstack([blue[:, :, ::-1], opaque]),
+    }  # fmt: skip
+    for layout, data in frames.items():
+        np.testing.assert_array_equal(draw_keypoints(Frame(data, layout), none), blue)
+    for data in (grey, grey[:, :, None]):
+        assert (draw_keypoints(Frame(data, "gray"), none) == np.full((40, 50, 3), 77)).all()
+    video = draw_keypoints(Frame(np.vstack([grey, opaque[:20, :, 0]]), "nv12", "limited"), none)
+    assert video.shape == (40, 50, 3)
+    assert (video == round((77 - 16) * 255 / 219)).all()
 
 
 @pytest.mark.parametrize("scale", [0.01, 1e4, 1e9])
