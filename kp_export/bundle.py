@@ -101,7 +101,7 @@ def export_bundle(
         raise ExportError("int8 needs real faces to find its ranges: give --calibration with labelled photos")
     target = (out or own).resolve()
     with staging(target) as stage:
-        there = Manifest.read(stage) if (stage / MANIFEST_NAME).exists() else None
+        there = Manifest.read(target) if (target / MANIFEST_NAME).exists() else None  # errors name it, not the stage
         old = {} if there is None else there.files
         known = _parity_rows(stage, old)
         if target != own.resolve():

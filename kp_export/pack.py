@@ -49,8 +49,9 @@ def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoin
         raise BundleError(f"{bundle} has no model of precision {missing[0]}, only {', '.join(have) or 'none'}")
     if checkpoint and all(entry.kind != "checkpoint" for entry in kept.values()):
         raise BundleError(f"{bundle} has no checkpoint to keep; pack it from a bundle that has one")
-    with staging(out.resolve()) as stage:
-        old = any_manifest(stage).files if (stage / MANIFEST_NAME).exists() else {}
+    out = out.resolve()
+    with staging(out) as stage:
+        old = any_manifest(out).files if (out / MANIFEST_NAME).exists() else {}  # errors name it, not the stage
         for name in {**old, **manifest.files}:
             if name not in kept:
                 (stage / name).unlink(missing_ok=True)

@@ -62,10 +62,10 @@ def add_plan(
     device = device or cuda_device()
     name = plan_name(precision, device, trt.__version__, options)
     with staging(bundle) as stage:
-        manifest = Manifest.read(stage)
+        manifest = Manifest.read(bundle)
         (stage / f"{name}.log").unlink(missing_ok=True)  # of an earlier failure
         report = plan_from_onnx(
-            manifest.check_file(stage, source),
+            manifest.check_file(bundle, source),  # errors name it, not the stage
             stage / name,
             options,
             precision=precision,

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from kp_export.onnx_from_checkpoint import check_fits_half
 from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
 from kp_export.staging import alone, mend, staging
 from kp_runtime.backend import GOLDEN_TOLERANCE_PX, Answer, open_backend
-from kp_runtime.errors import ExportError, ParityError
+from kp_runtime.errors import BundleError, ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from kp_train.model import KeypointNet
@@ -156,6 +157,13 @@ def test_a_failed_export_into_another_bundle_leaves_that_one(
     with pytest.raises(ParityError):
         export_bundle(tmp_path / "other", copied)
     assert contents(copied) == before
+
+
+def test_a_damaged_bundle_that_would_be_filled_is_named(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/manifest.json").write_text("{}")
+    with pytest.raises(BundleError, match=re.escape(f"{tmp_path / 'old/manifest.json'} has no schema number")):
+        export_bundle(small_checkpoint(tmp_path / "run"), tmp_path / "old")
 
 
 def test_a_read_only_bundle_is_said(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

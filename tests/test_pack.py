@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,13 @@ def test_an_older_pack_is_replaced(full: Path, tmp_path: Path) -> None:
     pack_bundle(full, out, ["int8"])
     assert not (out / "model.fp32.onnx").exists()
     assert load(out, threads=1).backend.report.precision == "int8"
+
+
+def test_a_damaged_bundle_that_would_be_replaced_is_named(full: Path, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/manifest.json").write_text("{}")
+    with pytest.raises(BundleError, match=re.escape(f"{tmp_path / 'old/manifest.json'} has no schema number")):
+        pack_bundle(full, tmp_path / "old", ["int8"])
 
 
 def test_what_is_not_there_is_refused_and_nothing_written(full: Path, tmp_path: Path) -> None:

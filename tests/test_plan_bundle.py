@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -61,6 +62,12 @@ def test_a_model_that_is_changed_during_the_build(copied: Path, monkeypatch: pyt
     with pytest.raises(IntegrityError, match=r"model\.fp16\.onnx was changed while the plan was built"):
         add_plan(copied, "fp16", trt=tensorrt_double("11.4.0"), device=ORIN)
     assert {p.name: p.read_bytes() for p in copied.iterdir()} == before
+
+
+def test_a_model_that_is_not_the_manifests_is_named(copied: Path) -> None:
+    (copied / "model.fp16.onnx").write_bytes(b"other")
+    with pytest.raises(IntegrityError, match=re.escape(f"{copied / 'model.fp16.onnx'} has 5 bytes")):
+        add_plan(copied, "fp16", trt=tensorrt_double("11.4.0"), device=ORIN)
 
 
 def test_plans_of_other_kinds_lie_beside_each_other(copied: Path) -> None:
