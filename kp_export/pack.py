@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -66,8 +67,9 @@ def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoin
 
 
 def _shortened(report: Path, names: set[str]) -> FileEntry:
-    """Leaves a parity report the lines of the files that are kept."""
-    rows = [row for row in json.loads(report.read_text(encoding="utf-8")) if row["file"] in names]
-    with writing(report) as temporary:
-        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    """Leaves a parity report the lines of the files that are kept; another report stays as it is."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
+        rows = [row for row in json.loads(report.read_text(encoding="utf-8")) if row["file"] in names]
+        with writing(report) as temporary:
+            temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return file_entry(report, "report")

@@ -64,6 +64,16 @@ def test_a_bundle_can_be_packed_in_place(full: Path) -> None:
     assert not (full / "model.fp32.onnx").exists()
 
 
+@pytest.mark.parametrize("report", ['{"of": "another kind"}', '[{"name": "x"}]', "# By hand", "[" * 100_000])
+def test_a_report_of_another_kind_is_packed_as_it_is(full: Path, tmp_path: Path, report: str) -> None:
+    (full / "parity.json").write_text(report)
+    manifest = Manifest.read(full)
+    files = manifest.files | {"parity.json": file_entry(full / "parity.json", "report")}
+    dataclasses.replace(manifest, files=files).write(full)
+    assert pack_bundle(full, tmp_path / "slim", ["int8"]).files["parity.json"] == files["parity.json"]
+    assert (tmp_path / "slim" / "parity.json").read_text() == report
+
+
 def test_an_older_pack_is_replaced(full: Path, tmp_path: Path) -> None:
     out = tmp_path / "slim"
     pack_bundle(full, out, ["fp32"])
