@@ -332,7 +332,8 @@ def _other_kind(folder: Path, wanted: _Wanted) -> str | None:
 def _add(folder: Path, wanted: _Wanted) -> TritonModel:
     """Adds a version to a model, or the whole model, by one rename."""
     is_there = folder.exists()
-    stage = folder / ".new" if is_there else _beside(folder.parent) / f".{folder.name}.new"
+    # with the repository's name: another one's export may be at work beside it
+    stage = folder / ".new" if is_there else _beside(folder.parent) / f".{folder.parent.name}.{folder.name}.new"
     versions = [int(path.name) for path in folder.glob("[1-9]*") if path.name.isdigit()]
     newest = max(versions, default=0)
     shutil.rmtree(stage, ignore_errors=True)  # of an export that was killed

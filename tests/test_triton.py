@@ -151,13 +151,28 @@ def test_an_export_that_breaks_off_shows_nothing(
 
 def test_what_a_killed_export_left_is_cleared_away(own: Path, tmp_path: Path) -> None:
     repo = tmp_path / "repo"
-    (tmp_path / ".tiny-images.new/1").mkdir(parents=True)
-    (tmp_path / ".tiny-images.new/config.pbtxt").write_text("half")
+    (tmp_path / ".repo.tiny-images.new/1").mkdir(parents=True)
+    (tmp_path / ".repo.tiny-images.new/config.pbtxt").write_text("half")
     write_repository(own, repo)
     (repo / "tiny-images/.new").mkdir()
     write_repository(own, repo)
     assert not list(tmp_path.rglob(".*"))
     assert (repo / "tiny-images/config.pbtxt").read_text() != "half"
+
+
+def test_repositories_beside_each_other_are_written_at_once(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = triton._sync
+
+    def in_between(stage: Path) -> None:
+        monkeypatch.setattr(triton, "_sync", sync)
+        write_repository(own, tmp_path / "other")
+        sync(stage)
+
+    monkeypatch.setattr(triton, "_sync", in_between)
+    write_repository(own, tmp_path / "repo")
+    assert files_of(tmp_path / "repo") == files_of(tmp_path / "other") != {}
 
 
 def test_models_of_other_names_are_other_models(tmp_path: Path) -> None:
