@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 import kp_runtime
 from kp_runtime.detect import Detector
+from kp_runtime.frame import cv2_name
 
 # nvvidconv copies from the camera's memory to the CPU's; appsink keeps the newest frame alone
 JETSON_CAMERA = (
@@ -175,7 +176,8 @@ class VideoFile:
 
         height, width = frame.size_hw
         if self._writer is None:
-            self._writer = cv2.VideoWriter(self._path, cv2.VideoWriter.fourcc(*"MJPG"), 30, (width, height))
+            name = cv2_name(self._path)
+            self._writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*"MJPG"), 30, (width, height))
             if not self._writer.isOpened():
                 raise kp_runtime.InputError(f"{self._path} can't be written as a video; give a path that ends in .avi")
         self._writer.write(kp_runtime.draw_keypoints(frame.luma(0, 0, width, height), keypoints.xy))

@@ -7,6 +7,7 @@ import array
 import importlib
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,15 @@ def test_faces_are_detected_then_followed(camera: Any) -> None:
     follower.saw(keypoints((-30, 0)))
     assert follower.boxes(frame) is found  # nobody is left to follow
     assert len(calls) == 3
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")
+def test_a_video_whose_name_is_no_text_is_an_error(camera: Any, tmp_path: Path) -> None:
+    """At such a text OpenCV ends the process."""
+    video = camera.VideoFile(str(tmp_path / os.fsdecode(b"caf\xe9.avi")))
+    nobody = kp_runtime.Keypoints(np.empty((0, 68, 2), np.float32), np.empty((0, 4)), np.empty((0, 2, 3)), (64, 64))
+    with pytest.raises(kp_runtime.InputError, match="its name is no text in UTF-8, which OpenCV needs; rename it"):
+        video.write(kp_runtime.Frame(np.zeros((64, 64), np.uint8), "gray"), nobody)
 
 
 def run_camera(*words: object) -> subprocess.CompletedProcess[str]:
