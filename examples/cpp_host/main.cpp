@@ -1,6 +1,6 @@
 // A bundle's TensorRT plan from C++: checked first, then loaded, then asked for the golden keypoints.
 //
-// What it does    reads manifest.json, compares GPU, TensorRT, CUDA and sha256 before anything is
+// What it does    reads manifest.json, compares processor, GPU, TensorRT and sha256 before anything is
 //                 deserialised (preflight.cpp), runs crops, compares with keypoints that are known
 // What it needs   a plan that was built on this device (kp plan BUNDLE --precision fp16); TensorRT 10.3 or
 //                 newer, CUDA; nlohmann-json3-dev, libssl-dev. CMakeLists.txt has the two lines to build
