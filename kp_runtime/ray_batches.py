@@ -244,7 +244,7 @@ def _done(out: Path) -> set[str]:
     for path in _marks(out):
         try:
             done.update(pq.read_table(path, columns=["image"])["image"].to_pylist())
-        except (pa.ArrowException, KeyError) as error:
+        except (pa.ArrowException, KeyError, OSError) as error:  # damage inside is an OSError
             raise DataError(f"{path} can't be read ({reason_of(error)}); begin anew with another --out") from error
     return done
 
@@ -258,7 +258,7 @@ def _collect(out: Path, names: Sequence[str], before: int, stopped: bool) -> Bat
         for part in sorted((out / "photos").glob("*.parquet")):
             try:
                 rows = pq.read_table(part).to_pylist()
-            except pa.ArrowInvalid:
+            except (pa.ArrowInvalid, OSError):  # cut off, or damaged inside
                 continue
             found = []
             for row in rows:

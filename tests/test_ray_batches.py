@@ -315,3 +315,20 @@ def test_a_damaged_state(name: str, text: str, bundle: Path, tmp_path: Path) -> 
     (tmp_path / "state" / name).write_text(text)
     with pytest.raises(DataError, match=f"{Path(name).name} can't be read .*; begin anew with another --out"):
         predict_batches([Path("x.jpg")], tmp_path, Tools(lambda: load(bundle), Boxes), {}, step=never)
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("state/done", r"1\.parquet can't be read .*; begin anew"),
+        ("photos", "no file in .*photos that can be read holds"),
+    ],
+)
+def test_a_file_with_damage_inside(folder: str, message: str, bundle: Path, tmp_path: Path) -> None:
+    """As a power cut may leave one: begin and end are there, so pyarrow fails where it reads the rows."""
+    mark(tmp_path, [str(Path("x.jpg").absolute())])
+    path = tmp_path / folder / "1.parquet"
+    data = path.read_bytes()
+    path.write_bytes(data[:4] + bytes(60) + data[64:])
+    with pytest.raises(DataError, match=message):
+        predict_batches([Path("x.jpg")], tmp_path, Tools(lambda: load(bundle), Boxes), {}, step=never)
