@@ -7,6 +7,7 @@ the registry. `docs/metrics.md` lists the names and units.
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,8 @@ class Metrics:
             server, thread = self._client.start_http_server(port, host, self.registry)
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"metrics can't be served at {host}:{port} ({reason}); name another port") from error
+            wrong = "port" if getattr(error, "errno", None) in (errno.EADDRINUSE, errno.EACCES) else "host"
+            raise InputError(f"metrics can't be served at {host}:{port} ({reason}); name another {wrong}") from error
         try:
             yield server.server_port
         finally:
