@@ -246,7 +246,7 @@ def picture_from_toml(path: Path) -> Picture:
         MissingExtraError: Python 3.10 without tomli.
     """
     try:
-        data = _toml_loads(path.read_text(encoding="utf-8"))
+        data = _toml_loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # errors of TOML and UTF-8 are ValueErrors

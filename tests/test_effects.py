@@ -311,6 +311,11 @@ def test_the_example_of_the_page_works(tmp_path: Path, image: np.ndarray) -> Non
     assert (effect(image, FACE[None]) != image).any()
 
 
+def test_a_toml_file_may_begin_with_a_mark(tmp_path: Path) -> None:
+    path = write_effect(tmp_path, f'\ufeffimage = "nose.png"\n[anchors]\n{THREE}')
+    assert len(picture_from_toml(path).anchors) == 3
+
+
 def test_a_mesh_by_toml(tmp_path: Path) -> None:
     effect = picture_from_toml(write_effect(tmp_path, f'image = "nose.png"\nmap = "mesh"\n[anchors]\n{THREE}'))
     black = np.zeros((240, 240, 3), np.uint8)
