@@ -183,10 +183,16 @@ def _most(time: OperatorTime) -> float:
 def profile_bundle(
     bundle: Path, *, batches: Sequence[int] = (1, 8, 32), threads: int, rounds: int = 12, calls: int = 2
 ) -> Profile:
-    """Profiles a bundle's int8 and fp32 files, those that are there."""
+    """Profiles a bundle's int8 and fp32 files, those that are there.
+
+    Raises:
+        InputError: it has neither.
+    """
     manifest = Manifest.read(bundle)
-    crops = varied_crops(max(batches), manifest.spec)
     named = {entry.precision: (name, entry) for name, entry in manifest.files.items() if entry.kind == "onnx"}
+    if not set(PRECISIONS) & set(named):
+        raise InputError(f"{bundle} has no ONNX file of precision {' or '.join(PRECISIONS)}; kp export makes fp32")
+    crops = varied_crops(max(batches), manifest.spec)
     files = tuple(
         profile_file(
             manifest.check_file(bundle, named[precision][0]),

@@ -40,6 +40,7 @@ from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import save_checkpoint
 from kp_train.model import KeypointNet
 from tests.models import LOST_LIMIT, SIZE, tiny_bundle, tiny_keypoints
+from tests.test_tune import make_bundle
 from tests.tolerances import CROP_GREY, FP32_PX, assert_close
 
 SCRIPTS = ("compare_engines", "profile_batches", "start", "crop_path", "table")
@@ -255,6 +256,11 @@ def test_profile(bundle: Path) -> None:
     assert {kind.kind for kind in file.kinds if kind.nodes == 2} == {"Mul", "Reshape"}  # of the lost score, too
     assert all(len(kind.us_a_face) == 2 for kind in file.kinds)
     assert len(file.nodes) == 7
+
+
+def test_no_profile_of_a_bundle_without_such_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has no ONNX file of precision int8 or fp32; kp export makes fp32"):
+        profile_bundle(make_bundle(tmp_path / "half", {"fp16": None}), threads=1)
 
 
 def test_start(bundle: Path) -> None:
