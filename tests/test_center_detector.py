@@ -73,6 +73,13 @@ def test_a_cell_is_a_box_in_pixels_of_the_image(bundle: Path) -> None:
     assert np.array_equal(boxes, found.boxes_xyxy)
 
 
+@pytest.mark.parametrize(("score", "faces"), [(None, 2), (0.7, 1), (0.4, 3)])
+def test_a_face_has_the_score_that_was_asked_for_or_the_bundles(bundle: Path, score: float | None, faces: int) -> None:
+    image = np.zeros((61, 160), np.uint8)
+    image[24, 24:160:56] = (115, 150, 255)  # scores of 0.45, 0.59 and 1
+    assert len(CenterDetector(bundle, score)(image)) == faces
+
+
 @pytest.mark.parametrize("level", [1, 2])
 def test_larger_faces_are_found_on_the_halved_image(bundle: Path, level: int) -> None:
     size = 2**level
@@ -219,11 +226,11 @@ def test_a_golden_image_of_another_kind(bundle: Path) -> None:
         CenterDetector(bundle)
 
 
-@pytest.mark.parametrize("change", [0.02, np.nan])
-def test_a_model_that_sees_something_else(bundle: Path, change: float) -> None:
+@pytest.mark.parametrize(("what", "change"), [(0, 0.02), (0, np.nan), (1, 2.0), (4, -2.0)])
+def test_a_model_that_sees_something_else(bundle: Path, what: int, change: float) -> None:
     with np.load(bundle / GOLDEN_NAME) as golden:
         image, cells = golden["image"], golden["cells"]
-    cells[0, 1, 1] += change
+    cells[what, 1, 1] += change
     np.savez(bundle / GOLDEN_NAME, image=image, cells=cells)
     write_manifest(bundle, DetectorSpec("white pixels"))
     with pytest.raises(BackendError, match="other cells of the golden image"):

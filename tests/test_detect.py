@@ -55,6 +55,16 @@ def test_haar_finds_the_astronaut(photo: np.ndarray) -> None:
 
 
 @needs_haar
+def test_haar_looks_for_what_was_asked_for(photo: np.ndarray) -> None:
+    found = {
+        key: len(HaarDetector(**{key: value}).raw(as_frame(photo)))  # type: ignore[arg-type]
+        for key, value in {"smallest": 0.5, "neighbors": 0, "scale": 9.0}.items()
+    }
+    assert (found["smallest"], found["scale"]) == (0, 0)
+    assert found["neighbors"] > 10  # each raw hit
+
+
+@needs_haar
 def test_haar_sees_the_same_in_every_layout(photo: np.ndarray) -> None:
     bgr = small_part(photo)
     detector = HaarDetector()

@@ -168,6 +168,16 @@ def test_cut_off_jpeg_with_a_whole_thumbnail(picture: np.ndarray, tmp_path: Path
         image_from_file(tmp_path / "a.jpg")
 
 
+@pytest.mark.parametrize("before", [b"\xff", b"\xff\x01", b"\xff\xd0"], ids=["fill", "TEM", "RST0"])
+def test_markers_without_a_length_are_passed_over(before: bytes, picture: np.ndarray) -> None:
+    jpeg, thumbnail = encoded(picture, ".jpg"), encoded(picture[::4, ::4], ".jpg")
+    whole = with_app1(jpeg, EXIF_TURNED + thumbnail)
+    whole = whole[:2] + before + whole[2:]
+    assert image_from_bytes(whole).size == picture.size
+    with pytest.raises(ImageError, match="is cut off"):
+        image_from_bytes(whole[:-20])
+
+
 def test_bytes_need_no_file(picture: np.ndarray) -> None:
     assert np.array_equal(image_from_bytes(encoded(picture, ".png")), picture)
     with pytest.raises(ImageError, match=r"^upload 7 is no image"):

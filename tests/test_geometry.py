@@ -147,7 +147,9 @@ def test_the_fastest_way_that_gives_the_bits_is_taken(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("way", ["as installed", "_by_remap", "_by_numpy"])
-@pytest.mark.parametrize("kind", ["upright", "mirrored", "turned", "sheared", "far away", "farther", "a point"])
+@pytest.mark.parametrize(
+    "kind", ["upright", "mirrored", "turned", "sheared", "leaning", "far away", "farther", "a point"]
+)
 def test_every_bit_is_the_same_in_every_way(
     kind: str, way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +168,8 @@ def test_every_bit_is_the_same_in_every_way(
             ]
         elif kind == "sheared":
             matrix[:, :2] = rng.uniform(-2, 2, (2, 2))
+        elif kind == "leaning":
+            matrix[(0, 1), (1, 0)] = rng.permutation([0.0, rng.uniform(-2, 2)])
         elif kind in ("far away", "farther"):
             matrix[rng.integers(2), 2] = rng.choice([-1, 1]) * (40_000 if kind == "far away" else 500_000)
         elif kind == "a point":

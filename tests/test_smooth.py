@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from kp_runtime.smooth import OneEuro
 
@@ -66,15 +67,16 @@ def test_a_time_that_is_not_later_changes_nothing() -> None:
     smooth = OneEuro()
     smooth(np.zeros(2), 0.0)
     at = smooth(np.ones(2), 0.1)
-    assert np.array_equal(smooth(np.full(2, 9.0), 0.1), at)
-    assert np.array_equal(smooth(np.full(2, 9.0), 0.05), at)
+    for t in (0.1, 0.05, -0.8):
+        assert np.array_equal(smooth(np.full(2, 9.0), t), at)
 
 
-def test_a_clock_that_is_set_back_is_a_new_beginning() -> None:
+@pytest.mark.parametrize("seconds", [0.0, 98.9])
+def test_a_clock_that_is_set_back_by_over_a_second_is_a_new_beginning(seconds: float) -> None:
     smooth = OneEuro()
     smooth(np.array([10.0]), 100.0)
-    assert smooth(np.array([70.0]), 0.0) == 70
-    assert smooth(np.array([75.0]), 0.033) > 70
+    assert smooth(np.array([70.0]), seconds) == 70
+    assert smooth(np.array([75.0]), seconds + 0.033) > 70
 
 
 def test_answers_are_the_callers_own() -> None:

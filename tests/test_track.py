@@ -14,7 +14,7 @@ from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.pipeline import checked_boxes, load
 from kp_runtime.results import Keypoints
 from kp_runtime.spec import ModelSpec
-from kp_runtime.track import LOST, Track, Tracker, TrackerSettings, disagreement, second_looks
+from kp_runtime.track import LOST, Track, Tracker, TrackerSettings, _Face, disagreement, second_looks
 from kp_train.synthetic import mean_shape
 from tests.conftest import DETECTOR
 
@@ -167,6 +167,27 @@ def test_points_of_before_a_face_was_lost_are_not_smoothed_into_those_of_after()
     back = next(tracks for tracks in found[60:] if tracks)
     assert ids(back) == [1]
     np.testing.assert_allclose(back[0].xy, world.faces()[0], atol=1e-3)
+
+
+def test_points_of_before_a_face_jumped_are_not_smoothed_into_those_of_after() -> None:
+    """It is out of its box, so the detector finds it again, on the same frame."""
+    world = World(lambda t: (300, 300) if t < 50 else (351, 300))
+    tracker = world.tracker(smooth=True)
+    before = world.run(tracker, range(50))[-1]
+    runs = tracker.detector_runs
+    (track,) = world.run(tracker, range(50, 51))[0]
+    assert (track.id, tracker.detector_runs) == (before[0].id, runs + 1)
+    np.testing.assert_allclose(track.xy, world.faces()[0], atol=1e-3)
+
+
+def test_how_a_face_moved_before_it_was_lost_tells_nothing_of_after() -> None:
+    face = _Face(1, np.array([0.0, 0, 100, 100]))
+    for _ in range(20):
+        face.move_to(face.box + 5)
+    face.away = 3
+    face.move_to(face.box + 400)
+    np.testing.assert_array_equal(face.awaited, face.box)
+    np.testing.assert_array_equal(face.awaited_uncovered, face.box)
 
 
 def test_another_place_is_another_face() -> None:
