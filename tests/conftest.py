@@ -61,13 +61,18 @@ def shared_data() -> Path:
     return SHARED / "data"
 
 
-def no_thread_at(monkeypatch: pytest.MonkeyPatch, fails: int) -> None:
-    """Of the threads that are started from now on, the one of that number, counted from 1, can't be."""
-    start, count = threading.Thread.start, itertools.count(1)
+def no_thread_at(monkeypatch: pytest.MonkeyPatch, fails: int) -> threading.Event:
+    """Of the threads that are started from now on, the one of that number, counted from 1, can't be.
+
+    What is returned is set once that one was to be started.
+    """
+    start, count, failed = threading.Thread.start, itertools.count(1), threading.Event()
 
     def started(thread: threading.Thread) -> None:
         if next(count) == fails:
+            failed.set()
             raise RuntimeError("can't start new thread")
         start(thread)
 
     monkeypatch.setattr(threading.Thread, "start", started)
+    return failed

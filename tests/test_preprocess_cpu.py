@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
 
+from kp_runtime import preprocess_cpu
 from kp_runtime.errors import BackendError
 from kp_runtime.frame import Frame, as_frame
 from kp_runtime.geometry import crop_from_luma, matrices_from_boxes
@@ -141,6 +143,14 @@ def test_threads_are_started_for_eight_faces_and_end_with_the_cropper(bgr: np.nd
     assert running() == 0
 
 
+def test_a_croppers_memory_is_used_again_until_it_is_closed(bgr: np.ndarray) -> None:
+    cropper, frame = CpuCropper(1), Frame(bgr, "bgr")
+    first, second = (cropper.crops_from_frame(frame, grid(3), 64) for _ in range(2))
+    assert np.shares_memory(first, second)
+    cropper.close()
+    assert not np.shares_memory(first, cropper.crops_from_frame(frame, grid(3), 64))
+
+
 def test_callers_of_one_cropper_do_not_disturb_each_other(bgr: np.ndarray) -> None:
     cropper, frame = CpuCropper(2), Frame(bgr, "bgr")
     right = {n: crops_from_frame(frame, grid(n), 64) for n in (8, 20)}
@@ -176,7 +186,13 @@ def test_a_thread_that_can_not_be_started_leaves_no_part_behind(
     fails: int, bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cropper, frame = CpuCropper(3), Frame(bgr, "bgr")
-    no_thread_at(monkeypatch, fails)
+    failed = no_thread_at(monkeypatch, fails)
+
+    def cut(*words: Any) -> np.ndarray:
+        assert failed.wait(60), "a thread that is done before the next one is to be started would do that one's part"
+        return crops_from_frame(*words)
+
+    monkeypatch.setattr(preprocess_cpu, "crops_from_frame", cut)
     with pytest.raises(BackendError, match="no thread could be started"):
         cropper.crops_from_frame(frame, grid(33), 64)
     found = cropper.crops_from_frame(frame, grid(32), 64)
