@@ -388,3 +388,13 @@ def test_python_3_10_without_tomli_says_what_to_install(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "tomli", None)
     with pytest.raises(MissingExtraError, match=r"needs the package tomli.*pip install 'kp-edge\[effects\]'"):
         open_effect(path)
+
+
+def test_a_face_is_hidden_to_the_height_of_its_forehead_and_a_tenth_more() -> None:
+    outline, brows, below_nose = face_outline(FACE), FACE[17:27], FACE[31:36]
+    forehead = brows + brows.mean(axis=0) - below_nose.mean(axis=0)
+    assert forehead[:, 1].max() < brows[:, 1].min()
+    whole = np.concatenate([FACE, forehead])
+    low, high = whole.min(axis=0), whole.max(axis=0)
+    np.testing.assert_allclose(outline.min(axis=0), low - 0.05 * (high - low), rtol=1e-6)
+    np.testing.assert_allclose(outline.max(axis=0), high + 0.05 * (high - low), rtol=1e-6)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from kp_runtime.errors import InputError, KpError, MissingExtraError
+from kp_runtime.track import Track
 from kp_runtime.video import run_video
 from kp_runtime.video_sink import LinesSink, Sink, VideoSink, open_sinks
 from kp_runtime.video_source import FolderSource, VideoFrame
@@ -220,3 +221,28 @@ def test_a_video_that_is_not_whole_is_said(tmp_path: Path, room: int, told: str)
     with pytest.raises(KpError, match=rf"{told}.* is the disk full\?"):
         sink.close()
     assert len(levels(tmp_path / "a.avi")) == 3 if room else not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("live", "frames"), [(True, 1), (False, 3)])
+def test_frames_that_come_too_fast_are_left_out_of_a_live_video_alone(tmp_path: Path, live: bool, frames: int) -> None:
+    (sink,) = open_sinks(["avi"], tmp_path, "a", rate=10, size_hw=SIZE_HW, live=live)
+    for index in range(3):
+        sink.write(VideoFrame(index, index / 1000, picture(0)), (), picture(0))
+    sink.close()
+    assert len(levels(sink.path)) == frames
+
+
+def test_a_format_that_is_named_twice_is_written_once(tmp_path: Path) -> None:
+    sinks = open_sinks(["jsonl", "avi", "jsonl"], tmp_path, "a", rate=10, size_hw=SIZE_HW, live=False)
+    for sink in sinks:
+        sink.close(keep=False)
+    assert [sink.path.suffix for sink in sinks] == [".jsonl", ".avi"]
+
+
+def test_lines_can_be_read_as_they_come(tmp_path: Path) -> None:
+    sink, track = LinesSink(tmp_path / "a.jsonl"), Track(1, np.zeros(4), np.zeros((68, 2), np.float32), 0.1)
+    (file,) = tmp_path.iterdir()
+    for index in range(3):
+        sink.write(VideoFrame(index, index / 10, picture(0)), (track,), None)
+        assert len(file.read_bytes().splitlines()) == index + 1
+    sink.close()

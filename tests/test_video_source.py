@@ -334,3 +334,54 @@ def test_a_camera_that_went_away_is_opened_anew(no_waits: list[float]) -> None:
 def test_a_live_source_without_patience_ends(no_waits: list[float]) -> None:
     assert [frame.index for frame in live(Camera(1, 2), patience=0)] == [0, 1]
     assert no_waits == []
+
+
+@pytest.mark.parametrize("text", ["2", "/dev/video2", "002"])
+def test_a_camera_is_opened_by_its_index(text: str, monkeypatch: pytest.MonkeyPatch, no_waits: list[float]) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def opened(*words: object) -> Camera:
+        asked.append(words)
+        return Camera(5, rate=15.0)
+
+    monkeypatch.setattr(cv2, "VideoCapture", opened)
+    source = open_source(text, rate=12.5, patience=0)
+    assert (asked, source.live, source.rate) == ([(2,)], True, 12.5)
+    assert len(list(source)) == 1
+    assert no_waits == []  # without patience it ends with its first gap
+    stop = threading.Event()
+    stopped = open_source(text, stop=stop)
+    stop.set()
+    assert next(iter(stopped), None) is None
+
+
+def test_each_connection_to_a_stream_gives_up_when_nothing_comes(
+    monkeypatch: pytest.MonkeyPatch, no_waits: list[float]
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def opened(*words: object) -> Camera:
+        asked.append(words)
+        return Camera(5) if len(asked) == 1 else Camera()
+
+    monkeypatch.setattr(cv2, "VideoCapture", opened)
+    with pytest.raises(ImageError, match="went away and was not back within 1 s"):
+        list(open_source("rtsp://camera.local/live", patience=1))
+    limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 10_000, cv2.CAP_PROP_READ_TIMEOUT_MSEC, 10_000]
+    assert asked == [("rtsp://camera.local/live", cv2.CAP_FFMPEG, limits)] * 3
+    assert no_waits == [0.5, 0.5]
+
+
+def test_a_file_is_closed_when_nobody_wants_more_of_it() -> None:
+    class Closing(Shown):
+        closed = False
+
+        def release(self) -> None:
+            self.closed = True
+
+    capture = Closing(9, 9)
+    frames = iter(FileSource(Path("a.mp4"), capture=capture, name="a"))
+    next(frames)
+    assert not capture.closed
+    frames.close()  # type: ignore[attr-defined]
+    assert capture.closed
