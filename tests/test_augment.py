@@ -114,6 +114,15 @@ def test_faces_are_bent_where_the_name_says(name: str) -> None:
     assert (there - points).norm(dim=1).max() > 0.5
 
 
+def test_each_change_of_the_grey_levels_comes_as_often_as_it_should() -> None:
+    pattern = torch.arange(32 * 32).reshape(1, 32, 32) * 37 % 251
+    image = tv_tensors.Image(pattern.to(torch.uint8))
+    torch.manual_seed(0)
+    steps = grey_levels(light=0.3, patches=0.25, largest=0.1, noise=8, p=0.1).transforms
+    shares = [np.mean([not torch.equal(step(image), image) for _ in range(400)]) for step in steps]
+    np.testing.assert_allclose(shares, [1, 0.2, 0.05, 0.1, 0.1, 0.25], atol=0.03)
+
+
 def test_noise_makes_no_white_pixel_black() -> None:
     torch.manual_seed(0)
     noisy = grey_levels(light=0, patches=0, largest=0.1, noise=40, p=0.5)

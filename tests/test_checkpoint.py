@@ -42,6 +42,23 @@ def test_weights_come_back_as_fp16_rounds_them(saved: Path) -> None:
     assert (saved / CHECKPOINT_NAME).stat().st_size < 23e6
 
 
+def test_the_manifest_says_in_which_type_the_weights_are(saved: Path, tmp_path: Path) -> None:
+    assert Manifest.read(saved).files[CHECKPOINT_NAME].precision == "fp16"
+    save_checkpoint(tmp_path / "whole", KeypointNet(64), Manifest(spec=ModelSpec("x", 64)), half=False)
+    assert Manifest.read(tmp_path / "whole").files[CHECKPOINT_NAME].precision == "fp32"
+
+
+def test_weights_are_for_everybody_to_read(saved: Path) -> None:
+    assert (saved / CHECKPOINT_NAME).stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("left", [CHECKPOINT_NAME, "manifest.json"])
+def test_no_run_begins_where_a_bundle_is_or_a_part_of_one(left: str, tmp_path: Path) -> None:
+    (tmp_path / left).touch()
+    with pytest.raises(KpError, match="already holds a bundle; name another folder with --out"):
+        check_start(tmp_path, resume=False)
+
+
 def test_the_same_weights_are_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     net, manifest = load_checkpoint(saved)
     for i in range(8):

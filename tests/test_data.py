@@ -33,7 +33,7 @@ from kp_train.data import (
     start_of_workers,
 )
 from kp_train.face_windows import Pictures, WindowDataset, read_pictures
-from kp_train.loaders import Loaders, SourceSampler
+from kp_train.loaders import Loaders, SourceSampler, held_out_batches
 from kp_train.synthetic import drawn_face, write_csv_source
 
 
@@ -268,6 +268,15 @@ def test_fewer_faces_than_a_batch_are_one(csv_source: Path, batch_size: int, bat
     loaders = Loaders(faces, faces, SourceSampler([6], [1.0], seed=1), batch_size, workers=0)
     loaders.trainer = SimpleNamespace(global_rank=0, world_size=1)  # type: ignore[assignment]
     assert [len(crops) for crops, _ in loaders.train_dataloader()] == batches
+
+
+def test_a_worker_loads_its_own_share(csv_source: Path) -> None:
+    faces = FaceDataset(read_source(csv_source).faces, ModelSpec("x", 64))
+    loaders = Loaders(faces, faces, SourceSampler([6], [1.0], seed=1), 2, workers=0)
+    loaders.trainer = SimpleNamespace(global_rank=1, world_size=2)  # type: ignore[assignment]
+    draws = loaders.train_dataloader().sampler
+    assert list(draws) == list(SourceSampler([6], [1.0], seed=1, rank=1, ranks=2))
+    assert loaders.val_dataloader().batch_sampler == held_out_batches(6, 2, rank=1, ranks=2)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes begin as the platform has it")

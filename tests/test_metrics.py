@@ -19,6 +19,12 @@ def test_nme_is_the_distance_over_the_eye_corners() -> None:
     np.testing.assert_allclose(point_errors(predicted, TRUTH), 5 / EYES)
 
 
+def test_errors_are_counted_in_the_truths_own_size() -> None:
+    middle = TRUTH.mean(axis=1, keepdims=True)
+    errors = point_errors(2 * TRUTH - middle, TRUTH)  # a face that is twice as large
+    np.testing.assert_allclose(errors, np.linalg.norm(TRUTH - middle, axis=-1) / EYES)
+
+
 def test_accuracy_by_hand() -> None:
     shares = np.array([0.0, 0.02, 0.079, 0.081])  # a failure is over 8%
     predicted = TRUTH.copy()

@@ -32,6 +32,23 @@ def test_workers_share_the_draws_of_one(ranks: int) -> None:
         assert len(together) == each * ranks
 
 
+def test_an_epoch_draws_each_source_by_its_weight() -> None:
+    """Whole passes, and then a random part."""
+    drawn = Counter(index for index, _ in SourceSampler([10, 7], [2.5, 1.0], seed=1))
+    assert sorted(drawn[index] for index in range(10)) == [2] * 5 + [3] * 5
+    assert [drawn[index] for index in range(10, 17)] == [1] * 7
+
+
+def test_each_epoch_is_drawn_anew_and_is_the_same_once_more() -> None:
+    sampler = SourceSampler([20], [1.0], seed=1)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert not {*first} & {*second}  # each draw has a seed of its own
+    sampler.set_epoch(0)
+    assert list(sampler) == first
+
+
 @pytest.mark.parametrize("count", [2, 3, 17, 64, 65, 129])
 @pytest.mark.parametrize("batch_size", [1, 32])
 @pytest.mark.parametrize("ranks", [1, 2, 8])
