@@ -270,6 +270,17 @@ def test_parity_finds_the_worst_face_and_region() -> None:
         check_parity(report, SIZE)
 
 
+def test_one_point_in_a_face_is_over_its_99th_percentile_and_the_eyes_are_pytorchs() -> None:
+    faces = FaceSet(("a",), np.zeros((1, 1, SIZE, SIZE), np.uint8), "made up")
+    base = np.zeros((1, 68, 2), np.float32)
+    base[:, 45, 0] = 20.0
+    moved = base.copy()
+    moved[0, 45] += (5, 0)  # the file's own eyes are 25 px apart
+    report = parity(Answer(base), Answer(moved), faces, file="f", precision="fp32")
+    assert (report.p50_px, report.p99_px) == (0, 5)
+    assert report.nme == pytest.approx(5 / 68 / 20 * 100)
+
+
 def test_labels_show_a_rise_of_the_error() -> None:
     crops = np.zeros((2, 1, SIZE, SIZE), np.uint8)
     truth = np.zeros((2, 68, 2))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +18,7 @@ from onnx import TensorProto, numpy_helper
 import kp_export.int8_from_onnx as module
 from kp_export.bundle import export_bundle
 from kp_export.int8_from_onnx import CHOICES, check_calibration
+from kp_export.onnx_from_checkpoint import onnx_from_checkpoint
 from kp_export.operators import operator_problems
 from kp_export.parity import LIMITS, FaceSet, Limit, faces_from_sources
 from kp_runtime.backend import open_backend
@@ -163,9 +167,46 @@ def test_no_room_for_the_quantiser_is_not_the_bundle_s_fault(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("onnxruntime.quantization.quantize_static", full)
+    level = logging.getLogger().level
     told = f"can't write the quantiser's files into {tempfile.gettempdir()}: No space left on device; .*TMPDIR"
     with pytest.raises(ExportError, match=told):
         export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), calibration=[source])
+    assert logging.getLogger().level == level  # the quantiser alone is to be quiet
+
+
+@pytest.mark.parametrize(
+    ("method", "wanted", "options", "batches"),
+    [("minmax", "MinMax", {}, {32, 16}), ("percentile", "Percentile", {"CalibPercentile": 99.99}, {20})],
+)
+def test_ranges_are_found_as_was_asked(
+    method: str,
+    wanted: str,
+    options: dict[str, float],
+    batches: set[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def quantise(fp32: str, out: str, reader: Any, **rest: Any) -> None:
+        asked.update(rest, batches={len(batch["crops"]) for batch in iter(reader.get_next, None)})
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr("onnxruntime.quantization.quantize_static", quantise)
+    onnx_from_checkpoint(
+        KeypointNet(SIZE).eval(),
+        ModelSpec("x", SIZE),
+        tmp_path / "a.onnx",
+        precision="fp32",
+        checkpoint_sha256="0" * 64,
+    )
+    faces = FaceSet(("x",) * 80, np.zeros((80, 1, SIZE, SIZE), np.uint8), "x")
+    choice = module.Int8Choice(method)
+    with pytest.raises(ExportError, match=r"quantiser fails on a\.onnx: seen"):
+        module.int8_from_onnx(tmp_path / "a.onnx", tmp_path / "b", precision="int8", calibration=faces, choice=choice)
+    assert asked["calibrate_method"].name == wanted
+    assert {key: value for key, value in asked["extra_options"].items() if key.startswith("Calib")} == options
+    assert asked["batches"] == batches  # onnxruntime's percentile takes batches of one size alone
 
 
 def test_int8_without_faces_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -200,6 +241,12 @@ def test_noise_few_faces_and_no_labels_are_refused(source: Source, rng: np.rando
         return np.stack([answers.get(crop.tobytes(), faces.xy_crop[0] + 30) for crop in crops]).astype(np.float32)
 
     check_calibration(faces, knows)
+    for missed, taken in ((len(faces.names) // 5, True), (len(faces.names) // 5 + 1, False)):
+        crops = faces.crops.copy()
+        crops[:missed] = 255 - crops[:missed]
+        some = FaceSet(faces.names, crops, "some", faces.xy_crop)
+        with contextlib.nullcontext() if taken else pytest.raises(DataError, match=r"misses 2\d% of them"):
+            check_calibration(some, knows)
     noise = FaceSet(faces.names, rng.integers(0, 256, faces.crops.shape, dtype=np.uint8), "noise", faces.xy_crop)
     with pytest.raises(DataError, match="noise does not look like faces"):
         check_calibration(noise, knows)

@@ -61,6 +61,12 @@ def test_unknown_operator_is_named(tmp_path: Path) -> None:
         check_operators(path)
 
 
+def test_of_many_problems_three_are_named(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Det", ["x"], [f"y{i}" if i else "y"], name=f"d{i}") for i in range(5)]
+    with pytest.raises(ExportError, match=r"node d2 \(Det\): the operator is not supported; and 2 more\. Write"):
+        check_operators(saved(tmp_path, nodes))
+
+
 def test_operator_of_another_domain_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path, [helper.make_node("Mine", ["x"], ["y"], domain="com.example")])
     (problem,) = operator_problems(path)

@@ -92,6 +92,35 @@ def test_bytes_count_where_compute_cannot_be_estimated() -> None:
         check_receipt(got, "fp32", dla=False)
 
 
+def test_shares_are_of_the_work_the_largest_first() -> None:
+    def mixed(int8: int) -> Any:
+        return receipt(
+            *({**GUIDE, "Weights": {"Type": t, "Count": n}} for t, n in (("Half", 100 - int8), ("Int8", int8)))
+        )
+
+    assert list(mixed(70).compute_shares.items()) == [("int8", 0.7), ("fp16", 0.3)]
+    assert mixed(70).layer_shares == {"fp16": 0.5, "int8": 0.5}
+    check_receipt(mixed(70), "int8", dla=False)
+    with pytest.raises(ExportError, match="only 69% of the engine's compute is int8"):
+        check_receipt(mixed(69), "int8", dla=False)
+
+
+def test_bytes_are_those_that_are_read_and_written_each_once() -> None:
+    """A fused product's weights are among its inputs."""
+    inputs = [tensor("Half", 8, 4), tensor("Half", 4, 6)]
+    product = {"Name": "p", "LayerType": "gemm", "Inputs": inputs, "Outputs": [tensor("Half", 8, 6)]}
+    same = {"Name": "s", "LayerType": "kgen", "Inputs": [], "Outputs": [tensor("Float", 1, (32 + 24 + 48) // 2)]}
+    assert receipt(product, same).byte_shares == {"fp16": 0.5, "fp32": 0.5}
+    apart = {"Name": "s", "LayerType": "conv", "Weights": {"Type": "Float", "Count": 52}, "Inputs": [], "Outputs": []}
+    assert receipt(product, apart).byte_shares == {"fp16": 0.5, "fp32": 0.5}
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("DLA", 1), ("", 1), ("Myelin", 0)])
+def test_a_foreign_node_is_the_dlas_unless_the_compiler_made_it(kind: str, layers: int) -> None:
+    node = {"Name": "{ForeignNode[conv0...fc]}", "LayerType": kind, "Inputs": [], "Outputs": [tensor("Half", 8, 4)]}
+    assert receipt(node).dla_layers == layers
+
+
 def test_nothing_to_count_is_no_proof() -> None:
     with pytest.raises(ExportError, match="nothing that can be counted"):
         check_receipt(receipt({"Name": "x", "LayerType": "kgen"}), "fp16", dla=False)

@@ -22,7 +22,7 @@ from kp_export.parity import FaceSet, bundled_faces, faces_from_sources
 from kp_export.verify import FileVerdict, Verification, check_verification, verification_json, verify_bundle
 from kp_export.verify_page import verification_page
 from kp_runtime.backend import Backend, open_backend
-from kp_runtime.errors import BundleError, DataError, IntegrityError, ParityError
+from kp_runtime.errors import BundleError, DataError, IntegrityError, MissingExtraError, ParityError
 from kp_runtime.geometry import apply_matrix, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
 from kp_train.data import luma_of_face, read_source
@@ -210,6 +210,21 @@ def test_a_plan_that_can_not_run_here_never_passes(
         check_verification(verify_bundle(copied, faces))
 
 
+def test_an_onnx_file_needs_onnxruntime_and_a_plan_may_go_without_tensorrt(
+    copied: Path, faces: FaceSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(path: Path, name: str, **_: object) -> Backend:
+        raise MissingExtraError(name, "ort", "running models")
+
+    monkeypatch.setattr("kp_export.verify.open_backend", absent)
+    (copied / PLAN).write_bytes(b"a plan")
+    replace(copied, PLAN, kind="plan", precision="fp16")
+    (plan,) = verify_bundle(copied, faces, files=[PLAN]).files
+    assert plan.verdict == "not run"
+    with pytest.raises(MissingExtraError, match="ort-cpu"):
+        verify_bundle(copied, faces)
+
+
 @pytest.mark.parametrize(("precision", "limits"), [("fp16", "fp16"), ("int8", "int8-trt")])
 def test_a_plan_that_runs_is_held_to_its_limits(
     copied: Path, faces: FaceSet, monkeypatch: pytest.MonkeyPatch, precision: str, limits: str
@@ -256,6 +271,12 @@ def test_labels_give_the_rise(exported: Path, tmp_path: Path) -> None:
     assert result.files[0].parity is not None
     assert result.files[0].parity.rise is not None
     assert "no labels" not in verification_page(result, tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_of_many_faces_a_few_are_compared_from_the_first_to_the_last(tmp_path: Path) -> None:
+    source = read_source(write_csv_source(tmp_path, people=3))
+    found = faces_from_sources([source], ModelSpec("x", SIZE), most=2)
+    assert [Path(name).name for name in found.names] == [source.faces[i].image.name for i in (0, -1)]
 
 
 def test_a_model_of_whole_frames_is_compared_on_these(tmp_path: Path) -> None:
