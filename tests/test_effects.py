@@ -149,6 +149,25 @@ def test_a_large_picture_is_averaged_when_it_is_made_small() -> None:
     assert abs(drawn[70:130, 70:130].astype(int) - 128).max() <= 1
 
 
+def test_a_small_picture_s_pixels_lie_in_the_middle_of_those_that_they_are_means_of() -> None:
+    places = {n: tuple(mean_shape()[list(ANCHORS[n])].mean(axis=0) * 80 + 40) for n in EYES}
+    bgra = np.zeros((80, 80, 4), np.uint8)
+    bgra[40:44, 40:44] = 255
+    face = (mean_shape() * 80 + 40 - 1.5) / 4 + 100
+    drawn = Picture(bgra, places)(np.zeros((140, 140, 3), np.uint8), face[None])
+    assert np.argwhere(drawn[:, :, 0]).tolist() == [[110, 110]]
+
+
+def test_an_enlarged_picture_fades_out_over_a_pixel_of_its_own() -> None:
+    places = {n: tuple(mean_shape()[list(ANCHORS[n])].mean(axis=0) * 2 + 5) for n in EYES}
+    effect = Picture(np.full((10, 10, 4), 255, np.uint8), places)
+    drawn = effect(
+        np.zeros((240, 240, 3), np.uint8), (mean_shape() * 16 + 140)[None]
+    )  # pixel x of it lies at 8 x + 100
+    for there in np.nonzero(drawn[:, :, 0]):
+        assert (there.min(), there.max()) == (100 - 7, 100 + 9 * 8 + 7)
+
+
 @pytest.mark.parametrize("name", EFFECTS)
 @pytest.mark.parametrize("place", [(-20, 40), (270, 230), (140, 20), (-900, 40), (1e7, 1e7)])
 def test_over_the_edge(image: np.ndarray, name: str, place: tuple[float, float]) -> None:
