@@ -160,11 +160,15 @@ def read_source(path: Path, weight: float = 1.0, points: int = POINTS) -> Source
     """
     folder = path.is_dir()
     if not (folder or (path.is_file() and path.suffix.lower() == ".csv")):
-        raise DataError(f"{path} is neither a CSV of {points} points nor a folder with .pts files; check the path")
+        others = path.is_file() and path.suffix.lower() in (".json", ".parquet") and points == POINTS
+        advice = f"make one of it: kp convert {path} {path.with_suffix('.csv')}" if others else "check the path"
+        raise DataError(f"{path} is neither a CSV of {points} points nor a folder with .pts files; {advice}")
     labelled = faces_from_file(path, "pts" if folder else "csv", points)
     images = path if folder else _image_folder(path, labelled[0].image)
     if folder and (alone := [face.where for face in labelled if not (images / face.image).is_file()]):
-        raise DataError(f"{alone[0]} has no image beside it (looked for {', '.join(IMAGE_SUFFIXES)})")
+        raise DataError(
+            f"{alone[0]} has no image beside it (looked for {', '.join(IMAGE_SUFFIXES)}); put the photos there"
+        )
     faces = tuple(Face(images / face.image, _checked(face)) for face in labelled)
     return Source(path, weight, faces, _sha256_of_labels(path))
 
@@ -190,7 +194,10 @@ def _image_folder(path: Path, name: str) -> Path:
     with contextlib.suppress(OSError):  # of a name that is longer than any file's
         if found := [place for place in places if (place / name).is_file()]:
             return found[0]
-    raise DataError(f"{path} names the image {name[:200]}, which is in none of: {', '.join(map(str, places))}")
+    raise DataError(
+        f"{path} names the image {name[:200]}, which is in none of: {', '.join(map(str, places))}; "
+        "put the photos into one of these folders"
+    )
 
 
 def _sha256_of_labels(path: Path) -> str:

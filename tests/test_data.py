@@ -107,7 +107,7 @@ def test_a_bad_csv_row_is_named(csv_source: Path, change: object, message: str) 
 
 def test_a_csv_without_its_images_says_where_it_looked(csv_source: Path) -> None:
     (csv_source.parent / "training").rename(csv_source.parent / "elsewhere")
-    with pytest.raises(DataError, match=r"person0_0.png, which is in none of: .*training"):
+    with pytest.raises(DataError, match=r"person0_0.png, which is in none of: .*training.*; put the photos into one"):
         read_source(csv_source)
 
 
@@ -197,10 +197,19 @@ def test_an_empty_csv_and_an_unknown_path_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("header\n")
     with pytest.raises(DataError, match="holds no labelled face: it has no rows"):
         read_source(tmp_path / "empty.csv")
-    with pytest.raises(DataError, match="neither a CSV"):
+    with pytest.raises(DataError, match=r"neither a CSV .*; check the path"):
         read_source(tmp_path / "nothing")
     with pytest.raises(DataError, match=r"no \.pts files"):
         read_source(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["faces.coco.json", "faces.parquet"])
+def test_a_file_that_convert_reads_is_sent_to_it(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match=rf"make one of it: kp convert \S+{name} \S+\.csv$"):
+        read_source(tmp_path / name)
+    with pytest.raises(DataError, match="check the path"):  # it converts the 68 points alone
+        read_source(tmp_path / name, points=5)
 
 
 def test_pts_files_count_from_one(tmp_path: Path, rng: np.random.Generator) -> None:
@@ -229,7 +238,7 @@ def test_a_bad_pts_file_is_named(tmp_path: Path, text: str, message: str) -> Non
 
 def test_a_pts_file_without_its_photo_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
     (tmp_path / "x.pts").write_text(pts_text(drawn_face(rng)[1]))
-    with pytest.raises(DataError, match="has no image beside it"):
+    with pytest.raises(DataError, match=r"has no image beside it .*; put the photos there"):
         read_source(tmp_path)
 
 
