@@ -156,7 +156,9 @@ def _private_key(path: Path) -> Any:
     except InputError:
         raise
     except Exception as error:  # as above; a key with a passphrase is a TypeError
-        raise InputError(f"{path} is no private key in PEM without a passphrase ({error})") from error
+        raise InputError(
+            f"{path} is no private key in PEM without a passphrase: give the .pem that kp sign --new-key wrote"
+        ) from error
     if not isinstance(key, ed25519.Ed25519PrivateKey):
         raise InputError(f"{path} is no Ed25519 key; make one with: kp sign --new-key release.pem")
     return key

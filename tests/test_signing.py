@@ -247,7 +247,7 @@ def test_keys_that_are_none(signed: Path, tmp_path: Path, keys: Path) -> None:
             load(signed, public_key=given)
     for name, message in (
         ("rsa.pem", "is no Ed25519 key; make one with: kp sign --new-key"),
-        ("locked.pem", "is no private key in PEM without a passphrase"),
+        ("locked.pem", r"is no private key in PEM without a passphrase: give the \.pem that kp sign --new-key wrote$"),
         ("none.pem", "can't be read: No such file"),
     ):
         with pytest.raises(InputError, match=message):
