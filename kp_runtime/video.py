@@ -22,6 +22,7 @@ from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.effects import Effect
 from kp_runtime.errors import BackendError, ImageError, KpError
 from kp_runtime.frame import bgr_copy, import_cv2
+from kp_runtime.geometry import boxes_from_points
 from kp_runtime.track import Track, Tracker
 from kp_runtime.video_sink import Sink
 from kp_runtime.video_source import Source, VideoFrame
@@ -164,16 +165,18 @@ class Window:
 
 
 def draw_tracks(image: NDArray[np.uint8], tracks: Sequence[Track]) -> NDArray[np.uint8]:
-    """Boxes, ids and points on a BGR copy of a uint8 image: BGR, BGRA or grey."""
+    """Points, the boxes around them and ids on a BGR copy of a uint8 image: BGR, BGRA or grey."""
     cv2, canvas = import_cv2(), bgr_copy(image)
     if not tracks:
         return canvas
-    put_boxes(canvas, [track.box_xyxy for track in tracks])
-    for track in tracks:
-        x, y = np.rint(np.clip(track.box_xyxy[:2], -(2**20), 2**20)).astype(int).tolist()
+    points = np.stack([track.xy for track in tracks])
+    boxes = boxes_from_points(points)  # a track's own lags behind a face that moves: it was looked for there
+    put_boxes(canvas, boxes)
+    for track, box in zip(tracks, boxes, strict=True):
+        x, y = np.rint(np.clip(box[:2], -(2**20), 2**20)).astype(int).tolist()
         at = max(x, 0), max(y - 6, 16)  # on the picture
         cv2.putText(canvas, str(track.id), at, cv2.FONT_HERSHEY_SIMPLEX, 0.7, (96, 96, 240), 2, cv2.LINE_AA)
-    put_keypoints(canvas, np.stack([track.xy for track in tracks]))
+    put_keypoints(canvas, points)
     return canvas
 
 

@@ -316,7 +316,7 @@ def test_frames_of_a_pipeline_may_be_grey_or_have_four_channels(channels: int | 
 
 def test_ids_at_the_pictures_edge_can_be_read() -> None:
     def drawn(number: int, box: tuple[float, ...]) -> np.ndarray:
-        track = Track(number, np.array(box), np.full((68, 2), 60, np.float32), 0.0)
+        track = Track(number, np.array(box), np.linspace(box[:2], box[2:], 68, dtype=np.float32), 0.0)
         return draw_tracks(picture(0), (track,))
 
     for box in ((10.0, 1, 90, 80), (-30.0, 40, 90, 90)):
@@ -325,8 +325,11 @@ def test_ids_at_the_pictures_edge_can_be_read() -> None:
 
 def test_drawing_leaves_the_frame_alone_and_shows_the_id() -> None:
     image = picture(40)
-    track = Track(7, np.array([40.0, 30, 90, 80]), np.full((68, 2), 60, np.float32), 0.01)
+    looked_for = np.array([10.0, 30, 60, 80])  # it has moved to the right
+    track = Track(7, looked_for, np.linspace((40, 30), (90, 80), 68, dtype=np.float32), 0.01)
     drawn = draw_tracks(image, [track])
+    assert (drawn[31:81, 8:38] == 40).all()
+    assert (drawn[31:81, 90] != 40).any(axis=1).all()
     assert image.max() == 40
     assert np.abs(drawn[8:24, 36:60].astype(int) - 40).max() > 50
     assert draw_tracks(image, []) is not image
