@@ -17,6 +17,9 @@ from kp_train.data import FaceDataset, evenly_spread
 
 __all__ = ["EpochLines", "FacesPicture", "StateKeeper", "Together"]
 
+_CELL = 224
+"""Smaller crops are shown enlarged to at least so many pixels: points can't be told apart on less."""
+
 
 class Together(Callback):
     """Sees to it that all workers begin alike, and that a resumed run goes on where it was and ends as it would have.
@@ -107,10 +110,12 @@ class FacesPicture(Callback):
         pl_module.train(was_training)
         # those of a run that leaves all measure can't be drawn; it is told of that when it ends
         predicted = predicted.nan_to_num(nan=-9).clamp(-9, 2 * self.crops.shape[-1])
-        cells = []
-        for crop, truth, guess in zip(self.crops, self.xy, predicted, strict=True):
-            cell = draw_keypoints(crop.expand(3, -1, -1), truth[None], colors="lime", radius=1)
-            cells.append(draw_keypoints(cell, guess[None], colors="red", radius=1))
+        cells, times = [], -(-_CELL // self.crops.shape[-1])
+        crops = self.crops.repeat_interleave(times, 2).repeat_interleave(times, 3)
+        truths, guesses = ((xy + 0.5) * times - 0.5 for xy in (self.xy, predicted))
+        for crop, truth, guess in zip(crops, truths, guesses, strict=True):
+            cell = draw_keypoints(crop.expand(3, -1, -1), truth[None], colors="lime", radius=2)
+            cells.append(draw_keypoints(cell, guess[None], colors="red", radius=2))
         sheet = make_grid(torch.stack(cells), nrow=8)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_image(sheet.float() / 255, self.folder / f"faces_epoch_{epoch:03d}.png")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -93,6 +94,7 @@ def test_faces_are_drawn_every_few_epochs_and_by_the_first_worker(faces: Path, t
             picture.on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
     drawn = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     assert drawn == ["False_True/faces_epoch_003.png", "False_True/faces_epoch_006.png"]
+    assert cv2.imread(str(tmp_path / drawn[0])).shape == (260, 518, 3)  # two of 64 px, enlarged to be seen
 
 
 def test_a_run_learns(trained: Path, faces: Path) -> None:
