@@ -28,6 +28,8 @@ __all__ = ["error_curve", "point_error_map", "worst_faces"]
 
 _TURNED = ((0.0, 0.15, "frontal"), (0.15, 0.5, "turned"), (0.5, np.inf, "turned far"))
 """Turns of the head from, up to, and their name."""
+_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
+"""Behind a text that a line may cross."""
 
 
 def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
@@ -43,10 +45,10 @@ def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
     axes = figure.subplots()
     axes.step(np.concatenate([[0], errors]), np.concatenate([[0], share]), where="post", color="#1f6f8b", linewidth=2)
     axes.axvline(FAILURE * 100, color="#999999", linestyle="--", linewidth=1)
-    axes.text(FAILURE * 100, 3, f" failures {measured.failures:.1%}", color="#666666", clip_on=True)
+    axes.text(FAILURE * 100, 3, f" failures {measured.failures:.1%}", color="#666666", clip_on=True, bbox=_PAPER)
     axes.axvline(measured.nme * 100, color="#c8553d", linewidth=1)
     at = min(measured.nme * 100, 8.2)  # one beyond the axis is told at its end
-    axes.text(at, 96, f" mean {measured.nme:.2%}", color="#c8553d", va="top", clip_on=True)
+    axes.text(at, 96, f" mean {measured.nme:.2%}", color="#c8553d", va="top", clip_on=True, bbox=_PAPER)
     unit = "outer eye corner distance" if evaluation.predicted.shape[1] == POINTS else "box size"
     axes.set(xlim=(0, 10), ylim=(0, 100), xlabel=f"NME, % of the {unit}", ylabel="faces, %")
     axes.set_title(f"{title}: {measured.faces} faces, AUC at 8% {measured.auc:.3f}", fontsize=10)
@@ -62,9 +64,6 @@ def point_error_map(evaluation: Evaluation, title: str, path: Path) -> Path:
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = _figure(10, 4.2)
-    from matplotlib.collections import EllipseCollection
-
     truth = np.stack([face.xy for face in evaluation.faces]).astype(np.float64)
     errors, turn = point_errors(evaluation.predicted, truth), turns(truth)
     to_left = turn < 0
@@ -76,6 +75,9 @@ def point_error_map(evaluation: Evaluation, title: str, path: Path) -> Path:
         for name, inside in found
         if inside.any()
     ]
+    figure = _figure(max(5.5, 1 + 3 * len(panels)), 4.2)
+    from matplotlib.collections import EllipseCollection
+
     worst = max(size.max() for _, _, size in panels)
     low, high = (edge(np.concatenate([s for _, s, _ in panels]), axis=0) for edge in (np.min, np.max))
     (left, top), (right, bottom) = low - 2 * worst, high + 2 * worst

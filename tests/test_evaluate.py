@@ -234,6 +234,10 @@ def test_the_map_of_errors_shows_each_point_and_takes_both_sides_alike(source: S
     jaw, mouth = (cv2.imdecode(np.frombuffer(drawn(p), np.uint8), 0) for p in (slice(17), slice(48, 68)))
     assert jaw.shape == mouth.shape
     assert (jaw != mouth).mean() > 0.005
+    alone = dataclasses.replace(result, faces=result.faces[:1], predicted=result.predicted[:1] + 2)
+    picture = cv2.imread(str(point_error_map(alone, "a model", tmp_path / "alone.png")), 0)
+    inked = np.flatnonzero((picture < 250).any(axis=0))  # faces of one turn leave no empty half
+    assert inked[0] < 0.2 * picture.shape[1]
 
 
 def test_the_mean_shape_is_a_face() -> None:
