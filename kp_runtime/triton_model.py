@@ -39,6 +39,8 @@ Faces = tuple[NDArray[np.float32], ...]
 """Boxes `(n, 4)` and keypoints `(n, points, 2)` of an image, float32, pixels of the image; behind them the lost scores
 `(n, 1)` of a model that gives them."""
 
+_Looked = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint8]]
+
 
 def check_numpy(version: str = np.__version__) -> None:
     """Refuses numpy 2.
@@ -78,7 +80,9 @@ class ImagesModel:
         self._cropper = CpuCropper(self._backend.threads)
         self._detector = load_detector(detector, threads=threads)
         data = Manifest.read(bundle).read_file(bundle, GOLDEN_NAME)
-        self._golden = golden_from_bytes(data, self._backend.spec, GOLDEN_NAME)
+        spec = self._backend.spec
+        self._golden = golden_from_bytes(data, spec)
+        self._no_crops = np.empty((0, 1, spec.size, spec.size), np.uint8)
 
     @property
     def report(self) -> str:
@@ -91,43 +95,36 @@ class ImagesModel:
 
         An error of the network is everyone's.
         """
-        answers: list[list[Faces] | KpError] = []
-        cut: list[tuple[list[Faces], int, Any]] = []  # whose answer, which image of it, its matrices
-        crops = []
+        looked: list[list[_Looked] | KpError] = []
         for images in calls:
             try:
-                looked = [self._crops(data, i) for i, data in enumerate(images)]
+                looked.append([self._crops(data, i) for i, data in enumerate(images)])
             except KpError as error:
-                answers.append(error)
-                continue
-            answer: list[Faces] = []
-            for i, (boxes, matrices, found) in enumerate(looked):
-                answer.append((boxes.astype(np.float32),))
-                cut.append((answer, i, matrices))
-                crops.append(found)
-            answers.append(answer)
-        if not crops:
-            return answers
+                looked.append(error)
+        crops = [found for call in looked if not isinstance(call, KpError) for *_, found in call]
         try:
-            given = self._backend.answer(np.concatenate(crops))
+            given = self._backend.answer(np.concatenate([self._no_crops, *crops]))
         except KpError as error:
-            return [known if isinstance(known, KpError) else error for known in answers]
-        start = 0
-        for answer, i, matrices in cut:
-            xy_crop, *scores = (array[start : start + len(matrices)] for array in given.outputs())
-            xy = apply_matrix(invert_matrix(matrices), xy_crop).astype(np.float32)
-            answer[i] = (*answer[i], xy, *scores)
-            start += len(matrices)
-        return answers
+            return [call if isinstance(call, KpError) else error for call in looked]
+        ends = np.cumsum([len(found) for found in crops], dtype=int)
+        parts = zip(*(np.split(array, ends) for array in given.outputs()), strict=True)
+        return [
+            call
+            if isinstance(call, KpError)
+            else [
+                (boxes.astype(np.float32), apply_matrix(invert_matrix(matrices), xy).astype(np.float32), *scores)
+                for (boxes, matrices, _), (xy, *scores) in zip(call, parts, strict=False)  # the next calls' remain
+            ]
+            for call in looked
+        ]
 
-    def _crops(self, data: bytes, index: int) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.uint8]]:
+    def _crops(self, data: bytes, index: int) -> _Looked:
         """Boxes, matrices and crops of an image's faces."""
         spec = self._backend.spec
         if data == PROBE:
             golden_error(self._backend, self._golden, self._backend.report.precision)
-            return np.empty((0, 4)), np.empty((0, 2, 3)), np.empty((0, 1, spec.size, spec.size), np.uint8)
-        image = image_from_bytes(data, f"image {index}")
-        frame = as_frame(image)
+            return np.empty((0, 4)), np.empty((0, 2, 3)), self._no_crops
+        frame = as_frame(image_from_bytes(data, f"image {index}"))
         boxes = checked_boxes(self._detector(frame), frame.size_hw)
         matrices = matrices_from_boxes(boxes, spec.size, spec.margin)
         crops = self._cropper.crops_from_frame(frame, matrices, spec.size)
