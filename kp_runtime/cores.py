@@ -95,8 +95,7 @@ def cores_from_text(text: str) -> frozenset[int]:
 @contextlib.contextmanager
 def on_cores(cores: frozenset[int] | None) -> Iterator[None]:
     """Runs the block in this thread on these cores; after it, the thread may run where it might before."""
-    before = None if cores is None else os.sched_getaffinity(0)
-    if cores is None or before is None or before <= cores:
+    if cores is None or (before := os.sched_getaffinity(0)) <= cores:
         yield
         return
     os.sched_setaffinity(0, cores)
