@@ -287,18 +287,9 @@ def _absent(ort: Any, provider: str, driver: CudaDriver) -> str:
     if l4t_release():
         return f"{have}; no public wheel has code for a Jetson's GPU: take the backend tensorrt (kp plan), or ort-cpu"
     wheel = f"'kp-edge[ort-gpu]'{_release(driver) and ' ' + repr('onnxruntime-gpu' + _release(driver))}"
-    installed = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(metadata, name)]
-    if len(installed) == 2:
+    if all(any(metadata.distributions(name=name)) for name in ("onnxruntime", "onnxruntime-gpu")):
         return (
             f"{have}: onnxruntime and onnxruntime-gpu are both installed and write into one folder; remove "
             f"onnxruntime: pip uninstall -y onnxruntime onnxruntime-gpu && pip install {wheel}"
         )
     return f"{have}; run: pip uninstall -y onnxruntime && pip install {wheel}"
-
-
-def _is_installed(metadata: Any, name: str) -> bool:
-    try:
-        metadata.distribution(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True

@@ -443,11 +443,7 @@ def test_engine_that_fails_while_it_runs(
 def test_onnxruntime_without_the_provider(
     installed: tuple[str, ...], message: str, driver: DriverDouble, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def distribution(name: str) -> None:
-        if name not in installed:
-            raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "distribution", distribution)
+    monkeypatch.setattr(metadata, "distributions", lambda name: [name] * (name in installed))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     told = rf"has no CUDAExecutionProvider.*{message}.*'kp-edge\[ort-gpu\]'"
     with pytest.raises(BackendError, match=rf"{told} 'onnxruntime-gpu<1\.27'$"):
