@@ -60,12 +60,10 @@ class Feeder:
             InputError: there is no such way.
         """
         with self._lock:
-            way = next((way for way in self._ways if way.name == name), None)
-        if way is None:
-            names = ", ".join(way.name for way in self._ways)
-            raise InputError(f"there is no way {name!r:.40} to feed a batch; choose from {names}")
-        with self._lock:
-            self._settled[_size(faces)] = way
+            ways = {way.name: way for way in self._ways}
+            if name not in ways:
+                raise InputError(f"there is no way {name!r:.40} to feed a batch; choose from {', '.join(ways)}")
+            self._settled[_size(faces)] = ways[name]
 
     def drop(self, way: Way) -> None:
         """Takes away a way that does not work here."""
