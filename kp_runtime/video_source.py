@@ -192,7 +192,7 @@ class FileSource:
             raise InputError(f"{self.name} can be read once; open it again")
         self._is_read = True
         read, image, index, seconds, last = True, self._first, 0, 0.0, 0.0
-        with _released(self._capture):
+        try:
             while read:
                 yield VideoFrame(index, seconds, image)
                 index += 1
@@ -205,6 +205,8 @@ class FileSource:
                 else:
                     seconds += 1 / self.rate
                 last = stamp if read else last
+        finally:
+            self._capture.release()
         if self._is_here and ends_early(self._path):
             raise ImageError(f"{self.name} is cut off: {index} frames could be read")
         # some containers only estimate their number of frames, and of a trimmed one not all are shown
@@ -324,14 +326,6 @@ class LiveSource:
 def _with_numbers(path: Path) -> list[str | int]:
     """What a frame's name is sorted by: text and numbers in turns."""
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", path.name))]
-
-
-@contextlib.contextmanager
-def _released(capture: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        capture.release()
 
 
 def _stem(name: str) -> str:
