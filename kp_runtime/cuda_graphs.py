@@ -20,7 +20,7 @@ from kp_runtime.backend import Answer
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import BackendError
 
-__all__ = ["CANARY_PX", "GraphReport", "GraphSwitch", "GraphWarning", "canary_fault", "captured", "destroy"]
+__all__ = ["CANARY_PX", "GraphReport", "GraphSwitch", "GraphWarning", "canary_fault", "captured"]
 
 CANARY_PX = 1e-3
 """Pixels of the crop: launches of a graph may differ less from plain ones, different pictures must differ more."""
@@ -99,11 +99,6 @@ def _check_nodes(driver: CudaDriver, graph: Any) -> None:
     nodes = driver.call("cuGraphGetNodes", graph, count) if count else []
     if any(driver.call("cuGraphNodeGetType", node) == host for node in nodes):
         raise BackendError("the work calls code of the host, which a graph would call again at each launch")
-
-
-def destroy(driver: CudaDriver, graph: Any) -> None:
-    """Frees a graph of `captured`, which no stream may be running."""
-    driver.call("cuGraphExecDestroy", graph)
 
 
 def canary_fault(plain: Sequence[Answer], launched: Sequence[Answer]) -> str | None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.backend import Answer, warmup_sizes
 from kp_runtime.cuda_driver import CudaDriver, Memory
-from kp_runtime.cuda_graphs import GraphReport, GraphSwitch, canary_fault, captured, destroy
+from kp_runtime.cuda_graphs import GraphReport, GraphSwitch, canary_fault, captured
 from kp_runtime.device_backend import DeviceBackend, Lane, arrays_of
 from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError
@@ -193,7 +193,7 @@ class _Graph:
     handle: Any
 
     def close(self, driver: CudaDriver) -> None:
-        destroy(driver, self.handle)
+        driver.call("cuGraphExecDestroy", self.handle)
         self.lane.close()
 
 
@@ -276,7 +276,7 @@ class _Lane:
         """Runs so many faces once, and captures their graph."""
         self._driver.make_current()
         try:
-            self._answer_to(self._canaries(bytes_a_pixel, n)[0], bytes_a_pixel)
+            self._answer_to(self._canaries(bytes_a_pixel, n)[0])
             for _ in range(2):  # calls
                 self._graph(bytes_a_pixel, n)
         except BaseException:
@@ -364,11 +364,11 @@ class _Lane:
     def _prove(self, key: tuple[int, int]) -> None:
         """Captures a graph, and keeps it when it answers as plain calls do for two pictures."""
         canaries = self._canaries(*key)
-        plain = [self._answer_to(canary, key[0]) for canary in canaries]
+        plain = [self._answer_to(canary) for canary in canaries]
         graph = fault = None
         try:
             graph = self._captured(*key)
-            fault = canary_fault(plain, [self._answer_to(canary, key[0], graph) for canary in canaries])
+            fault = canary_fault(plain, [self._answer_to(canary, graph) for canary in canaries])
         except BackendError as error:
             fault = str(error)
         if graph is not None and fault is None:
@@ -413,10 +413,8 @@ class _Lane:
             address += picture.size
         return canaries
 
-    def _answer_to(
-        self, canary: tuple[DeviceFrame, NDArray[np.void]], bytes_a_pixel: int, graph: _Graph | None = None
-    ) -> Answer:
+    def _answer_to(self, canary: tuple[DeviceFrame, NDArray[np.void]], graph: _Graph | None = None) -> Answer:
         frame, faces = canary
         self._records.write(frame, faces)
-        self._launch(bytes_a_pixel, len(faces), graph)
+        self._launch(CHANNELS[frame.layout], len(faces), graph)
         return self.answer(len(faces))
