@@ -73,16 +73,15 @@ def open_plan(
     driver, trt = CudaDriver(), tensorrt_runtime()
     reasons: list[str] = []
     for name in names:
-        reason = plan_mismatch(manifest.files[name], driver, trt)
+        entry = manifest.files[name]
+        reason = plan_mismatch(entry, driver, trt)
         if reason is None:
-            plan, entry = manifest.read_file(folder, name), manifest.files[name]
             try:
-                opened = TensorRtBackend(plan, entry, manifest.spec, driver, trt)
-            except _RefusedError as error:
-                reason = f"is refused: {error}"
-            else:
+                opened = TensorRtBackend(manifest.read_file(folder, name), entry, manifest.spec, driver, trt)
                 passed_over += reasons
                 return name, opened
+            except _RefusedError as error:
+                reason = f"is refused: {error}"
         reasons.append(f"{name} {reason}")
     raise BackendError(f"{'; '.join(reasons)}; {_rebuild(folder, manifest.files[names[0]])}")
 
