@@ -4,6 +4,7 @@ import csv
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -111,6 +112,20 @@ def test_detector_s_boxes_are_used_and_timed(model: Model, photo: Path) -> None:
     assert list(timer.seconds) == ["read", "detect", "crop", "infer", "map back"]
     assert np.array_equal(result.keypoints.boxes_xyxy, BOXES)
     assert np.array_equal(result.keypoints.xy, predict_photo(model, photo, boxes_xyxy=BOXES).keypoints.xy)
+
+
+def test_without_a_timer_the_model_times_nothing(
+    model: Model, photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # on a GPU a timed call waits after each stage and uses no CUDA graph
+    given, call = [], Model.__call__
+
+    def told(self: Model, *arguments: Any, **rest: Any) -> Keypoints:
+        given.append(rest.get("timer"))
+        return call(self, *arguments, **rest)
+
+    monkeypatch.setattr(Model, "__call__", told)
+    predict_photo(model, photo, boxes_xyxy=BOXES)
+    assert given == [None]
 
 
 def test_no_boxes_and_no_detector(model: Model, photo: Path) -> None:
