@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import BackendError, InputError, reason_of
-from kp_runtime.frame import Frame, as_frame, cv2_name, import_cv2
+from kp_runtime.frame import Frame, as_frame, bgr_copy, cv2_name, import_cv2
 
 __all__ = ["BoxMap", "Detector", "HaarDetector", "YuNetDetector", "check_smallest", "largest_first", "map_from_pairs"]
 
@@ -167,12 +167,7 @@ class YuNetDetector(_OpenCvDetector):
         """The network's own boxes, `(n, 4)` x0, y0, x1, y1."""
         cv2 = self._cv2
         height, width = frame.size_hw
-        if frame.layout == "bgr":
-            bgr: Any = frame.data
-        elif frame.layout in ("rgb", "bgra", "rgba"):
-            bgr = cv2.cvtColor(frame.data, getattr(cv2, f"COLOR_{frame.layout.upper()}2BGR"))
-        else:
-            bgr = cv2.cvtColor(frame.luma(0, 0, width, height), cv2.COLOR_GRAY2BGR)
+        bgr = frame.data if frame.layout == "bgr" else bgr_copy(frame)
         if min(height, width) < _YUNET_LEAST:
             low, right = max(0, _YUNET_LEAST - height), max(0, _YUNET_LEAST - width)
             bgr = cv2.copyMakeBorder(bgr, 0, low, 0, right, cv2.BORDER_CONSTANT)

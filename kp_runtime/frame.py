@@ -186,11 +186,11 @@ def bgr_copy(image: Frame | NDArray[np.uint8]) -> NDArray[np.uint8]:
         ImageError: as `as_frame`.
     """
     frame = as_frame(image)
-    if frame.layout in _LUMA_PLANES:
-        height, width = frame.size_hw
-        return np.repeat(frame.luma(0, 0, width, height)[:, :, None], 3, axis=2)
-    order = 1 if frame.layout.startswith("bgr") else -1
-    return frame.data[:, :, :3][:, :, ::order].copy()
+    if frame.layout == "bgr":
+        return frame.data.copy()
+    cv2, (height, width), luma = import_cv2(), frame.size_hw, frame.layout in _LUMA_PLANES
+    source, layout = (frame.luma(0, 0, width, height), "GRAY") if luma else (frame.data, frame.layout.upper())
+    return cv2.cvtColor(source, getattr(cv2, f"COLOR_{layout}2BGR"))  # type: ignore[no-any-return]
 
 
 def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
