@@ -43,6 +43,7 @@ __all__ = [
     "faces_from_file",
     "faces_to_file",
     "format_of",
+    "import_pyarrow",
     "parquet_table",
     "pts_files",
     "pts_text",
@@ -93,7 +94,7 @@ def check_format(kind: str) -> None:
     """
     _format(kind)
     if kind == "parquet":
-        _pyarrow()
+        import_pyarrow()
 
 
 def faces_from_file(path: Path, kind: str | None = None, points: int = POINTS) -> list[LabelledFace]:
@@ -413,7 +414,7 @@ def _face_numbers(faces: Sequence[LabelledFace]) -> list[int]:
 
 
 def _read_parquet(path: Path, points: int) -> list[LabelledFace]:
-    pa, pq = _pyarrow()
+    pa, pq = import_pyarrow()
     try:
         rows = pq.read_table(path, columns=["image", "box", "keypoints"]).to_pylist()
     except (pa.ArrowException, KeyError, ValueError) as error:
@@ -430,7 +431,7 @@ def _read_parquet(path: Path, points: int) -> list[LabelledFace]:
 
 def parquet_table(faces: Sequence[LabelledFace]) -> Any:
     """The `pyarrow.Table` that is written: columns image, face (its number on the image), box, keypoints."""
-    pa, _ = _pyarrow()
+    pa, _ = import_pyarrow()
     numbers = pa.list_(pa.float32())
     return pa.table(
         {
@@ -443,14 +444,15 @@ def parquet_table(faces: Sequence[LabelledFace]) -> Any:
 
 
 def _write_parquet(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
-    _, pq = _pyarrow()
+    _, pq = import_pyarrow()
     table = parquet_table(faces)
     with writing(path) as temporary:
         pq.write_table(table, temporary)
     return [path]
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def import_pyarrow() -> tuple[Any, Any]:
+    """The modules pyarrow and pyarrow.parquet, or the error that says how to get them."""
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError as error:

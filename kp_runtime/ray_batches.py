@@ -32,7 +32,7 @@ from kp_runtime.detect import Detector
 from kp_runtime.errors import BackendError, DataError, InputError, KpError, MissingExtraError, reason_of
 from kp_runtime.files import writing
 from kp_runtime.frame import import_cv2
-from kp_runtime.interchange import LabelledFace, as_text, parquet_table
+from kp_runtime.interchange import LabelledFace, as_text, import_pyarrow, parquet_table
 from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 
@@ -149,7 +149,7 @@ class _Predictor:
         self.model, self.detector = tools.model(), tools.detector()
 
     def __call__(self, batch: Any) -> Any:
-        pa = importlib.import_module("pyarrow")
+        pa, _ = import_pyarrow()
         rows = [self._row(name) for name in batch["image"].to_pylist()]
         numbers = pa.list_(pa.list_(pa.float64()))
         columns = [("image", pa.string()), ("error", pa.string()), ("boxes", numbers), ("keypoints", numbers)]
@@ -227,7 +227,7 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _write_list(names: Sequence[str], out: Path) -> None:
-    pa, pq = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    pa, pq = import_pyarrow()
     with writing(out / "state" / "photos.parquet") as temporary:
         pq.write_table(pa.table({"image": list(names)}), temporary)
 
@@ -239,7 +239,7 @@ def _marks(out: Path) -> list[Path]:
 
 def _done(out: Path) -> set[str]:
     """The photos that are marked as done."""
-    pa, pq = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    pa, pq = import_pyarrow()
     done: set[str] = set()
     for path in _marks(out):
         try:
@@ -251,7 +251,7 @@ def _done(out: Path) -> set[str]:
 
 def _collect(out: Path, names: Sequence[str], before: int, stopped: bool) -> BatchResult:
     """Writes `keypoints.parquet` from the parts; one that a kill cut off is passed over, as its photos are not done."""
-    pa, pq = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    pa, pq = import_pyarrow()
     wanted, failed, faces = set(names), [], 0
     path = out / "keypoints.parquet"
     with writing(path) as temporary, pq.ParquetWriter(temporary, parquet_table([]).schema) as writer:
@@ -277,7 +277,7 @@ def _collect(out: Path, names: Sequence[str], before: int, stopped: bool) -> Bat
 @contextlib.contextmanager
 def _told(out: Path, names: set[str], step: Step) -> Iterator[None]:
     """Tells `step` how far Ray is, each time that it has marked more."""
-    pa, pq = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    pa, pq = import_pyarrow()
     over = threading.Event()
 
     def look() -> None:

@@ -19,9 +19,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.errors import InputError, KpError, MissingExtraError
+from kp_runtime.errors import InputError, KpError
 from kp_runtime.files import make_folder, short_name
 from kp_runtime.frame import cv2_name, import_cv2
+from kp_runtime.interchange import import_pyarrow
 from kp_runtime.track import Track
 from kp_runtime.video_source import VideoFrame
 
@@ -235,11 +236,7 @@ class ParquetSink:
     pictures = False
 
     def __init__(self, path: Path, points: int = 68) -> None:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as error:
-            raise MissingExtraError("pyarrow", "parquet", "writing Parquet") from error
+        pa, pq = import_pyarrow()
         self.path, self._temporary, self._pa = path, _temporary(path), pa
         self._rows: list[dict[str, Any]] = []
         self._error: Exception | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import errno
 import os
 import subprocess
@@ -167,14 +166,7 @@ def test_a_sink_that_breaks_off_does_not_keep_the_others_open(tmp_path: Path) ->
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = builtins.__import__
-
-    def without(name: str, *rest: object) -> object:
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return imported(name, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     source = FolderSource(folder_of_frames(tmp_path / "frames", 2))
     with pytest.raises(MissingExtraError, match=r"pip install 'kp-edge\[parquet\]'"):
         sinks_for(source, tmp_path, "parquet")
