@@ -341,11 +341,9 @@ def _write_coco(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
 def _read_csv(path: Path, points: int) -> list[LabelledFace]:
     faces = []
     try:
-        is_first = True
-        for number, row in enumerate(csv.reader(io.StringIO(_text(path), newline="")), start=1):
-            is_header = bool(row) and is_first and _is_header(row)
-            is_first = is_first and not row
-            if is_header or not row:
+        lines = enumerate(csv.reader(io.StringIO(_text(path), newline="")), start=1)
+        for i, (number, row) in enumerate(line for line in lines if line[1]):
+            if i == 0 and _is_header(row):
                 continue
             where = f"{path}, line {number} ({row[0][:200]})"
             first = len(row) - 2 * points
@@ -381,13 +379,12 @@ def _is_number(text: str) -> bool:
 
 
 def _write_csv(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
-    boxes = [face.box_xyxy for face in faces]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     count = len(faces[0].xy) if faces else POINTS
     names = point_names() if count == POINTS else tuple(f"point_{i}" for i in range(count))
     columns = [f"{name}_{axis}" for name in names for axis in "xy"]
-    whole = not boxes or boxes[0] is not None
+    whole = not faces or faces[0].box_xyxy is not None
     if odd := [face.image for face in faces if (face.box_xyxy is not None) is not whole]:
         raise InputError(
             f"{path}: some faces have a box, and others, as one of {odd[0]}, have not, which a CSV has no place for; "
@@ -395,7 +392,7 @@ def _write_csv(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
         )
     writer.writerow(["image", *(["face", "x0", "y0", "x1", "y1"] if whole else []), *columns])
     for face, index in zip(faces, _face_numbers(faces), strict=True):
-        middle = [index, *_rounded(face.box_xyxy)] if whole and face.box_xyxy is not None else []
+        middle = [] if face.box_xyxy is None else [index, *_rounded(face.box_xyxy)]
         writer.writerow([face.image, *middle, *_rounded(face.xy)])
     return [_write(path, text.getvalue())]
 
