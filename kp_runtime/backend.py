@@ -26,10 +26,12 @@ from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec, folder_o
 __all__ = [
     "BACKENDS",
     "GOLDEN_NAME",
+    "MADE_BY",
     "Answer",
     "Backend",
     "BackendReport",
     "golden_error",
+    "kind_of",
     "open_backend",
     "warmup_sizes",
 ]
@@ -55,6 +57,9 @@ proportion, as the limits of an export."""
 
 GOLDEN_TOLERANCE_SCORE = {"fp32": 0.002, "fp16": 0.02, "int8": 0.2, "int8-trt": 0.2}
 """Of its lost score; that of what is no face is about 1."""
+
+MADE_BY = {"plan": ("TensorRT plan", "kp plan"), "onnx": ("ONNX file", "kp export")}
+"""Kinds of files that run: what they are called, and the command that makes them."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,7 @@ def open_backend(
     if asked.file is not None:
         _check_named(path, manifest, precision)
         if backend == "auto":
-            engines = [engine for engine in AUTO if _kind(engine) == manifest.files[asked.file].kind]
+            engines = [engine for engine in AUTO if kind_of(engine) == manifest.files[asked.file].kind]
     rejected: list[str] = []
     for engine in engines[:-1]:
         try:
@@ -293,7 +298,7 @@ class _Asked:
     golden: bool
 
 
-def _kind(engine: str) -> str:
+def kind_of(engine: str) -> str:
     """What an engine runs: a file's kind in the manifest."""
     return "plan" if engine == "tensorrt" else "onnx"
 
@@ -325,8 +330,8 @@ def _opened(engine: str, asked: _Asked, rejected: list[str]) -> Backend:
 
 def _files(engine: str, asked: _Asked) -> tuple[list[str], list[str]]:
     """The files that an engine may run, best first, and why not a preferred one."""
-    kind, runs = _kind(engine), ORDER[engine] if engine != "ort-cpu" else PRECISIONS
-    what, make = _WAYS_TO_MAKE[kind]
+    kind, runs = kind_of(engine), ORDER[engine] if engine != "ort-cpu" else PRECISIONS
+    what, make = MADE_BY[kind]
     of = {name: str(entry.precision) for name, entry in asked.manifest.files.items() if entry.kind == kind}
     if asked.file is not None and asked.file not in of:
         raise BackendError(f"{asked.file} is no {what}, and {engine} runs nothing else")
@@ -345,9 +350,6 @@ def _files(engine: str, asked: _Asked) -> tuple[list[str], list[str]]:
             f"the bundle {asked.folder} has no {' or '.join(order)} file, only {have}; {make} can add it"
         )
     return names, [f"{precision}: not in the bundle" for precision in order[: order.index(of[names[0]])]]
-
-
-_WAYS_TO_MAKE = {"plan": ("TensorRT plan", "kp plan"), "onnx": ("ONNX file", "kp export")}
 
 
 def _open(engine: str, asked: _Asked, names: list[str], passed_over: list[str]) -> tuple[str, Backend]:

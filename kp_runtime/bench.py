@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import Backend, open_backend
+from kp_runtime.backend import MADE_BY, Backend, kind_of, open_backend
 from kp_runtime.bench_results import (
     Bench,
     BenchSettings,
@@ -114,13 +114,13 @@ def _open(bundle: Path, settings: BenchSettings) -> tuple[dict[str, Backend], di
     that was asked for.
     """
     wanted, engine = settings.precisions, settings.backend
-    kinds = ("onnx", "plan") if engine == "auto" else ("plan",) if engine == "tensorrt" else ("onnx",)
+    kinds = ("onnx", "plan") if engine == "auto" else (kind_of(engine),)
     files = {name: entry for name, entry in Manifest.read(bundle).files.items() if entry.kind in kinds}
     have = sorted({str(entry.precision) for entry in files.values()})
     if missing := [precision for precision in wanted if precision not in have]:
         raise InputError(
-            f"the bundle {bundle} has no {' or '.join(_NAMES[kind] for kind in kinds)} of precision {missing[0]}, only "
-            f"{', '.join(have) or 'none'}; {'kp plan' if kinds == ('plan',) else 'kp export'} can add it"
+            f"the bundle {bundle} has no {' or '.join(MADE_BY[kind][0] for kind in kinds)} of precision {missing[0]}, "
+            f"only {', '.join(have) or 'none'}; {MADE_BY[kinds[0]][1]} can add it"
         )
     first = open_backend(bundle, engine, wanted[0] if wanted else "auto", settings.threads)
     opened, left_out = {first.report.file: first}, {}
@@ -134,9 +134,6 @@ def _open(bundle: Path, settings: BenchSettings) -> tuple[dict[str, Backend], di
                 raise
             left_out[name] = str(error)
     return opened, left_out
-
-
-_NAMES = {"onnx": "ONNX file", "plan": "TensorRT plan"}
 
 
 def _setup(
