@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import BACKENDS, ORDER, Backend, open_backend
+from kp_runtime.backend import BACKENDS, ORDER, Backend, kind_of, open_backend
 from kp_runtime.bench import boxes_in_turn
 from kp_runtime.bench_results import times_from_turns
 from kp_runtime.cores import usable_cores
@@ -177,8 +177,8 @@ def _open(
     bundles: Sequence[Path], settings: TuneSettings, step: Callable[[float], None]
 ) -> tuple[list[_Candidate], dict[str, str]]:
     """Every file on every engine that runs it, with each number of threads, ready; and what does not run."""
-    left_out = {name: "this machine has no NVIDIA driver" for name in settings.backends if name != "ort-cpu"}
-    left_out = {} if has_driver() else left_out
+    on_gpu = [] if has_driver() else [name for name in settings.backends if name != "ort-cpu"]
+    left_out = dict.fromkeys(on_gpu, "this machine has no NVIDIA driver")
     asked = []
     for bundle in bundles:
         for name, entry in Manifest.read(bundle).files.items():
@@ -204,9 +204,7 @@ def _open(
 
 
 def _runs(engine: str, entry: FileEntry) -> bool:
-    if engine == "tensorrt":
-        return entry.kind == "plan"
-    return entry.kind == "onnx" and (engine == "ort-cpu" or entry.precision in ORDER[engine])
+    return entry.kind == kind_of(engine) and (engine in ("tensorrt", "ort-cpu") or entry.precision in ORDER[engine])
 
 
 def _threads(engine: str, settings: TuneSettings) -> list[int | None]:
@@ -254,8 +252,6 @@ def _measure(
 ) -> None:
     """Times the candidates in turns; the samples go into the named field of each."""
     cases = {str(i): partial(candidate.model, image, boxes) for i, candidate in enumerate(candidates)}
-    if not cases:
-        return
     for name, turns in measure_in_turns(cases, seconds=seconds, samples=samples, step=step).items():
         setattr(candidates[int(name)], field, turns)
 
@@ -266,17 +262,9 @@ def _default(candidates: Sequence[_Candidate], first: Path) -> _Candidate | None
         report = open_backend(first, golden=False).report
     except BackendError:
         return None
-    threads = usable_cores() if report.backend == "ort-cpu" else None
-    for candidate in candidates:
-        its = candidate.backend.report
-        if (candidate.bundle, its.file, its.backend, candidate.threads) == (
-            first,
-            report.file,
-            report.backend,
-            threads,
-        ):
-            return candidate
-    return None
+    wanted = first, report.file, report.backend, usable_cores() if report.backend == "ort-cpu" else None
+    its = ((c, (c.bundle, c.backend.report.file, c.backend.report.backend, c.threads)) for c in candidates)
+    return next((candidate for candidate, found in its if found == wanted), None)
 
 
 def _finalists(
