@@ -81,7 +81,7 @@ def bench(
     Example: kp bench out/resnet18-68 --batch 1 --batch 8 --out new.json --compare old.json --html bench.html
     """
     from kp_runtime.bench import run_bench
-    from kp_runtime.bench_compare import compared, gate
+    from kp_runtime.bench_compare import check_alike, compared
     from kp_runtime.bench_page import bench_page
     from kp_runtime.bench_results import BenchSettings, json_from_bench, results_from_file, write_results
 
@@ -106,14 +106,13 @@ def bench(
             backend,
         )
         with share_progress() as step:
-            admit = gate(old, anyway)
             face = photo or _astronaut()
             result = run_bench(
                 bundle or folder_or_default(None),
                 face,
                 open_detector(detector, threads=threads),
                 settings,
-                admit=admit,
+                admit=lambda setup: check_alike(old.setup, setup) if old and not anyway else None,
                 step=step,
             )
     comparison = compared(old, result, anyway=anyway) if old else None

@@ -7,7 +7,7 @@ files) is told.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from kp_runtime.bench_results import Bench, Setup
@@ -21,7 +21,6 @@ __all__ = [
     "changes",
     "check_alike",
     "compared",
-    "gate",
     "machine_conditions",
     "obstacles",
 ]
@@ -105,16 +104,6 @@ def check_alike(old: Setup, new: Setup) -> None:
 def _alone(which: str, here: Iterable[str], there: Container[str]) -> str:
     names = [name for name in here if name not in there]
     return f"only in the {which} results: {'; '.join(names)}" if names else ""
-
-
-def gate(old: Bench | None, anyway: bool) -> Callable[[Setup], None]:
-    """What a run that is to be compared later asks before it measures: `check_alike`, where that is wanted."""
-
-    def admit(setup: Setup) -> None:
-        if old is not None and not anyway:
-            check_alike(old.setup, setup)
-
-    return admit
 
 
 def obstacles(old: Setup, new: Setup) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from kp_runtime.backend import Backend
 from kp_runtime.bench import StagedCalls, _open, boxes_in_turn, run_bench
-from kp_runtime.bench_compare import check_alike, compared, gate, obstacles
+from kp_runtime.bench_compare import check_alike, compared, obstacles
 from kp_runtime.bench_results import (
     Bench,
     BenchSettings,
@@ -460,10 +460,6 @@ def test_other_settings_are_refused(bench: Bench, fields: dict[str, Any], messag
     setup = dataclasses.replace(bench.setup, **fields)
     with pytest.raises(InputError, match=message):
         check_alike(bench.setup, setup)
-    with pytest.raises(InputError, match=message):
-        gate(bench, anyway=False)(setup)
-    gate(bench, anyway=True)(setup)
-    gate(None, anyway=False)(setup)
 
 
 def test_what_one_compares_is_told_not_refused(bench: Bench) -> None:
