@@ -269,8 +269,13 @@ def print_times(stages: dict[str, Any]) -> None:
     print_table("stages of a photo", ("stage", "samples", "p50 ms", "p95", "p99", "max"), rows)
 
 
-def _interval(time: Any, divisor: float = 1.0) -> str:
-    return f"{time.p50_low_ms / divisor:.2f} to {time.p50_high_ms / divisor:.2f}"
+def _interval(time: Any) -> str:
+    return f"{time.p50_low_ms:.2f} to {time.p50_high_ms:.2f}"
+
+
+def _measured(time: Any) -> tuple[Any, ...]:
+    p50, *rest = _ms(time)
+    return time.samples, p50, _interval(time), *rest
 
 
 def print_bench(result: Any) -> None:
@@ -279,16 +284,10 @@ def print_bench(result: Any) -> None:
     runs = f"onnxruntime {machine.versions.get('onnxruntime')}, {setup.faces} face(s) on {setup.photo}"
     tell(f"{machine.cpu}, {machine.cores} cores, {runs}")
     tail = ("samples", "p50 ms", "95% interval", "p95", "p99", "longest")
-    rows = []
-    for case in result.network:
-        s = case.times.summary
-        numbers = _ms(s)
-        rows.append((case.file, case.batch, s.samples, numbers[0], _interval(s), *numbers[1:], f"{case.ms_a_face:.2f}"))
+    rows = [(c.file, c.batch, *_measured(c.times.summary), f"{c.ms_a_face:.2f}") for c in result.network]
     print_table("network alone", ("file", "batch", *tail, "ms a face"), rows)
     stages = [*result.photo.stages.items(), ("whole", result.photo.whole)]
-    rows = [
-        (name, t.summary.samples, _ms(t.summary)[0], _interval(t.summary), *_ms(t.summary)[1:]) for name, t in stages
-    ]
+    rows = [(name, *_measured(times.summary)) for name, times in stages]
     print_table(f"stages of a photo with {result.photo.file}", ("stage", *tail), rows)
     rows = []
     for file in result.files:
