@@ -59,6 +59,33 @@ def test_times_are_of_whole_photos(
     assert all(re.search(r"(?:read|crop|infer|back) +1 ", row) for row in rows)
 
 
+@pytest.mark.parametrize("command", [("predict",), ("filter", "--effect", "hat")], ids=["predict", "filter"])
+def test_looks_mirror_and_threads_are_passed_on(
+    command: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    bundle: Path,
+    astronaut: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[object] = []
+
+    def predict_photo(*words: object, **options: object) -> object:
+        asked.append((options.get("looks"), options.get("mirror")))
+        return predict(*words, **options)  # type: ignore[arg-type]
+
+    def open_detector(*words: object, **options: object) -> object:
+        asked.append(options)
+        return opened(*words, **options)  # type: ignore[arg-type]
+
+    predict, opened = kp_runtime.photos.predict_photo, faces.open_detector
+    monkeypatch.setattr("kp_runtime.photos.predict_photo", predict_photo)
+    monkeypatch.setattr(faces, "open_detector", open_detector)
+    words = (*command, astronaut, "--model", bundle, "--out", tmp_path, "--looks", 2, "--mirror", "--threads", 1)
+    assert kp(capsys, *words)[0] == 0
+    assert asked == [{"threads": 1, "public_key": None}, (2, True)]
+
+
 @pytest.mark.parametrize(
     ("command", "told"),
     [
