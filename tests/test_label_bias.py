@@ -96,6 +96,15 @@ def test_a_bias_is_measured_whatever_the_network_has_learned_of_it(
     assert (again == found).all()
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_a_network_is_looked_through_as_in_use_and_left_as_it_was(tmp_path: Path, training: bool) -> None:
+    net = Line(np.zeros((68, 2)))
+    modes: list[bool] = []
+    net.register_forward_pre_hook(lambda net, _: modes.append(net.training))
+    measured_bias(net.train(training), lines(tmp_path, np.zeros((68, 2)), count=8), SPEC, MIRROR)  # type: ignore[arg-type]
+    assert (set(modes), net.training) == ({False}, training)
+
+
 def test_chance_is_no_bias(tmp_path: Path) -> None:
     none = np.zeros((68, 2))
     assert measured(lines(tmp_path, none + np.array([0.0005, 0]), spread=0.01), none) is None

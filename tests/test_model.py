@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,17 @@ def test_weights_that_can_not_be_had(
         torch.save(other, tmp_path / "other.pth")
         with pytest.raises(KpError, match="no torchvision ResNet-18"):
             load_backbone_weights(KeypointNet(64), str(tmp_path / "other.pth"))
+
+
+def test_a_file_of_weights_runs_no_code(tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"conv1.weight": Code()}, tmp_path / "a.pth")
+    with pytest.raises(KpError, match=r"a\.pth can't be had here"):
+        load_backbone_weights(KeypointNet(64), str(tmp_path / "a.pth"))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_loss_is_smooth_l1() -> None:

@@ -30,7 +30,7 @@ from kp_train.data import Face, FaceDataset, Source, is_held_out, luma_from_file
 from kp_train.lost_score import LIMIT, elsewhere
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
-from kp_train.refit import Refit, _Looker, _Seen, refit, solved_head
+from kp_train.refit import Refit, _errors, _Looker, _Seen, refit, solved_head
 from kp_train.synthetic import mean_shape, write_csv_source
 from tests.test_cli import kp
 
@@ -139,6 +139,8 @@ def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path) -> None
     assert all(result.after[kind] < 0.9 * result.before[kind] for kind in ("keypoints", "detector", "jittered"))
     old, new = load_checkpoint(run), load_checkpoint(tmp_path / "new")
     assert changed(old[0], new[0]) == {"backbone.fc.weight", "backbone.fc.bias"}
+    held_out = sum(is_held_out(face.person, 0.3) for face in source.faces)
+    assert (result.faces, result.held_out["keypoints"]) == (len(source.faces) - held_out, held_out)
     assert not result.lost_score.is_of_use, "this network finds no face"
     assert new[1].spec.lost_limit is None
     record = new[1].training["refit"]
@@ -259,6 +261,54 @@ def test_without_a_detector_its_boxes_are_left_out(source: Source, run: Path, tm
     assert "looking, elsewhere" in loops  # though most drawn faces fill their photos
     loops = [text for text in loops if text != "looking, elsewhere"]
     assert loops == ["measuring how the labels lie", *looks[:2] * 2, *looks[2:] * 2]
+
+
+def test_the_best_strength_by_the_weights_of_the_boxes_is_taken(
+    source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By made-up NMEs in exact and in shaken boxes: before, and with each strength. The score is of what is taken."""
+    told = iter([0.10, 0.10, 0.08, 0.11, 0.12, 0.09, 0.11, 0.094])
+    asked: list[torch.Tensor] = []
+
+    def errors(net: KeypointNet, seen: _Seen, weights: torch.Tensor) -> torch.Tensor:
+        asked.append(weights)
+        return _errors(net, seen, weights)
+
+    monkeypatch.setattr("kp_train.refit._nme", lambda *_: next(told))
+    monkeypatch.setattr("kp_train.refit._errors", errors)
+    few = dataclasses.replace(source, faces=source.faces[:20])
+    result = refit(run, [few], tmp_path / "a", None, boxes={"keypoints": 1, "shaken": 3})
+    assert (result.strength, result.after) == (0.01, {"keypoints": 0.12, "shaken": 0.09})
+    head = load_checkpoint(tmp_path / "a")[0].backbone.fc
+    assert len(asked) == 2
+    assert all(torch.allclose(weights[:, :-1].float(), head.weight, atol=1e-3) for weights in asked)
+
+
+def test_labels_are_known_to_lie_to_one_side(
+    source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bias = np.tile([0.01, 0.0], (68, 1))
+    known: list[np.ndarray | None] = []
+
+    def looked_at(looker: _Looker, kind: str, faces: Any) -> None:
+        known.extend(face.bias for face, _ in faces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kp_train.refit.source_biases", lambda *_: [bias])
+    monkeypatch.setattr("kp_train.refit._Looker.seen", looked_at)
+    with pytest.raises(KeyboardInterrupt):
+        refit(run, [source], tmp_path / "a", None)
+    assert known
+    assert all(one is bias for one in known)
+
+
+def test_shaken_boxes_are_all_off_as_far_as_some_jittered_ones(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((200, 200), np.uint8))
+    face = Face(tmp_path / "a.png", (mean_shape() * 60 + 100).astype(np.float32))
+    looker = _Looker(KeypointNet(64), Manifest(ModelSpec("x", 64)), None, None, lambda text: no_bar)
+    seen = [looker.seen(kind, [(face, 1.0)] * 40).xy.mean(dim=1) for kind in ("jittered", "shaken")]
+    jittered, shaken = (float(middle.std(dim=0).mean()) for middle in seen)
+    assert shaken > 1.2 * jittered
 
 
 def test_boxes_count_as_is_said(source: Source, run: Path, tmp_path: Path) -> None:
