@@ -167,7 +167,7 @@ def _check(settings: TuneSettings, bundles: Sequence[Path]) -> None:
         )
     specs = [manifest.spec for manifest in manifests]
     for bundle, spec in zip(bundles, specs, strict=True):
-        if (spec.points, spec.scheme, spec.box) != (specs[0].points, specs[0].scheme, specs[0].box):
+        if (spec.points, spec.box) != (specs[0].points, specs[0].box):
             raise InputError(
                 f"{bundle} is no smaller model of the same kind as {bundles[0]}: its points or boxes are others"
             )

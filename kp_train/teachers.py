@@ -71,7 +71,7 @@ def load_teachers(paths: Sequence[Path], spec: ModelSpec) -> Teachers:
     """
     loaded = [load_checkpoint(path) for path in paths]
     for path, (_, manifest) in zip(paths, loaded, strict=True):
-        for what in ("points", "scheme", "box", "margin"):
+        for what in ("points", "box", "margin"):
             if (theirs := getattr(manifest.spec, what)) != (ours := getattr(spec, what)):
                 raise InputError(f"{path} can't teach this run: it has {what} {theirs}, the run {ours}")
     sizes = [spec.size, *(net.size for net, _ in loaded)]
