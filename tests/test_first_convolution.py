@@ -147,6 +147,13 @@ def test_weights_are_rounded_by_what_the_filters_see(tmp_path: Path, monkeypatch
     assert missed(better) < 0.5 * missed(nearest)
     assert operators(better) == operators(nearest)
 
+    (constant,) = [c for c in fp32.graph.initializer if c.dims[2:] == [7, 7]]
+    constant.CopyFrom(numpy_helper.from_array(2 * exact, constant.name))
+    over = copy(nearest)  # whose scales do not reach so far
+    assert round_first_convolution(over, fp32, shown)
+    (rounded,) = [numpy_helper.to_array(c) for c in over.graph.initializer if c.dims[2:] == [7, 7]]
+    assert np.abs(rounded.astype(int)).max() == 64
+
 
 def test_a_reducing_network_is_rounded_by_what_its_filters_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That is the mean of each two by two pixels: a smaller network that is shown these ends with the same weights."""

@@ -289,6 +289,8 @@ def test_name() -> None:
     assert plan_name("fp16", ORIN, "10.3.0") == "model.fp16.sm87.trt10.3.0.plan"
     options = PlanOptions(4, 4, 4, version_compatible=True, hardware_compatible=True, dla_core=1)
     assert plan_name("int8", ORIN, "10.3.0", options) == "model.int8.sm87.trt10.3.0.dla1.newer.ampere.plan"
+    options = PlanOptions(4, 4, 4, dla_core=0)
+    assert plan_name("int8", ORIN, "10.3.0", options) == "model.int8.sm87.trt10.3.0.dla0.plan"
 
 
 def test_rebuild_command_names_what_is_not_the_default() -> None:
@@ -313,6 +315,7 @@ def test_trtexec_command() -> None:
     for options, words in (
         (PlanOptions(version_compatible=True), " --versionCompatible"),
         (PlanOptions(hardware_compatible=True), " --hardwareCompatibilityLevel=ampere+"),
+        (PlanOptions(4, 4, 4, dla_core=0), " --useDLACore=0 --allowGPUFallback"),
         (PlanOptions(4, 4, 4, dla_core=1), " --useDLACore=1 --allowGPUFallback"),
     ):
         assert trtexec_command("m.onnx", "a.plan", options, shapes, "10.3.0") == old + words

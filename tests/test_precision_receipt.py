@@ -105,6 +105,18 @@ def test_shares_are_of_the_work_the_largest_first() -> None:
         check_receipt(mixed(69), "int8", dla=False)
 
 
+@pytest.mark.parametrize(("precision", "types"), [("fp32", ("Float", "Half")), ("fp16", ("Half", "Float"))])
+def test_in_floating_point_a_tenth_may_be_in_another_type(precision: str, types: tuple[str, str]) -> None:
+    def mixed(other: int) -> Any:
+        return receipt(
+            *({**GUIDE, "Weights": {"Type": t, "Count": n}} for t, n in zip(types, (100 - other, other), strict=True))
+        )
+
+    check_receipt(mixed(10), precision, dla=False)
+    with pytest.raises(ExportError, match=f"only 89% of the engine's compute is {precision}"):
+        check_receipt(mixed(11), precision, dla=False)
+
+
 def test_bytes_are_those_that_are_read_and_written_each_once() -> None:
     """A fused product's weights are among its inputs."""
     inputs = [tensor("Half", 8, 4), tensor("Half", 4, 6)]

@@ -86,6 +86,15 @@ def test_a_repository_holds_what_the_bundle_can(own: Path, tmp_path: Path) -> No
     assert not list(repo.rglob(".*"))
 
 
+def test_of_several_onnx_files_the_best_one_for_a_cpu_runs_there(own: Path, tmp_path: Path) -> None:
+    manifest = Manifest.read(own)
+    shutil.copy(own / "model.fp32.onnx", own / "model.int8.onnx")
+    entry = file_entry(own / "model.int8.onnx", "onnx", precision="int8")
+    dataclasses.replace(manifest, files=manifest.files | {"model.int8.onnx": entry}).write(own)
+    assert write_repository(own, tmp_path / "repo").models[1].file == "model.int8.onnx"
+    assert "kind: KIND_CPU\n" in (tmp_path / "repo/tiny-crops-onnx/config.pbtxt").read_text()
+
+
 def test_the_text_of_a_config() -> None:
     message = {
         "name": 'a "b"',
@@ -109,6 +118,8 @@ def test_the_same_again_changes_nothing_and_another_adds_a_version(own: Path, tm
     write_repository(own, repo)
     mine = repo / "tiny-crops-onnx/config.pbtxt"
     mine.write_text(mine.read_text().replace("count: 1", "count: 3"))
+    (repo / "tiny-images/1/__pycache__").mkdir()
+    (repo / "tiny-images/1/__pycache__/model.pyc").write_bytes(b"Triton's Python")
     before = files_of(repo)
     assert [model.is_new for model in write_repository(own, repo).models] == [False, False]
     assert files_of(repo) == before
@@ -200,6 +211,7 @@ def test_a_plan_for_fewer_than_the_model_takes_is_refused(own: Path, tmp_path: P
     repo = tmp_path / "repo"
     with_plan(own, "model.fp16.sm87.trt10.3.0.plan", (1, 8, 32))
     write_repository(own, repo)
+    assert not any(model.is_new for model in write_repository(own, repo).models)  # just as many it takes
     before = files_of(repo)
     with_plan(own, "model.fp16.sm87.trt10.3.0.plan", (1, 2, 4))
     told = r"sm87-trt10\.3\.0 takes 32 crops at once, and the plan 4, .*; build it with --max-batch 32, or remove"
