@@ -70,6 +70,18 @@ def test_points_that_are_no_numbers_are_not_measured(source: Source, looks: int)
         evaluate(model, source.faces, looks=looks)
 
 
+def test_one_point_that_is_no_number_is_enough(source: Source) -> None:
+    model = oracle(source, ModelSpec("x", SIZE))
+
+    def answer(crops: np.ndarray) -> Answer:
+        points = model.answer(crops).keypoints.copy()
+        points[3, 5, 1] = np.nan
+        return Answer(points)
+
+    with pytest.raises(BackendError, match="oracle answers points that are not finite on 1 of 24 faces"):
+        evaluate(dataclasses.replace(model, answer=answer), source.faces)
+
+
 def test_a_second_look_is_cut_around_the_points_of_the_first(source: Source) -> None:
     """A network that puts the same points into every crop: where they end can be reckoned."""
     spec, middle = ModelSpec("x", SIZE), (SIZE - 1) / 2
@@ -111,6 +123,23 @@ def test_faces_that_are_taken_for_none_are_counted(source: Source, mirror: bool)
     model = OpenModel("x", Manifest(spec=spec), answer)
     assert evaluate(model, source.faces, mirror=mirror).given_up == (5 if mirror else 11) / 24
     assert evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces).given_up is None
+
+
+def test_each_face_is_looked_at_on_its_photo_and_in_its_mirror_image(source: Source) -> None:
+    seen: list[np.ndarray] = []
+
+    def answer(crops: np.ndarray) -> Answer:
+        seen.append(crops.astype(int))
+        return Answer(np.zeros((len(crops), 68, 2), np.float32))
+
+    model, faces = OpenModel("x", Manifest(spec=ModelSpec("x", SIZE)), answer), source.faces[:3]
+    for face in faces:
+        evaluate(model, [face])
+    evaluate(model, faces, mirror=True)
+    *alone, both = seen
+    plain = np.concatenate(alone)
+    np.testing.assert_array_equal(both[:3], plain)
+    assert np.abs(both[3:] - plain[..., ::-1]).max() <= 2  # places are rounded from the other side
 
 
 def test_looks_that_cannot_be(source: Source) -> None:

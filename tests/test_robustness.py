@@ -51,6 +51,13 @@ def test_points_that_follow_the_box_move_as_it_was_shaken(faces: tuple[Face, ...
     assert found.jitter_nme == pytest.approx(np.mean(wanted), rel=1e-4)
 
 
+def test_boxes_are_shaken_to_both_sides_alike() -> None:
+    """Each way alone, and two corners."""
+    assert len(set(SHAKES)) == 8
+    assert {(-right, -down, -larger) for right, down, larger in SHAKES} == set(SHAKES)
+    assert sorted(np.abs(SHAKES).sum(axis=1)) == [1] * 6 + [3] * 2
+
+
 def test_enlarging_and_mirroring_move_nothing_of_a_symmetric_answer(faces: tuple[Face, ...]) -> None:
     found = robustness(fixed(symmetric()), faces)
     assert list(found.enlarged) == [2, 4, 8]
