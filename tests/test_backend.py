@@ -238,8 +238,18 @@ def test_a_model_without_a_lost_score(tmp_path: Path, crops: np.ndarray) -> None
             "keypoints": np.zeros((0, 68, 2)),
             "lost_score": np.zeros((0, 1)),
         },
+        {
+            "crops": np.zeros((1, 1, SIZE, SIZE), np.float32),
+            "keypoints": np.zeros((1, 68, 2)),
+            "lost_score": np.zeros((1, 1)),
+        },
+        {
+            "crops": np.zeros((1, 1, SIZE, SIZE // 2), np.uint8),
+            "keypoints": np.zeros((1, 68, 2)),
+            "lost_score": np.zeros((1, 1)),
+        },
     ],
-    ids=["no keypoints", "no lost score", "5 points", "no crops"],
+    ids=["no keypoints", "no lost score", "5 points", "no crops", "grey levels from 0 to 1", "narrow crops"],
 )
 def test_golden_file_with_the_wrong_arrays(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"golden\.npz is no golden crop .*; export the bundle again"):

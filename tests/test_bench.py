@@ -428,6 +428,7 @@ def with_machine(bench: Bench, **fields: Any) -> Bench:
         ({"cpu_quota": 0.5}, "CPU quota .*, then 0.5"),
         ({"architecture": "riscv64"}, "architecture .*, then riscv64"),
         ({"governor": "odd"}, "governor .*, then odd"),
+        ({"device": "odd board"}, "device .*, then odd board"),
         ({"instructions": ("i8mm", "amx_int8")}, "instructions .*, then amx_int8 i8mm"),
     ],
 )
@@ -446,6 +447,9 @@ def test_another_power_mode_is_refused(bench: Bench) -> None:
     old, new = (Jetson("R36", mode, None, None, None, None) for mode in ("MAXN 0", "15W 1"))
     found = obstacles(with_machine(bench, jetson=old).setup, with_machine(bench, jetson=new).setup)
     assert found == ["power mode MAXN 0, then 15W 1"]
+    old, new = (Jetson("R36", None, status, None, None, None) for status in ("pmode:0000", "pmode:0001"))
+    found = obstacles(with_machine(bench, jetson=old).setup, with_machine(bench, jetson=new).setup)
+    assert found == ["power mode pmode:0000, then pmode:0001"], "where nvpmodel does not answer"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -8,6 +10,7 @@ import numpy as np
 import pytest
 
 from kp_runtime import preprocess_cpu
+from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError
 from kp_runtime.frame import Frame, as_frame
 from kp_runtime.geometry import crop_from_luma, matrices_from_boxes
@@ -141,6 +144,18 @@ def test_threads_are_started_for_eight_faces_and_end_with_the_cropper(bgr: np.nd
     assert running() == 0
     CpuCropper(1).crops_from_frame(frame, grid(40), 64)
     assert running() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux" or usable_cores() < 2, reason="needs Linux and two cores")
+def test_threads_run_on_the_croppers_cores(bgr: np.ndarray) -> None:
+    mine = os.sched_getaffinity(0)
+    for core in sorted(mine)[:2]:
+        cropper = CpuCropper(2, frozenset([core]))
+        cropper.crops_from_frame(Frame(bgr, "bgr"), grid(8), 64)
+        (started,) = [thread for thread in threading.enumerate() if thread.name.startswith("kp-crops")]
+        assert os.sched_getaffinity(started.native_id or 0) == {core}
+        assert os.sched_getaffinity(0) == mine
+        cropper.close()
 
 
 def test_a_croppers_memory_is_used_again_until_it_is_closed(bgr: np.ndarray) -> None:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from kp_runtime.errors import InputError
 from kp_runtime.results import Keypoints
 from kp_runtime.scheme68 import REGIONS
 from tests.tolerances import MAP_PX, assert_close
@@ -26,6 +27,13 @@ def test_json_there_and_back(n: int) -> None:
         assert_close(face["box_xyxy"], box, MAP_PX, "box")
 
 
+def test_json_has_thousandths_of_a_pixel() -> None:
+    for face in made_up(2).to_json()["faces"]:
+        numbers = np.array([*np.ravel(face["keypoints_xy"]), *face["box_xyxy"]])
+        assert (numbers == np.round(numbers, 3)).all()
+        assert (numbers != np.round(numbers, 2)).any()
+
+
 def test_a_lost_score_is_there_where_the_model_gives_one() -> None:
     plain = made_up(2)
     assert all("lost_score" not in face for face in plain.to_json()["faces"])
@@ -40,6 +48,14 @@ def test_pts_counts_pixels_from_one() -> None:
     assert keypoints.to_pts(1).endswith("}\n")
     points = np.array([line.split(" ") for line in lines[3:-1]], float)
     assert_close(points - 1, keypoints.xy[1], MAP_PX, "points")
+
+
+def test_a_region_that_there_is_not() -> None:
+    with pytest.raises(InputError, match="no region 'ear'; the regions of 68 points: jaw, brows, nose, eyes, mouth"):
+        made_up(1).region("ear")
+    own = dataclasses.replace(made_up(1), xy=np.zeros((1, 5, 2), np.float32))
+    with pytest.raises(InputError, match="the regions of 5 points: none of a mark-up of your own: index xy instead"):
+        own.region("jaw")
 
 
 @pytest.mark.parametrize("name", REGIONS)

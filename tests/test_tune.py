@@ -230,6 +230,32 @@ def test_of_two_that_are_as_fast_and_accurate_fewer_threads(
     assert result.tuned.threads == 1
 
 
+def test_a_file_that_is_better_by_chance_is_no_more_accurate(
+    tmp_path: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that keep the accuracy and are as fast, the one of the shorter median is taken."""
+
+    def measure(cases: dict[str, Any], **_: object) -> dict[str, list[list[float]]]:
+        longer = {"model.fp32.onnx": 0.0, "model.int8.onnx": 1e-4}
+        added = {name: longer[case.func.backend.report.file] for name, case in cases.items()}
+        return {name: [[0.004 + more], [0.005 + more], [0.006 + more]] for name, more in added.items()}
+
+    monkeypatch.setattr(tune, "measure_in_turns", measure)
+    bundle = make_bundle(tmp_path / "b", {"fp32": 0.0, "int8": -0.02})
+    result = run_tune([bundle], astronaut, astronaut_box, TuneSettings(threads=(1,)))
+    assert result.tuned is not None
+    assert result.tuned.file == "model.fp32.onnx"
+
+
+def test_what_was_tried_is_closed(
+    tmp_path: Path, tuned_by: Callable[..., Tuning], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(kp_runtime.Model, "close", lambda model: closed.append(model.backend.report.file))
+    tuned_by([make_bundle(tmp_path / "b", {"fp32": 0.0, "int8": 0.05})], MS)
+    assert sorted(closed) == ["model.fp32.onnx", "model.int8.onnx"]
+
+
 def test_p95_is_held_to_the_budget(tmp_path: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file with the shorter median now and then takes long."""
 
@@ -238,6 +264,8 @@ def test_p95_is_held_to_the_budget(tmp_path: Path, astronaut: Path, monkeypatch:
         return {name: [times[case.func.backend.report.file]] * 5 for name, case in cases.items()}
 
     monkeypatch.setattr(tune, "measure_in_turns", measure)
+    monkeypatch.setattr(tune, "FINALISTS", 1)  # one by its median, and one by its 95th percentile
+    monkeypatch.setattr(tune, "_default", lambda *_: None)
     bundle = make_bundle(tmp_path / "b", {"fp32": 0.0, "int8": 0.05})
     chosen = {
         budget: run_tune([bundle], astronaut, astronaut_box, TuneSettings(budget, threads=(1,))).tuned
