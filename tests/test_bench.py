@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -103,6 +104,12 @@ def test_batches_settle_before_they_are_measured(bench: Bench) -> None:
     assert list(ways.values()) == sorted(ways.values())
     assert bench.files[0].way(3) == next(iter(ways))
     assert bench.files[0].way(1) == bench.files[0].way(99) == ""
+
+
+def test_a_batch_is_fed_as_the_next_larger_one_that_was_tried(bench: Bench) -> None:
+    ways = {"16": {"by 4": 1.0}, "4": {"whole": 1.0, "one by one": 2.0}}
+    file = dataclasses.replace(bench.files[0], ways=ways)
+    assert [file.way(batch) for batch in (1, 4, 5, 16, 17)] == ["", "whole", "by 4", "by 4", ""]
 
 
 def test_engines_are_warm_before_anything_is_measured(
@@ -398,12 +405,17 @@ def test_a_case_is_compared_with_itself(bench: Bench, factor: float, verdict: st
 def test_a_case_of_few_turns_is_said(bench: Bench) -> None:
     many = steady(bench)
     first, *others = many.network
-    few = times_from_turns([list(turn) for turn in first.times.turns_ms[:3]])
-    old = dataclasses.replace(many, network=(dataclasses.replace(first, times=few), *others))
-    told = [note for note in compared(old, many).notes if "under 6 turns" in note]
-    assert len(told) == 1
-    assert "model.fp32.onnx, batch 1;" in told[0]
-    assert "batch 4" not in told[0]
+
+    def cut(turns: int) -> Bench:
+        few = times_from_turns([list(turn) for turn in first.times.turns_ms[:turns]])
+        return dataclasses.replace(many, network=(dataclasses.replace(first, times=few), *others))
+
+    for pair in ((cut(5), many), (many, cut(5))):
+        told = [note for note in compared(*pair).notes if "under 6 turns" in note]
+        assert len(told) == 1
+        assert "model.fp32.onnx, batch 1;" in told[0]
+        assert "batch 4" not in told[0]
+    assert not any("turns" in note for note in compared(cut(6), many).notes)
     assert not any("turns" in note for note in compared(many, many).notes)
 
 
@@ -470,10 +482,23 @@ def test_what_one_compares_is_told_not_refused(bench: Bench) -> None:
     new = with_machine(bench, versions=bench.setup.machine.versions | {"onnxruntime": "99"})
     file = dataclasses.replace(bench.files[0], sha256="f" * 64, backend="other")
     new = dataclasses.replace(new, files=(file,), network=steady(bench).network[:1], load_before=None)
-    found = compared(steady(bench), new)
+    old = dataclasses.replace(steady(bench), load_before=(0.5, 0.4, 0.3))
+    found = compared(old, new)
     notes = "\n".join(found.notes)
     assert ", then 99" in notes
     assert f"sha256 of model.fp32.onnx {bench.files[0].sha256[:12]}, then ffffffffffff" in notes
     assert "engine of model.fp32.onnx ort-cpu, then other" in notes
-    assert "before the new not known" in notes
+    assert "before the old run 0.50, before the new not known" in notes
     assert found.alone == ("only in the old results: model.fp32.onnx, batch 3",)
+    assert compared(new, old).alone == ("only in the new results: model.fp32.onnx, batch 3",)
+    other = with_machine(bench, system="an OS", kernel="7.0")
+    setup, photo = (
+        dataclasses.replace(other.setup, detector="a detector"),
+        dataclasses.replace(bench.photo, file="x.plan"),
+    )
+    notes = "\n".join(compared(bench, dataclasses.replace(other, setup=setup, photo=photo)).notes)
+    for told in (
+        "system .*, then an OS", "kernel .*, then 7.0", "detector astronaut_box, then a detector",
+        "the photo's model file model.fp32.onnx, then x.plan",
+    ):  # fmt: skip
+        assert re.search(f"^{told}$", notes, re.MULTILINE), told

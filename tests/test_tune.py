@@ -8,6 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -275,6 +276,37 @@ def test_p95_is_held_to_the_budget(tmp_path: Path, astronaut: Path, monkeypatch:
         5: "model.fp32.onnx",
         10: "model.int8.onnx",
     }
+
+
+def test_five_of_a_hundred_calls_may_take_longer(
+    tmp_path: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = [[0.002] * 19 + [0.009]] * 5
+    monkeypatch.setattr(tune, "measure_in_turns", lambda cases, **_: dict.fromkeys(cases, turns))
+    bundle = make_bundle(tmp_path / "b", {"fp32": 0.0})
+    assert run_tune([bundle], astronaut, astronaut_box, TuneSettings(5, threads=(1,))).tuned is not None
+
+
+def test_engines_are_warm_before_they_are_timed(
+    tmp_path: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warmed: list[int] = []
+
+    def measure(cases: dict[str, Any], **_: object) -> None:
+        assert warmed == [3]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kp_runtime.Model, "warmup", lambda model, faces: warmed.append(faces))
+    monkeypatch.setattr(tune, "measure_in_turns", measure)
+    bundle = make_bundle(tmp_path / "b", {"fp32": 0.0})
+    with pytest.raises(KeyboardInterrupt):
+        run_tune([bundle], astronaut, astronaut_box, TuneSettings(faces=3, threads=(1,)))
+
+
+def test_a_call_is_fed_as_the_next_larger_batch_that_was_tried() -> None:
+    tried = {16: {"by 4": 1.0}, 4: {"whole": 1.0}}
+    engine: Any = SimpleNamespace(batch_times=lambda: tried)
+    assert [tune._ways(engine, faces) for faces in (1, 4, 5, 16, 17)] == [{}, tried[4], tried[16], tried[16], {}]
 
 
 def test_nothing_fits(tmp_path: Path, tuned_by: Callable[..., Tuning]) -> None:
