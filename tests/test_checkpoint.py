@@ -138,6 +138,7 @@ def test_a_training_state_is_json_and_safetensors_and_comes_back_whole(tmp_path:
     }
     io = SafetensorsIO()
     io.save_checkpoint(state, tmp_path / "s.state")
+    (tmp_path / "s.state.new" / "left by a run that was killed").mkdir(parents=True)
     io.save_checkpoint(state | {"epoch": 4}, tmp_path / "s.state")
     assert sorted(p.name for p in (tmp_path / "s.state").iterdir()) == ["tensors.safetensors", "tree.json"]
     back = io.load_checkpoint(tmp_path / "s.state")

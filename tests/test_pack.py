@@ -82,6 +82,19 @@ def test_an_older_pack_is_replaced(full: Path, tmp_path: Path) -> None:
     assert load(out, threads=1).backend.report.precision == "int8"
 
 
+def test_what_an_older_pack_had_more_is_gone(full: Path, tmp_path: Path) -> None:
+    out = tmp_path / "slim"
+    old = pack_bundle(full, out, ["fp32"])
+    (out / "old.plan").write_bytes(b"a plan")
+    dataclasses.replace(old, files=old.files | {"old.plan": file_entry(out / "old.plan", "plan")}).write(out)
+    assert set(pack_bundle(full, out, ["int8"]).files) | {"manifest.json"} == {path.name for path in out.iterdir()}
+
+
+def test_a_bundle_whose_export_was_killed_between_its_last_moves_is_packed(full: Path, tmp_path: Path) -> None:
+    full.rename(full.with_name(".full.old"))
+    assert "model.int8.onnx" in pack_bundle(full, tmp_path / "slim", ["int8"]).files
+
+
 def test_a_damaged_bundle_that_would_be_replaced_is_named(full: Path, tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old/manifest.json").write_text("{}")

@@ -93,6 +93,27 @@ def test_of_several_onnx_files_the_best_one_for_a_cpu_runs_there(own: Path, tmp_
     dataclasses.replace(manifest, files=manifest.files | {"model.int8.onnx": entry}).write(own)
     assert write_repository(own, tmp_path / "repo").models[1].file == "model.int8.onnx"
     assert "kind: KIND_CPU\n" in (tmp_path / "repo/tiny-crops-onnx/config.pbtxt").read_text()
+    packed = tmp_path / "repo/tiny-images/1/bundle"  # whose engine is chosen where it runs
+    assert sorted(path.name for path in packed.glob("*.onnx")) == ["model.fp32.onnx", "model.int8.onnx"]
+
+
+def test_a_model_is_warmed_up_with_no_more_than_it_takes(own: Path, tmp_path: Path) -> None:
+    with_plan(own, "model.fp16.sm87.trt10.3.0.plan", (1, 2, 4))
+    write_repository(own, tmp_path / "repo")
+    batches = {
+        name: re.findall(
+            r"^  batch_size: (\d+)$", (tmp_path / "repo" / name / "config.pbtxt").read_text(), re.MULTILINE
+        )
+        for name in ("tiny-images", "tiny-crops-onnx", "tiny-crops-sm87-trt10.3.0")
+    }
+    assert list(batches.values()) == [["1"], ["1", "8", "32"], ["1", "4"]]
+    probe = (tmp_path / "repo/tiny-images/warmup/probe").read_bytes()
+    assert (int.from_bytes(probe[:4], "little"), probe[4:]) == (len(PROBE), PROBE)
+
+
+def test_a_bundle_whose_export_was_killed_between_its_last_moves_is_mended(own: Path, tmp_path: Path) -> None:
+    own.rename(own.with_name(".own.old"))
+    assert len(write_repository(own, tmp_path / "repo").models) == 2
 
 
 def test_the_text_of_a_config() -> None:
