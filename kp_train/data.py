@@ -329,7 +329,7 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         if isinstance(key, int):
             return self._item(key)
         with torch.random.fork_rng(devices=()):
-            torch.manual_seed(key[1])
+            torch.default_generator.manual_seed(key[1])  # torch.manual_seed seeds GPUs too, and takes long
             return self._item(key[0])
 
     def _item(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
