@@ -102,12 +102,9 @@ class FacesPicture(Callback):
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draws after the validation of every `every`-th epoch, while the averaged weights are in."""
         epoch = trainer.current_epoch + 1
-        if trainer.sanity_checking or not trainer.is_global_zero or epoch % self.every:
+        if not trainer.is_global_zero or epoch % self.every:
             return
-        was_training = pl_module.training
-        with torch.no_grad():
-            predicted = pl_module.eval().net(self.crops.to(pl_module.device)).cpu()  # type: ignore[operator]
-        pl_module.train(was_training)
+        predicted = pl_module.net(self.crops.to(pl_module.device)).cpu()  # type: ignore[operator]
         # those of a run that leaves all measure can't be drawn; it is told of that when it ends
         predicted = predicted.nan_to_num(nan=-9).clamp(-9, 2 * self.crops.shape[-1])
         cells, times = [], -(-_CELL // self.crops.shape[-1])

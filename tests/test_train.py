@@ -76,7 +76,7 @@ def test_faces_of_a_run_that_leaves_all_measure_are_drawn(faces: Path, tmp_path:
     module = torch.nn.Module()
     module.net = lambda crops: torch.full((len(crops), 68, 2), value)  # type: ignore[assignment]
     module.device = "cpu"  # type: ignore[assignment]
-    trainer = SimpleNamespace(sanity_checking=False, is_global_zero=True, current_epoch=0, logger=None)
+    trainer = SimpleNamespace(is_global_zero=True, current_epoch=0, logger=None)
     FacesPicture(shown, tmp_path, every=1).on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
     assert (tmp_path / "faces_epoch_001.png").is_file()
 
@@ -88,12 +88,12 @@ def test_faces_are_drawn_every_few_epochs_and_by_the_first_worker(faces: Path, t
     module.device = "cpu"  # type: ignore[assignment]
     picture = FacesPicture(shown, tmp_path, every=3)
     for epoch in range(7):
-        for checking, first in ((False, True), (True, True), (False, False)):
-            trainer = SimpleNamespace(sanity_checking=checking, is_global_zero=first, current_epoch=epoch, logger=None)
-            picture.folder = tmp_path / f"{checking}_{first}"
+        for first in (True, False):
+            trainer = SimpleNamespace(is_global_zero=first, current_epoch=epoch, logger=None)
+            picture.folder = tmp_path / f"{first}"
             picture.on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
     drawn = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
-    assert drawn == ["False_True/faces_epoch_003.png", "False_True/faces_epoch_006.png"]
+    assert drawn == ["True/faces_epoch_003.png", "True/faces_epoch_006.png"]
     assert cv2.imread(str(tmp_path / drawn[0])).shape == (260, 518, 3)  # two of 64 px, enlarged to be seen
 
 
