@@ -137,8 +137,25 @@ def plan_from_onnx(
         raise ExportError(f"no plan was built from {onnx_path.name}: {error}; {where}") from error
     with writing(plan_path) as temporary:
         temporary.write_bytes(plan)
-    sha256 = hashlib.sha256(onnx).hexdigest()
-    return _report(onnx_path.name, sha256, plan_path, options, precision, trt, device, shapes, receipt, seconds)
+    version = str(trt.__version__)
+    return PlanReport(
+        file=plan_path.name,
+        precision=precision,
+        gpu=device.name,
+        compute_capability=device.compute_capability,
+        cuda=device.cuda,
+        driver=device.driver,
+        tensorrt=version,
+        l4t=device.l4t,
+        processor=platform.machine(),
+        profile=(options.min_batch, options.opt_batch, options.max_batch),
+        onnx_sha256=hashlib.sha256(onnx).hexdigest(),
+        options=options,
+        rebuild=rebuild_command(options, precision),
+        trtexec=trtexec_command(onnx_path.name, plan_path.name, options, shapes, version),
+        receipt=receipt,
+        seconds=round(seconds, 1),
+    )
 
 
 def plan_blocker(trt: Any = None, device: CudaDevice | None = None) -> str | None:
@@ -199,36 +216,3 @@ def _read(path: Path) -> bytes:
         raise ExportError(
             f"{path} can't be read ({error.strerror}); kp export writes the bundle's ONNX files"
         ) from error
-
-
-def _report(
-    onnx_name: str,
-    onnx_sha256: str,
-    plan_path: Path,
-    options: PlanOptions,
-    precision: str,
-    trt: Any,
-    device: CudaDevice,
-    shapes: tuple[tuple[int, ...], ...],
-    receipt: PrecisionReceipt,
-    seconds: float,
-) -> PlanReport:
-    version = str(trt.__version__)
-    return PlanReport(
-        file=plan_path.name,
-        precision=precision,
-        gpu=device.name,
-        compute_capability=device.compute_capability,
-        cuda=device.cuda,
-        driver=device.driver,
-        tensorrt=version,
-        l4t=device.l4t,
-        processor=platform.machine(),
-        profile=(options.min_batch, options.opt_batch, options.max_batch),
-        onnx_sha256=onnx_sha256,
-        options=options,
-        rebuild=rebuild_command(options, precision),
-        trtexec=trtexec_command(onnx_name, plan_path.name, options, shapes, version),
-        receipt=receipt,
-        seconds=round(seconds, 1),
-    )
