@@ -28,7 +28,7 @@ from typing import Any
 
 from kp_runtime.errors import ExportError
 
-__all__ = ["LEAST_SHARE", "LayerReceipt", "PrecisionReceipt", "check_receipt", "receipt_from_inspector"]
+__all__ = ["LEAST_SHARE", "PrecisionReceipt", "check_receipt", "receipt_from_inspector"]
 
 LEAST_SHARE = {"fp32": 0.9, "fp16": 0.9, "int8": 0.7}
 """Least share of compute in the type that was asked for: a quantised graph keeps its ends in fp16 or fp32."""
@@ -55,20 +55,16 @@ _MULTIPLIES = re.compile(r"conv|gemm|matrix_?mul|matmul|fully_?connected", re.IG
 
 
 @dataclass(frozen=True)
-class LayerReceipt:
+class _Layer:
     """One layer of an engine.
 
     Attributes:
-        name: the inspector's name for it.
-        kind: its LayerType.
         type: `fp32`, `fp16`, `int8`, …, or `unknown`.
         flops: estimated floating-point or integer operations a batch; 0 without weights.
         bytes: estimated bytes read and written a batch.
         on_dla: whether it runs on the DLA.
     """
 
-    name: str
-    kind: str
     type: str
     flops: float
     bytes: float
@@ -157,17 +153,17 @@ def check_receipt(receipt: PrecisionReceipt, precision: str, *, dla: bool, least
     least = LEAST_SHARE[precision] if least_share is None else least_share
     if least <= 0:
         return
-    if dla and (receipt.dla_layers == 0 or receipt.left_on_gpu):
-        raise ExportError(
-            f"the DLA was asked for, but {receipt.left_on_gpu} {' and '.join(DLA_TYPES)} convolutions fell back to "
-            f"the GPU and {receipt.dla_layers} layers are on the DLA; build without dla_core, or with a TensorRT "
-            "whose DLA takes them"
-        )
+    if dla:
+        if receipt.dla_layers == 0 or receipt.left_on_gpu:
+            raise ExportError(
+                f"the DLA was asked for, but {receipt.left_on_gpu} {' and '.join(DLA_TYPES)} convolutions fell back to "
+                f"the GPU and {receipt.dla_layers} layers are on the DLA; build without dla_core, or with a TensorRT "
+                "whose DLA takes them"
+            )
+        return
     shares, measure = receipt.compute_shares, "compute"
     if not shares:
         shares, measure = receipt.byte_shares, "bytes"
-    if dla:
-        return
     got = shares.get(precision, 0.0)
     if not got >= least:
         found = ", ".join(f"{share:.0%} {name}" for name, share in shares.items()) or "nothing that can be counted"
@@ -178,7 +174,7 @@ def check_receipt(receipt: PrecisionReceipt, precision: str, *, dla: bool, least
         )
 
 
-def _layer(entry: Mapping[str, Any], batch: int) -> LayerReceipt | None:
+def _layer(entry: Mapping[str, Any], batch: int) -> _Layer | None:
     """One layer, or None where it only moves data."""
     name, kind = str(entry.get("Name", "")), str(entry.get("LayerType", ""))
     on_dla = "dla" in kind.lower() or ("ForeignNode" in name and "myelin" not in kind.lower())
@@ -188,9 +184,7 @@ def _layer(entry: Mapping[str, Any], batch: int) -> LayerReceipt | None:
     weights_type, weights = _weights(entry, f"{kind} {entry.get('ParameterType', '')}", inputs)
     types = [weights_type, *(_tensor_type(tensor) for tensor in (*outputs[:1], *inputs[:1]))]
     moved = sum(_elements(tensor, batch) * BYTES.get(_tensor_type(tensor), 0) for tensor in (*inputs, *outputs))
-    return LayerReceipt(
-        name=name,
-        kind=kind,
+    return _Layer(
         type=next((found for found in types if found != UNKNOWN), UNKNOWN),
         flops=_flops(weights, outputs, batch),
         bytes=moved + weights * BYTES.get(weights_type, 0) * ("Weights" in entry),
