@@ -62,14 +62,6 @@ class Group:
     nme: float
 
 
-@dataclass(frozen=True)
-class _View:
-    """A grey photo and the face's box on it, as the model is shown them."""
-
-    luma: NDArray[np.uint8]
-    box_xyxy: NDArray[np.float64]
-
-
 def robustness(
     model: OpenModel,
     faces: Sequence[Face],
@@ -89,30 +81,28 @@ def robustness(
     Raises:
         DataError: an image can't be read.
     """
-    base, shaken, larger, mirrored = [], [], [], []
+    found, n = [], 1 + len(SHAKES)
     for face in bar(faces):
         luma, box = luma_of_face(face), boxes_from_points(face.xy)
-        views = [_View(luma, box), *(_View(luma, _shaken(box, *shake)) for shake in SHAKES)]
-        views += [_enlarged(luma, box, k) for k in ENLARGED]
-        views.append(_View(np.ascontiguousarray(luma[:, ::-1]), _mirrored_box(box, luma.shape[1])))
-        frames, boxes = [Frame(view.luma, "gray") for view in views], np.stack([view.box_xyxy for view in views])
+        last = luma.shape[1] - 1
+        views = [(luma, box), *((luma, _shaken(box, *shake)) for shake in SHAKES)]
+        views += [(_enlarged(luma, k), (box + 0.5) * k - 0.5) for k in ENLARGED]
+        views.append((np.ascontiguousarray(luma[:, ::-1]), np.array([last - box[2], box[1], last - box[0], box[3]])))
+        frames, boxes = [Frame(shown, "gray") for shown, _ in views], np.stack([box for _, box in views])
         points, _ = answer_in_frames(model, frames, boxes, looks, mirror)
-        n = 1 + len(SHAKES)
-        base.append(points[0])
-        shaken.append(points[1:n])
-        larger.append(np.stack([(p + 0.5) / k - 0.5 for p, k in zip(points[n:-1], ENLARGED, strict=True)]))
-        flipped = points[-1][MIRROR] * (-1, 1) + (luma.shape[1] - 1, 0)
-        mirrored.append(flipped)
+        points[n:-1] = [(xy + 0.5) / k - 0.5 for xy, k in zip(points[n:-1], ENLARGED, strict=True)]
+        points[-1] = points[-1][MIRROR] * (-1, 1) + (last, 0)
+        found.append(points)
     truth = np.stack([face.xy for face in faces]).astype(np.float64)
-    plain, shakes, sizes = np.stack(base), np.stack(shaken), np.stack(larger)
+    plain, *others = np.stack(found, axis=1)
     # distances to the model's own answer, but over the true eyes
     eyes = nme_unit(truth)
     return Robustness(
         faces=len(faces),
         nme=float(point_errors(plain, truth).mean()),
-        jitter_nme=float(np.mean([point_errors(shakes[:, i], truth).mean() for i in range(len(SHAKES))])),
-        enlarged={k: _distance(sizes[:, i], plain, eyes) for i, k in enumerate(ENLARGED)},
-        mirrored=_distance(np.stack(mirrored), plain, eyes),
+        jitter_nme=float(np.mean([point_errors(xy, truth).mean() for xy in others[: len(SHAKES)]])),
+        enlarged={k: _distance(xy, plain, eyes) for k, xy in zip(ENLARGED, others[len(SHAKES) : -1], strict=True)},
+        mirrored=_distance(others[-1], plain, eyes),
     )
 
 
@@ -128,13 +118,8 @@ def _shaken(box: NDArray[np.float64], right: int, down: int, larger: int) -> NDA
     return np.concatenate([centre - half, centre + half])
 
 
-def _enlarged(luma: NDArray[np.uint8], box: NDArray[np.float64], k: int) -> _View:
-    larger = cv2.resize(luma, None, fx=k, fy=k, interpolation=cv2.INTER_LINEAR)
-    return _View(np.asarray(larger), (box + 0.5) * k - 0.5)
-
-
-def _mirrored_box(box: NDArray[np.float64], width: int) -> NDArray[np.float64]:
-    return np.array([width - 1 - box[2], box[1], width - 1 - box[0], box[3]])
+def _enlarged(luma: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
+    return np.asarray(cv2.resize(luma, None, fx=k, fy=k, interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def turns(truth: NDArray[np.float64]) -> NDArray[np.float64]:
