@@ -25,7 +25,6 @@ from kp_export.parity import (
     Ask,
     FaceSet,
     Parity,
-    Predict,
     answers_to,
     bundled_faces,
     check_parity,
@@ -45,7 +44,7 @@ from kp_train.data import Source, is_held_out
 from kp_train.model import KeypointNet
 from kp_train.synthetic import drawn_face
 
-__all__ = ["ExportReport", "answer_from_net", "export_bundle", "predict_from_net"]
+__all__ = ["ExportReport", "answer_from_net", "export_bundle"]
 
 CALIBRATION_FACES = 256
 _MODEL_NAME = re.compile(rf"model\.({'|'.join(PRECISIONS)})(\.sm\d+\.trt.+)?\.(onnx|plan)")
@@ -113,7 +112,7 @@ def export_bundle(
             known |= _parity_rows(own, manifest.files)
         faces, calibrating = _face_sets(manifest.spec, sources, calibration)
         if calibrating is not None:
-            check_calibration(calibrating, predict_from_net(net))
+            check_calibration(calibrating, answer_from_net(net))
         wanted = answers_to(answer_from_net(net), faces.crops)
         export = _Export(net, manifest, stage, faces, calibrating, step, wanted)
         try:
@@ -238,12 +237,6 @@ def answer_from_net(net: KeypointNet) -> Ask:
             return Answer.of([output.numpy() for output in net.outputs(torch.from_numpy(crops))])
 
     return answer
-
-
-def predict_from_net(net: KeypointNet) -> Predict:
-    """The same, keypoints alone."""
-    answer = answer_from_net(net)
-    return lambda crops: answer(crops).keypoints
 
 
 def _check_opens(path: Path) -> None:

@@ -29,7 +29,7 @@ import onnx
 from numpy.typing import NDArray
 
 from kp_export.first_convolution import fold_first_convolution, round_first_convolution
-from kp_export.parity import FaceSet, Parity, check_parity
+from kp_export.parity import Ask, FaceSet, Parity, answers_to, check_parity
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.files import writing
 from kp_train.metrics import point_errors
@@ -81,7 +81,7 @@ class Int8Report:
     rejected: tuple[str, ...]
 
 
-def check_calibration(faces: FaceSet, fp32: Callable[[NDArray[np.uint8]], NDArray[np.float32]]) -> None:
+def check_calibration(faces: FaceSet, fp32: Ask) -> None:
     """Refuses what are no labelled real faces: too few, no labels, or faces the network does not know.
 
     Raises:
@@ -94,8 +94,7 @@ def check_calibration(faces: FaceSet, fp32: Callable[[NDArray[np.uint8]], NDArra
         )
     if faces.xy_crop is None:
         raise DataError(f"int8 needs faces with labels, {faces.origin} has none: its gate is the accuracy")
-    starts = range(0, len(faces.crops), 32)
-    predicted = np.concatenate([fp32(faces.crops[start : start + 32]) for start in starts])
+    predicted = answers_to(fp32, faces.crops).keypoints
     missed = float((point_errors(predicted, faces.xy_crop).mean(axis=1) > WORST_FACE_NME).mean())
     if missed > MOST_MISSED:
         raise DataError(

@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 Ask = Callable[[NDArray[np.uint8]], Answer]
-Predict = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 BATCH = 32
 
 

@@ -21,7 +21,7 @@ from kp_export.int8_from_onnx import CHOICES, check_calibration
 from kp_export.onnx_from_checkpoint import onnx_from_checkpoint
 from kp_export.operators import operator_problems
 from kp_export.parity import LIMITS, FaceSet, Limit, faces_from_sources
-from kp_runtime.backend import open_backend
+from kp_runtime.backend import Answer, open_backend
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import save_checkpoint
@@ -236,9 +236,10 @@ def test_noise_few_faces_and_no_labels_are_refused(source: Source, rng: np.rando
     assert faces.xy_crop is not None
     answers = dict(zip([crop.tobytes() for crop in faces.crops], faces.xy_crop, strict=True))
 
-    def knows(crops: np.ndarray) -> np.ndarray:
+    def knows(crops: np.ndarray) -> Answer:
         """The truth for the faces; for anything else a face of its own."""
-        return np.stack([answers.get(crop.tobytes(), faces.xy_crop[0] + 30) for crop in crops]).astype(np.float32)
+        found = [answers.get(crop.tobytes(), faces.xy_crop[0] + 30) for crop in crops]
+        return Answer(np.stack(found).astype(np.float32))
 
     check_calibration(faces, knows)
     for missed, taken in ((len(faces.names) // 5, True), (len(faces.names) // 5 + 1, False)):
