@@ -38,7 +38,6 @@ __all__ = [
     "Face",
     "FaceDataset",
     "Source",
-    "check_lost_worker",
     "check_memory",
     "evenly_spread",
     "held_out_fraction",
@@ -267,25 +266,17 @@ def start_of_workers(workers: int) -> str | None:
     return "fork" if workers and sys.platform == "linux" else None
 
 
-def check_lost_worker(error: Exception) -> None:
-    """Tells PyTorch's error of a loader whose process was killed in a line; does nothing with another error.
+def check_memory(error: Exception, batch_size: int) -> None:
+    """Tells PyTorch's errors of too little memory in a line: a GPU's, the processor's, or of a process that was killed.
 
     Raises:
-        KpError: it is that one.
+        KpError: it is one of these.
     """
     if "DataLoader worker (pid" in str(error):
         raise KpError(
             "a process that makes crops was killed, as the system does where memory is short, or in a container shared "
             "memory (docker run --shm-size); go on with fewer --workers"
         ) from error
-
-
-def check_memory(error: Exception, batch_size: int) -> None:
-    """Tells PyTorch's error of too little memory, a GPU's or the processor's, in a line; does nothing with another.
-
-    Raises:
-        KpError: it is that one.
-    """
     if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         raise KpError(f"the device has too little memory for {batch_size} crops; lower --batch-size") from error
 

@@ -43,7 +43,7 @@ from kp_train.checkpoint import (
     save_checkpoint,
 )
 from kp_train.config import TrainConfig, has_bfloat16
-from kp_train.data import Face, FaceDataset, Source, check_lost_worker, check_memory, evenly_spread
+from kp_train.data import Face, FaceDataset, Source, check_memory, evenly_spread
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss
@@ -225,7 +225,6 @@ def train(
         check_memory(error, config.batch_size)
         if trainer.world_size > 1 and any(library in str(error) for library in ("gloo", "NCCL")):
             raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error
-        check_lost_worker(error)
         if resume and not together.begun:
             raise KpError(
                 f"the training state at {last} does not fit this release ({error!s:.200}); go on with the one that "

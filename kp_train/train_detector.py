@@ -30,7 +30,7 @@ from kp_train.checkpoint import (
     save_detector,
 )
 from kp_train.config import DetectorConfig
-from kp_train.data import Source, check_lost_worker, check_memory, start_of_workers
+from kp_train.data import Source, check_memory, start_of_workers
 from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
 from kp_train.face_windows import Pictures, WindowDataset
 from kp_train.run_record import run_record, split_by_person, stored_record
@@ -128,7 +128,6 @@ def train_detector(
         ) from error
     except RuntimeError as error:
         check_memory(error, config.batch_size)
-        check_lost_worker(error)
         raise
     return _write_checkpoint(state.mean_net, run, name, record)
 
