@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ __all__ = [
     "parse_source",
     "read_source",
     "recorded_fraction",
+    "sha256_of_files",
     "start_of_workers",
 ]
 
@@ -169,7 +170,7 @@ def read_source(path: Path, weight: float = 1.0, points: int = POINTS) -> Source
             f"{alone[0]} has no image beside it (looked for {', '.join(IMAGE_SUFFIXES)}); put the photos there"
         )
     faces = tuple(Face(images / face.image, _checked(face)) for face in labelled)
-    return Source(path, weight, faces, _sha256_of_labels(path))
+    return Source(path, weight, faces, sha256_of_files(pts_files(path) if folder else [path]))
 
 
 def _checked(face: LabelledFace) -> NDArray[np.float32]:
@@ -199,9 +200,10 @@ def _image_folder(path: Path, name: str) -> Path:
     )
 
 
-def _sha256_of_labels(path: Path) -> str:
+def sha256_of_files(files: Iterable[Path]) -> str:
+    """Of all their bytes, one file behind the other."""
     digest = hashlib.sha256()
-    for file in pts_files(path) if path.is_dir() else [path]:
+    for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
 

@@ -7,7 +7,6 @@ that hold none, and drawn textures. Boxes are tight around the 68 points, pixels
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch.utils.data import Dataset
 from kp_runtime.errors import DataError
 from kp_runtime.frame import IMAGE_SUFFIXES
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, matrices_from_boxes
-from kp_train.data import Face, luma_from_file, lumas_of_faces
+from kp_train.data import Face, luma_from_file, lumas_of_faces, sha256_of_files
 
 __all__ = ["WINDOW", "Pictures", "WindowDataset", "read_pictures"]
 
@@ -60,10 +59,7 @@ def read_pictures(folders: Sequence[Path]) -> Pictures:
         if not found:
             raise DataError(f"{folder} has no pictures ({', '.join(IMAGE_SUFFIXES)}); give a folder that holds some")
         files += found
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.read_bytes())
-    return Pictures(tuple(luma_from_file(path) for path in files), digest.hexdigest() if files else "")
+    return Pictures(tuple(luma_from_file(path) for path in files), sha256_of_files(files) if files else "")
 
 
 class WindowDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
