@@ -28,8 +28,6 @@ __all__ = ["error_curve", "point_error_map", "worst_faces"]
 
 _TURNED = ((0.0, 0.15, "frontal"), (0.15, 0.5, "turned"), (0.5, np.inf, "turned far"))
 """Turns of the head from, up to, and their name."""
-_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
-"""Behind a text that a line may cross."""
 
 
 def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
@@ -44,11 +42,12 @@ def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
     figure = _figure(7, 4.2)
     axes = figure.subplots()
     axes.step(np.concatenate([[0], errors]), np.concatenate([[0], share]), where="post", color="#1f6f8b", linewidth=2)
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}  # the mean's line may cross it
     axes.axvline(FAILURE * 100, color="#999999", linestyle="--", linewidth=1)
-    axes.text(FAILURE * 100, 3, f" failures {measured.failures:.1%}", color="#666666", clip_on=True, bbox=_PAPER)
+    axes.text(FAILURE * 100, 3, f" failures {measured.failures:.1%}", color="#666666", clip_on=True, bbox=paper)
     axes.axvline(measured.nme * 100, color="#c8553d", linewidth=1)
-    at = min(measured.nme * 100, 8.2)  # one beyond the axis is told at its end
-    axes.text(at, 96, f" mean {measured.nme:.2%}", color="#c8553d", va="top", clip_on=True, bbox=_PAPER)
+    at = np.clip(measured.nme * 100, 1.8, 10)  # left of the line, where a curve seldom is
+    axes.text(at, 96, f"mean {measured.nme:.2%} ", color="#c8553d", va="top", ha="right")
     unit = "outer eye corner distance" if evaluation.predicted.shape[1] == POINTS else "box size"
     axes.set(xlim=(0, 10), ylim=(0, 100), xlabel=f"NME, % of the {unit}", ylabel="faces, %")
     axes.set_title(f"{title}: {measured.faces} faces, AUC at 8% {measured.auc:.3f}", fontsize=10)
