@@ -73,8 +73,9 @@ def _installed() -> dict[str, str]:
     found: dict[str, str] = {}
     for wheel in metadata.distributions():
         with contextlib.suppress(UnicodeDecodeError, OSError):  # a damaged record
-            if (name := wheel.metadata["Name"]) and (version := wheel.metadata["Version"]):
-                found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), version)
+            about = wheel.metadata
+            if "Name" in about and "Version" in about:
+                found.setdefault(re.sub(r"[-_.]+", "-", about["Name"]).lower(), about["Version"])
     return found
 
 
