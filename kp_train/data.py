@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -161,7 +162,8 @@ def read_source(path: Path, weight: float = 1.0, points: int = POINTS) -> Source
     folder = path.is_dir()
     if not (folder or (path.is_file() and path.suffix.lower() == ".csv")):
         others = path.is_file() and path.suffix.lower() in (".json", ".parquet") and points == POINTS
-        advice = f"make one of it: kp convert {path} {path.with_suffix('.csv')}" if others else "check the path"
+        paths = (shlex.quote(str(name)) for name in (path, path.with_suffix(".csv")))
+        advice = f"make one of it: kp convert {' '.join(paths)}" if others else "check the path"
         raise DataError(f"{path} is neither a CSV of {points} points nor a folder with .pts files; {advice}")
     labelled = faces_from_file(path, "pts" if folder else "csv", points)
     images = path if folder else _image_folder(path, labelled[0].image)
