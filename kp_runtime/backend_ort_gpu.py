@@ -220,26 +220,27 @@ class _OrtLane(Lane):
     runs_before_capture = 2
     """As in ONNX Runtime's own capture: its second run still asks for memory, by the pattern of the first."""
 
-    _opened: Any = None
+    _opened: _Opened | None = None
+    _session: Any = None
     _sessions: _Sessions | None = None
 
     def open(self, opened: _Opened, sessions: _Sessions, run_options: Any, device_type: str) -> None:
         """Takes what the calls need; the session goes back to `sessions` in the end."""
-        self._opened, self._sessions = opened, sessions
+        self._opened, self._sessions, self._session = opened, sessions, opened.session
         self._run_options, self._device = run_options, (device_type, self.driver.device_id)
         self._bindings: dict[tuple[int, int], Any] = {}
 
     def _feed(self, input_ptr: int, output_ptrs: tuple[int, ...], count: int) -> None:
         binding = self._bindings.get((input_ptr, count)) or self._bind(input_ptr, output_ptrs, count)
         try:
-            self._opened.session.run_with_iobinding(binding, self._run_options)
+            self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             self._sessions = None  # nobody else gets a session that failed
             reason = reason_of(error)
             raise BackendError(f"ONNX Runtime failed on {count} crops: {reason}; try fewer at once") from error
 
     def _bind(self, input_ptr: int, output_ptrs: tuple[int, ...], count: int) -> Any:
-        spec, binding = self.spec, self._opened.session.io_binding()
+        spec, binding = self.spec, self._session.io_binding()
         binding.bind_input("crops", *self._device, np.uint8, (count, 1, spec.size, spec.size), input_ptr)
         for (name, shape), address in zip(spec.outputs.items(), output_ptrs, strict=True):
             binding.bind_output(name, *self._device, np.float32, (count, *shape), address)
@@ -250,7 +251,8 @@ class _OrtLane(Lane):
         """See `Lane.close`."""
         super().close()
         self._bindings = {}
-        if self._sessions is not None:
+        self._session = None
+        if self._sessions is not None and self._opened is not None:
             self._sessions.give(self._opened)
         self._sessions = self._opened = None
 
