@@ -58,7 +58,7 @@ class Evaluation:
 
     Attributes:
         faces: the faces that were measured.
-        predicted: `(n, 68, 2)` float64, pixels of each image.
+        predicted: `(n, points, 2)` float64, pixels of each image.
         boxes_xyxy: `(n, 4)`, the boxes that the crops were cut from.
         errors: `(n,)`, NME of each face as a fraction.
         missed: faces that the detector did not find; they are not in `faces` and not in the
@@ -124,12 +124,12 @@ def evaluate(
         detector: gives the boxes; the keypoints' own boxes when None. Of several boxes in a photo
             the one with the largest overlap counts.
         bar: wraps the list of batches, to show progress.
-        looks: as `answer_in_frames` takes them.
+        looks: as a call of `kp_runtime.Model` takes them.
         mirror: likewise.
 
     Raises:
         DataError: an image can't be read, or the detector found none of the faces.
-        InputError: more looks at a model of whole frames, or fewer than one.
+        InputError: `looks` or `mirror` is not possible with this model.
         BackendError: points that are not finite: no measure of these means anything.
     """
     spec = model.manifest.spec

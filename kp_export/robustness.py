@@ -31,7 +31,7 @@ ENLARGED = (2, 4, 8)
 
 @dataclass(frozen=True)
 class Robustness:
-    """What changes when the same faces are shown otherwise.
+    """What changes when the same faces are shown otherwise; all in eye distances, a fraction.
 
     Attributes:
         faces: how many were measured.
@@ -75,7 +75,7 @@ def robustness(
         model: from `evaluate.open_model`; one that takes face boxes.
         faces: labelled faces.
         bar: wraps the list of faces, to show progress.
-        looks: as `evaluate.answer_in_frames` takes them.
+        looks: as a call of `kp_runtime.Model` takes them.
         mirror: likewise.
 
     Raises:

@@ -54,12 +54,12 @@ class CenterDetector:
         score: least score of a face, over 0 and under 1; the bundle's when None.
         smallest: longer side of the smallest box, as a share of the image's shorter side.
         threads: of the engine; all cores when None.
-        public_key: whose signature the bundle must have; see `signing.check_signature`.
+        public_key: whose signature the bundle must have; see `load`.
 
     Raises:
         BundleError, IntegrityError: no detector's bundle there, or a file that is not the manifest's.
         SignatureError: it is not signed by `public_key`.
-        BackendError: ONNX Runtime refuses the file, or gives other cells than PyTorch did.
+        BackendError: ONNX Runtime refuses the file, or gives other cells than PyTorch did, or `threads` are not there.
         InputError: `score` or `smallest` out of range.
         MissingExtraError: OpenCV or ONNX Runtime is not installed.
     """
@@ -84,7 +84,20 @@ class CenterDetector:
         self._check(manifest.read_file(bundle, GOLDEN_NAME), str(Path(bundle) / GOLDEN_NAME))
 
     def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
-        """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
+        """Finds the faces of an image.
+
+        Args:
+            image: a `Frame`, or uint8 `(h, w, 3)`, `(h, w, 4)` or grey `(h, w)`.
+            layout: channel order of a colour array, `bgr` or `rgb`.
+
+        Returns:
+            `(n, 4)` float64 boxes, x0, y0, x1, y1 in pixels of the image, tight around the 68 points, largest face
+            first; `(0, 4)` where there is none.
+
+        Raises:
+            ImageError: an image that is not taken.
+            BackendError: ONNX Runtime failed, or this process was forked since it was opened.
+        """
         frame = as_frame(image, layout)
         return largest_first(self.find(frame).boxes_xyxy, frame)
 

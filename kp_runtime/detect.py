@@ -72,7 +72,20 @@ class _OpenCvDetector(ABC):
         self._turn = threading.Lock()
 
     def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
-        """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
+        """Finds the faces of an image.
+
+        Args:
+            image: a `Frame`, or uint8 `(h, w, 3)`, `(h, w, 4)` or grey `(h, w)`.
+            layout: channel order of a colour array, `bgr` or `rgb`.
+
+        Returns:
+            `(n, 4)` float64 boxes, x0, y0, x1, y1 in pixels of the image, tight around the 68 points, largest face
+            first; `(0, 4)` where there is none.
+
+        Raises:
+            ImageError: an image that is not taken.
+            BackendError: OpenCV failed.
+        """
         frame = as_frame(image, layout)
         with self._turn:
             boxes = self.raw(frame)
@@ -94,6 +107,7 @@ class HaarDetector(_OpenCvDetector):
     Raises:
         BackendError: this OpenCV has no cascades (OpenCV 5 dropped them).
         InputError: an argument is out of range.
+        MissingExtraError: OpenCV is not installed.
     """
 
     BOX_MAP = BoxMap(dx=0.0057, dy=0.1518, width=0.8605, height=0.8288)
@@ -143,6 +157,7 @@ class YuNetDetector(_OpenCvDetector):
     Raises:
         BackendError: OpenCV can't read the file, or it is another network.
         InputError: `score` is out of range.
+        MissingExtraError: OpenCV is not installed.
     """
 
     BOX_MAP = BoxMap(dx=0.0038, dy=0.1268, width=1.0507, height=0.7675)

@@ -40,7 +40,10 @@ def load_detector(
             where it can be used, else Haar.
         smallest: longer side of the smallest face, as a share of the image's shorter side; YuNet has its own.
         threads: of the network's engine; all cores when None.
-        public_key: whose signature the network's bundle must have; see `signing.check_signature`.
+        public_key: whose signature the network's bundle must have; see `load`.
+
+    Returns:
+        One of the detectors of this page: `detector(image)` gives boxes.
 
     Raises:
         InputError: there is no such detector, or `smallest` is out of range.

@@ -36,7 +36,7 @@ class DeviceFrame:
         pitch: bytes from one row to the next.
         layout: `bgr`, `rgb`, `bgra`, `rgba`, `gray`, `nv12`, `i420`; of the last two nothing but
             the luma plane, at `pointer`, is read.
-        range: `full` or `limited`, see `frame.Frame`.
+        range: `full` or `limited`, see `Frame`.
         device_id: number of the GPU.
         stream: handle of the CUDA stream that writes the pixels; the crops wait for it. None when
             they are written already, or on the stream that the crops are cut on.

@@ -32,6 +32,7 @@ def draw_keypoints(
     Raises:
         ImageError: not an image.
         InputError: not points, or points that are not finite.
+        MissingExtraError: OpenCV is not installed.
     """
     canvas = bgr_copy(image)
     put_keypoints(canvas, xy, lines=lines, color=color)

@@ -65,11 +65,19 @@ class Effect(Protocol):
 
 
 def open_effect(name: str | os.PathLike[str]) -> Effect:
-    """An effect by its name, or one of your own by its `.toml` file.
+    """An effect by its name, or one of your own by its `.toml` file (docs/filters.md).
+
+    Args:
+        name: `sunglasses`, `hat`, `moustache`, `mesh`, `blur`, or the path of a `.toml` file.
+
+    Returns:
+        `effect(image, xy)` gives a new `(h, w, 3)` uint8 BGR image with the effect on each face of `xy`, `(n, 68, 2)`
+        pixels of the image, which is an array as `draw_keypoints` takes it; `n` may be 0.
 
     Raises:
-        InputError: there is no such effect, or as `picture_from_toml`.
-        ImageError, MissingExtraError: as `picture_from_toml`.
+        InputError: there is no such effect, or the file is missing or wrong.
+        ImageError: the file's picture is missing, or none with opacity.
+        MissingExtraError: OpenCV is not installed, or, on Python 3.10, tomli.
     """
     name = os.fspath(name)
     if Path(name).suffix.lower() == ".toml":

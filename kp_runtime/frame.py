@@ -1,10 +1,4 @@
-"""An image as the crop path takes it: a host array with a known layout of its channels.
-
-`Frame` holds the caller's array without a copy. Layouts: `bgr` `(h, w, 3)`, `rgb` `(h, w, 3)`,
-`bgra` `(h, w, 4)`, `rgba` `(h, w, 4)`, `gray` `(h, w)` or `(h, w, 1)`, `nv12` and `i420`
-`(h + h / 2, w)` with the luma plane on top, h and w even; all uint8, with any distance between rows.
-Of video layouts the luma plane alone is read; where it lies apart from the colour, it is a `gray` frame.
-"""
+"""An image as the crop path takes it: a host array with a known layout of its channels, in a `Frame`."""
 
 from __future__ import annotations
 
@@ -99,8 +93,10 @@ class Frame:
     """A host image: `data` uint8 in the given `layout`; not copied.
 
     Attributes:
-        data: see the file's docstring.
-        layout: likewise.
+        data: uint8, with any distance between rows; its shape is the layout's.
+        layout: `bgr` or `rgb` `(h, w, 3)`, `bgra` or `rgba` `(h, w, 4)`, `gray` `(h, w)` or `(h, w, 1)`, `nv12` or
+            `i420` `(h + h / 2, w)` with the luma plane on top, h and w even. Of these two the luma plane alone is
+            read; where it lies apart from the colour, it is a `gray` frame.
         range: of the luma of `gray`, `nv12` and `i420`: `full` is 0 to 255 and read as it is;
             `limited` is 16 to 235, as most video has it, and is stretched to 0 to 255.
 
@@ -202,6 +198,7 @@ def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
     Raises:
         ImageError: the file is missing, cut off, 16 bits deep, or no image. Damage inside a JPEG is not noticed: the
             decoder fills what it can't read.
+        MissingExtraError: OpenCV is not installed.
     """
     path = Path(path)
     try:
@@ -219,6 +216,7 @@ def image_from_bytes(data: bytes, origin: str = "the image") -> NDArray[np.uint8
 
     Raises:
         ImageError: the image is cut off, 16 bits deep, or none.
+        MissingExtraError: OpenCV is not installed.
     """
     if _is_cut_off(data):
         raise ImageError(f"{origin} is cut off: the end of the image is missing; copy or download it again")

@@ -72,7 +72,11 @@ class Model:
         return GraphReport((), f"{self.backend.name} runs on no GPU") if self._gpu is None else self._gpu.graphs
 
     def warmup(self, faces: int = 1) -> None:
-        """Makes calls with up to `faces` faces find everything ready: see `Backend.warmup`, `CudaPipeline.warmup`."""
+        """Runs calls of 1, 2, 4, … up to `faces` faces, so that later ones find memory, ways and graphs ready.
+
+        Raises:
+            BackendError: `faces` is under 1, the engine failed, or the model is closed.
+        """
         self._check_open()
         (self._gpu or self.backend).warmup(faces)
 
@@ -108,6 +112,7 @@ class Model:
             ImageError: an image that is not taken.
             BoxError: a box that is not finite, has no size, or does not touch the image.
             BackendError: the engine failed, or the model is closed.
+            MissingExtraError: OpenCV, which cuts crops on a CPU, is not installed.
         """
         self._check_open()
         self.check_looks(looks, mirror)
@@ -322,10 +327,11 @@ def load(
             where the bundle lies when none is given.
 
     Raises:
-        InputError: cores that this thread may not use, or settings beside `tuned` that it says itself.
+        InputError: cores that this thread may not use, or `tuned` can't be read or is given beside settings of its own.
         BundleError: there is no bundle, or it or its files can't be used.
         SignatureError: the bundle is not signed by `public_key`.
-        BackendError: the engine can't run the model, or its golden keypoints are wrong.
+        BackendError: there is no such engine, precision or number of threads here, the engine can't run the model, or
+            its golden keypoints are wrong.
         MissingExtraError: the engine's package is not installed.
 
     Warns:

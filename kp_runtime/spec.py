@@ -224,7 +224,7 @@ class Manifest:
 
         Args:
             bundle: the bundle's folder.
-            public_key: whose signature the manifest must have: see `signing.check_signature`. The
+            public_key: whose signature the manifest must have: see `load`. The
                 bytes that are verified are those that are parsed. None asks for no signature.
 
         Raises:

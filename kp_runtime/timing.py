@@ -70,7 +70,11 @@ class Ratio:
 
 
 class StageTimer:
-    """Collects wall-clock times by stage; `with timer("crop"): …` adds one sample."""
+    """Collects wall-clock times by stage; `with timer("crop"): …` adds one sample.
+
+    Attributes:
+        seconds: each stage's samples.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
@@ -94,7 +98,7 @@ class StageTimer:
             self.seconds.setdefault(stage, []).append(seconds)
 
     def summaries(self) -> dict[str, TimeSummary]:
-        """Each stage's summary, in the order in which the stages first ran."""
+        """Each stage's summary in milliseconds (`p50_ms`, `p95_ms`, …), in the order in which the stages first ran."""
         # nothing is known of turns: every sample is one
         return {stage: summary_from_turns([[s] for s in samples]) for stage, samples in self.seconds.items()}
 

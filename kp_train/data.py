@@ -288,7 +288,7 @@ def check_memory(error: Exception, batch_size: int) -> None:
 class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """Crops and their points, ready for the network.
 
-    An item is `(crop, xy_crop)`: uint8 `(1, size, size)` and float32 `(68, 2)`, pixels of the crop (but see `detail`).
+    An item is `(crop, xy_crop)`: uint8 `(1, size, size)` and float32 `(points, 2)`, pixels of the crop (see `detail`).
     All images are decoded to grey once and kept in memory (about 50 KB a face of the public
     data sets), so that worker processes share them and an epoch reads no files.
 
@@ -299,6 +299,9 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         boxes_xyxy: `(n, 4)` boxes of the faces, pixels of the images; those of their points when None.
         detail: crops are that many times larger, as a network of that size sees them; points stay in pixels of the
             plain crop.
+
+    Raises:
+        DataError: an image can't be read, or no point of a face lies in its own.
     """
 
     def __init__(

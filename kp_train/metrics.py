@@ -78,7 +78,13 @@ def smooth_l1_original(
 
 
 def accuracy(predicted: NDArray[np.floating], truth: NDArray[np.floating], sizes_hw: NDArray[np.integer]) -> Accuracy:
-    """All measures at once; `sizes_hw` is `(n, 2)`, each image's height and width."""
+    """All measures at once.
+
+    Args:
+        predicted: `(n, points, 2)`, pixels of each image.
+        truth: the labels, likewise.
+        sizes_hw: `(n, 2)`, each image's height and width.
+    """
     errors = point_errors(predicted, truth)
     nme = errors.mean(axis=1)
     return Accuracy(

@@ -365,9 +365,21 @@ def test_every_public_name_is_in_the_reference() -> None:
 
 
 def test_the_reference_tells_each_argument_of_a_function() -> None:
-    """Where there are over two: one or two may stand in the sentence."""
+    """Of what is called, too. Where there are over two: one or two may stand in the sentence."""
     for name in kp_runtime.__all__:
         value = getattr(kp_runtime, name)
+        value = getattr(value, "__call__", None) if inspect.isclass(value) else value  # noqa: B004
         if inspect.isfunction(value) and len(named := inspect.signature(value).parameters) > 2:
             told = re.findall(r"^    (\w+): ", inspect.getdoc(value) or "", re.MULTILINE)
-            assert [argument for argument in named if argument not in told] == [], name
+            assert [argument for argument in named if argument not in ("self", *told)] == [], name
+
+
+def test_the_reference_sends_nobody_to_a_docstring_that_it_does_not_show() -> None:
+    texts = {name: inspect.getdoc(getattr(kp_runtime, name)) or "" for name in kp_runtime.__all__}
+    assert [name for name, text in texts.items() if "file's docstring" in text or "`signing." in text] == []
+
+
+def test_the_reference_says_what_needs_opencv() -> None:
+    names = ["CenterDetector", "HaarDetector", "YuNetDetector", "draw_keypoints", "image_from_bytes", "image_from_file"]
+    texts = {name: inspect.getdoc(getattr(kp_runtime, name)) or "" for name in [*names, "load_detector", "open_effect"]}
+    assert [name for name, text in texts.items() if "MissingExtraError: OpenCV" not in text] == []
