@@ -157,7 +157,7 @@ class Model:
     ) -> Future[Keypoints]:
         """The same in the background: returns at once, and the future gets the result or the error of a call.
 
-        Results come in the order of the calls. Up to `IN_FLIGHT` frames may be unfinished; a call beyond
+        Results come in the order of the calls. Up to four frames (`IN_FLIGHT`) may be unfinished; a call beyond
         that waits for one to be done. On a GPU the copies of one frame go on while another is computed; on
         a CPU one thread calls the model. Threads are started by the first call.
 
@@ -332,7 +332,7 @@ def load(
         SignatureError: the bundle is not signed by `public_key`.
         BackendError: there is no such engine, precision or number of threads here, the engine can't run the model, or
             its golden keypoints are wrong.
-        MissingExtraError: the engine's package is not installed.
+        MissingExtraError: the engine's package is not installed, or, for `public_key`, cryptography.
 
     Warns:
         TunedWarning: this machine is not the one that `tuned` was made on; says what differs.

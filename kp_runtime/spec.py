@@ -231,6 +231,7 @@ class Manifest:
             BundleError: no such folder, no manifest in it, or fields that are not the schema's.
             SchemaError: the manifest is newer than this release.
             SignatureError: it is not signed by this key.
+            MissingExtraError: cryptography, which `public_key` needs, is not installed.
         """
         return cls.from_bytes(_signed_bytes(bundle, public_key), str(Path(bundle) / MANIFEST_NAME))
 
