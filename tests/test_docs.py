@@ -27,7 +27,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -43,7 +43,7 @@ from markdown_it import MarkdownIt
 
 import kp_runtime
 from kp_cli import app
-from kp_runtime import probes
+from kp_runtime import photos, probes, video_sink
 from kp_runtime.interchange import pts_text
 from kp_train.synthetic import drawn_face, write_csv_source
 
@@ -383,3 +383,11 @@ def test_the_reference_says_what_needs_opencv() -> None:
     names = ["CenterDetector", "HaarDetector", "YuNetDetector", "draw_keypoints", "image_from_bytes", "image_from_file"]
     texts = {name: inspect.getdoc(getattr(kp_runtime, name)) or "" for name in [*names, "load_detector", "open_effect"]}
     assert [name for name, text in texts.items() if "MissingExtraError: OpenCV" not in text] == []
+
+
+@pytest.mark.parametrize(("page", "formats"), [("quickstart.md", photos.FORMATS), ("video.md", video_sink.FORMATS)])
+def test_a_page_tells_what_is_in_each_format(page: str, formats: Collection[str]) -> None:
+    """In a table that begins with `--format`."""
+    table = (ROOT / "docs" / page).read_text(encoding="utf-8").partition("\n| `--format` |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines()[1:]]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(cells))) == sorted(formats)
