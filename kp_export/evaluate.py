@@ -79,6 +79,10 @@ class Evaluation:
 def open_model(path: Path, threads: int | None = None) -> OpenModel:
     """Opens a checkpoint (PyTorch), a bundle's folder (its checkpoint), or a bundle's ONNX file.
 
+    Args:
+        path: of one of these.
+        threads: of ONNX Runtime; all cores when None.
+
     Raises:
         BundleError, BackendError: as the opening of each says.
     """

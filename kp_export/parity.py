@@ -91,7 +91,7 @@ class FaceSet:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far one file is from PyTorch; distances in pixels of the crop, NME in percent.
+    """How far one file is from PyTorch; distances in pixels of the crop.
 
     Attributes:
         file: the file's name.
@@ -99,7 +99,7 @@ class Parity:
         faces: number of faces compared.
         origin: where the faces are from.
         mean_px, p50_px, p99_px, max_px: over all points of all faces.
-        nme: mean over faces, percent.
+        nme: the same distances in percent of the distance of PyTorch's outer eye corners, mean over faces.
         rise: percentage points by which the NME against the labels is over PyTorch's; None
             without labels.
         regions_px: mean distance of jaw, brows, nose, eyes, mouth.
@@ -154,7 +154,11 @@ def bundled_faces(spec: ModelSpec) -> FaceSet:
 
 
 def faces_from_sources(sources: Sequence[Source], spec: ModelSpec, most: int = 512) -> FaceSet:
-    """Up to `most` faces of the user's own data, evenly spread, boxes from their keypoints."""
+    """Up to `most` faces of the user's own data, evenly spread, boxes from their keypoints.
+
+    Raises:
+        DataError: an image can't be read, or no point of a face lies in its own.
+    """
     faces = [face for source in sources for face in source.faces]
     chosen = [faces[i] for i in evenly_spread(len(faces), most)]
     crops, points = [], []
@@ -186,7 +190,15 @@ def answers_to(ask: Ask, crops: NDArray[np.uint8], bar: Bar = no_bar) -> Answer:
 
 
 def parity(reference: Answer, candidate: Answer, faces: FaceSet, *, file: str, precision: str) -> Parity:
-    """Compares two networks' answers to the same crops; int8 leaves out the `tiny` ones."""
+    """Compares two networks' answers to the same crops, keypoints `(n, points, 2)`; int8 leaves out the `tiny` ones.
+
+    Args:
+        reference: PyTorch's answer.
+        candidate: the file's.
+        faces: the crops that both saw.
+        file: the file's name.
+        precision: of the file.
+    """
     left_out = faces.tiny if precision.startswith("int8") else 0
     wanted, got = reference.keypoints[left_out:], candidate.keypoints[left_out:]
     truth = None if faces.xy_crop is None else faces.xy_crop[left_out:]

@@ -391,3 +391,18 @@ def test_a_page_tells_what_is_in_each_format(page: str, formats: Collection[str]
     table = (ROOT / "docs" / page).read_text(encoding="utf-8").partition("\n| `--format` |")[2].partition("\n\n")[0]
     cells = [row.split("|")[1] for row in table.splitlines()[1:]]
     assert sorted(re.findall(r"`(\w+)`", " ".join(cells))) == sorted(formats)
+
+
+def test_the_reference_shows_where_arguments_come_from() -> None:
+    names = re.findall(r"^::: (\S+)\.(\w+)$", (ROOT / "docs" / "api_more.md").read_text(), re.MULTILINE)
+    nodes = [
+        node
+        for module in {module for module, _ in names}
+        for node in ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    ]
+    shown = {name for _, name in names}
+    texts = [ast.get_docstring(node) or "" for node in nodes if node.name in shown]
+    sources = {source for text in texts for source in re.findall(r"from `(?:\w+\.)?(\w+)`", text)}
+    assert sources
+    assert sources <= shown
