@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.errors import ImageError, InputError, MissingExtraError, reason_of
-from kp_runtime.frame import bgr_copy, import_cv2
+from kp_runtime.frame import bgr_copy, bytes_of_picture, import_cv2
 from kp_runtime.geometry import apply_matrix, invert_matrix
 from kp_runtime.point_maps import is_mirrored, mesh_positions, similarity_from_points, triangles_from_points
 from kp_runtime.scheme68 import CONTOURS, POINTS, REGIONS, mean_shape, point_names
@@ -115,7 +115,7 @@ class Picture:
     ) -> None:
         _check_picture(bgra, origin)
         if placed not in _MAPS:
-            raise InputError(f"{origin}: a picture is placed by {' or '.join(_MAPS)}, got {placed!r}")
+            raise InputError(f"{origin}: a picture is placed by {' or '.join(_MAPS)}, got {placed!r:.200}")
         self.anchors = {name: _anchor(name, place, origin) for name, place in anchors.items()}
         self.picture_xy = np.array(list(self.anchors.values()), np.float64).reshape(-1, 2)
         _check_spread(self.picture_xy, origin)
@@ -255,13 +255,14 @@ def picture_from_toml(path: Path) -> Picture:
     """
     try:
         data = _toml_loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
+        str(data)  # a ValueError where a hexadecimal number has more digits than Python writes
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # errors of TOML and UTF-8 are ValueErrors
         raise InputError(f"{path} is no TOML file: {error}") from error
     wanted = "image = \"FILE\", [anchors] with NAME = [x, y], and map = 'similarity' or 'mesh' if you like"
     if odd := sorted(set(data) - {"image", "anchors", "map"}):
-        raise InputError(f"{path} has the unknown key {odd[0]!r}; an effect has {wanted}")
+        raise InputError(f"{path} has the unknown key {odd[0]!r:.200}; an effect has {wanted}")
     image, anchors = data.get("image"), data.get("anchors")
     if not isinstance(image, str) or not isinstance(anchors, dict):
         missing = "anchors" if isinstance(image, str) else "image"
@@ -281,11 +282,7 @@ def _toml_loads(text: str) -> dict[str, Any]:
 
 
 def _bgra_from_file(path: Path) -> NDArray[np.uint8]:
-    try:
-        data = np.frombuffer(path.read_bytes(), np.uint8)
-    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        raise ImageError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
-    cv2 = import_cv2()
+    cv2, data = import_cv2(), np.frombuffer(bytes_of_picture(path), np.uint8)
     try:
         picture = cv2.imdecode(data, cv2.IMREAD_UNCHANGED) if data.size else None
     except cv2.error as error:
@@ -309,13 +306,13 @@ def _check_picture(bgra: NDArray[Any], origin: str) -> None:
 def _anchor(name: str, place: Any, origin: str) -> tuple[float, float]:
     if name not in ANCHORS:
         raise InputError(
-            f"{origin}: there is no point {name!r}; name one such as left_eye_0 or jaw_16, "
+            f"{origin}: there is no point {name!r:.200}; name one such as left_eye_0 or jaw_16, "
             f"or the mean of {', '.join(n for n, indices in ANCHORS.items() if len(indices) > 1)}"
         )
     numbers = list(place) if isinstance(place, (list, tuple, np.ndarray)) else []
     real = all(isinstance(v, (int, float, np.integer, np.floating)) and not isinstance(v, bool) for v in numbers)
     if len(numbers) != 2 or not real or not all(abs(v) <= _FARTHEST for v in numbers):
-        raise InputError(f"{origin}: the anchor {name} must be [x, y] in pixels of the picture, got {place!r}")
+        raise InputError(f"{origin}: the anchor {name} must be [x, y] in pixels of the picture, got {place!r:.200}")
     return float(numbers[0]), float(numbers[1])
 
 

@@ -79,12 +79,12 @@ def read_plain(path: Path, largest: int) -> bytes:
     return data
 
 
-def open_plain(path: Path) -> BufferedReader:
-    """Opens a file that is no link, folder, device or pipe, and never waits for one."""
+def open_plain(path: Path, *, links: bool = False) -> BufferedReader:
+    """Opens a file that is no folder, device or pipe, and unless `links` no link, and never waits for one."""
     # Windows has neither of the first two; it needs to be told that the file is not text
-    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+    names = ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY", *(() if links else ("O_NOFOLLOW",)))
     try:
-        descriptor = os.open(path, os.O_RDONLY | sum(flags))
+        descriptor = os.open(path, os.O_RDONLY | sum(getattr(os, name, 0) for name in names))
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise OSError(errno.ELOOP, "it is a symbolic link", str(path)) from error

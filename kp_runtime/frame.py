@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from kp_runtime.errors import ImageError, InputError, missing_or_broken, reason_of
+from kp_runtime.files import open_plain
 
 __all__ = [
     "CHANNELS",
@@ -20,6 +22,7 @@ __all__ = [
     "Scratch",
     "as_frame",
     "bgr_copy",
+    "bytes_of_picture",
     "check_layout",
     "cv2_name",
     "image_from_bytes",
@@ -33,6 +36,8 @@ CHANNELS = {"bgr": 3, "rgb": 3, "bgra": 4, "rgba": 4, "gray": 1, "nv12": 1, "i42
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """Of files that are taken for photos where a folder is named."""
+
+_LARGEST_PICTURE = (1 << 31) - 1  # bytes of a file; OpenCV counts them in 31 bits
 
 _LUMA_PLANES = ("gray", "nv12", "i420")
 _VIDEO = ("nv12", "i420")
@@ -200,12 +205,22 @@ def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
             decoder fills what it can't read.
         MissingExtraError: OpenCV is not installed.
     """
-    path = Path(path)
+    return image_from_bytes(bytes_of_picture(Path(path)), str(path))
+
+
+def bytes_of_picture(path: Path) -> bytes:
+    """What is in a picture's file, which a file of somebody else's may name: no device or pipe, that have no end.
+
+    Raises:
+        ImageError: it can't be read, is no plain file or a link to one, or is larger than OpenCV takes.
+    """
     try:
-        data = path.read_bytes()
+        with open_plain(path, links=True) as file:
+            if os.fstat(file.fileno()).st_size > _LARGEST_PICTURE:
+                raise OSError(errno.EFBIG, f"it has over {_LARGEST_PICTURE} bytes")
+            return file.read()
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        raise ImageError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
-    return image_from_bytes(data, str(path))
+        raise ImageError(f"{str(path)[:1000]} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def image_from_bytes(data: bytes, origin: str = "the image") -> NDArray[np.uint8]:

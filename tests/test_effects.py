@@ -359,6 +359,7 @@ def test_a_mesh_by_toml(tmp_path: Path) -> None:
         (f'image = "nose.png"\n[anchors]\neyes = [1, 1{"0" * 400}]\n', r"the anchor eyes must be \[x, y\]"),
         (f'image = "nose.png"\nanchors = {"[" * 9000}', "my.toml is no TOML file"),
         ('image = "\\u0000"\n[anchors]\n' + THREE, "can't be read: embedded null byte"),
+        (f'image = "nose.png"\n[anchors]\neyes = [0x{"f" * 6000}, 1]\n', "my.toml is no TOML file"),
         ('image = "nose.png"\n[anchors]\neyes = "12"\n', r"the anchor eyes must be \[x, y\]"),
         ('image = "nose.png"\n[anchors]\neyes = [1, 2]\nmouth = [1, 30]\n', "has 2 anchors; a picture needs three"),
         ('image = "nose.png"\n[anchors]\n', "has 0 anchors; a picture needs three"),
@@ -379,6 +380,22 @@ def test_toml_files_that_are_wrong(tmp_path: Path, text: str, message: str) -> N
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "LONG = 1\n",
+        'image = "LONG"\n[anchors]\n' + THREE,
+        'image = "nose.png"\nmap = "LONG"\n[anchors]\n' + THREE,
+        'image = "nose.png"\n[anchors]\nLONG = [1, 2]\n',
+        'image = "nose.png"\n[anchors]\neyes = ["LONG", 2]\n',
+    ],
+)
+def test_what_a_toml_file_says_is_not_told_at_length(tmp_path: Path, text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        open_effect(write_effect(tmp_path, text.replace("LONG", "k" * 9000)))
+    assert len(str(caught.value)) < 3000
+
+
 @pytest.mark.parametrize(("channels", "depth"), [(3, np.uint8), (1, np.uint8), (4, np.uint16)])
 def test_a_picture_without_opacity(tmp_path: Path, channels: int, depth: type) -> None:
     path = write_effect(tmp_path, 'image = "nose.png"\n[anchors]\n' + THREE, channels, depth)
@@ -394,6 +411,8 @@ def test_files_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b'image = "\xe9.png"')
     with pytest.raises(InputError, match=r"latin.toml is no TOML file"):
         open_effect(tmp_path / "latin.toml")
+    with pytest.raises(ImageError, match=r"^/dev/zero can't be read: it is no plain file"):
+        open_effect(write_effect(tmp_path, 'image = "/dev/zero"\n[anchors]\n' + THREE))
 
 
 def test_a_picture_that_is_too_large() -> None:

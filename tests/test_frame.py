@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -135,9 +137,25 @@ def test_missing_file(tmp_path: Path) -> None:
         image_from_file(tmp_path / "none.jpg")
 
 
-def test_folder_for_a_file(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match="can't be read: Is a directory"):
-        image_from_file(tmp_path)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
+def test_what_is_no_plain_file_is_not_read(make: Callable[[Path], None], tmp_path: Path) -> None:
+    """Label files and effects name pictures: a pipe would be waited for, and a device has no end."""
+    make(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=r"a\.png can't be read: it is no plain file"):
+        image_from_file(tmp_path / "a.png")
+
+
+def test_a_file_that_no_memory_holds_is_not_read(tmp_path: Path) -> None:
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate(1 << 40)  # as an archive may hold it, in a few bytes
+    with pytest.raises(ImageError, match=r"a\.png can't be read: it has over 2147483647 bytes"):
+        image_from_file(tmp_path / "a.png")
+
+
+def test_a_link_to_a_photo_is_read(picture: np.ndarray, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(picture, ".png"))
+    (tmp_path / "b.png").symlink_to("a.png")
+    assert np.array_equal(image_from_file(tmp_path / "b.png"), picture)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image\n", b"\xff\xd8", b"GIF"], ids=["empty", "text", "soi", "gif"])
