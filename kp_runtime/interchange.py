@@ -366,8 +366,8 @@ def _is_header(row: Sequence[str]) -> bool:
     """
     if Path(row[0]).suffix.lower() in IMAGE_SUFFIXES or re.search("[;\t]", row[0]):  # the last: no commas between
         return False
-    counted = [str(i) for i in range(len(row) - 1)]
-    return not row[0].strip() or row[1:] == counted or not any(map(_is_number, row[1:]))
+    counted = all(text == str(i) for i, text in enumerate(row[1:]))
+    return not row[0].strip() or counted or not any(map(_is_number, row[1:]))
 
 
 def _is_number(text: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,15 @@ def test_a_first_face_with_a_blank_number_is_no_header(tmp_path: Path) -> None:
     (tmp_path / "f.csv").write_text(row.rpartition(",")[0] + ",\n" + row + "\n")
     with pytest.raises(DataError, match="line 1"):
         faces_from_file(tmp_path / "f.csv")
+
+
+def test_a_line_without_end_takes_little_memory(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text("," * 1_000_000)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="holds no labelled face"):
+        faces_from_file(tmp_path / "f.csv")
+    assert tracemalloc.get_traced_memory()[1] < 60e6
+    tracemalloc.stop()
 
 
 def test_what_stands_behind_a_dot_is_a_names(tmp_path: Path) -> None:
