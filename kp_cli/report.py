@@ -150,7 +150,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     except KpError as error:
         fail(program, str(error))
     except MemoryError as error:
-        fail(program, f"there is too little memory: {error or 'take less at once'}")
+        fail(program, f"there is too little memory: {str(error) or 'take less at once'}")
     except OSError as error:
         fail(program, f"{error.filename or 'the system'}: {error.strerror or error}")
 
