@@ -20,9 +20,12 @@ Each message says what is wrong, what was expected, and what to do next.
 
 from __future__ import annotations
 
+import copyreg
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from kp_runtime.photos import Photo
 
 __all__ = [
@@ -45,6 +48,10 @@ __all__ = [
 
 class KpError(Exception):
     """The root of all errors that this project raises on purpose."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Passes between processes by its message: some are made of something else."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class InputError(KpError, ValueError):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import pickle
 import pkgutil
 import subprocess
 import sys
@@ -51,6 +52,17 @@ def test_public_names_come_from_their_home() -> None:
             assert getattr(kp_runtime, name) is getattr(module, name)
     with pytest.raises(AttributeError, match="module 'kp_runtime' has no attribute 'lod'"):
         kp_runtime.lod  # noqa: B018
+
+
+@pytest.mark.parametrize("name", kp_runtime.errors.__all__)
+def test_every_error_passes_between_processes(name: str) -> None:
+    """One that can't be read back ends a pool of processes, or leaves it waiting for ever."""
+    kind = getattr(kp_runtime.errors, name)
+    of = {"MissingExtraError": ("numpy", "image", "drawing"), "NotDrawnError": ("not drawn", "a photo")}
+    error = kind(*of.get(name, ("why",)))
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is kind
+    assert (str(again), again.args, vars(again)) == (str(error), error.args, vars(error))
 
 
 def test_import_costs_no_module_that_is_not_used() -> None:
