@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,14 @@ from numpy.typing import NDArray
 
 from kp_runtime.backend import CPU_ORDER, GOLDEN_TOLERANCE_PX, open_backend
 from kp_runtime.detect import HaarDetector
-from kp_runtime.errors import KpError
+from kp_runtime.errors import InputError, KpError
 from kp_runtime.files import writing
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest
 
-__all__ = ["Difference", "compare", "main", "record"]
+__all__ = ["Difference", "compare", "main", "record", "recording"]
 
 BOXES = np.array(
     [(181, 88, 269, 178), (100, 30, 400, 330), (0, 0, 511, 511), (-40, -30, 120, 130), (200.3, 100.7, 230.2, 131.9)]
@@ -95,9 +96,24 @@ def record(out: Path, photo: Path, bundle: Path | None = None) -> None:
 
 def compare(here: Path, there: Path) -> list[Difference]:
     """All differences of two recordings; one that only one of them has counts as infinite."""
-    with np.load(here) as one, np.load(there) as other:
-        names = [name for name in dict.fromkeys([*one.files, *other.files]) if name != "machine"]
-        return [_difference(name, one.get(name), other.get(name)) for name in names]
+    one, other = recording(here), recording(there)
+    names = [name for name in one | other if name != "machine"]
+    return [_difference(name, one.get(name), other.get(name)) for name in names]
+
+
+def recording(path: Path) -> dict[str, NDArray[Any]]:
+    """What `record` wrote.
+
+    Raises:
+        InputError: it can't be read.
+    """
+    try:
+        with open(path, "rb") as file, np.load(file) as recorded:
+            return dict(recorded)
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no recording; make one with: record") from error
 
 
 def _difference(name: str, one: NDArray[Any] | None, other: NDArray[Any] | None) -> Difference:
@@ -123,17 +139,13 @@ def main(words: list[str] | None = None) -> int:
     comparing.add_argument("here", type=Path)
     comparing.add_argument("there", type=Path)
     args = parser.parse_args(words)
-    if args.command == "record":
-        try:
-            record(args.out, args.photo, args.bundle)
-        except KpError as error:
-            print(error, file=sys.stderr)
-            return 1
-        return 0
     try:
+        if args.command == "record":
+            record(args.out, args.photo, args.bundle)
+            return 0
         found = compare(args.here, args.there)
-    except OSError as error:
-        print(f"{error.filename} can't be read: {error.strerror}", file=sys.stderr)
+    except KpError as error:
+        print(error, file=sys.stderr)
         return 1
     print(f"{'':34} {'values':>9} {'differ':>9} {'largest':>11} {'allowed':>8}")
     for d in found:

@@ -25,7 +25,7 @@ from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest
 from kp_runtime.timing import measure_in_turns, ratio_of_medians, summary_from_turns
-from scripts.architectures import BOXES
+from scripts.architectures import BOXES, recording
 
 LEVELS = {
     "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -38,13 +38,12 @@ PRECISIONS = ("int8", "fp32")
 
 def sessions(bundle: Path, precision: str) -> dict[str, Any]:
     """A session for each level, named `int8, basic`."""
-    found = {}
+    found, model = {}, str(Manifest.read(bundle).check_file(bundle, f"model.{precision}.onnx"))
     for name, level in LEVELS.items():
         options = ort.SessionOptions()
         options.graph_optimization_level = level
         options.log_severity_level = 3
         options.intra_op_num_threads = 1  # idle threads of one level would take the next one's core
-        model = str(bundle / f"model.{precision}.onnx")
         found[f"{precision}, {name}"] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return found
 
@@ -67,12 +66,12 @@ def record(out: Path, photo: Path, bundle: Path) -> None:
 
 def compare(here: Path, there: Path) -> None:
     """Prints how many points differ between the processors, and by how much."""
-    with np.load(here) as one, np.load(there) as other:
-        print(f"{'':16} {'points':>7} {'differ':>7} {'largest px':>11} {'moved by the level, px':>23}")
-        for name in [name for name in one.files if name in other.files]:
-            apart = np.linalg.norm(one[name].astype(float) - other[name], axis=-1)
-            level = np.linalg.norm(one[name].astype(float) - one[name.split(",")[0] + ", all"], axis=-1)
-            print(f"{name:16} {apart.size:7} {(apart != 0).sum():7} {apart.max():11.3g} {level.max():23.3g}")
+    one, other = recording(here), recording(there)
+    print(f"{'':16} {'points':>7} {'differ':>7} {'largest px':>11} {'moved by the level, px':>23}")
+    for name in [name for name in one if name in other]:
+        apart = np.linalg.norm(one[name].astype(float) - other[name], axis=-1)
+        level = np.linalg.norm(one[name].astype(float) - one[name.split(",")[0] + ", all"], axis=-1)
+        print(f"{name:16} {apart.size:7} {(apart != 0).sum():7} {apart.max():11.3g} {level.max():23.3g}")
 
 
 def measure(photo: Path, bundle: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kp_runtime.errors import BundleError, InputError
+from scripts import graph_levels
 from scripts.architectures import BOXES, SIZES, compare, main
 
 
@@ -68,6 +70,20 @@ def test_what_is_missing_on_one_side_is_too_far(here: Path, astronaut: Path, tmp
 def test_a_recording_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tmp_path / "here.npz"), str(tmp_path / "there.npz")]) == 1
     assert "here.npz can't be read: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"no numbers", b"PK\3\4 and cut off"])
+def test_a_file_that_is_no_recording(here: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "there.npz").write_bytes(content)
+    for comparing in (compare, graph_levels.compare):
+        with pytest.raises(InputError, match=r"there\.npz is no recording; make one with: record"):
+            comparing(here, tmp_path / "there.npz")
+
+
+def test_graph_levels_of_a_file_that_a_bundle_lacks(bundle: Path) -> None:
+    assert list(graph_levels.sessions(bundle, "fp32")) == [f"fp32, {level}" for level in graph_levels.LEVELS]
+    with pytest.raises(BundleError, match=r"has no file model\.int8\.onnx"):
+        graph_levels.sessions(bundle, "int8")
 
 
 def test_a_bundle_that_is_none(astronaut: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
