@@ -1,20 +1,20 @@
 """Fills a model card's tables from the bundle's manifest and parity report.
 
-    python scripts/model_card.py engines/resnet18-68 …
+    python -m scripts.model_card engines/resnet18-68 …
 
 What stands between the two markers of MODEL_CARD.md is made; the text around them is written by hand.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import markdown_table, with_made_part
 from kp_cli.report import one_line_errors
-from kp_runtime.errors import KpError
 from kp_runtime.files import writing
 from kp_runtime.spec import Manifest
 
@@ -28,14 +28,10 @@ def filled(text: str, manifest: Manifest, parity: list[dict[str, Any]]) -> str:
     """The card's text with new tables.
 
     Raises:
-        KpError: the text lacks the markers.
+        InputError: the text lacks the markers.
     """
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise KpError(f"the card has no place for its tables: it needs the lines {BEGIN} and {END}")
     tables = [*_accuracy(manifest), *_groups(manifest), *_robustness(manifest), *_parity(parity), *_sources(manifest)]
-    return f"{head}{BEGIN}\n\n" + "\n\n".join(tables) + f"\n\n{END}{tail}"
+    return with_made_part(text, BEGIN, END, "\n\n".join(tables))
 
 
 def _accuracy(manifest: Manifest) -> Iterator[str]:
@@ -47,7 +43,7 @@ def _accuracy(manifest: Manifest) -> Iterator[str]:
         rest = [f"{a['auc']:.3f}", f"{a['failures']:.2%}", f"{a['smooth_l1']:.5f}"]
         regions = [f"{a['regions'][region]:.2%}" for region in REGIONS]
         rows.append([name, a["faces"], a["missed"], *share, *rest, *regions])
-    yield _table(columns, rows)
+    yield markdown_table(columns, rows)
 
 
 def _groups(manifest: Manifest) -> Iterator[str]:
@@ -59,7 +55,7 @@ def _groups(manifest: Manifest) -> Iterator[str]:
             found.setdefault((g["by"], span), {})[name] = f"{g['nme']:.2%} ({g['faces']})"
     if found:
         yield "By size and turn: NME, and how many faces. The turn is 0 for a frontal face, 1 for a profile."
-        yield _table(
+        yield markdown_table(
             ["", "", *names], [[*key, *(cells.get(name, "") for name in names)] for key, cells in found.items()]
         )
 
@@ -76,7 +72,7 @@ def _robustness(manifest: Manifest) -> Iterator[str]:
             "Shown otherwise: how far the NME rises with boxes 10% off in place and size, and how far points move, in "
             "eye distances, when the photo is enlarged or mirrored."
         )
-        yield _table(["faces", "boxes 10% off", "2 times", "4 times", "8 times", "mirrored"], rows)
+        yield markdown_table(["faces", "boxes 10% off", "2 times", "4 times", "8 times", "mirrored"], rows)
 
 
 def _parity(parity: list[dict[str, Any]]) -> Iterator[str]:
@@ -96,7 +92,7 @@ def _parity(parity: list[dict[str, Any]]) -> Iterator[str]:
             "How far the files are from PyTorch: in pixels of the crop, the rise of the NME in points, the farthest "
             "lost score:"
         )
-        yield _table(["file", "faces", "number", "p50 px", "p99 px", "max px", "rise", "score"], rows)
+        yield markdown_table(["file", "faces", "number", "p50 px", "p99 px", "max px", "rise", "score"], rows)
 
 
 def _sources(manifest: Manifest) -> Iterator[str]:
@@ -105,17 +101,14 @@ def _sources(manifest: Manifest) -> Iterator[str]:
         for s in manifest.training["sources"]
     ]
     yield "What the last run was trained on:"
-    yield _table(["source", "faces", "trained on", "weight", "sha256 of its labels"], rows)
-
-
-def _table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    yield markdown_table(["source", "faces", "trained on", "weight", "sha256 of its labels"], rows)
 
 
 def main() -> None:
     """Fills the cards of the bundles that are named."""
-    for bundle in map(Path, sys.argv[1:]):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundles", nargs="+", type=Path)
+    for bundle in parser.parse_args().bundles:
         report = bundle / "parity.json"
         parity = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
         card = bundle / CARD
