@@ -15,7 +15,7 @@ from rich.progress import track
 
 from kp_cli.report import one_line_errors
 from kp_runtime.detect import HaarDetector, YuNetDetector, map_from_pairs
-from kp_runtime.errors import DataError
+from kp_runtime.errors import DataError, InputError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import box_of_face, boxes_from_points
 from kp_train.data import Face, evenly_spread, luma_from_file, parse_source
@@ -42,6 +42,8 @@ def main() -> None:
     parser.add_argument("--yunet", type=Path)
     parser.add_argument("--most", type=int, default=1000, help="faces of each source, evenly spread")
     args = parser.parse_args()
+    if args.most < 1:
+        raise InputError("--most must be 1 or more")
     faces: list[Face] = []
     for source in map(parse_source, args.data):
         faces += [source.faces[i] for i in evenly_spread(len(source.faces), args.most)]

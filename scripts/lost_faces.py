@@ -35,12 +35,10 @@ from rich.progress import track
 from kp_cli.report import one_line_errors, print_table
 from kp_export.evaluate import held_out_faces
 from kp_runtime.detect import YuNetDetector
+from kp_runtime.errors import InputError
 from kp_runtime.files import writing
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import (
-    boxes_from_points,
-    overlaps,
-)
+from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.pipeline import Model, load
 from kp_runtime.spec import Manifest
 from kp_runtime.track import LOST, disagreement, second_looks
@@ -112,9 +110,9 @@ def square(luma: np.ndarray, side: float, rng: np.random.Generator) -> np.ndarra
     return np.array([x, y, x + side, y + side])
 
 
-def views_of_things(rng: np.random.Generator, each: int = 8) -> list[View]:
+def views_of_things(rng: np.random.Generator) -> list[View]:
     """Pictures of other things, noise, and flat grey."""
-    views = []
+    views, each = [], 8
     for name in OTHER_THINGS:
         luma = luma_from_file(Path(skimage.__file__).parent / "data" / f"{name}.png")
         views += [View(luma, square(luma, rng.uniform(60, 0.8 * min(luma.shape)), rng), "texture") for _ in range(each)]
@@ -228,6 +226,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=150, help="faces of each source, evenly spread")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
+    if args.most < 1:
+        raise InputError("--most must be 1 or more")
     rng = np.random.default_rng(68)
     yunet = YuNetDetector(args.yunet, score=0.3)
     model, manifest = load(args.bundle, threads=1), Manifest.read(args.bundle)

@@ -28,6 +28,7 @@ import skimage.data
 from kp_cli.options import open_detector
 from kp_cli.report import one_line_errors, print_table
 from kp_runtime.detect import Detector
+from kp_runtime.errors import InputError
 from kp_runtime.pipeline import Model, load
 from kp_runtime.track import Tracker, TrackerSettings
 from kp_runtime.video import draw_tracks, run_video
@@ -134,9 +135,9 @@ class Waiting:
         """Nothing."""
 
 
-def overlap(frames: int = 200) -> None:
+def overlap() -> None:
     """Prints how near the pipeline comes to its slowest step when no step needs a processor core."""
-    rows = []
+    rows, frames = [], 200
     for read_s, track_s, write_s in ((0.01, 0.02, 0.01), (0.02, 0.01, 0.01), (0.01, 0.01, 0.02), (0.02, 0.02, 0.02)):
         steps = Waiting(frames, read_s, track_s, write_s)
         alone = frames / seconds(lambda steps=steps: [steps(frame.image, 0) for frame in Waiting(frames, 0, 0, 0)])
@@ -194,6 +195,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each engine, and of each OpenCV call")
     parser.add_argument("--detector", default="auto", help="as kp run takes it")
     args = parser.parse_args()
+    if args.frames < 1 or args.rounds < 1:
+        raise InputError("--frames and --rounds must be 1 or more")
     cv2.setNumThreads(args.threads)
     model = load(args.bundle, threads=args.threads)
     detector = open_detector(args.detector, smallest=0.1, threads=args.threads)

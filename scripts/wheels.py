@@ -61,8 +61,8 @@ def build_tools_wheel(out: Path) -> Path:
         return _wheel_from(source, out)
 
 
-def build_model_wheel(bundle: Path, out: Path, detector: Path = DETECTOR) -> Path:
-    """Builds `kp-edge-model` into the folder `out`, from the int8 files of a full bundle and a detector's bundle.
+def build_model_wheel(bundle: Path, out: Path) -> Path:
+    """Builds `kp-edge-model` into the folder `out`, from the int8 files of a full bundle and the face detector's.
 
     Raises:
         BundleError: the bundle has no int8 file, or a file is not the manifest's.
@@ -71,7 +71,7 @@ def build_model_wheel(bundle: Path, out: Path, detector: Path = DETECTOR) -> Pat
     with tempfile.TemporaryDirectory() as temporary:
         source = Path(shutil.copytree(ROOT / "packaging" / "model", Path(temporary) / "model"))
         manifests = hashlib.sha256()
-        for package, full, precision in (("kp_model", bundle, "int8"), ("kp_face_detector", detector, "fp32")):
+        for package, full, precision in (("kp_model", bundle, "int8"), ("kp_face_detector", DETECTOR, "fp32")):
             shutil.rmtree(source / package / "__pycache__", ignore_errors=True)
             pack_bundle(full, source / package, [precision])
             if (full / CARD).exists():

@@ -1,4 +1,4 @@
-"""`scripts/measure_detectors.py` and `scripts/fit_box_maps.py` on one labelled photo, and on one without a face."""
+"""`scripts/measure_detectors.py` and `fit_box_maps.py` on a labelled photo and on one without a face; wrong numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from kp_cli.report import one_line_errors
 from kp_runtime.interchange import pts_text
 from kp_runtime.scheme68 import mean_shape
-from scripts import fit_box_maps, measure_detectors
+from scripts import fit_box_maps, lost_faces, measure_detectors, measure_video
 from tests.test_detect import FACE
 
 OWN = str(Path(__file__).parents[1] / "engines" / "face-detector")
@@ -84,6 +84,20 @@ def test_scores_need_the_own_detector(run: Run, labelled: Path) -> None:
 def test_photos_without_a_face_are_measured_without_a_warning(run: Run, without_a_face: Path) -> None:
     status, out, _ = run(measure_detectors, without_a_face)
     assert (status, out[-1].split()[:7]) == (0, ["Haar", "0.0%", "0.0%", "100.0%", "0.000", "none", "none"])
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "told"),
+    [
+        (fit_box_maps, ("x", "--most", -1), "--most must be 1 or more"),
+        (lost_faces, ("x", "--data", "x", "--yunet", "x", "--most", 0), "--most must be 1 or more"),
+        (measure_video, ("x", "--rounds", 0), "--frames and --rounds must be 1 or more"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_said_at_once(
+    run: Run, script: object, words: tuple[object, ...], told: str
+) -> None:
+    assert run(script, *words) == (1, [], f"script: {told}\n")
 
 
 def test_a_map_is_fitted_and_printed(run: Run, labelled: Path) -> None:
