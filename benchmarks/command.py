@@ -16,6 +16,7 @@ from kp_runtime.cores import usable_cores
 from kp_runtime.errors import InputError
 
 __all__ = [
+    "check_batches",
     "finish",
     "markdown_table",
     "parser",
@@ -36,6 +37,16 @@ def parser(description: str | None, *, bundle: bool = True) -> argparse.Argument
         )
     made.add_argument("--out", type=Path, help="results file; one in benchmarks/results/ when left out")
     return made
+
+
+def check_batches(batches: Sequence[int]) -> None:
+    """Fails where there are none, or one of no face.
+
+    Raises:
+        InputError: so it is.
+    """
+    if not batches or min(batches) < 1:
+        raise InputError(f"batch sizes must be 1 or more, got {', '.join(map(str, batches)) or 'none'}")
 
 
 def finish(record: Record, out: Path | None) -> None:

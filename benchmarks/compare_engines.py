@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import finish, parser, print_table, run
+from benchmarks.command import check_batches, finish, parser, print_table, run
 from benchmarks.engines import OPENVINO, ORT, Candidate, Infer, LeftOut, candidates_from_bundle, why
 from benchmarks.faces import varied_crops
 from benchmarks.record import record_from
 from kp_runtime.cores import checked_threads
-from kp_runtime.errors import InputError, KpError
+from kp_runtime.errors import KpError
 from kp_runtime.spec import Manifest
 from kp_runtime.timing import Ratio, TimeSummary, measure_in_turns, ratio_of_medians, summary_from_turns
 
@@ -119,8 +119,7 @@ def compare(
         InputError: a batch size that makes no sense.
         KpError: the reference does not run.
     """
-    if not batches or not all(1 <= batch <= len(crops) for batch in batches):
-        raise InputError(f"batch sizes must be 1 to {len(crops)}, got {', '.join(map(str, batches)) or 'none'}")
+    check_batches(batches)
     candidates = list(candidates)
     if isinstance(first := candidates[0], LeftOut):
         raise KpError(f"the reference does not run: {first.reason}")

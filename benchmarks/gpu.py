@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import finish, parser, print_table, run
+from benchmarks.command import check_batches, finish, parser, print_table, run
 from benchmarks.crop_path import FRAME_HW, wide_frame
 from benchmarks.engines import why
 from benchmarks.faces import BOX_XYXY, varied_crops
@@ -156,8 +156,7 @@ def plan(part: str, bundle: Path, batches: Sequence[int], device: Device, where:
     """
     if part not in PARTS:
         raise InputError(f"there is no part {part!r}; choose from {', '.join(PARTS)}")
-    if not batches or min(batches) < 1:
-        raise InputError(f"batch sizes must be 1 or more, got {', '.join(map(str, batches)) or 'none'}")
+    check_batches(batches)
     make = {"crops": _crops_plan, "network": _network_plan, "end-to-end": _end_to_end_plan}[part]
     return make(bundle, batches, device, where)
 

@@ -148,7 +148,13 @@ def read_record(path: Path) -> Record:
 
 
 def read_records(folder: Path = RESULTS) -> list[Record]:
-    """All results of a folder, in the order of their file names."""
+    """All results of a folder, in the order of their file names.
+
+    Raises:
+        InputError: there is no such folder, or one of them can't be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {folder}; name the one that holds the results")
     return [read_record(path) for path in sorted(folder.glob("*.json"))]
 
 
