@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
+from tests.emulation import EmulatedKernel
 from tests.models import tiny_bundle
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -32,6 +33,12 @@ def rng() -> np.random.Generator:
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle with the tiny graph; tests that change it copy it first."""
     return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
+    """The CUDA crop kernel on the CPU."""
+    return EmulatedKernel(tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture

@@ -19,14 +19,11 @@ WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
 
 
 def built(folder: Path, *options: str) -> Path:
-    """Compiles the kernel, once for a folder; skips where there is no compiler."""
+    """Compiles the kernel; skips where there is no compiler."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not installed: the CUDA kernel can't be run on the CPU")
     program = folder / "preprocess_emulated"
-    if program.exists():
-        return program
-    folder.mkdir(exist_ok=True)
     done = subprocess.run(
         [compiler, *WARNINGS, *options, str(SOURCE), "-o", str(program)], capture_output=True, text=True, check=False
     )
@@ -35,18 +32,16 @@ def built(folder: Path, *options: str) -> Path:
 
 
 class EmulatedKernel:
-    """The kernel as a library, built once in a run of the tests; `crops` is the CPU path's function once more."""
+    """The kernel as a library; `crops` is the CPU path's function once more."""
 
-    def __init__(self, folders: pytest.TempPathFactory) -> None:
-        library = built(folders.getbasetemp() / "emulated", "-O2", "-shared", "-fPIC")
+    def __init__(self, folder: Path) -> None:
+        library = built(folder, "-O2", "-shared", "-fPIC")
         try:
             self._emulate = ctypes.CDLL(str(library)).emulate
         except OSError as error:  # such as in an emulated Python that finds this machine's compiler
             pytest.skip(f"what g++ makes can't be loaded into this Python: {error}")
         pointer, number = ctypes.c_void_p, ctypes.c_int
-        self._emulate.argtypes = [
-            *(number, number, pointer, pointer, number, number, pointer),
-        ]
+        self._emulate.argtypes = [number, number, pointer, pointer, number, number, pointer]
 
     def crops(self, frame: Frame, matrices: np.ndarray, size: int, order: int = 0, poison: int = 0) -> np.ndarray:
         """`(n, 1, size, size)` uint8; `order` of the threads: 0 forwards, 1 backwards, 2 mixed."""

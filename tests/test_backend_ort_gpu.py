@@ -29,6 +29,7 @@ from kp_runtime.spec import Manifest, file_entry
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.emulation import EmulatedKernel
 from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints, tiny_outputs, tiny_scores
+from tests.test_pipeline_cuda import boxes_of, picture
 from tests.tolerances import FP32_PX, assert_close
 
 NAMES = {"ort-cuda": "CUDAExecutionProvider", "ort-tensorrt": "TensorrtExecutionProvider"}
@@ -145,11 +146,6 @@ TRAITS = {
 }
 
 
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
-    return EmulatedKernel(tmp_path_factory)
-
-
 @pytest.fixture
 def cutting(driver: DriverDouble, kernel: EmulatedKernel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Crops are cut by the emulated kernel."""
@@ -238,17 +234,6 @@ def test_a_session_that_failed_is_not_used_again(
 
 
 # CUDA graphs of the whole way
-
-
-def picture(seed: int) -> np.ndarray:
-    """Patches of 8 px, so that faces at other places and in other pictures have other mean grey levels."""
-    patches = np.random.default_rng(seed).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    return np.ascontiguousarray(patches.repeat(8, axis=0).repeat(8, axis=1))
-
-
-def boxes_of(seed: int, n: int) -> np.ndarray:
-    corner = np.random.default_rng(seed).uniform(0, 150, (n, 2))
-    return np.concatenate([corner, corner + 60], axis=1)
 
 
 def check(model: Model, cpu: Model, seed: int, n: int) -> None:
@@ -511,7 +496,7 @@ def test_auto_passes_over_a_gpu_that_can_not_cut_crops(
 
 
 def test_auto_falls_back_to_the_cpu_and_says_why(
-    driver: DriverDouble, bundle: Path, monkeypatch: pytest.MonkeyPatch, rng: Any
+    driver: DriverDouble, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OrtCudaBackend, "_run", lambda self, crops: [a + 1 for a in tiny_outputs(crops)])
     backend = open_backend(bundle)

@@ -366,7 +366,7 @@ def test_what_is_queued_is_waited_for_where_a_call_fails(
     assert [call[0] for call in driver.asked[before:]][-1] == "cuStreamSynchronize"
 
 
-def test_no_tensorrt(install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_tensorrt(install: Any, tmp_path: Path) -> None:
     install(name="none")
     with pytest.raises(
         BackendError, match=r"TensorRT is not installed here \(.*\): JetPack .*pip install tensorrt-cu12 or"
@@ -396,13 +396,13 @@ def test_wrong_keypoints_are_refused(install: Any, tmp_path: Path, monkeypatch: 
 def test_the_whole_way_from_a_frame(
     install: Any,
     driver: DriverDouble,
+    kernel: EmulatedKernel,
     tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
     rng: Any,
 ) -> None:
     """`load` with a plan: crops by the emulated kernel, parts, graphs on contexts of their own, submit()."""
-    driver.kernel = EmulatedKernel(tmp_path_factory)
+    driver.kernel = kernel
     (tmp_path / "kernel").write_bytes(b"cubin")
     monkeypatch.setenv("KP_CUBIN", str(tmp_path / "kernel"))
     install(profile=(2, 4, 10))

@@ -24,11 +24,6 @@ from tests.emulation import EmulatedKernel
 SIZE = 48
 
 
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
-    return EmulatedKernel(tmp_path_factory)
-
-
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> DriverDouble:
     double = DriverDouble(None)

@@ -264,11 +264,6 @@ def test_the_plain_way_finds_what_is_where_it_is() -> None:
     assert ready.distance_px < 0.3  # rounding of dim pixels to 0 moves the middle a little
 
 
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
-    return EmulatedKernel(tmp_path_factory)
-
-
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, kernel: EmulatedKernel, tmp_path: Path) -> CropBench:
     double = DriverDouble(kernel)
@@ -394,10 +389,3 @@ def test_code_of_pytorch_s_library() -> None:
     known = {int(name.partition("_")[2]) for name in torch.cuda.get_arch_list() if name.startswith("sm_")}
     assert known
     assert known <= gpu_code_from_library(library).machine_code
-
-
-def test_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu", "--help"])
-    with pytest.raises(SystemExit, match="0"):
-        gpu.main()
-    assert "python -m benchmarks.gpu" in capsys.readouterr().out

@@ -41,11 +41,6 @@ from tests.models import tiny_bundle
 HEIGHT, WIDTH = 240, 320
 
 
-@pytest.fixture(scope="module")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
-    return EmulatedKernel(tmp_path_factory)
-
-
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernel: EmulatedKernel) -> DriverDouble:
     double = DriverDouble(kernel)

@@ -15,27 +15,15 @@ from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.preprocess_cuda import faces_from_matrices
 from tests.emulation import EmulatedKernel, built, case_bytes
 from tests.reference import reference_crop, reference_luma, waves
+from tests.test_geometry import BOXES, MARGIN, SIZE
 from tests.tolerances import CROP_GREY, CROP_GREY_MEAN, CROP_NOISE, CROP_NOISE_MEAN, assert_close
 
-SIZE, MARGIN = 64, 1.3
 LAYOUTS = ("bgr", "rgb", "bgra", "rgba", "gray", "nv12", "i420")
-BOXES = {
-    "20 px": (100.2, 80.7, 120.2, 99.1),
-    "100 px": (90.5, 60.25, 190.5, 150.0),
-    "over the left top": (-60.0, -40.0, 70.0, 80.0),
-    "over the right bottom": (330.0, 250.5, 450.0, 380.0),
-    "blocks of 2": (50.0, 40.0, 155.0, 130.0),
-    "blocks of 5": (60.0, 20.3, 330.0, 280.0),
-    "larger than the image": (-200.0, -300.0, 700.0, 600.0),
+ALL_BOXES = BOXES | {
     "outside, left": (-500.0, 20.0, -400.0, 90.0),
     "outside, far below": (100.0, 9000.0, 3000.0, 12000.0),
 }
-ALL = np.array(list(BOXES.values()))
-
-
-@pytest.fixture(scope="session")
-def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
-    return EmulatedKernel(tmp_path_factory)
+ALL = np.array(list(ALL_BOXES.values()))
 
 
 def frame_of(layout: str, bgr: np.ndarray, luma_range: str = "full", gap: int = 0) -> Frame:
@@ -85,7 +73,7 @@ def test_limited_range(kernel: EmulatedKernel, layout: str, bgr: np.ndarray) -> 
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.4, np.pi / 4, np.pi / 2, -2.0])
-@pytest.mark.parametrize("box", BOXES.values(), ids=BOXES.keys())
+@pytest.mark.parametrize("box", ALL_BOXES.values(), ids=ALL_BOXES.keys())
 def test_crops_follow_the_rule(
     kernel: EmulatedKernel, box: tuple[float, ...], angle: float, rng: np.random.Generator
 ) -> None:
