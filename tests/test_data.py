@@ -312,7 +312,7 @@ def test_a_person_is_a_files_name_up_to_the_last_underscore() -> None:
     assert {name: Face(Path("x_y", name), np.zeros((68, 2), np.float32)).person for name in names} == names
 
 
-def test_a_name_that_is_no_text_is_a_person_s(tmp_path: Path) -> None:
+def test_a_name_that_is_no_text_is_a_person_s() -> None:
     """Such as an old Latin-1 one."""
     assert {is_held_out(os.fsdecode(b"caf\xe9"), fraction) for fraction in (0.0, 1.0)} == {False, True}
 

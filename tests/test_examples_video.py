@@ -198,8 +198,8 @@ def ros(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("kp_ros2.node")
 
 
-def message_of(encoding: str, picture: np.ndarray, pad: int = 5, **fields: Any) -> Image:
-    step = picture[0].size + pad
+def message_of(encoding: str, picture: np.ndarray, **fields: Any) -> Image:
+    step = picture[0].size + 5
     height = fields.pop("height", len(picture))
     return Image(
         Header("then", "camera"), height, picture.shape[1], encoding, 0, step,

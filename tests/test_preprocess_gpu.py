@@ -35,9 +35,9 @@ class Gpu:
         self.call = self.driver.call
         self.stream = self.call("cuStreamCreate", 1)  # 1: does not wait for the default stream
 
-    def memory(self, size: int, fill: int = 0xEE) -> int:
+    def memory(self, size: int) -> int:
         pointer = int(self.call("cuMemAlloc", size))
-        self.call("cuMemsetD8", pointer, fill, size)
+        self.call("cuMemsetD8", pointer, 0xEE, size)
         return pointer
 
     def upload(self, frame: Frame) -> DeviceFrame:

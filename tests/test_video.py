@@ -28,8 +28,8 @@ def picture(level: int, size_hw: tuple[int, int] = SIZE_HW) -> np.ndarray:
     return np.full((*size_hw, 3), level, np.uint8)
 
 
-def video(path: Path, frames: int = 20, codec: str = "MJPG", rate: float = 25) -> Path:
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), rate, SIZE_HW[::-1])
+def video(path: Path, frames: int = 20, codec: str = "MJPG") -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 25, SIZE_HW[::-1])
     for i in range(frames):
         writer.write(picture(10 * (i % 25)))
     writer.release()
@@ -111,9 +111,9 @@ def test_ahead_keeps_order_and_raises_after_the_items() -> None:
     assert taken == list(range(100))
 
 
-def settled(value: object, most: float = 5.0) -> object:
+def settled(value: object) -> object:
     """What `value()` is when it no longer changes."""
-    before, end = None, time.monotonic() + most
+    before, end = None, time.monotonic() + 5
     while time.monotonic() < end:
         now = value()  # type: ignore[operator]
         if now == before:

@@ -183,7 +183,7 @@ def test_a_name_with_a_colon_is_no_address(tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "a-12:30.mp4").is_file()
 
 
-def test_two_frames_of_one_time_do_not_take_the_rest_along(tmp_path: Path) -> None:
+def test_two_frames_of_one_time_do_not_take_the_rest_along() -> None:
     class Twice(Shown):
         def get(self, what: int) -> float:
             return 10 * float(self.at - (self.at > 3)) if what == cv2.CAP_PROP_POS_MSEC else super().get(what)

@@ -137,9 +137,7 @@ def test_a_second_opencv_is_refused(offered: Path, tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "house").exists()
 
 
-def test_faults_are_one_line(
-    offered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_faults_are_one_line(offered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="there is no target 'nano'; choose from jetpack6, jetpack7"):
         fill_wheelhouse("nano", tmp_path / "house")
     with pytest.raises(InputError, match="is not empty; name a new folder"):
