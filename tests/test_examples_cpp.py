@@ -54,8 +54,23 @@ def entry_of(path: Path, **changed: Any) -> FileEntry:
     return file_entry(path, "plan", precision="fp16", made=made)
 
 
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with golden crops, and what the line of the program's head makes of them."""
+    folder = tmp_path_factory.mktemp("golden")
+    crops = np.random.default_rng(3).integers(0, 256, (5, 1, SIZE, SIZE), dtype=np.uint8)
+    first_two = crops[:, 0, :1, :2].astype("<f4")  # what the stub's network answers 68 times
+    np.savez_compressed(folder / "golden.npz", crops=crops, keypoints=np.broadcast_to(first_two, (5, 68, 2)))
+    line = (
+        f"import numpy as np; g = np.load('{folder}/golden.npz'); g['crops'].tofile('golden.crops'); "
+        "g['keypoints'].astype('<f4').tofile('golden.keypoints')"
+    )
+    subprocess.run([sys.executable, "-c", line], cwd=folder, check=True)
+    return folder
+
+
 @pytest.fixture
-def plan_bundle(tmp_path: Path) -> Callable[..., Path]:
+def plan_bundle(golden: Path, tmp_path: Path) -> Callable[..., Path]:
     """Writes a bundle with one plan that the stub takes, and the golden crops beside it."""
 
     def write(text: str = f"STUB 1 2 {SIZE}", lost_limit: float | None = None, **changed: Any) -> Path:
@@ -63,17 +78,7 @@ def plan_bundle(tmp_path: Path) -> Callable[..., Path]:
         plan.write_text(text)
         spec = ModelSpec("stub", size=SIZE, lost_limit=lost_limit)
         Manifest(spec, {plan.name: entry_of(plan, **changed)}).write(tmp_path)
-        crops = np.random.default_rng(3).integers(0, 256, (5, 1, SIZE, SIZE), dtype=np.uint8)
-        first_two = crops[:, 0, :1, :2].astype("<f4")  # what the stub's network answers 68 times
-        golden = {"crops": crops, "keypoints": np.broadcast_to(first_two, (5, 68, 2))}
-        np.savez_compressed(tmp_path / "golden.npz", **golden)
-        # the line of the file's head
-        line = (
-            f"import numpy as np; g = np.load('{tmp_path}/golden.npz'); g['crops'].tofile('golden.crops'); "
-            "g['keypoints'].astype('<f4').tofile('golden.keypoints')"
-        )
-        subprocess.run([sys.executable, "-c", line], cwd=tmp_path, check=True)
-        return tmp_path
+        return Path(shutil.copytree(golden, tmp_path, dirs_exist_ok=True))
 
     return write
 
@@ -238,7 +243,7 @@ def test_usage(program: Path) -> None:
     assert (ended.returncode, ended.stderr) == (2, "usage: kp_host BUNDLE CROPS KEYPOINTS\n")
 
 
-def test_the_host_compiles_with_cudas_own_headers(tmp_path: Path) -> None:
+def test_the_host_compiles_with_cudas_own_headers() -> None:
     nvidia = pytest.importorskip("nvidia", reason="the wheels that bring CUDA's headers are not here")
     places = [*(Path(p) / "cu13" / "include" for p in nvidia.__path__), Path("/usr/local/cuda/include")]
     real = next((place for place in places if (place / "crt" / "host_defines.h").exists()), None)
