@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kp_runtime.center_detector import MODEL_NAME, CenterDetector, merged
+from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, BundleError, ImageError, InputError, IntegrityError, SchemaError
 from kp_runtime.frame import Frame, image_from_file
 from kp_runtime.geometry import overlaps
@@ -106,8 +107,24 @@ def test_levels_end_where_the_largest_face_fits(bundle: Path) -> None:
         shorter = min(size_hw)
         assert first[0].shape == size_hw or 21 < 0.05 * shorter * first[1].min() < 23  # never enlarged
         assert min(last[0].shape) <= 72
+        for luma, scale in levels:
+            assert np.allclose(scale * size_hw[::-1], luma.shape[::-1], rtol=0, atol=1e-9)
         for (_, scale), (_, next_scale) in itertools.pairwise(levels):
             assert np.allclose(scale, 2 * next_scale, rtol=0.05)
+
+
+def test_a_smaller_image_has_the_means_of_all_pixels(bundle: Path) -> None:
+    image = np.zeros((288, 352), np.uint8)
+    image[::4, ::4] = 160
+    first, _ = next(CenterDetector(bundle, smallest=22 / 72)._levels(Frame(image, "gray")))
+    assert first.shape == (72, 88)
+    assert (first == 10).all()
+
+
+@pytest.mark.parametrize("threads", sorted({1, usable_cores()}))
+def test_the_engine_gets_the_threads_that_were_asked_for(threads: int, bundle: Path) -> None:
+    options = CenterDetector(bundle, threads=threads)._session.get_session_options()
+    assert options.intra_op_num_threads == threads
 
 
 def slowly_merged(boxes: np.ndarray, scores: np.ndarray) -> list[np.ndarray]:
@@ -165,7 +182,7 @@ def test_boxes_that_are_none_are_left_out(bundle: Path, monkeypatch: pytest.Monk
 
 def test_boxes_are_largest_first_and_touch_the_image(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = CenterDetector(bundle)
-    boxes = np.array([[5, 5, 20, 20], [10, 40, 40, 60], [-30, 5, -1, 20]], float)
+    boxes = np.array([[5, 5, 20, 20], [10, 40, 40, 60], [-30, 5, 0, 20]], float)
     monkeypatch.setattr(detector, "find", lambda frame: merged(boxes, np.array([0.9, 0.8, 0.7])))
     assert np.array_equal(detector(np.zeros((64, 64), np.uint8)), boxes[[1, 0]])
 

@@ -65,6 +65,15 @@ def test_haar_looks_for_what_was_asked_for(photo: np.ndarray) -> None:
 
 
 @needs_haar
+@pytest.mark.parametrize("size_hw", [(100, 1000), (1000, 100)])
+def test_haars_smallest_face_is_a_share_of_the_shorter_side(size_hw: tuple[int, int]) -> None:
+    detector, least = HaarDetector(smallest=0.5), []
+    detector._cascade = SimpleNamespace(detectMultiScale=lambda *_, minSize: least.append(minSize) or ())
+    detector.raw(as_frame(np.zeros(size_hw, np.uint8)))
+    assert least == [(50, 50)]
+
+
+@needs_haar
 def test_haar_sees_the_same_in_every_layout(photo: np.ndarray) -> None:
     bgr = small_part(photo)
     detector = HaarDetector()
@@ -85,6 +94,27 @@ def test_yunet_finds_the_astronaut(photo: np.ndarray) -> None:
     assert np.array_equal(detector(rgba, "rgb"), boxes)
     grey = detector(as_frame(photo).luma(0, 0, 512, 512))
     assert iou(grey[0], FACE) > 0.7
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "input_wh"), [((100, 300), (300, 100)), ((40, 300), (300, 64)), ((300, 40), (64, 300))]
+)
+def test_yunet_is_told_the_width_and_height_of_what_it_sees(
+    size_hw: tuple[int, int], input_wh: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def detect_faces(bgr: np.ndarray) -> tuple[int, np.ndarray]:
+        seen.append(bgr.shape[1::-1])
+        return 1, np.arange(15, dtype=np.float32)[None]
+
+    net = SimpleNamespace(setInputSize=seen.append, detect=detect_faces)
+    fake = SimpleNamespace(**vars(cv2) | {"FaceDetectorYN": SimpleNamespace(create=lambda *_: net)})
+    monkeypatch.setattr(detect, "import_cv2", lambda: fake)
+    (tmp_path / "a.onnx").touch()
+    boxes = YuNetDetector(tmp_path / "a.onnx").raw(as_frame(np.zeros((*size_hw, 3), np.uint8)))
+    assert seen == [input_wh, input_wh]
+    assert boxes.tolist() == [[0, 1, 0 + 2, 1 + 3]]
 
 
 @pytest.mark.parametrize(

@@ -103,11 +103,20 @@ def test_settings_reach_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     load_detector("own=here", smallest=0.2, threads=3)
     assert seen == {"bundle": "here", "smallest": 0.2, "threads": 3, "public_key": None}
+    monkeypatch.setattr("kp_runtime.detector_by_name.HaarDetector", lambda **given: given)
+    assert load_detector("haar", smallest=0.2) == {"smallest": 0.2}
 
 
 def test_auto_with_a_public_key_takes_no_detector_without_a_signature(tmp_path: Path) -> None:
     with pytest.warns(DetectorWarning, match="is not signed, and a public key was given"):
         assert detector_name("auto", checkout=SHIPPED, public_key=tmp_path / "key.pub.pem") == "haar"
+
+
+@needs_haar
+def test_a_public_key_is_asked_for_before_a_detector_is_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(default_model, "_installed_bundle", lambda package: SHIPPED)
+    with pytest.warns(DetectorWarning, match="is not signed"):
+        assert isinstance(load_detector(public_key=tmp_path / "key.pub.pem"), HaarDetector)
 
 
 @needs_haar
