@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +162,14 @@ def test_a_second_look_is_a_call_with_the_box_of_the_points(model: Model, image:
     assert len(model(image, [], looks=2)) == 0
 
 
+def test_a_second_look_is_taken_as_the_first_was(model: Model, image: np.ndarray) -> None:
+    colours, boxes, timer = (image * (1.0, 0.5, 0.2)).astype(np.uint8), [[20, 30, 80, 100]], StageTimer()
+    first = model(colours, boxes, layout="rgb", mirror=True)
+    second = model(colours, boxes_from_points(first.xy), layout="rgb", mirror=True)
+    assert np.array_equal(model(colours, boxes, layout="rgb", mirror=True, looks=2, timer=timer).xy, second.xy)
+    assert {name: len(times) for name, times in timer.seconds.items()} == {"crop": 2, "infer": 2, "map back": 2}
+
+
 class OneSpot(Backend):
     name = "one spot"
 
@@ -241,6 +250,23 @@ def test_many_faces_are_cut_on_the_engines_number_of_threads(threads: int, bundl
         assert len(cutting) == threads - 1
         assert np.array_equal(found.xy, np.concatenate([model(image, box[None]).xy for box in boxes]))
     assert not any(thread.is_alive() for thread in cutting)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_many_faces_are_cut_on_the_engines_cores(image: np.ndarray) -> None:
+    backend, core = OneSpot(ModelSpec("x", SIZE)), min(os.sched_getaffinity(0))
+    backend.threads, backend.cores = 2, frozenset([core])
+    with Model(backend) as model:
+        model(image, [BOX] * 8)
+        (cutting,) = [thread for thread in threading.enumerate() if thread.name.startswith("kp-crops")]
+        assert os.sched_getaffinity(cutting.native_id or 0) == {core}
+
+
+def test_a_submitted_call_is_the_same_call(bundle: Path, image: np.ndarray) -> None:
+    colours, out = (image * (1.0, 0.5, 0.2)).astype(np.uint8), np.empty((1, 68, 2), np.float32)
+    with load(bundle, threads=1) as model:
+        assert model.submit(colours, [BOX], layout="rgb", out=out).result(60).xy is out
+        assert np.array_equal(out, model(colours, [BOX], layout="rgb").xy)
 
 
 def test_a_submit_without_a_thread_leaves_the_next_one_right(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

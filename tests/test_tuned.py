@@ -14,7 +14,7 @@ import pytest
 
 import kp_runtime
 from kp_runtime.cores import usable_cores
-from kp_runtime.errors import BackendError, BundleError, InputError
+from kp_runtime.errors import BackendError, BundleError, InputError, SignatureError
 from kp_runtime.spec import Manifest
 from kp_runtime.tuned import Tuned, TunedWarning, tuned_from_file, write_tuned
 from tests.test_tune import make_bundle
@@ -95,6 +95,17 @@ def test_settings_that_cannot_be_used_here(settings_of: Callable[..., Path]) -> 
     for name, value in (("backend", "ort-cpu"), ("threads", 1), ("precision", "fp32")):
         with pytest.raises(InputError, match="leave out backend, threads and precision"):
             kp_runtime.load(tuned=settings_of(), **{name: value})
+
+
+def test_what_load_is_asked_for_beside_the_settings_counts(settings_of: Callable[..., Path]) -> None:
+    assert kp_runtime.load(tuned=settings_of()).backend.report.golden_error_px is not None
+    assert kp_runtime.load(tuned=settings_of(), golden=False).backend.report.golden_error_px is None
+    if hasattr(os, "sched_getaffinity"):
+        core = max(os.sched_getaffinity(0))
+        assert kp_runtime.load(tuned=settings_of(), cores=[core]).backend.cores == {core}
+    pytest.importorskip("cryptography")
+    with pytest.raises(SignatureError, match="is not signed"):
+        kp_runtime.load(tuned=settings_of(), public_key=bytes(32))
 
 
 @pytest.mark.parametrize(
