@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import re
 import shutil
 import sys
@@ -17,10 +18,12 @@ import numpy as np
 import onnx
 import pytest
 
-from kp_runtime.backend import GOLDEN_NAME, BackendReport, open_backend
+from kp_runtime.backend import GOLDEN_NAME, Backend, BackendReport, golden_error, open_backend
+from kp_runtime.backend_ort import OrtCpuBackend, import_onnxruntime
 from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError, missing_or_broken, reason_of
 from kp_runtime.feeding import TRIES
+from kp_runtime.golden import Golden
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints, tiny_outputs, tiny_scores
 from tests.tolerances import FP32_PX, MAP_PX, assert_close
@@ -209,6 +212,48 @@ def test_golden_lost_scores_that_the_engine_does_not_give(wrong: float, tmp_path
     scores[1] += wrong
     with pytest.raises(BackendError, match=r"golden crop a lost score (0\.010|nan) from PyTorch's \(at most 0\.002 is"):
         open_backend(with_golden(tmp_path, **arrays))
+
+
+@pytest.mark.parametrize(("size", "most"), [(112, 0.02), (224, 0.02), (448, 0.04)])
+def test_keypoints_of_larger_crops_may_be_farther_off(size: int, most: float) -> None:
+    class Off(Backend):
+        name = "off"
+
+        def _run(self, crops: np.ndarray) -> list[np.ndarray]:
+            return [np.full((len(crops), 68, 2), (off, 0), np.float32)]
+
+    engine, golden = Off(ModelSpec("x", size)), Golden(np.zeros((1, 1, size, size), np.uint8), np.zeros((1, 68, 2)))
+    off = most * 0.9
+    assert golden_error(engine, golden, "fp32") == pytest.approx(off)
+    off = most * 1.1
+    with pytest.raises(BackendError, match=f"at most {most} px is right for fp32"):
+        golden_error(engine, golden, "fp32")
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, "1"), ("0", "0")])
+def test_onnxruntime_reports_to_nobody_unless_told_to(
+    given: str | None, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", given or "")
+    if given is None:
+        monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    import_onnxruntime("ort", "a test")
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == kept
+
+
+def test_what_onnxruntime_warns_of_is_not_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    graph = tiny_graph()
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(3, np.float32), "of no use"))
+    open_backend(add_file(tiny_bundle(tmp_path), MODEL, graph.SerializeToString(), precision="fp32"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_open_model_does_not_keep_its_file(bundle: Path) -> None:
+    data = (bundle / MODEL).read_bytes()
+    before = sys.getrefcount(data)
+    backend = OrtCpuBackend(bundle / MODEL, ModelSpec("x", SIZE, lost_limit=0.5), 1, read=lambda: data)
+    assert backend.threads == 1
+    assert sys.getrefcount(data) == before
 
 
 def test_a_model_without_a_lost_score(tmp_path: Path, crops: np.ndarray) -> None:
