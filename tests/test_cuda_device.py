@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -80,3 +81,11 @@ def test_the_double_takes_what_the_driver_s_functions_take() -> None:
         signature = getattr(real, name).__doc__.splitlines()[0]
         given = signature[len(name) + 1 : -1]
         assert len(given.split(",")) * bool(given) == count, signature
+
+
+def test_what_is_asked_of_the_driver_is_what_the_double_plays() -> None:
+    """So no copy or fill goes to the default stream, where it may be under way still when a stream of ours goes on."""
+    root, asked = Path(__file__).resolve().parents[1], set[str]()
+    for path in (*root.glob("kp_*/*.py"), *root.glob("benchmarks/*.py"), *root.glob("tests/*.py")):
+        asked |= set(re.findall(r'"(cu[A-Z]\w+)"', path.read_text(encoding="utf-8")))
+    assert asked - ARGUMENTS.keys() == {"cuEventElapsedTime", "cuGraphGetNodes"}  # times, and one of its own making

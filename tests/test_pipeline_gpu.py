@@ -107,8 +107,9 @@ def test_threads_share_a_model(model: Model, image: np.ndarray) -> None:
 
 def test_device_frames_and_frames_that_are_gone(model: Model, cpu: Model, image: np.ndarray) -> None:
     driver = CudaDriver()
-    pointer = int(driver.call("cuMemAlloc", image.nbytes))
-    driver.call("cuMemcpyHtoD", pointer, np.ascontiguousarray(image).ctypes.data, image.nbytes)
+    pointer, default = int(driver.call("cuMemAlloc", image.nbytes)), driver.api.CUstream(1)
+    driver.call("cuMemcpyHtoDAsync", pointer, np.ascontiguousarray(image).ctypes.data, image.nbytes, default)
+    driver.call("cuStreamSynchronize", default)
     frame = DeviceFrame(pointer, (image.shape[0], image.shape[1]), image.shape[1] * 3, "bgr")
     assert np.array_equal(model(frame, boxes_of(2)).xy, model(image, boxes_of(2)).xy)
     with pytest.raises(ImageError, match="is not in CUDA memory"):
