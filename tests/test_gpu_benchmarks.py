@@ -333,18 +333,25 @@ def test_each_part_has_its_file(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["kind"] == "gpu-network"
 
 
-def session(folder: Path, python: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`scripts/gpu-session` with a shell script in Python's place."""
+def session_of(folder: Path, python: str, **environment: str) -> subprocess.Popen[str]:
+    """`scripts/gpu-session` with a shell script in Python's place, begun."""
     folder.mkdir(exist_ok=True)
     (folder / "python").write_text(f"#!/bin/sh\n{python}\n")
     (folder / "python").chmod(0o755)
-    return subprocess.run(
+    return subprocess.Popen(
         [ROOT / "scripts" / "gpu-session", folder / "out", "a-bundle"],
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
         env=os.environ | {"PYTHON": str(folder / "python")} | environment,
     )
+
+
+def session(folder: Path, python: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same to its end."""
+    with session_of(folder, python, **environment) as begun:
+        out, err = begun.communicate()
+    return subprocess.CompletedProcess(begun.args, begun.returncode, out, err)
 
 
 def test_a_session_goes_on_after_a_failed_step(tmp_path: Path) -> None:
@@ -358,8 +365,34 @@ def test_a_session_goes_on_after_a_failed_step(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "tests.log: ran -m pytest -m gpu -s" in done.stdout
     assert (tmp_path / "out" / "summary.txt").read_text() in done.stdout
-    assert "pytest -m gpu" in (tmp_path / "out" / "tests.log").read_text()
-    assert "--part network --out" in (tmp_path / "out" / "network.log").read_text()
+    assert "tests/test_pipeline_gpu.py" in (tmp_path / "out" / "tests.log").read_text()
+
+
+def test_what_takes_minutes_to_make_ready_comes_last(tmp_path: Path) -> None:
+    """It measures the rest once more, into the same file."""
+    done = session(tmp_path, 'echo "$*"')
+    assert tuple(line.split()[0] for line in done.stdout.splitlines()) == STEPS
+    for part in ("end-to-end", "network"):
+        quick, whole = ((tmp_path / "out" / f"{step}.log").read_text().strip() for step in (part, f"{part}-all"))
+        assert whole.endswith(f"--part {part} --out {tmp_path / 'out' / f'gpu-{part}.json'}")
+        assert quick == f"{whole} --without torch.compile --without ort-tensorrt"
+    assert "without" not in (tmp_path / "out" / "crops.log").read_text()
+
+
+def test_a_session_that_is_stopped_stops_its_step(tmp_path: Path) -> None:
+    with session_of(tmp_path, 'echo $$ >"$(dirname "$0")/pid"; exec sleep 60') as begun:
+        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+            time.sleep(0.01)
+        begun.terminate()
+        assert begun.communicate(timeout=30)[0].startswith("doctor stopped, ")
+    assert begun.returncode == 130
+    step = Path("/proc") / (tmp_path / "pid").read_text().strip()
+    for _ in range(3000):  # it is told, and needs a moment
+        if not step.exists():
+            break
+        time.sleep(0.01)
+    assert not step.exists()
+    assert not list((tmp_path / "out").glob("export*"))
 
 
 def test_a_session_of_some_steps(tmp_path: Path) -> None:
@@ -379,7 +412,10 @@ def test_a_session_tests_what_it_has_exported(tmp_path: Path) -> None:
     assert f"bench {made} --batch 1" in (tmp_path / "out" / "bench.log").read_text()
 
 
-STEPS = ("doctor", "export", "plan", "tests", "crops", "end-to-end", "network", "bench")
+STEPS = (
+    *("doctor", "export", "plan", "tests", "crops", "end-to-end", "network", "bench"),
+    *("end-to-end-all", "network-all"),
+)
 
 
 def test_code_of_pytorch_s_library() -> None:
