@@ -8,6 +8,7 @@ keypoints from then on, silently. So a graph's first two launches are for pictur
 from __future__ import annotations
 
 import contextlib
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -77,12 +78,17 @@ def captured(driver: CudaDriver, stream: Any, work: Callable[[], None]) -> Any:
     """
     mode = driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
     driver.call("cuStreamBeginCapture", stream, mode)
+    collects = gc.isenabled()
+    gc.disable()  # what a forgotten model has on the GPU can't be freed within a capture
     try:
         work()
     except BaseException:
         with contextlib.suppress(BackendError):  # the capture has failed already; this ends it
             driver.call("cuGraphDestroy", driver.call("cuStreamEndCapture", stream))
         raise
+    finally:
+        if collects:
+            gc.enable()
     graph = driver.call("cuStreamEndCapture", stream)
     try:
         _check_nodes(driver, graph)

@@ -4,7 +4,7 @@ As on a GPU nothing happens when it is asked for: what a stream is told waits un
 it, or for an event behind it, and no stream knows of another but by events. So memory that is used
 again too early, or before another stream has written it, shows as wrong crops. A graph keeps
 addresses and arguments, and nothing of what lies there. Freeing what a stream still needs, a thread
-without a context, and waiting in a capture are errors.
+without a context, and waiting, allocating and freeing in a capture are errors.
 """
 
 # ruff: noqa: N802, N815  the functions have CUDA's own names
@@ -195,7 +195,9 @@ class DriverDouble:
         self.memory[address] = block
         return address
 
-    def _cuMemFree(self, address: int) -> None:
+    def _cuMemFree(self, address: int) -> Result | None:
+        if threading.get_ident() in self.capturing.values():
+            return self._forbidden()
         end = address + len(self.memory[address]) - 255
         waiting = [step for queue in self.queues.values() for step in queue]
         assert not any(address <= touched < end for step in waiting for touched in step.touches), "freed while in use"
@@ -203,6 +205,7 @@ class DriverDouble:
             self.room += end - address
         self.pinned.discard(address)
         del self.memory[address]
+        return None
 
     _cuMemFreeHost = _cuMemFree
 

@@ -32,6 +32,11 @@ class LaneDouble(Lane):
         self.changes += count != self.count
         self.count = count
         changes, kept, in_capture = self.changes, [], self.stream in api.captures
+        if in_capture and self.double.forgets:
+            forgotten, self.double.forgets = [self.double.forgets], None
+            forgotten.append(forgotten)
+            del forgotten
+            _ = [[] for _ in range(20_000)]  # until Python looks for what nobody can reach any more
 
         def compute() -> None:
             size = count * SIZE * SIZE
@@ -69,6 +74,7 @@ class DeviceDouble(DeviceBackend):
         blind: all crops have the same keypoints.
         stale_scores: a captured call gives other lost scores.
         fails: the network can't be run.
+        forgets: what nobody can reach any more from a captured call on.
     """
 
     name = "double"
@@ -81,6 +87,7 @@ class DeviceDouble(DeviceBackend):
             traits.get(name, name == "capturable")
             for name in ("capturable", "keeps_crops", "elsewhere", "waits", "blind", "stale_scores", "fails")
         )
+        self.forgets: Any = traits.get("forgets")
         self.report = BackendReport("double", "none", "fp32", (), None)
 
     def open_lane(self, max_faces: int) -> Lane:

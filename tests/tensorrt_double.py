@@ -377,10 +377,14 @@ class _Engine:
 
 
 class _Context:
-    """Computes the tiny network when the double of the driver, `Script.device`, comes so far."""
+    """Computes the tiny network when the double of the driver, `Script.device`, comes so far.
+
+    As with the real one, what is captured must have run with as many crops before.
+    """
 
     _double: Any
     _shape: tuple[int, ...] | None = None
+    _ran: tuple[int, ...] | None = None
 
     def __init__(self) -> None:
         self._addresses: dict[str, int] = {}
@@ -400,6 +404,10 @@ class _Context:
         least, _, most = script.profile
         if not (script.executes and least <= shape[0] <= most):
             return False
+        if stream_handle in script.device.captures and shape != self._ran:
+            script.device.cuStreamSynchronize(stream_handle)  # no capture survives it
+            return False
+        self._ran = shape
         self._double.tape.batches.append(shape[0])
         crops, *outputs = (self._addresses[name] for name in script.tensors)  # all must have been given
 

@@ -16,6 +16,7 @@ import pytest
 
 from kp_runtime.backend import open_backend
 from kp_runtime.backend_trt import MODULES, TensorRtBackend, tensorrt_runtime
+from kp_runtime.cuda_graphs import GraphWarning
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, IntegrityError, MissingExtraError
 from kp_runtime.pipeline import load
@@ -393,18 +394,28 @@ def test_wrong_keypoints_are_refused(install: Any, tmp_path: Path, monkeypatch: 
     assert backend.report.golden_error_px is None
 
 
-def test_the_whole_way_from_a_frame(
-    install: Any,
-    driver: DriverDouble,
-    kernel: EmulatedKernel,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    rng: Any,
-) -> None:
-    """`load` with a plan: crops by the emulated kernel, parts, graphs on contexts of their own, submit()."""
+@pytest.fixture
+def cutting(driver: DriverDouble, kernel: EmulatedKernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crops are cut by the emulated kernel."""
     driver.kernel = kernel
     (tmp_path / "kernel").write_bytes(b"cubin")
     monkeypatch.setenv("KP_CUBIN", str(tmp_path / "kernel"))
+
+
+@pytest.mark.usefixtures("cutting")
+def test_a_capture_wants_a_run_before_it(install: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kp_runtime.backend_trt._TensorRtLane.runs_before_capture", 0)
+    install()
+    image, boxes = np.zeros((240, 320, 3), np.uint8), [[20, 20, 80, 80]]
+    with load(with_plan(tmp_path / "bundle"), "tensorrt") as model:
+        model(image, boxes)
+        with pytest.warns(GraphWarning, match="TensorRT failed on 1 crops"):
+            model(image, boxes)
+
+
+@pytest.mark.usefixtures("cutting")
+def test_the_whole_way_from_a_frame(install: Any, driver: DriverDouble, tmp_path: Path, rng: Any) -> None:
+    """`load` with a plan: crops by the emulated kernel, parts, graphs on contexts of their own, submit()."""
     install(profile=(2, 4, 10))
     bundle = with_plan(tmp_path / "bundle")
     image = rng.integers(0, 256, (240, 320, 3), dtype=np.uint8)

@@ -29,6 +29,7 @@ from kp_runtime import (
     tune,
 )
 from kp_runtime.backend import Backend, BackendReport, open_backend
+from kp_runtime.cuda_driver import CudaDriver, Memory
 from kp_runtime.pipeline import IN_FLIGHT
 from kp_runtime.pipeline_cuda import GRAPHS, LANES, CudaPipeline
 from kp_runtime.spec import Manifest, file_entry
@@ -235,6 +236,18 @@ def test_a_graph_that_can_not_be_made_or_looked_into(
     with pytest.warns(GraphWarning, match=f"CUDA graphs are off, and calls take longer: {reason}"):
         check(model, cpu, picture(1), boxes_of(1, 2))
     check(model, cpu, picture(2), boxes_of(2, 2))
+
+
+def test_what_is_forgotten_within_a_capture_is_freed_behind_it(driver: DriverDouble, cpu: Model) -> None:
+    forgotten = Memory(CudaDriver())
+    forgotten.reserve(8)
+    with Model(DeviceDouble(forgets=forgotten)) as model:
+        del forgotten
+        for i in range(3):
+            check(model, cpu, picture(i), boxes_of(i, 2))
+        assert (model.graphs.captured, model.graphs.off) == (((3, 2),), None)
+    gc.collect()
+    assert not driver.memory
 
 
 def test_warnings_that_are_errors_leave_the_model_usable(driver: DriverDouble, cpu: Model) -> None:
