@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kp_cli.report import note
+from kp_cli.report import note, stands_nowhere
 from kp_runtime.errors import InputError
 
 
@@ -78,14 +78,12 @@ def told_of_bundle(written: Path, source: Path | None = None) -> Iterator[None]:
     from kp_runtime.signing import is_signed
 
     whole = written.resolve()
-    before = is_signed(whole) or (source is not None and is_signed(source))
+    before, stood = is_signed(whole) or (source is not None and is_signed(source)), not stands_nowhere()
     yield
     if before and not is_signed(whole):
         sign = f"kp sign {shlex.quote(str(written))} --key PRIVATE.pem"
         note(f"{written} has a new manifest and no signature of it; sign it: {sign}")
-    try:
-        Path.cwd()
-    except FileNotFoundError:
+    if stood and stands_nowhere():
         note(f"this shell stands in the folder that was replaced; go to the new one: cd {shlex.quote(str(whole))}")
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "print_tuning",
     "progress",
     "share_progress",
+    "stands_nowhere",
     "tell",
     "tell_subject",
 ]
@@ -152,7 +153,18 @@ def one_line_errors(program: str) -> Iterator[None]:
     except MemoryError as error:
         fail(program, f"there is too little memory: {str(error) or 'take less at once'}")
     except OSError as error:
+        if error.filename is None and stands_nowhere():
+            fail(program, "the folder that this shell stands in was removed; go to another one with cd")
         fail(program, f"{error.filename or 'the system'}: {error.strerror or error}")
+
+
+def stands_nowhere() -> bool:
+    """Whether the current folder was removed, or replaced, under the process."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def fail(program: str, text: str) -> NoReturn:

@@ -46,12 +46,15 @@ def make_folder(out: Path) -> None:
     """Makes the folder that `--out` names, before there is anything to lose.
 
     Raises:
-        KpError: it can't be made.
+        KpError: it can't be made, or nothing can be written into it.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        reason = "" if os.access(out, os.W_OK | os.X_OK) else "it may not be written"
     except OSError as error:
-        raise KpError(f"can't write into {out}: {error.strerror or error}; name another folder with --out") from error
+        reason = error.strerror or str(error)
+    if reason:
+        raise KpError(f"can't write into {out}: {reason}; name another folder with --out")
 
 
 def short_name(name: str) -> str:

@@ -42,7 +42,7 @@ def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
     """Photos named one by one or by folder (not its subfolders), in order.
 
     Raises:
-        ImageError: a path is not there, or a folder holds no photo.
+        ImageError: a path is not there or no file, or a folder holds no photo.
     """
     photos: list[Path] = []
     for path in paths:
@@ -53,6 +53,8 @@ def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
             photos += inside
         elif path.is_file():
             photos.append(path)
+        elif path.exists():
+            raise ImageError(f"{path} is a pipe or a device; photos are read from files: write it into one first")
         else:
             raise ImageError(f"there is no photo or folder at {path}")
     return photos

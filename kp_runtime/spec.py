@@ -331,9 +331,7 @@ class Manifest:
                 f"{path} stands in the manifest but is not there; copy the whole bundle, or run kp export"
             ) from error
         except OSError as error:
-            raise IntegrityError(
-                f"{path} can't be read ({error.strerror}); a bundle's files are plain files in its own folder"
-            ) from error
+            raise IntegrityError(_unreadable(path, error)) from error
         size = os.fstat(file.fileno()).st_size
         if size != entry.bytes:
             file.close()
@@ -406,8 +404,15 @@ def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:
             advice = "its training has not ended: its own command with --resume goes on"
         raise BundleError(f"{path.parent} is not a bundle: it has no {MANIFEST_NAME}; {advice}") from error
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise BundleError(f"{path} can't be read ({reason}); make the bundle again") from error
+        raise BundleError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """What is told of a bundle's file that can't be opened."""
+    advice = "a bundle's files are plain files in its own folder"
+    if isinstance(error, PermissionError):
+        advice = "let this user read the bundle's folder and files"
+    return f"{path} can't be read ({getattr(error, 'strerror', None) or error}); {advice}"
 
 
 def _signed_bytes(bundle: str | os.PathLike[str], public_key: str | os.PathLike[str] | bytes | None) -> bytes:

@@ -151,7 +151,8 @@ class VideoSink:
             self._temporary.unlink(missing_ok=True)
             raise KpError(
                 f"can't write the video {path} of {size_hw[1]} x {size_hw[0]} px at {rate:g} frames/s; check the "
-                f"folder; a side may have {most} px here, and the rate be {_SLOWEST} and more; or take another --format"
+                f"folder and the room on its disk; a side may have {most} px here, and the rate be {_SLOWEST} and "
+                "more; or take another --format"
             )
 
     def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:

@@ -106,9 +106,9 @@ def open_source(
         raise InputError(f"the frame rate must be over 0 and at most 1000 a second, got {rate:g}")
     if not text.strip():
         raise InputError("the source has no name; give a video, a folder, a camera's index, an address or a pipeline")
-    path, is_dir, is_file = Path(text), False, False
+    path, is_dir, is_file, is_other = Path(text), False, False, False
     with contextlib.suppress(OSError):  # a name that is too long is no file's
-        is_dir, is_file = path.is_dir(), path.is_file()
+        is_dir, is_file, is_other = path.is_dir(), path.is_file(), path.exists()
     if is_dir:
         return FolderSource(path, rate)
     if is_file:
@@ -143,6 +143,8 @@ def open_source(
                 "use the system's OpenCV (JetPack's and Debian's have it), a camera's index, or an rtsp:// address"
             )
         return live("the pipeline", lambda: cv2.VideoCapture(text, cv2.CAP_GSTREAMER))
+    if is_other:
+        raise InputError(f"{text} is a pipe or a device; give a video file, or a camera by its index")
     raise InputError(f"there is no video, folder, camera index, address (rtsp://…) or GStreamer pipeline {text!r}")
 
 

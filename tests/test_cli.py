@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -200,6 +201,16 @@ def test_a_folder_that_can_not_be_written_is_said(
     status, _, err = kp(capsys, "predict", astronaut, "--model", bundle, "--out", tmp_path / "file" / "out")
     assert status == 1
     assert "can't write" in err
+
+
+@pytest.mark.parametrize("words", [("predict",), ("filter", "--effect", "hat")], ids=" ".join)
+def test_a_folder_that_may_not_be_written_is_said_before_the_first_photo(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path,
+    astronaut: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(os, "access", lambda _, mode: not mode & os.W_OK)  # root may write everywhere
+    told = f"kp: can't write into {tmp_path}: it may not be written; name another folder with --out\n"
+    assert kp(capsys, *words, astronaut, "--model", bundle, "--out", tmp_path) == (1, "", told)
 
 
 def test_inspect_tells_a_changed_file(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
@@ -403,3 +414,14 @@ def test_a_shell_in_a_replaced_bundle_is_told(
     status, _, err = kp(capsys, "pack", ".", "--precision", "fp32", "--out", ".")
     assert status == 0
     assert err == f"this shell stands in the folder that was replaced; go to the new one: cd '{copy}'\n"
+
+
+def test_a_shell_in_a_removed_folder_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    told = "kp: the folder that this shell stands in was removed; go to another one with cd\n"
+    assert kp(capsys, "pack", bundle, "--precision", "fp32", "--out", "a") == (1, "", told)
+    assert kp(capsys, "pack", bundle, "--precision", "fp32", "--out", tmp_path / "b")[::2] == (0, "")

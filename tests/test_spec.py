@@ -251,7 +251,21 @@ def test_a_bundle_may_lie_behind_a_link(copied: Path, tmp_path: Path) -> None:
 def test_a_manifest_that_is_a_link(copied: Path) -> None:
     (copied / "manifest.json").rename(copied.parent / "elsewhere.json")
     (copied / "manifest.json").symlink_to("../elsewhere.json")
-    with pytest.raises(BundleError, match=r"manifest\.json can't be read \(it is a symbolic link\)"):
+    with pytest.raises(BundleError, match=r"manifest\.json can't be read \(it is a symbolic link\); a bundle's files"):
+        Manifest.read(copied)
+
+
+def test_what_may_not_be_read_is_told_as_such(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    manifest = Manifest.read(copied)
+    told = r" can't be read \(Permission denied\); let this user read the bundle's folder and files"
+    monkeypatch.setattr("kp_runtime.spec.open_plain", refuse)
+    with pytest.raises(IntegrityError, match=MODEL + told):
+        manifest.check_file(copied, MODEL)
+    monkeypatch.setattr("kp_runtime.spec.read_plain", refuse)
+    with pytest.raises(BundleError, match="manifest.json" + told):
         Manifest.read(copied)
 
 

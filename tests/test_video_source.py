@@ -200,6 +200,9 @@ def test_sources_that_are_not_there(tmp_path: Path) -> None:
     for camera in ("12345", "9" * 5000, "1" + 9 * "0"):
         with pytest.raises(InputError, match=f"there is no camera {camera}"):
             open_source(camera)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe is a pipe or a device; give a video file, or a camera by its index"):
+        open_source(str(tmp_path / "pipe"))
     cv2.imwrite(str(tmp_path / "a.png"), picture(3))
     with pytest.raises(InputError, match=r"a.png is a photo: kp predict"):
         open_source(str(tmp_path / "a.png"))
