@@ -14,17 +14,17 @@ CSV have one length, so its faces have all a box or none has.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
-import io
 import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,9 @@ __all__ = [
     "pts_text",
     "with_sizes",
 ]
+
+_ODD = "backslashreplace"
+"""What becomes of names that are no text."""
 
 
 @dataclass(frozen=True)
@@ -341,19 +344,20 @@ def _write_coco(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
 def _read_csv(path: Path, points: int) -> list[LabelledFace]:
     faces = []
     try:
-        lines = enumerate(csv.reader(io.StringIO(_text(path), newline="")), start=1)
-        for i, (number, row) in enumerate(line for line in lines if line[1]):
-            if i == 0 and _is_header(row):
-                continue
-            where = f"{path}, line {number} ({row[0][:200]})"
-            first = len(row) - 2 * points
-            if first not in (1, 6):
-                raise DataError(
-                    f"{where}: expected a file name and {2 * points} numbers for {points} points, got "
-                    f"{len(row) - 1} numbers; face and box (5 numbers) may stand between"
-                )
-            box = _box(row[2:6], where) if first == 6 else None
-            faces.append(LabelledFace(row[0], _points(row[first:], where, points), box, where=where))
+        with _opened(path) as file:
+            lines = csv.reader(file)
+            for i, row in enumerate(row for row in lines if row):
+                if i == 0 and _is_header(row):
+                    continue
+                where = f"{path}, line {lines.line_num} ({row[0][:200]})"
+                first = len(row) - 2 * points
+                if first not in (1, 6):
+                    raise DataError(
+                        f"{where}: expected a file name and {2 * points} numbers for {points} points, got "
+                        f"{len(row) - 1} numbers; face and box (5 numbers) may stand between"
+                    )
+                box = _box(row[2:6], where) if first == 6 else None
+                faces.append(LabelledFace(row[0], _points(row[first:], where, points), box, where=where))
     except csv.Error as error:
         raise DataError(f"{path} can't be read as CSV: {str(error)[:200]}") from error
     return faces
@@ -379,8 +383,6 @@ def _is_number(text: str) -> bool:
 
 
 def _write_csv(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     count = len(faces[0].xy) if faces else POINTS
     names = point_names() if count == POINTS else tuple(f"point_{i}" for i in range(count))
     columns = [f"{name}_{axis}" for name in names for axis in "xy"]
@@ -390,11 +392,13 @@ def _write_csv(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
             f"{path}: some faces have a box, and others, as one of {odd[0]}, have not, which a CSV has no place for; "
             "write coco or parquet instead"
         )
-    writer.writerow(["image", *(["face", "x0", "y0", "x1", "y1"] if whole else []), *columns])
-    for face, index in zip(faces, _face_numbers(faces), strict=True):
-        middle = [] if face.box_xyxy is None else [index, *_rounded(face.box_xyxy)]
-        writer.writerow([face.image, *middle, *_rounded(face.xy)])
-    return [_write(path, text.getvalue())]
+    with writing(path) as temporary, temporary.open("w", encoding="utf-8", errors=_ODD, newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", *(["face", "x0", "y0", "x1", "y1"] if whole else []), *columns])
+        for face, index in zip(faces, _face_numbers(faces), strict=True):
+            middle = [] if face.box_xyxy is None else [index, *_rounded(face.box_xyxy)]
+            writer.writerow([face.image, *middle, *_rounded(face.xy)])
+    return [path]
 
 
 def _face_numbers(faces: Sequence[LabelledFace]) -> list[int]:
@@ -412,17 +416,19 @@ def _face_numbers(faces: Sequence[LabelledFace]) -> list[int]:
 
 def _read_parquet(path: Path, points: int) -> list[LabelledFace]:
     pa, pq = import_pyarrow()
+    faces = []
     try:
-        rows = pq.read_table(path, columns=["image", "box", "keypoints"]).to_pylist()
+        table = pq.read_table(path, columns=["image", "box", "keypoints"])
+        # few rows at a time: as Python's numbers they take many times the memory
+        rows = (row for part in table.to_batches(max_chunksize=1024) for row in part.to_pylist())
+        for i, row in enumerate(rows):
+            where = f"{path}, row {i}"
+            if not isinstance(row["image"], str):
+                raise DataError(f"{where}: the image's name is no text")
+            box = None if row["box"] is None else _box(row["box"], where)
+            faces.append(LabelledFace(row["image"], _points(row["keypoints"], where, points), box, where=where))
     except (pa.ArrowException, KeyError, ValueError) as error:
         raise DataError(f"{path} is no Parquet file of labelled faces ({reason_of(error, lines=1)})") from error
-    faces = []
-    for i, row in enumerate(rows):
-        where = f"{path}, row {i}"
-        if not isinstance(row["image"], str):
-            raise DataError(f"{where}: the image's name is no text")
-        box = None if row["box"] is None else _box(row["box"], where)
-        faces.append(LabelledFace(row["image"], _points(row["keypoints"], where, points), box, where=where))
     return faces
 
 
@@ -457,20 +463,28 @@ def import_pyarrow() -> tuple[Any, Any]:
 
 
 def _text(path: Path) -> str:
+    with _opened(path) as file:
+        return file.read()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A text file to read, with its lines as they end."""
     try:
-        return path.read_text(encoding="utf-8-sig")  # Excel begins a file with a mark
+        with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins a file with a mark
+            yield file
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no text in UTF-8 ({error.reason} at byte {error.start})") from error
+        raise DataError(f"{path} is no text in UTF-8 ({error.reason}); save it as UTF-8") from error
 
 
 def as_text(name: str) -> str:
     """A file's name, which may be no text, as text."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    return name.encode("utf-8", _ODD).decode()
 
 
 def _write(path: Path, text: str) -> Path:
     with writing(path) as temporary:
-        temporary.write_text(as_text(text), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors=_ODD)
     return path
 
 

@@ -247,6 +247,29 @@ def test_a_bad_file_is_one_clear_line(tmp_path: Path, name: str, text: str, mess
     assert "\n" not in str(caught.value)
 
 
+def test_a_name_of_two_lines_stays_one_and_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
+    (path,) = faces_to_file([replace(FACES[0], image="a\r\nb.jpg")], tmp_path / "a.csv")
+    assert [face.image for face in faces_from_file(path)] == ["a\r\nb.jpg"]
+    path.write_bytes(path.read_bytes() + b"c.jpg,1\n")
+    with pytest.raises(DataError, match=r"line 4 \(c\.jpg\)"):
+        faces_from_file(path)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_what_is_read_is_never_all_in_memory_beside_its_faces(suffix: str, tmp_path: Path) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    (path,) = faces_to_file(FACES * 1000, tmp_path / f"a.{suffix}")
+    tracemalloc.start()
+    try:
+        faces = faces_from_file(path)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(faces) == 3000
+    assert peak - kept < 8e6  # all numbers as Python's, or the text as wide characters: 13e6
+
+
 def test_faces_of_which_some_have_no_box_are_no_csv(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"some faces have a box, and others, as one of b\.png, have not.*write coco"):
         faces_to_file([FACES[0], replace(FACES[0], image="b.png", box_xyxy=None)], tmp_path / "a.csv")
