@@ -293,6 +293,8 @@ def _read_coco(path: Path, points: int) -> list[LabelledFace]:
             if len(names[annotation["category_id"]]) != points:
                 raise DataError(f"{where}: its category has not the {points} points of a face")
             box = annotation.get("bbox")
+            if not isinstance(image["file_name"], str):
+                raise DataError(f"{where}: the image's name is no text")
             size = (int(image["height"]), int(image["width"]))
             xy = _points([value for at, value in enumerate(flat) if at % 3 != 2], where, points)
             if len(flat) != 3 * points or not all(flat[2::3]):
@@ -300,7 +302,7 @@ def _read_coco(path: Path, points: int) -> list[LabelledFace]:
             corners = None if box is None else _box(box, where)
             if corners is not None:
                 corners[2:] += corners[:2]
-            faces.append(LabelledFace(str(image["file_name"]), xy, corners, size, where))
+            faces.append(LabelledFace(image["file_name"], xy, corners, size, where))
         except DataError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:

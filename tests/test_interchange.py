@@ -230,6 +230,7 @@ def test_a_file_name_that_is_no_text(tmp_path: Path, kind: str) -> None:
         ),
         ("a.json", "{}", "is no COCO keypoint file: it lacks 'images'"),
         ("a.json", _coco(image_id=2), "annotation 0: the file lists no image of the image_id 2"),
+        ("a.json", _coco().replace('"a.jpg"', "null"), "annotation 0: the image's name is no text"),
         ("a.json", _coco(category_id=2), "annotation 0 lacks or has a wrong 2"),
         ("a.json", _coco(keypoints=[1, 2, 2] * 17), "expected 68 points, got 17"),
         ("a.json", _coco(keypoints=[1, 2, 0] * 68), r"a point is not labelled \(visibility 0\)"),
