@@ -76,13 +76,14 @@ class Ahead(Generic[T]):
     def __init__(
         self, items: Iterable[T], room: int = _ROOM, *, newest: bool = False, stop: threading.Event | None = None
     ) -> None:
-        self._items, self._room, self._newest, self._stop = items, room, newest, stop or threading.Event()
+        self._room, self._newest, self._stop = room, newest, stop or threading.Event()
         self._waiting: deque[T] = deque()
         self._changed = threading.Condition()
         self._ended = self._closed = False
         self._error: BaseException | None = None
         self.dropped = 0
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        # the thread alone has them: with it a generator ends, and a camera is free while its run's error is told
+        self._thread = threading.Thread(target=self._work, args=(items,), daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:
@@ -111,9 +112,9 @@ class Ahead(Generic[T]):
             self._changed.notify_all()
         self._thread.join(_LAST_S)
 
-    def _work(self) -> None:
+    def _work(self, items: Iterable[T]) -> None:
         try:
-            for item in self._items:
+            for item in items:
                 if not self._put(item):
                     break
         except BaseException as error:  # it belongs to the taker

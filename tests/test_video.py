@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_runtime.errors import BackendError, ImageError
+from kp_runtime.errors import BackendError, ImageError, KpError
 from kp_runtime.results import Keypoints
 from kp_runtime.track import Track, Tracker
 from kp_runtime.video import Ahead, Window, draw_tracks, run_video
@@ -98,6 +98,27 @@ def take(items: Iterable[T], into: list[T]) -> None:
     """Keeps what came before an error."""
     for item in items:
         into.append(item)
+
+
+class FullSink:
+    """A sink that can't write."""
+
+    path, pictures = Path("full"), False
+
+    def write(self, frame: VideoFrame, tracks: object, drawn: object) -> None:
+        raise KpError("the disk is full")
+
+    def close(self, keep: bool = True) -> None:
+        pass
+
+
+def test_a_source_is_free_while_the_error_of_its_run_is_told() -> None:
+    """Who opens the camera anew then must get it; the error keeps all that it came through."""
+    camera = Camera(*[9] * 200)
+    with pytest.raises(KpError, match="the disk is full") as error:
+        run_video(FileSource(Path("v"), capture=camera, name="v"), one_face(), [FullSink()])
+    assert camera.released, error
+    assert camera.script
 
 
 def test_ahead_keeps_order_and_raises_after_the_items() -> None:
