@@ -10,25 +10,8 @@ from typing import Any
 __all__ = ["hostile_number", "hostile_value", "mutated_bytes", "mutated_document", "mutated_json", "mutated_text"]
 
 _INTEGERS = (
-    0,
-    1,
-    -1,
-    2,
-    127,
-    128,
-    255,
-    256,
-    32767,
-    32768,
-    65535,
-    65536,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**53,
-    2**63,
-    -(2**63),
-)
+    0, 1, -1, 2, 127, 128, 255, 256, 32767, 32768, 65535, 65536, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63, -(2**63),
+)  # fmt: skip
 _FLOATS = (0.0, -0.0, 0.5, 1e-320, 1e-30, 1e30, 1e308, -1e308, float("nan"), float("inf"), float("-inf"))
 _TEXTS = (
     "", " ", "0", "nan", "a" * 5000, "a\0b", "\n", "../x", "..", "/etc/passwd", "C:\\x", "a\\b", "a/b", "\ud800",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 
 import kp_cli
 from kp_cli import report
@@ -20,35 +20,23 @@ from kp_runtime.errors import InputError
 from kp_runtime.spec import Manifest
 from tests.test_export import small_checkpoint
 
-COMMANDS = (
-    "train",
-    "train-detector",
-    "eval",
-    "export",
-    "verify",
-    "plan",
-    "predict",
-    "filter",
-    "run",
-    "bench",
-    "tune",
-    "inspect",
-    "sign",
-    "doctor",
-)
+COMMANDS = tuple(typer.main.get_command(kp_cli.app).commands)  # type: ignore[attr-defined]
+
+
+def status_of(*words: object) -> int:
+    """Runs `kp WORDS`; its exit status."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["kp", *map(str, words)])
+        try:
+            kp_cli.main()
+        except SystemExit as stop:
+            return int(stop.code or 0)
+    return 0
 
 
 def kp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     """Runs `kp WORDS`; exit status, standard output, standard error."""
-    old, sys.argv = sys.argv, ["kp", *map(str, words)]
-    try:
-        kp_cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = int(stop.code or 0)
-    finally:
-        sys.argv = old
-    captured = capsys.readouterr()
+    status, captured = status_of(*words), capsys.readouterr()
     return status, captured.out, captured.err
 
 
@@ -264,12 +252,7 @@ def bench_file(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `kp bench --out` wrote of the tiny bundle."""
     path = tmp_path_factory.mktemp("bench") / "old.json"
     words = ("bench", bundle, "--seconds", "0", "--samples", "3", "--batch", "1", "--batch", "3", "--threads", "1")
-    old, sys.argv = sys.argv, ["kp", *map(str, (*words, "--precision", "fp32", "--out", path))]
-    try:
-        with contextlib.suppress(SystemExit):
-            kp_cli.main()
-    finally:
-        sys.argv = old
+    assert status_of(*words, "--precision", "fp32", "--out", path) == 0
     return path
 
 

@@ -190,20 +190,8 @@ def test_predict_with_boxes_needs_no_detector(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(faces, "open_detector", None)
-    words = (
-        "predict",
-        astronaut,
-        "--model",
-        bundle,
-        "--out",
-        tmp_path,
-        "--json",
-        "--box",
-        "180,80,265,180",
-        "--box",
-        "1,1,60,60",
-    )
-    status, out, _ = kp(capsys, *words)
+    words = ("predict", astronaut, "--model", bundle, "--out", tmp_path, "--json")
+    status, out, _ = kp(capsys, *words, "--box", "180,80,265,180", "--box", "1,1,60,60")
     assert status == 0
     (photo,) = json.loads(out)
     assert [face["box_xyxy"] for face in photo["faces"]] == [[180, 80, 265, 180], [1, 1, 60, 60]]
