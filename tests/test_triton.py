@@ -410,7 +410,8 @@ def server() -> Iterator[Any]:
         thread.join()
 
 
-def test_health_is_an_inference(server: Any) -> None:
+def test_health_is_an_inference(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # is not asked
     server.status, server.body = 200, b'{"outputs": [{"name": "faces", "data": [0]}]}'
     check_triton(server.url, "a b-images")
     assert server.asked[0] == "/v2/models/a%20b-images/infer"
