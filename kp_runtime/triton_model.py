@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.backend import GOLDEN_NAME, golden_error, open_backend
 from kp_runtime.detector_by_name import load_detector
-from kp_runtime.errors import BackendError, KpError
+from kp_runtime.errors import BackendError, InputError, KpError
 from kp_runtime.frame import as_frame, image_from_bytes
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
 from kp_runtime.golden import golden_from_bytes
@@ -24,7 +24,7 @@ from kp_runtime.pipeline import checked_boxes
 from kp_runtime.preprocess_cpu import CpuCropper
 from kp_runtime.spec import Manifest
 
-__all__ = ["DETECTOR_FOLDER", "PROBE", "ImagesModel", "TritonPythonModel", "check_numpy", "detector_of"]
+__all__ = ["DETECTOR_FOLDER", "PROBE", "ImagesModel", "TritonPythonModel", "check_numpy", "detector_of", "threads_of"]
 
 PROBE = b"kp-health"
 """Sent in place of an image it runs the golden crop: the answer is no face, or the error of what is wrong."""
@@ -59,6 +59,20 @@ def detector_of(version: Path, name: str) -> str:
     """The detector that a setting means in a version's folder, as `load_detector` takes it."""
     own = version / DETECTOR_FOLDER
     return f"own={own}" if name in ("auto", "own") and own.exists() else name
+
+
+def threads_of(setting: str) -> int | None:
+    """The setting `threads`; None, for all cores, where it is empty.
+
+    Raises:
+        InputError: it is no number.
+    """
+    try:
+        return int(setting) if setting else None
+    except ValueError:
+        raise InputError(
+            f"the parameter threads must be a whole number, or empty for all cores, got {setting!r:.40}"
+        ) from None
 
 
 class ImagesModel:
@@ -156,7 +170,7 @@ class TritonPythonModel:
                 version / "bundle",
                 settings.get("backend", "auto"),
                 detector_of(version, settings.get("detector", "auto")),
-                int(settings["threads"]) if settings.get("threads") else None,
+                threads_of(settings.get("threads", "")),
             )
         except (KpError, ValueError, OSError) as error:
             raise triton.TritonModelException(" ".join(str(error).split())) from None

@@ -23,10 +23,10 @@ import kp_runtime
 from kp_export import triton
 from kp_export.triton import TritonModel, pbtxt, write_repository
 from kp_runtime import triton_health, triton_model
-from kp_runtime.errors import BackendError, BundleError, ExportError, ImageError
+from kp_runtime.errors import BackendError, BundleError, ExportError, ImageError, InputError
 from kp_runtime.spec import DetectorManifest, Manifest, file_entry
 from kp_runtime.triton_health import check_triton
-from kp_runtime.triton_model import PROBE, ImagesModel, check_numpy, detector_of
+from kp_runtime.triton_model import PROBE, ImagesModel, check_numpy, detector_of, threads_of
 from tests.conftest import DETECTOR
 from tests.models import LOST_LIMIT, tiny_bundle
 from tests.test_cli import kp
@@ -306,6 +306,14 @@ def test_the_command(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path:
 
 
 # --- the model of images
+
+
+def test_threads_that_are_no_number_are_named() -> None:
+    assert (threads_of(""), threads_of("2")) == (None, 2)
+    with pytest.raises(
+        InputError, match=r"the parameter threads must be a whole number, or empty for all cores, got 'all'"
+    ):
+        threads_of("all")
 
 
 @pytest.fixture
