@@ -19,6 +19,7 @@ from kp_cli.options import (
     Mirror,
     Threads,
     detector_record,
+    note_boxes,
     open_detector,
     told_of_bundle,
     whole_detector_name,
@@ -316,7 +317,10 @@ def evaluate(
         sources = [held_out_faces(source, opened.manifest) for source in sources]
     faces = [face for source in sources for face in source.faces]
     named = whole_detector_name(detector) if boxes is Boxes.detector else None
-    finder = open_detector(named, threads=threads) if named else None
+    finder = None
+    if named:
+        note_boxes(spec)
+        finder = open_detector(named, threads=threads)
     result = measure(opened, faces, finder, bar=progress("measuring"), looks=looks, mirror=mirror)
     more: dict[str, Any] = {"groups": [dataclasses.asdict(group) for group in groups(result)]}
     if steady:

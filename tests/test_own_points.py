@@ -130,3 +130,15 @@ def test_effects_are_for_68_points(
     monkeypatch.setattr(f"kp_cli.{module}.load_model", lambda *_: opened)
     told = "kp: effects hang on the 68 points of a face; this model has 5 of its own\n"
     assert kp(capsys, command, astronaut, "--effect", "hat") == (1, "", told)
+
+
+def test_an_evaluation_on_a_detectors_boxes_says_whose_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tmp_path, KeypointNet(64, points=5), Manifest(ModelSpec("five", 64, points=5, scheme="own")))
+    cv2.imwrite(str(tmp_path / "a_0.png"), np.zeros((90, 90), np.uint8))
+    (tmp_path / "a_0.pts").write_text(pts_text(FIVE))
+    words = ("eval", tmp_path, "--data", tmp_path, "--boxes", "detector", "--detector", "haar")
+    status, _, told = kp(capsys, *words)
+    assert status == 1
+    assert told.startswith("detectors give the tight box of 68 points, this model wants that of its own 5")
