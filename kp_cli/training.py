@@ -195,7 +195,7 @@ def refit(
     print_table("NME of held-out people", ("boxes", "faces", "before", "after"), rows)
     left_out = "" if result.lost_score.is_of_use else "; left out: the model does not find faces well enough for it"
     tell(f"lost score: {result.lost_score}{left_out}")
-    tell(f"checkpoint: {out}", f"next: kp export {out} --fp16")
+    tell(f"checkpoint: {out}", f"next: kp export {shlex.quote(str(out))} --fp16")
 
 
 def _parse_boxes(texts: list[str]) -> dict[str, float]:

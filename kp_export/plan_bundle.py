@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,9 @@ def add_plan(
     files = Manifest.read(bundle).files
     if source not in files:
         switch = "" if precision == "fp32" else f" --{precision}"
-        make = f"make it with: kp export {bundle}{switch}"
+        make = f"make it with: kp export {shlex.quote(str(bundle))}{switch}"
         if all(entry.kind != "checkpoint" for entry in files.values()):  # a packed one
-            make = f"pack it along: kp pack SOURCE --precision {ONNX_OF[precision]} --out {bundle}"
+            make = f"pack it along: kp pack SOURCE --precision {ONNX_OF[precision]} --out {shlex.quote(str(bundle))}"
         raise BackendError(f"{bundle} has no {source} to build the plan from; {make}")
     trt = trt if trt is not None else tensorrt_module()
     device = device or cuda_device()

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ def _wanted(bundle: Path, manifest: Manifest, detector: Path | None) -> tuple[li
     """The models that a bundle gives, and why not others."""
     runnable = {name: entry for name, entry in manifest.files.items() if entry.kind in ("onnx", "plan")}
     if not runnable:
-        raise ExportError(f"{bundle} holds no ONNX file and no plan for Triton; make one first: kp export {bundle}")
+        make = f"kp export {shlex.quote(str(bundle))}"
+        raise ExportError(f"{bundle} holds no ONNX file and no plan for Triton; make one first: {make}")
     if manifest.spec.box == "frame":
         raise ExportError(f"{bundle} sees whole frames, not faces; there is no Triton model of such")
     if GOLDEN_NAME not in manifest.files:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,8 @@ def _chosen_files(bundle: Path, manifest: Manifest, files: Sequence[str]) -> lis
     """The model files to compare, in the manifest's order or as they were asked for."""
     models = [name for name, entry in manifest.files.items() if entry.kind in MODEL_KINDS]
     if not models:
-        raise BundleError(f"the bundle {bundle} holds no model file; make them with: kp export {bundle}")
+        make = f"kp export {shlex.quote(str(bundle))}"
+        raise BundleError(f"the bundle {bundle} holds no model file; make them with: {make}")
     if unknown := [name for name in files if name not in models]:
         raise BundleError(f"the bundle {bundle} has no model file {', '.join(unknown)}; it has: {', '.join(models)}")
     return list(dict.fromkeys(files)) or models

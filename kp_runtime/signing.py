@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def check_signature(bundle: str | os.PathLike[str], manifest: bytes, public_key:
     except FileNotFoundError as error:
         raise SignatureError(
             f"the bundle {bundle} is not signed, and a public key was given; get the signed bundle, or sign it with: "
-            f"kp sign {bundle} --key PRIVATE.pem"
+            f"kp sign {shlex.quote(str(bundle))} --key PRIVATE.pem"
         ) from error
     except OSError as error:
         raise SignatureError(f"{path} can't be read ({error.strerror}); get the signed bundle again") from error

@@ -82,15 +82,15 @@ def test_plans_of_other_kinds_lie_beside_each_other(copied: Path) -> None:
 
 
 def test_what_is_missing_is_named(copied: Path) -> None:
-    trt = tensorrt_double("11.4.0")
-    with pytest.raises(BackendError, match=r"pack it along: kp pack SOURCE --precision int8-trt --out .*bundle$"):
+    copied, trt = copied.rename(copied.with_name("a bundle")), tensorrt_double("11.4.0")
+    with pytest.raises(BackendError, match=r"pack it along: kp pack SOURCE --precision int8-trt --out '.*a bundle'$"):
         add_plan(copied, "int8", trt=trt, device=ORIN)
     manifest = Manifest.read(copied)
     (copied / "checkpoint.safetensors").write_bytes(b"weights")
     manifest.files["checkpoint.safetensors"] = file_entry(copied / "checkpoint.safetensors", "checkpoint")
     manifest.write(copied)
     with pytest.raises(
-        BackendError, match=r"has no model\.int8-trt\.onnx to build the plan from; make it with: kp export .* --int8"
+        BackendError, match=r"has no model\.int8-trt\.onnx to build the plan from; make it with: kp export '.*' --int8"
     ):
         add_plan(copied, "int8", trt=trt, device=ORIN)
     with pytest.raises(ExportError, match="must be one of fp32, fp16, int8, got 'bf16'"):

@@ -352,13 +352,13 @@ def test_the_command(
 ) -> None:
     monkeypatch.setattr("kp_cli.training.open_detector", lambda name, threads: Detector(source))
     words = ("refit", run, "--data", source.path, "--out")
-    status, printed, _ = kp(capsys, *words, tmp_path / "a")
+    status, printed, _ = kp(capsys, *words, tmp_path / "a b")
     assert status == 0
     assert "NME of held-out people" in printed
-    assert f"next: kp export {tmp_path / 'a'} --fp16" in printed
+    assert f"next: kp export '{tmp_path / 'a b'}' --fp16" in printed
     told = r"faces, strength 0\.\d+, boxes keypoints=1.0, jittered=1.0, detector=1.0, detector own\n"
-    assert re.search(r"\nlast layer solved anew on \d+ " + told, kp(capsys, "inspect", tmp_path / "a")[1])
-    record = Manifest.read(tmp_path / "a").training["refit"]
+    assert re.search(r"\nlast layer solved anew on \d+ " + told, kp(capsys, "inspect", tmp_path / "a b")[1])
+    record = Manifest.read(tmp_path / "a b").training["refit"]
     assert record["detector_sha256"] == sha256_of_file(CHECKOUT_DETECTOR / "manifest.json")
     for odd, line in (
         (("shaken=much",), "--boxes is KIND or KIND=WEIGHT, such as keypoints=2; got 'shaken=much'"),

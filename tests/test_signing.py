@@ -97,8 +97,10 @@ def test_the_signature_is_plain_ed25519_of_prefix_and_manifest(signed: Path, pub
     key.verify(signature, PREFIX + (signed / "manifest.json").read_bytes())  # raises when it does not hold
 
 
-def test_unsigned(bundle: Path, public: Path) -> None:
-    with pytest.raises(SignatureError, match="is not signed, and a public key was given; get the signed bundle"):
+def test_unsigned(bundle: Path, public: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(bundle, tmp_path / "a bundle")
+    told = r"is not signed, and a public key was given; get the signed bundle, or sign it with: kp sign '.*/a bundle' "
+    with pytest.raises(SignatureError, match=told):
         load(bundle, public_key=public)
 
 
