@@ -143,7 +143,7 @@ class _Look:
 
 
 class Tracker:
-    """Follows faces: `tracker(image, seconds)` gives the `Track`s of the next frame. One for each stream, in one thread.
+    """Follows faces: `tracker(image, seconds)` gives the `Track`s of the next frame. One for each stream and thread.
 
     Args:
         model: finds points in boxes, such as `kp_runtime.load(…)`; its `spec`, where it has one, tells whether it says
