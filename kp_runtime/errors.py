@@ -121,6 +121,8 @@ class ParityError(ExportError):
 
 def missing_or_broken(error: ImportError, module: str, package: str, extra: str, purpose: str) -> BackendError:
     """The error to raise where a module can't be imported: it is not installed, or it is and does not load."""
+    if isinstance(error.__cause__, KeyboardInterrupt):  # of a module in C++, Ctrl-C becomes a failure to load
+        raise error.__cause__
     if isinstance(error, ModuleNotFoundError) and (error.name or module).partition(".")[0] == module:
         return MissingExtraError(package, extra, purpose)
     return BackendError(

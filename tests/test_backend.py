@@ -431,3 +431,10 @@ def test_a_package_that_does_not_load_is_not_called_missing() -> None:
         assert not isinstance(broken, MissingExtraError)
         assert "is here but can't be loaded: " in str(broken)
         assert "pip install" not in str(broken)
+
+
+def test_ctrl_c_while_a_package_loads_is_not_called_a_broken_package() -> None:
+    error = ImportError("initialization failed")  # as pybind11's modules say, ONNX Runtime's among them
+    error.__cause__ = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        missing_or_broken(error, "onnxruntime", "onnxruntime", "ort", "running ONNX files")
