@@ -35,7 +35,7 @@ from kp_export.staging import mend, staging
 from kp_runtime.backend import GOLDEN_NAME, Answer, open_backend
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, DataError, ExportError, ParityError
-from kp_runtime.files import writing
+from kp_runtime.files import read_plain, writing
 from kp_runtime.geometry import boxes_from_points, crop_from_luma, matrices_from_boxes
 from kp_runtime.recorded_rise import PARITY_NAME
 from kp_runtime.spec import MANIFEST_NAME, PRECISIONS, FileEntry, Manifest, ModelSpec, file_entry
@@ -263,8 +263,8 @@ def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntr
 
 def _parity_rows(folder: Path, files: dict[str, FileEntry]) -> dict[str, dict[str, Any]]:
     """What a bundle's report says of its files, by their names; nothing where it has none that can be read."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        rows = json.loads((folder / PARITY_NAME).read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        rows = json.loads(read_plain(folder / PARITY_NAME, 1 << 20))
         return {row["file"]: row for row in rows if row["file"] in files}
     return {}
 

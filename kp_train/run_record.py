@@ -89,7 +89,7 @@ def stored_record(
         before = type(config)().to_json() | stored["config"]  # a setting that the run's release did not have
         data = [(s["sha256"], s["weight"]) for s in stored["sources"]]
         named = stored.get("held_out", {}).get("sha256")  # of a folder the hash above knows no names
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
     wanted = config.to_json()
     differ = [key for key in wanted if key not in free and before.get(key) != wanted[key]]

@@ -139,7 +139,7 @@ def begun_config(run: Path) -> DetectorConfig:
         return dataclasses.replace(DetectorConfig(), **began)
     except FileNotFoundError:
         return DetectorConfig()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
 
 

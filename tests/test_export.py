@@ -341,6 +341,16 @@ def test_an_export_elsewhere_brings_along_what_the_bundle_has_of_the_same_weight
         other.check_file(tmp_path / "other", name)
 
 
+def test_a_parity_report_that_can_not_be_read_is_none(tmp_path: Path) -> None:
+    """It is nested without end, or a link to what has no end."""
+    report = tmp_path / "parity.json"
+    report.write_text("[" * 100_000)
+    assert kp_export.bundle._parity_rows(tmp_path, {}) == {}
+    report.unlink()
+    report.symlink_to("/dev/zero")
+    assert kp_export.bundle._parity_rows(tmp_path, {}) == {}
+
+
 def test_an_export_into_a_bundle_that_has_more_keeps_what_is_known_of_it(copied: Path, tmp_path: Path) -> None:
     source = small_checkpoint(tmp_path / "run")
     export_bundle(source)

@@ -18,6 +18,7 @@ from kp_train.data import read_source
 from kp_train.model import KeypointNet
 from kp_train.run_record import _git_revision, ancestry, run_record, split_by_person, stored_record
 from kp_train.synthetic import write_csv_source
+from kp_train.train_detector import begun_config
 
 
 def test_the_revision_of_somebody_elses_checkout_is_not_this_ones(
@@ -41,6 +42,14 @@ def test_other_names_can_not_resume_a_run(tmp_path: Path) -> None:
     renamed = [dataclasses.replace(f, image=f.image.with_name("x" + f.image.name)) for f in source.faces]
     with pytest.raises(KpError, match="began with other data"):
         stored_record(tmp_path, [dataclasses.replace(source, faces=tuple(renamed))], config)
+
+
+def test_a_record_that_is_nested_without_end_is_told(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("[" * 100_000)
+    with pytest.raises(KpError, match=r"run\.json can't be read \(.*\); begin a new run with another --out"):
+        stored_record(tmp_path, [], TrainConfig())
+    with pytest.raises(KpError, match=r"run\.json can't be read \(.*\); begin a new run with another --out"):
+        begun_config(tmp_path)
 
 
 def test_a_source_s_name_that_is_no_text_can_be_read_again(tmp_path: Path) -> None:
