@@ -16,7 +16,6 @@ pytest.importorskip("typer")
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-import kp_cli
 from kp_export.pack import pack_bundle
 from kp_export.plan_bundle import add_plan
 from kp_runtime import load
@@ -36,6 +35,7 @@ from kp_runtime.signing import PREFIX, new_key, sign_bundle
 from kp_runtime.spec import Manifest
 from kp_train.synthetic import write_csv_source
 from tests.models import SIZE, tiny_bundle
+from tests.test_cli import kp
 from tests.test_export import small_checkpoint
 
 MODEL = "model.fp32.onnx"
@@ -61,15 +61,6 @@ def signed(bundle: Path, keys: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def public(keys: Path) -> Path:
     return keys / "ours.pub.pem"
-
-
-def kp(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str, str]:
-    """Status, stdout and stderr of a command, without typer's own exit."""
-    monkeypatch.setattr(sys, "argv", ["kp", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        kp_cli.main()
-    captured = capsys.readouterr()
-    return int(end.value.code or 0), captured.out, captured.err
 
 
 def edit(path: Path, old: bytes, new: bytes) -> None:
@@ -303,30 +294,28 @@ def test_a_bundle_that_is_not_whole_is_not_signed(bundle: Path, keys: Path, tmp_
     assert not (copied / "manifest.sig").exists()
 
 
-def test_commands_sign_and_show(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
-) -> None:
+def test_commands_sign_and_show(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     key, public = tmp_path / "release.pem", tmp_path / "release.pub.pem"
-    status, out, _ = kp(capsys, monkeypatch, "inspect", copied)
+    status, out, _ = kp(capsys, "inspect", copied)
     assert (status, out.splitlines()[-1]) == (0, "signature: none")
-    status, out, _ = kp(capsys, monkeypatch, "sign", "--new-key", key)
+    status, out, _ = kp(capsys, "sign", "--new-key", key)
     assert (status, out) == (0, f"{key}: keep it to yourself\n{public}: give it to the devices\n")
-    status, out, _ = kp(capsys, monkeypatch, "sign", copied, "--key", key)
+    status, out, _ = kp(capsys, "sign", copied, "--key", key)
     assert (status, out) == (0, f"{copied / 'manifest.sig'}\n")
-    status, out, _ = kp(capsys, monkeypatch, "inspect", copied)
+    status, out, _ = kp(capsys, "inspect", copied)
     assert out.splitlines()[-1] == "signature: there is one, not checked: kp inspect --public-key KEY.pub.pem"
-    status, out, _ = kp(capsys, monkeypatch, "inspect", copied, "--public-key", public, "--json")
+    status, out, _ = kp(capsys, "inspect", copied, "--public-key", public, "--json")
     assert (status, json.loads(out)["signature"]) == (0, "of the key that was given")
     edit(copied / "manifest.json", b'"margin": 1.3', b'"margin": 1.4')
-    status, out, err = kp(capsys, monkeypatch, "inspect", copied, "--public-key", public)
+    status, out, err = kp(capsys, "inspect", copied, "--public-key", public)
     assert (status, out) == (1, "")
     assert err.startswith("kp: ")
     assert "is no signature of this manifest" in err
 
 
 def test_a_detector_is_signed_shown_and_asked_for_like_a_model(
-    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    keys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, theirs = keys / "ours.pub.pem", keys / "theirs.pub.pem"
     detector = tmp_path / "detector"
@@ -334,8 +323,8 @@ def test_a_detector_is_signed_shown_and_asked_for_like_a_model(
     assert {path.name for path in detector.iterdir()} == {"manifest.json", "model.fp32.onnx", "golden.npz"}
     with pytest.raises(SignatureError, match="is not signed"):
         load_detector(f"own={detector}", public_key=ours)
-    assert kp(capsys, monkeypatch, "sign", detector, "--key", keys / "ours.pem")[0] == 0
-    status, out, _ = kp(capsys, monkeypatch, "inspect", detector, "--public-key", ours)
+    assert kp(capsys, "sign", detector, "--key", keys / "ours.pem")[0] == 0
+    status, out, _ = kp(capsys, "inspect", detector, "--public-key", ours)
     assert status == 0
     assert "face-detector: finds faces of 22 to 72 px" in out
     assert detector_name("auto", checkout=detector, public_key=ours) == f"own={detector}"
@@ -345,31 +334,29 @@ def test_a_detector_is_signed_shown_and_asked_for_like_a_model(
 
 
 @pytest.mark.parametrize("words", [(), ("bundle",), ("--key", "a.pem"), ("bundle", "--new-key", "a.pem")])
-def test_sign_wants_one_of_two_things(
-    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    status, _, err = kp(capsys, monkeypatch, "sign", *words)
+def test_sign_wants_one_of_two_things(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = kp(capsys, "sign", *words)
     assert (status, err) == (1, "kp: give a bundle and --key PRIVATE.pem, or --new-key PATH alone\n")
 
 
 def test_predict_asks_for_the_signature(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, public: Path, astronaut: Path
+    capsys: pytest.CaptureFixture[str], bundle: Path, public: Path, astronaut: Path
 ) -> None:
-    status, _, err = kp(capsys, monkeypatch, "predict", astronaut, "--model", bundle, "--public-key", public)
+    status, _, err = kp(capsys, "predict", astronaut, "--model", bundle, "--public-key", public)
     assert status == 1
     assert "is not signed, and a public key was given" in err
 
 
 def test_pack_leaves_no_stale_signature_and_says_so(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, signed: Path, public: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], signed: Path, public: Path, tmp_path: Path
 ) -> None:
     slim = tmp_path / "slim"
-    status, _, err = kp(capsys, monkeypatch, "pack", signed, "--out", slim, "--precision", "fp32")
+    status, _, err = kp(capsys, "pack", signed, "--out", slim, "--precision", "fp32")
     assert status == 0
     assert f"{slim} has a new manifest and no signature of it; sign it: kp sign {slim} --key PRIVATE.pem" in err
     assert not (slim / "manifest.sig").exists()
     load(signed, threads=1, public_key=public)
-    status, _, err = kp(capsys, monkeypatch, "pack", signed, "--out", signed, "--precision", "fp32")
+    status, _, err = kp(capsys, "pack", signed, "--out", signed, "--precision", "fp32")
     assert (status, "no signature of it" in err) == (0, True)
     assert not (signed / "manifest.sig").exists()
 
@@ -388,26 +375,26 @@ def test_every_new_manifest_takes_the_signature_away(signed: Path) -> None:
 
 
 def test_eval_record_takes_the_signature_away_and_says_so(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, signed: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], signed: Path, tmp_path: Path
 ) -> None:
     data = write_csv_source(tmp_path, people=2)
-    status, _, err = kp(capsys, monkeypatch, "eval", signed / MODEL, "--data", data, "--json")
+    status, _, err = kp(capsys, "eval", signed / MODEL, "--data", data, "--json")
     assert (status, err) == (0, "")
     assert (signed / "manifest.sig").exists()
-    status, _, err = kp(capsys, monkeypatch, "eval", signed / MODEL, "--data", data, "--json", "--record", "drawn")
+    status, _, err = kp(capsys, "eval", signed / MODEL, "--data", data, "--json", "--record", "drawn")
     assert (status, "has a new manifest and no signature of it" in err) == (0, True)
     assert not (signed / "manifest.sig").exists()
 
 
 def test_export_and_verify_say_what_became_of_the_signature(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, keys: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], keys: Path, tmp_path: Path
 ) -> None:
     run = small_checkpoint(tmp_path / "run")
     sign_bundle(run, keys / "ours.pem")
-    status, _, err = kp(capsys, monkeypatch, "export", run, "--engine", "never")
+    status, _, err = kp(capsys, "export", run, "--engine", "never")
     assert (status, f"{run} has a new manifest and no signature of it" in err) == (0, True)
     sign_bundle(run, keys / "ours.pem")
-    status, out, _ = kp(capsys, monkeypatch, "verify", run)
+    status, out, _ = kp(capsys, "verify", run)
     assert (status, out.splitlines()[-1]) == (
         0,
         "signature: there is one, not checked: kp inspect --public-key KEY.pub.pem",

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-import kp_cli
 import kp_train.train_detector as module
 from kp_export.detector_bundle import export_detector
 from kp_runtime.center_detector import MODEL_NAME, CenterDetector
@@ -27,8 +26,10 @@ from kp_train.detector_net import DetectorNet, detector_loss
 from kp_train.face_windows import WINDOW, Pictures, WindowDataset, read_pictures
 from kp_train.synthetic import drawn_face, write_csv_source
 from kp_train.train_detector import train_detector
+from tests.test_cli import kp
 
 WEIGHTS = [1.0] * 20
+COMMAND = ("train-detector", "--data")
 SMALL = DetectorConfig(steps=4, batch_size=4, val_fraction=0.3)
 
 
@@ -310,47 +311,35 @@ def test_it_learns_drawn_faces(source: Path, tmp_path: Path) -> None:
     assert found >= 17
 
 
-def test_the_command_refuses_a_score_before_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--score", 2), "score between 0 and 1"),
+        (("--threads", 0), "got 0"),
+        (("--threads", 10_000), "got 10000"),
+    ],
+)
+def test_the_command_refuses_before_the_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[object, ...], told: str
 ) -> None:
-    words = ["--data", tmp_path / "nothing", "--out", tmp_path / "d", "--score", 2]
-    monkeypatch.setattr("sys.argv", ["kp", "train-detector", *map(str, words)])
-    with pytest.raises(SystemExit):
-        kp_cli.main()
-    assert "score between 0 and 1" in capsys.readouterr().err
+    status, _, error = kp(capsys, *COMMAND, tmp_path / "nothing", "--out", tmp_path / "d", *words)
+    assert status != 0
+    assert told in error
 
 
-@pytest.mark.parametrize("threads", [0, 10_000])
-def test_the_command_refuses_threads_that_are_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], threads: int
-) -> None:
-    words = ["--data", tmp_path / "nothing", "--out", tmp_path / "d", "--threads", threads]
-    monkeypatch.setattr("sys.argv", ["kp", "train-detector", *map(str, words)])
-    with pytest.raises(SystemExit):
-        kp_cli.main()
-    assert f"got {threads}" in capsys.readouterr().err
-
-
-def test_the_command_trains_and_exports(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                        capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
-    words = ["--data", source, "--out", tmp_path / "d", "--steps", 1, "--batch-size", 2, "--threads", 1]
-    monkeypatch.setattr("sys.argv", ["kp", "train-detector", *map(str, words)])
-    with pytest.raises(SystemExit) as end:
-        kp_cli.main()
-    assert not end.value.code
-    printed = capsys.readouterr().out
+def test_the_command_trains_and_exports(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (*COMMAND, source, "--out", tmp_path / "d", "--threads", 1)
+    begin = (*words, "--steps", 1, "--batch-size", 2)
+    status, printed, _ = kp(capsys, *begin)
+    assert status == 0
     assert "step 1/1  held-out loss" in printed
     assert f"--detector own={tmp_path / 'd'}" in printed
     assert CenterDetector(tmp_path / "d")(np.zeros((80, 90, 3), np.uint8)).shape == (0, 4)
-    with pytest.raises(SystemExit) as end:
-        kp_cli.main()
-    assert end.value.code == 1
-    assert "already holds a run" in capsys.readouterr().err
-    words = ["--data", source, "--out", tmp_path / "d", "--resume", "--score", 0.35, "--threads", 1]
-    monkeypatch.setattr("sys.argv", ["kp", "train-detector", *map(str, words)])  # the rest is the run's own
-    with pytest.raises(SystemExit) as end:
-        kp_cli.main()
-    assert not end.value.code
-    assert "d is finished" in capsys.readouterr().out
+    status, _, error = kp(capsys, *begin)
+    assert status == 1
+    assert "already holds a run" in error
+    status, printed, _ = kp(capsys, *words, "--resume", "--score", 0.35)  # the rest is the run's own
+    assert status == 0
+    assert "d is finished" in printed
     manifest = DetectorManifest.read(tmp_path / "d")
     assert (manifest.spec.score, manifest.training["config"]["steps"]) == (0.35, 1)
