@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+import typing
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
-from tests.emulation import EmulatedKernel
 from tests.models import tiny_bundle
+
+if typing.TYPE_CHECKING:
+    from tests.emulation import EmulatedKernel
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # tests that run at the same time share the cores; threads that wait for one another would spin on them
@@ -38,6 +41,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
     """The CUDA crop kernel on the CPU."""
+    from tests.emulation import EmulatedKernel
+
     return EmulatedKernel(tmp_path_factory.mktemp("emulated"))
 
 
