@@ -27,7 +27,7 @@ from kp_train.bar import no_bar
 from kp_train.checkpoint import check_start, load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig
 from kp_train.data import Face, FaceDataset, Source, is_held_out, luma_from_file, read_source
-from kp_train.lost_score import LIMIT, elsewhere
+from kp_train.lost_score import LIMIT, VIEWS, elsewhere
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
 from kp_train.refit import Refit, _errors, _Looker, _Seen, refit, solved_head
@@ -51,6 +51,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     save_checkpoint(folder, net, Manifest(ModelSpec("x", size=64), training=TRAINING, licence={"code": "MIT"}))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def few_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Views of each face that the lost score is told from: over half of the time, and the subject of two tests."""
+    monkeypatch.setattr("kp_train.refit.VIEWS", 1)
 
 
 SCORE = ("backbone.lost_score.weight", "backbone.lost_score.bias")
@@ -159,6 +165,7 @@ def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path) -> None
 def test_a_lost_score_that_is_of_no_use_is_left_out(
     source: Source, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kp_train.refit.VIEWS", VIEWS)
     monkeypatch.setattr("kp_cli.training.open_detector", lambda name, threads: Detector(source))
     words = ("refit", run, "--data", source.path, "--out")
     printed = kp(capsys, *words, tmp_path / "a")[1]
@@ -174,6 +181,7 @@ def test_a_lost_score_that_is_of_no_use_is_left_out(
 def test_the_lost_score_alone_moves_no_keypoint(
     source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kp_train.refit.VIEWS", VIEWS)
     monkeypatch.setattr("kp_train.lost_score.MOST_WRONG", 1.0)
     measured = dataclasses.replace(
         Manifest.read(run),
