@@ -56,7 +56,6 @@ class OrtCpuBackend(Backend):
         self._beside: _SideBySide | None = None
 
     def _run(self, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        crops = np.ascontiguousarray(crops)
         try:
             if len(crops) == 1:
                 return self._ask(crops)
