@@ -112,6 +112,13 @@ def test_the_cores_come_back_after_an_error() -> None:
 
 
 @two_cores
+def test_a_thread_that_may_run_on_fewer_cores_stays_there() -> None:
+    one, other = sorted(os.sched_getaffinity(0))[:2]
+    with on_cores(frozenset([one])), on_cores(frozenset([one, other])):
+        assert os.sched_getaffinity(0) == {one}
+
+
+@two_cores
 def test_threads_do_not_spin_between_calls(rng: np.random.Generator) -> None:
     """Spinning threads take as much processor time as passes; these take next to none. The tiny graph would
     not do: nothing in it is shared among threads."""

@@ -68,7 +68,7 @@ def test_haar_looks_for_what_was_asked_for(photo: np.ndarray) -> None:
 @pytest.mark.parametrize("size_hw", [(100, 1000), (1000, 100)])
 def test_haars_smallest_face_is_a_share_of_the_shorter_side(size_hw: tuple[int, int]) -> None:
     detector, least = HaarDetector(smallest=0.5), []
-    detector._cascade = SimpleNamespace(detectMultiScale=lambda *_, minSize: least.append(minSize) or ())
+    detector._cascade = SimpleNamespace(detectMultiScale=lambda *_, **given: least.append(given["minSize"]) or ())
     detector.raw(as_frame(np.zeros(size_hw, np.uint8)))
     assert least == [(50, 50)]
 

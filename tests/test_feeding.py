@@ -35,6 +35,9 @@ def test_the_first_call_of_a_way_does_not_count() -> None:
     slow = {name: 100.0 if name == "by 4" else cost for name, cost in COST.items()}
     feed(feeder, 8, len(WAYS), slow)
     assert feed(feeder, 8, len(WAYS) * TRIES + 1, COST)[-1] == "by 4"
+    feed(feeder, 16, len(WAYS), dict.fromkeys(COST, 0.1))
+    feed(feeder, 16, len(WAYS), COST)
+    assert feeder.times()[16]["by 4"] == pytest.approx(2000)
 
 
 def test_sizes_are_chosen_apart() -> None:

@@ -267,6 +267,11 @@ def test_a_submitted_call_is_the_same_call(bundle: Path, image: np.ndarray) -> N
     with load(bundle, threads=1) as model:
         assert model.submit(colours, [BOX], layout="rgb", out=out).result(60).xy is out
         assert np.array_equal(out, model(colours, [BOX], layout="rgb").xy)
+    closed = load(bundle, threads=1)
+    closed.close()
+    for call in (lambda: closed.submit(colours, [BOX]), closed.warmup):
+        with pytest.raises(BackendError, match="this model is closed"):
+            call()
 
 
 def test_a_submit_without_a_thread_leaves_the_next_one_right(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,6 +129,19 @@ def test_matrices_that_are_no_squares(kernel: EmulatedKernel, skew: tuple[float,
     check(kernel, as_frame(bgr), matrices)
 
 
+@pytest.mark.parametrize(
+    ("shape", "block"), [([[57.6, 0], [0, 10.0]], 24), ([[3.0, 15.0], [0, 3.0]], 3)], ids=["sums", "means"]
+)
+def test_a_tile_of_more_than_shared_memory_holds_of_one_kind(
+    kernel: EmulatedKernel, shape: list[list[float]], block: int, rng: np.random.Generator
+) -> None:
+    """Few means of more strips of columns than can be summed, and more means than their part of it holds."""
+    luma = rng.integers(0, 256, (700, 4000), dtype=np.uint8)
+    matrix = np.c_[np.linalg.inv(shape), [0, 0]]
+    assert crop_plan(matrix, SIZE, (700, 4000)).block == block
+    check(kernel, as_frame(luma), matrix[None])
+
+
 def test_random_faces_and_orders_of_threads(kernel: EmulatedKernel, bgr: np.ndarray, rng: np.random.Generator) -> None:
     """What depends on the order of threads within a phase would be a race on a GPU."""
     corner = rng.uniform(-60, 380, (90, 2))

@@ -12,7 +12,7 @@ import pytest
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
 from kp_runtime.files import sha256_of_file, writing
-from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from kp_runtime.spec import DetectorSpec, Manifest, ModelSpec, file_entry
 
 MODEL = "model.fp32.onnx"
 
@@ -105,6 +105,13 @@ def test_missing_field(path: str, bundle: Path) -> None:
 def test_contract_out_of_range(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(BundleError, match=message):
         ModelSpec("m", **fields)
+
+
+def test_a_contract_may_reach_its_limits() -> None:
+    for size, margin, points in ((32, 0.5, 2), (1024, 4, 1000)):
+        assert ModelSpec("x", size=size, margin=margin, points=points, scheme="own").size == size
+    for least, most in ((4, 8), (512, 4096)):
+        assert DetectorSpec("x", stride=64, least_px=least, most_px=most).least_px == least
 
 
 def test_whole_files_pass(bundle: Path) -> None:
