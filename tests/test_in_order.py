@@ -40,6 +40,13 @@ def test_an_error_skips_the_other_steps_and_keeps_its_place() -> None:
     assert done == ["first", "second"]
 
 
+def test_what_ends_a_program_is_an_answer_like_any_error() -> None:
+    line = InOrder(1, 4)
+    assert isinstance(line.submit(sys.exit).exception(WAIT), SystemExit)
+    assert line.submit(lambda: 1).result(WAIT) == 1
+    line.close()
+
+
 def test_steps_of_two_tasks_run_at_the_same_time() -> None:
     line, meeting = InOrder(2, 4), threading.Barrier(2)
     first = line.submit(lambda: None, lambda _: meeting.wait(WAIT))

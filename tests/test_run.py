@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from kp_cli.options import load_model
-from kp_cli.report import frames_progress
+from kp_cli.report import frames_progress, note
 from kp_runtime.errors import KpError
 from kp_runtime.track import Track
 from kp_runtime.video import run_video
@@ -121,6 +121,22 @@ def test_a_core_is_left_to_the_other_steps(
         assert (status, taken, cv2.getNumThreads()) == (0, [threads], threads)
     finally:
         cv2.setNumThreads(before)
+
+
+def test_what_a_source_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    told: dict[str, object] = {}
+
+    def open_source(text: str, **given: object) -> None:
+        told.update(given, text=text)
+        raise KpError("enough")
+
+    monkeypatch.setattr("kp_runtime.video_source.open_source", open_source)
+    assert kp(capsys, "run", "0", "--model", bundle, "--fps", 12, "--patience", 3)[0] == 1
+    stop = told.pop("stop")
+    assert isinstance(stop, threading.Event)
+    assert told == {"text": "0", "rate": 12, "patience": 3, "say": note}
 
 
 def test_metrics_are_served_or_the_run_does_not_begin(

@@ -190,6 +190,19 @@ def test_how_a_face_moved_before_it_was_lost_tells_nothing_of_after() -> None:
     np.testing.assert_array_equal(face.awaited_uncovered, face.box)
 
 
+def test_a_lost_face_is_awaited_farther_on_with_each_frame() -> None:
+    world = World(lambda t: None if 6 <= t < 18 else (200 + 12 * t, 300))
+    found = world.run(world.tracker(search_every=1), range(24))
+    assert [ids(tracks) for tracks in found] == [[1]] * 6 + [[]] * 12 + [[1]] * 6
+
+
+def test_a_lost_face_does_not_cost_the_detector_every_frame() -> None:
+    world = World(lambda t: (300, 300) if t < 10 else None)
+    tracker = world.tracker()
+    world.run(tracker, range(40))
+    assert tracker.detector_runs == 2 + 29 // 5  # at the begin, at the loss, and every fifth frame from then on
+
+
 def test_another_place_is_another_face() -> None:
     world = World(lambda t: (300, 300) if t < 50 else (800, 300))
     found = world.run(world.tracker(), range(60))
@@ -252,6 +265,20 @@ def test_a_believed_face_counts_as_long_as_a_part_of_it_is_on_the_image() -> Non
     found = world.run(tracker, range(15))
     assert [ids(tracks) for tracks in found] == [[1]] * 15
     assert not any(world.run(world.tracker(), range(10, 15)))
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_face_that_shrinks_to_a_spot_is_lost(trust: bool) -> None:
+    class Shrinking(World):
+        def faces(self) -> list[np.ndarray]:
+            return [300 + mean_shape() * max(50 - 5 * self.now, 0.2)]
+
+        def detect(self, image: np.ndarray) -> np.ndarray:
+            return np.array([[290.0, 290, 310, 310]])
+
+    world = Shrinking()
+    found = world.run(world.tracker(trust_detector=trust, detect_every=1), range(15))
+    assert [len(tracks) for tracks in found] == [1] * 10 + [0] * 5
 
 
 def test_a_second_look_stays_on_the_image() -> None:

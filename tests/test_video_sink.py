@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -31,11 +32,13 @@ def test_a_video_by_the_clock_lasts_as_long_as_what_it_shows(tmp_path: Path) -> 
 
 def test_a_files_uneven_frames_are_repeated_and_none_is_left_out(tmp_path: Path) -> None:
     sink = VideoSink(tmp_path / "a.avi", "MJPG", 10.0, SIZE_HW, by_clock=False)
-    for index, seconds in enumerate((0.0, 0.3, 0.31, 0.5, 500.0, 500.1)):  # a minute is no pause between two frames
+    for index, seconds in enumerate(
+        (0.0, 0.3, 0.31, 0.5, 500.0, 500.1, 500.3)
+    ):  # a minute is no pause between two frames
         frame = VideoFrame(index, seconds, picture(40 * index))
         sink.write(frame, (), frame.image)
     sink.close()
-    assert levels(tmp_path / "a.avi") == pytest.approx([0, 0, 0, 40, 80, 120, 160, 200], abs=3)
+    assert levels(tmp_path / "a.avi") == pytest.approx([0, 0, 0, 40, 80, 120, 160, 200, 200, 240], abs=3)
 
 
 @pytest.mark.parametrize("rate", [66.457, 119.88, 239.794, 333.333, 999.9])
@@ -232,9 +235,12 @@ def test_a_format_that_is_named_twice_is_written_once(tmp_path: Path) -> None:
 
 
 def test_lines_can_be_read_as_they_come(tmp_path: Path) -> None:
-    sink, track = LinesSink(tmp_path / "a.jsonl"), Track(1, np.zeros(4), np.zeros((68, 2), np.float32), 0.1)
+    sink, track = LinesSink(tmp_path / "a.jsonl"), Track(1, np.zeros(4), np.zeros((68, 2), np.float32), 0.123456)
     (file,) = tmp_path.iterdir()
     for index in range(3):
-        sink.write(VideoFrame(index, index / 10, picture(0)), (track,), None)
-        assert len(file.read_bytes().splitlines()) == index + 1
+        sink.write(VideoFrame(index, index / 3, picture(0)), (track,), None)
+        lines = file.read_bytes().splitlines()
+        assert len(lines) == index + 1
+    row = json.loads(lines[1])
+    assert (row["time"], row["lost_score"]) == (0.333333, 0.12346)
     sink.close()

@@ -296,8 +296,8 @@ def test_a_file_behind_an_address_is_a_file(tmp_path: Path) -> None:
         assert source.stem == f"http_127_0_0_1_{server.server_port}_a_avi"
         assert [frame.index for frame in source] == list(range(12))
         server.shutdown()
-    source = open_source(path.as_uri())
-    assert (source.live, source.count) == (False, 12)
+    source = open_source(path.as_uri(), rate=5)
+    assert (source.live, source.count, source.rate) == (False, 12, 5)
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
@@ -323,6 +323,7 @@ def test_a_camera_that_went_away_is_opened_anew(no_waits: list[float]) -> None:
     with pytest.raises(ImageError, match=r"camera 3 went away and was not back within 8 s \(--patience\)"):
         take(source, shown)
     assert [(f.index, int(f.image[0, 0, 0])) for f in shown] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert [frame.seconds for frame in shown] == [0, 0, 1.5, 1.5]
     assert say == [
         "camera 3 went away; trying again for 8 s",
         "camera 3 is back after 1.5 s",
@@ -335,7 +336,9 @@ def test_a_camera_that_went_away_is_opened_anew(no_waits: list[float]) -> None:
 
 
 def test_a_live_source_without_patience_ends(no_waits: list[float]) -> None:
-    assert [frame.index for frame in live(Camera(1, 2), patience=0)] == [0, 1]
+    camera = Camera(1, 2)
+    assert [frame.index for frame in live(camera, patience=0)] == [0, 1]
+    assert camera.released
     assert no_waits == []
 
 
@@ -356,6 +359,10 @@ def test_a_camera_is_opened_by_its_index(text: str, monkeypatch: pytest.MonkeyPa
     stopped = open_source(text, stop=stop)
     stop.set()
     assert next(iter(stopped), None) is None
+    said: list[str] = []
+    leaving = iter(open_source(text, patience=1, say=said.append))
+    next(leaving), next(leaving)
+    assert said[0].endswith("went away; trying again for 1 s")
 
 
 def test_each_connection_to_a_stream_gives_up_when_nothing_comes(
