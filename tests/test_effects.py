@@ -278,6 +278,15 @@ def test_a_hidden_face_keeps_a_few_means_alone(image: np.ndarray) -> None:
     assert not changed[cv2.dilate(inside.astype(np.uint8), np.ones((5, 5))) == 0].any()
 
 
+@pytest.mark.parametrize("size_hw", [(120, 400), (400, 120)])
+def test_a_face_at_the_far_end_of_a_long_image_is_hidden(size_hw: tuple[int, int], rng: np.random.Generator) -> None:
+    image = rng.integers(0, 256, (*size_hw, 3), np.uint8)
+    y, x = size_hw[0] - 60, size_hw[1] - 60
+    hidden = Blur()(image, (mean_shape() * 30 + (x, y))[None])
+    middle = hidden[y - 10 : y + 10, x - 10 : x + 10].reshape(-1, 3)
+    assert len(np.unique(middle, axis=0)) <= 16  # cells, where noise was
+
+
 def test_a_hidden_face_can_not_be_told_from_others_with_the_same_means(rng: np.random.Generator) -> None:
     """Many images give the very same result, so nothing leads from it back to one of them."""
     image, face = rng.integers(0, 256, (240, 240, 3), np.uint8), mean_shape() * 60 + 120

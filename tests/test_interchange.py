@@ -136,6 +136,7 @@ def test_coco_is_what_its_tools_expect(tmp_path: Path) -> None:
         ("a.jpg", 320, 240), ('folder/b, "c".png', 320, 240),
     ]  # fmt: skip
     assert [a["image_id"] for a in document["annotations"]] == [1, 1, 2]
+    assert [a["id"] for a in document["annotations"]] == [1, 2, 3]  # for COCO's own tool 0 is none
     annotation, (category,) = document["annotations"][1], document["categories"]
     assert annotation["bbox"] == [2.5, 3.0, 78.75, 88.0]
     assert annotation["area"] == 78.75 * 88
@@ -162,6 +163,8 @@ def test_coco_takes_sizes_from_the_images(tmp_path: Path) -> None:
         with_sizes(faces, tmp_path)
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((30, 50, 3), np.uint8))
     faces_to_file(with_sizes(faces, tmp_path), tmp_path / "c.json")
+    known = LabelledFace("elsewhere.png", FACES[0].xy, size_hw=(7, 9))  # is not looked for
+    assert [face.size_hw for face in with_sizes([*faces, known], tmp_path)] == [(30, 50), (7, 9)]
     (back,) = faces_from_file(tmp_path / "c.json")
     assert back.size_hw == (30, 50)
     np.testing.assert_allclose(back.box_xyxy, [*FACES[0].xy.min(axis=0), *FACES[0].xy.max(axis=0)], atol=2e-3)  # type: ignore[arg-type]

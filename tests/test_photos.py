@@ -12,6 +12,7 @@ import pytest
 
 from kp_runtime import ImageError, InputError, Keypoints, Model, StageTimer, load
 from kp_runtime.errors import NotDrawnError
+from kp_runtime.frame import image_from_file
 from kp_runtime.geometry import frame_box
 from kp_runtime.photos import Photo, photos_from_paths, predict_photo, write_results
 from kp_runtime.scheme68 import point_names
@@ -115,6 +116,11 @@ def test_detector_s_boxes_are_used_and_timed(model: Model, photo: Path) -> None:
     assert list(timer.seconds) == ["read", "detect", "crop", "infer", "map back"]
     assert np.array_equal(result.keypoints.boxes_xyxy, BOXES)
     assert np.array_equal(result.keypoints.xy, predict_photo(model, photo, boxes_xyxy=BOXES).keypoints.xy)
+
+
+def test_looks_and_mirror_reach_the_model(model: Model, photo: Path) -> None:
+    found = predict_photo(model, photo, boxes_xyxy=BOXES, looks=2, mirror=True).keypoints
+    assert np.array_equal(found.xy, model(image_from_file(photo), BOXES, looks=2, mirror=True).xy)
 
 
 def test_without_a_timer_the_model_times_nothing(

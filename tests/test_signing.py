@@ -339,12 +339,19 @@ def test_sign_wants_one_of_two_things(words: tuple[str, ...], capsys: pytest.Cap
     assert (status, err) == (1, "kp: give a bundle and --key PRIVATE.pem, or --new-key PATH alone\n")
 
 
-def test_predict_asks_for_the_signature(
-    capsys: pytest.CaptureFixture[str], bundle: Path, public: Path, astronaut: Path
-) -> None:
-    status, _, err = kp(capsys, "predict", astronaut, "--model", bundle, "--public-key", public)
-    assert status == 1
-    assert "is not signed, and a public key was given" in err
+@pytest.mark.parametrize("command", [("predict",), ("filter", "--effect", "hat"), ("run",)], ids=lambda c: c[0])
+def test_commands_ask_for_the_signatures_of_model_and_detector(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], bundle: Path, signed: Path, public: Path,
+    astronaut: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    detector = ENGINES / "face-detector"
+    words = (*command, astronaut, "--out", tmp_path / "out", "--public-key", public)
+    for model, unsigned in ((bundle, bundle), (signed, detector)):
+        status, _, err = kp(capsys, *words, "--model", model, "--detector", f"own={detector}")
+        assert (status, err.startswith(f"kp: the bundle {unsigned} is not signed, and a public key was given")) == (
+            1,
+            True,
+        )
 
 
 def test_pack_leaves_no_stale_signature_and_says_so(

@@ -106,6 +106,27 @@ def test_a_budget_that_is_none(text: str) -> None:
         milliseconds_from_text(text)
 
 
+def test_as_many_faces_are_timed_as_were_asked_for(
+    tmp_path: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed = set()
+
+    def measure(cases: dict[str, Any], **given: Any) -> dict[str, list[list[float]]]:
+        timed.update(len(case.args[1]) for case in cases.values())
+        return made_up({"model.fp32.onnx": 1.0})(cases, **given)
+
+    monkeypatch.setattr(tune, "measure_in_turns", measure)
+    settings = TuneSettings(faces=3, threads=(1,))
+    run_tune([make_bundle(tmp_path / "net", {"fp32": 0.0})], astronaut, astronaut_box, settings)
+    assert timed == {3}
+
+
+@pytest.mark.parametrize(("cores", "threads"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
+def test_threads_that_are_tried(cores: int, threads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "usable_cores", lambda: cores)
+    assert tune._threads("ort-cpu", TuneSettings()) == threads
+
+
 def test_everything_is_measured_and_the_settings_open(
     tmp_path: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,6 +149,8 @@ def test_everything_is_measured_and_the_settings_open(
         assert trial.times.summary.samples >= 3
     assert result.chosen is not None
     assert result.trials[result.chosen].verdict == "chosen"
+    assert result.tuned is not None
+    assert result.tuned.feeding == result.trials[result.chosen].feeding
 
     settings_file, table = write_tuning(result, tmp_path / "deep" / "tuned.json")
     written = json.loads(table.read_text())
