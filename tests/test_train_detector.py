@@ -21,11 +21,12 @@ from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.spec import DetectorManifest, DetectorSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_detector, save_detector
 from kp_train.config import DetectorConfig
-from kp_train.data import parse_source
+from kp_train.data import Face, parse_source
 from kp_train.detector_net import DetectorNet, detector_loss
-from kp_train.face_windows import WINDOW, Pictures, WindowDataset, read_pictures
+from kp_train.face_windows import WINDOW, Pictures, WindowDataset, _view, read_pictures
 from kp_train.synthetic import drawn_face, write_csv_source
 from kp_train.train_detector import train_detector
+from tests.conftest import DETECTOR
 from tests.test_cli import kp
 
 WEIGHTS = [1.0] * 20
@@ -92,10 +93,54 @@ def test_boxes_lie_where_the_faces_are(tmp_path: Path) -> None:
     assert darker > 0.85 * len(boxed)  # a background may be as bright as a disc
 
 
+def test_windows_by_their_shares_places_and_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faces that are upright bars on black, one of four white and the others grey; backgrounds are dark grey."""
+    monkeypatch.setattr("kp_train.face_windows._lit", lambda window, rng: window)
+    monkeypatch.setattr("kp_train.face_windows._corner_of", lambda box, rng: np.full(4, -99.0))  # none is covered
+    for name, dark in (("_background", 40), ("_picture", 0)):
+        monkeypatch.setattr(WindowDataset, name, lambda self, rng, dark=dark: np.full((WINDOW, WINDOW), dark, np.uint8))
+    faces = []
+    for level in (255, 128):
+        photo = np.zeros((200, 320), np.uint8)
+        photo[50:140, 145:175] = level
+        cv2.imwrite(str(tmp_path / f"{level}.png"), photo)
+        corners = [[144.5, 49.5], [174.5, 49.5], [174.5, 139.5], [144.5, 139.5]]
+        faces.append(Face(tmp_path / f"{level}.png", np.array(corners * 17, np.float32)))
+    windows = [
+        (w[0].numpy(), b.numpy(), bool(clean)) for w, b, clean in WindowDataset(faces, [1, 3], Pictures(), 0, 400)
+    ]
+    shown = [(window, box) for window, box, _ in windows if not np.isnan(box).any()]
+    hidden = [window for window, box, _ in windows if np.isnan(box).any()]
+    assert len(shown) / 400 == pytest.approx(0.72, abs=0.06)
+    assert sum(clean for *_, clean in windows) / 400 == pytest.approx(0.1, abs=0.05)  # of photos others may be in them
+    assert max((window > 60).sum() for window in hidden) < 9  # the face is covered, but for a rounded corner
+    assert np.mean([window.max() > 200 for window, _ in shown]) == pytest.approx(0.25, abs=0.07)
+    assert 0.3 < np.mean([(window == 40).sum() > 99 for window, _ in shown]) < 1  # where the photo ends
+    off = []
+    for window, (x0, y0, x1, y1) in shown:
+        assert y1 - y0 > x1 - x0  # none is turned by more than 30 degrees
+        if min(x0, y0) > 1 and max(x1, y1) < WINDOW - 2:
+            found = cv2.moments(window * (window > 60))
+            off.append([found["m10"] / found["m00"] - (x0 + x1) / 2, found["m01"] / found["m00"] - (y0 + y1) / 2])
+    assert len(off) > 100
+    assert np.abs(off).max() < 0.5
+
+
+def test_a_background_is_shown_where_the_photo_ends(rng: np.random.Generator) -> None:
+    """A white photo with a black edge, which all beyond it repeats."""
+    photo = np.zeros((60, 200), np.uint8)
+    photo[1:-1, 1:-1] = 255
+    face = np.array([[120, 15], [150, 45]], np.float32)
+    for _ in range(20):
+        window, inside, _ = _view(photo, face, 20.0, rng)
+        assert ((window > 127) != (inside > 0)).mean() < 0.05
+
+
 def test_pictures_without_faces(tmp_path: Path, source: Path) -> None:
     with pytest.raises(DataError, match="has no pictures"):
         read_pictures([tmp_path])
-    cv2.imwrite(str(tmp_path / "a.png"), np.full((50, 60), 77, np.uint8))
+    (tmp_path / "more").mkdir()
+    cv2.imwrite(str(tmp_path / "more" / "A.PNG"), np.full((50, 60), 77, np.uint8))
     pictures = read_pictures([tmp_path])
     assert [luma.shape for luma in pictures.lumas] == [(50, 60)]
     assert len(pictures.sha256) == 64
@@ -145,6 +190,28 @@ def test_the_loss_falls_towards_the_right_box() -> None:
     assert silent > right + 1
 
 
+def test_a_score_is_to_be_the_overlap_and_a_face_counts_once() -> None:
+    """Its cells have boxes of 36 px instead of 48, and that overlap as score; one that is neither near nor far, any."""
+    truth, overlap = torch.tensor([[40.0, 36.0, 88.0, 84.0]]), (36 / 48) ** 2
+    raw = raw_for((46, 42, 82, 78), score=np.log(overlap / (1 - overlap)))
+    raw[0, 0, 7, 10] = 3.0
+    assert (raw[0, 0] > 0).sum() == 7
+    wanted = pytest.approx(2 * (1 - overlap), abs=1e-3)
+    assert float(detector_loss(raw, truth, torch.tensor([True]), False)) == wanted
+    with_none = torch.cat([raw, torch.full_like(raw, -8)]), torch.cat([truth, torch.full_like(truth, torch.nan)])
+    assert float(detector_loss(*with_none, torch.tensor([True, True]), False)) == wanted
+
+
+def test_parts_of_a_face_that_is_much_too_large_are_none() -> None:
+    box = (9.0, 9.0, 119.0, 119.0)
+    assert detector_loss(raw_for(box), torch.tensor([box]), torch.tensor([True]), False) > 1
+
+
+def test_a_small_face_between_the_cells_is_one_s() -> None:
+    truth, silent = torch.tensor([[52.5, 48.0, 67.5, 72.0]]), torch.full((1, 5, 16, 16), -8.0)
+    assert detector_loss(silent, truth, torch.tensor([True]), False) > 1
+
+
 def test_the_loss_of_a_window_without_a_face() -> None:
     nobody, clean = torch.full((1, 4), torch.nan), torch.tensor([True])
     raw = raw_for((40, 36, 88, 84))
@@ -156,6 +223,16 @@ def test_the_loss_of_a_window_without_a_face() -> None:
     photo = torch.tensor([False])
     assert detector_loss(raw, nobody, photo, False) == loss
     assert detector_loss(raw, nobody, photo, True) < 0.01  # of a photo it may be somebody else
+
+
+def test_what_may_be_another_face_lies_well_beside_the_labelled_one() -> None:
+    """1.5 times its box's side away."""
+    truth, photo = torch.tensor([[8.0, 8.0, 40.0, 40.0]]), torch.tensor([False])
+    for column, counts in ((8, True), (14, False)):
+        raw = raw_for((8, 8, 40, 40))
+        raw[0, 0, 3, column] = 3.0
+        assert (float(detector_loss(raw, truth, photo, True)) > 1) == counts
+        assert detector_loss(raw, truth, photo, False) > 1
 
 
 @pytest.mark.parametrize("side", [20.0, 80.0])
@@ -249,6 +326,13 @@ def test_export_gives_pytorchs_cells_at_every_size(tmp_path: Path) -> None:
     before = (bundle / MODEL_NAME).read_bytes()
     export_detector(bundle)
     assert (bundle / MODEL_NAME).read_bytes() == before
+
+
+def test_the_shipped_detectors_checkpoint_gives_the_cells_of_its_file(rng: np.random.Generator) -> None:
+    image = rng.integers(0, 256, (120, 100), np.uint8)
+    with torch.inference_mode():
+        wanted = load_detector(DETECTOR)[0](torch.from_numpy(image)[None, None])[0].numpy()
+    assert np.allclose(CenterDetector(DETECTOR, threads=1).cells(image), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_checkpoints_that_can_not_be_exported(tmp_path: Path) -> None:
