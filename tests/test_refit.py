@@ -92,11 +92,11 @@ def test_a_linear_map_is_found() -> None:
     """From points that are one, whatever the weights began with; a strong pull leaves these as they were."""
     torch.manual_seed(0)
     net = KeypointNet(64)
-    truth, old = torch.randn(136, 13, dtype=torch.float64), torch.zeros(136, 13, dtype=torch.float64)
+    truth, old = torch.randn(2, 136, 13, dtype=torch.float64)
     data = seen(features := torch.randn(200, 12, dtype=torch.float64), torch.empty(0))
     data = seen(features, net.decode(data.features @ truth.T))
     assert torch.allclose(solved_head(net, old, [data], 1e-9), truth, atol=1e-5)
-    assert solved_head(net, old, [data], 1e9).abs().max() < 1e-6
+    assert (solved_head(net, old, [data], 1e9) - old).abs().max() < 1e-6
 
 
 def test_faces_that_are_labelled_wrongly_hardly_count() -> None:
@@ -113,17 +113,21 @@ def test_faces_that_are_labelled_wrongly_hardly_count() -> None:
     assert off.max() < 1.5
 
 
-def test_it_is_the_mean_nme_that_falls() -> None:
-    """Of one answer for all: 80 faces of double size stand against 30, and would lose were distances squared."""
+@pytest.mark.parametrize(("count", "low", "high"), [(80, 35, 50), (50, 0, 15)])
+def test_it_is_the_mean_nme_that_falls(count: int, low: float, high: float) -> None:
+    """Of one answer for all: faces of double size stand against 30.
+
+    80 of them would lose were distances squared, 50 would win were they not counted in the face's own size.
+    """
     torch.manual_seed(0)
     net = KeypointNet(64)
-    near, far = torch.zeros(30, 68, 2, dtype=torch.float64), torch.full((80, 68, 2), 50.0, dtype=torch.float64)
-    ones = torch.ones(110, 1, dtype=torch.float64)
-    unit = torch.cat([torch.full((30,), 10.0), torch.full((80,), 20.0)]).double()
+    near, far = torch.zeros(30, 68, 2, dtype=torch.float64), torch.full((count, 68, 2), 50.0, dtype=torch.float64)
+    ones = torch.ones(30 + count, 1, dtype=torch.float64)
+    unit = torch.cat([torch.full((30,), 10.0), torch.full((count,), 20.0)]).double()
     data = _Seen(torch.cat([0 * ones, ones], dim=1), torch.cat([near, far]), unit, ones[:, 0])
     old = torch.zeros(136, 2, dtype=torch.float64)
     found = net.decode(data.features[:1] @ solved_head(net, old, [data], 1e-9).T)
-    assert found.mean() > 35  # towards the 80: 80 / 20 is more than 30 / 10
+    assert low < found.mean() < high  # towards the more of 30 / 10 and count / 20
 
 
 @pytest.mark.parametrize("points", [5, 68])
@@ -185,6 +189,7 @@ def test_the_lost_score_alone_moves_no_keypoint(
     monkeypatch.setattr("kp_train.lost_score.MOST_WRONG", 1.0)
     measured = dataclasses.replace(
         Manifest.read(run),
+        training=TRAINING | {"refit": {"strength": 0.1}},
         accuracy={"x": {"nme": 0.1, "given_up": 0.5}, "note": "mine", "int8": {"nme": 0.1, "sha256": "0" * 64}},
     )
     measured.write(shutil.copytree(run, tmp_path / "run"))
@@ -200,7 +205,7 @@ def test_the_lost_score_alone_moves_no_keypoint(
     told = manifest.training["lost_score"]
     assert {key: told[key] for key in vars(result.lost_score)} == vars(result.lost_score)
     assert told["start_sha256"] == Manifest.read(run).files["checkpoint.safetensors"].sha256
-    assert "refit" not in manifest.training
+    assert manifest.training["refit"] == {"strength": 0.1}  # of the last layer, which is still that one
     assert result.lost_score.lost > 50
     assert manifest.spec.lost_limit == LIMIT
 
@@ -319,6 +324,18 @@ def test_shaken_boxes_are_all_off_as_far_as_some_jittered_ones(tmp_path: Path) -
     assert shaken > 1.2 * jittered
 
 
+def test_a_face_is_seen_in_the_box_that_the_detector_found(tmp_path: Path) -> None:
+    """A tenth of the face to the right: its points lie so far to the left in the crop."""
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((200, 200), np.uint8))
+    face = Face(tmp_path / "a.png", (mean_shape() * 60 + 100).astype(np.float32))
+    box = boxes_from_points(face.xy)
+    found = box + 0.1 * (box[2:] - box[:2]).max() * np.array([1, 0, 1, 0])
+    net, spec = KeypointNet(64), ModelSpec("x", 64)
+    looker = _Looker(net, Manifest(spec), None, lambda frame: found[None], lambda text: no_bar)
+    exact, off = (looker.seen(kind, [(face, 1.0)]).xy for kind in ("keypoints", "detector"))
+    np.testing.assert_allclose(off - exact, np.tile([-0.1 * 64 / spec.margin, 0.0], (1, 68, 1)), atol=1e-3)
+
+
 def test_boxes_count_as_is_said(source: Source, run: Path, tmp_path: Path) -> None:
     """Alone, or with so much weight that the others are nothing beside them; exact boxes are looked at in any case."""
 
@@ -388,10 +405,13 @@ def test_the_command(
 
 
 def test_what_was_measured_of_other_keypoints_is_not_kept(source: Source, run: Path, tmp_path: Path) -> None:
-    measured = dataclasses.replace(Manifest.read(run), accuracy={"x": {"nme": 0.1}})
+    training = TRAINING | {"lost_score": {"faces": 9}}
+    measured = dataclasses.replace(Manifest.read(run), training=training, accuracy={"x": {"nme": 0.1}})
     measured.write(shutil.copytree(run, tmp_path / "run"))
     assert refit(tmp_path / "run", [source], tmp_path / "new", None, boxes={"keypoints": 1}).strength > 0
-    assert Manifest.read(tmp_path / "new").accuracy == {}
+    new = Manifest.read(tmp_path / "new")
+    assert new.accuracy == {}
+    assert "lost_score" not in new.training  # it gives none
 
 
 def test_sources_count_by_their_weights(source: Source, run: Path, tmp_path: Path) -> None:
@@ -407,13 +427,16 @@ def test_sources_count_by_their_weights(source: Source, run: Path, tmp_path: Pat
 def test_a_lost_score_is_judged_by_held_out_faces(
     source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    asked, detector = [], Detector(source)
 
     def places(faces: Any, labelled: Any, detector: Any) -> Any:
-        asked.append({is_held_out(face.person, 0.3) for face in faces})
+        asked.append(({is_held_out(face.person, 0.3) for face in faces}, len(faces), len(labelled), detector))
         return elsewhere(faces, labelled, detector)
 
     monkeypatch.setattr("kp_train.lost_score.MOST_WRONG", 1.0)
     monkeypatch.setattr("kp_train.refit.elsewhere", places)
-    refit(run, [source], tmp_path / "a", None, score_only=True)
-    assert asked == [{False}, {True}]  # solved on these, judged by those
+    monkeypatch.setattr("kp_train.refit.FACES", 10)
+    refit(run, [source], tmp_path / "a", detector, score_only=True)
+    held_out = sum(is_held_out(face.person, 0.3) for face in source.faces)
+    # solved on these, judged by those; no place holds one of the other faces, labelled or not
+    assert asked == [({False}, 10, 60 - held_out, detector), ({True}, 10, held_out, detector)]
