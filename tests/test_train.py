@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.spec import Manifest, ModelSpec
-from kp_train.callbacks import FacesPicture
+from kp_train.callbacks import EpochLines, FacesPicture, Together
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import RECIPES, TrainConfig, recipe
 from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
@@ -94,7 +94,29 @@ def test_faces_are_drawn_every_few_epochs_and_by_the_first_worker(faces: Path, t
             picture.on_validation_epoch_end(trainer, module)  # type: ignore[arg-type]
     drawn = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
     assert drawn == ["True/faces_epoch_003.png", "True/faces_epoch_006.png"]
-    assert cv2.imread(str(tmp_path / drawn[0])).shape == (260, 518, 3)  # two of 64 px, enlarged to be seen
+    sheet = cv2.imread(str(tmp_path / drawn[0]))
+    assert sheet.shape == (260, 518, 3)  # two of 64 px, enlarged to be seen
+    _, green, red = sheet[2:258, 2:258].transpose(2, 0, 1)
+    labels, predictions = np.argwhere((green > 200) & (red < 90)), np.argwhere((red > 200) & (green < 90))
+    place = (np.stack([picture.xy[0].amin(dim=0), picture.xy[0].amax(dim=0)]) + 0.5) * 4 - 0.5
+    np.testing.assert_allclose([labels.min(axis=0) + 2, labels.max(axis=0) - 2], place[:, ::-1], atol=1)
+    assert predictions.max() < 5  # at the first pixel of each
+
+
+def test_a_worker_that_begins_otherwise_than_the_first_is_told() -> None:
+    first = {"settings": {"lr": 0.1}, "data": [["0" * 64, 1.0]]}
+    trainer = SimpleNamespace(global_rank=1, strategy=SimpleNamespace(broadcast=lambda own: first))
+    Together(dict(first), False).setup(trainer, torch.nn.Module(), "fit")  # type: ignore[arg-type]
+    other = Together(first | {"data": []}, False)
+    with pytest.raises(KpError, match=r"worker 1 begins otherwise than worker 0 \(data\); give every node the same"):
+        other.setup(trainer, torch.nn.Module(), "fit")  # type: ignore[arg-type]
+
+
+def test_a_line_tells_the_loss_and_the_nme_of_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {"val_loss": 0.0123, "val_nme": 0.045}
+    trainer = SimpleNamespace(is_global_zero=True, current_epoch=1, max_epochs=3, callback_metrics=measured)
+    EpochLines().on_validation_end(trainer, torch.nn.Module())  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "epoch 2/3  held-out loss 0.01230, NME 4.50%\n"
 
 
 def test_a_run_learns(trained: Path, faces: Path) -> None:

@@ -156,13 +156,16 @@ def test_a_run_killed_in_its_first_epoch_can_start_again(faces: Path, tmp_path: 
     assert run(faces, tmp_path / "r", epochs=1).is_file()
 
 
-@pytest.mark.parametrize("settings", [{"epochs": 2}, {"epochs": 9, "patience": 1, "lr": 0.5, "keep": "last"}])
+@pytest.mark.parametrize(
+    "settings", [{"epochs": 2}, {"epochs": 9, "patience": 1, "lr": 0.05, "ema": 0, "warmup": 0.9, "keep": "last"}]
+)
 def test_a_run_that_was_killed_at_its_end_ends_as_an_undisturbed_one(
     faces: Path, tmp_path: Path, settings: dict[str, object]
 ) -> None:
-    """It has its last state, and no checkpoint yet."""
+    """It has its last state, and no checkpoint yet; that of a rising rate ended for want of patience."""
     path = run(faces, tmp_path / "r", **settings)
     weights, manifest = path.read_bytes(), Manifest.read(path.parent)
+    assert manifest.training.get("last_epoch") != 9
     for file in (path, path.with_name("manifest.json")):
         file.unlink()
     run(faces, tmp_path / "r", resume=True, **settings)
