@@ -14,14 +14,16 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+import torch
 
 from kp_export.parity import faces_from_sources
 from kp_runtime.errors import DataError
 from kp_runtime.frame import as_frame, image_from_file
-from kp_runtime.geometry import boxes_from_points, matrices_from_boxes
+from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.interchange import faces_from_file, faces_to_file, with_sizes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import ModelSpec
+from kp_train.augment import augment_from_name
 from kp_train.data import (
     Face,
     FaceDataset,
@@ -35,7 +37,7 @@ from kp_train.data import (
 )
 from kp_train.face_windows import Pictures, WindowDataset, read_pictures
 from kp_train.loaders import Loaders, SourceSampler, held_out_batches
-from kp_train.synthetic import drawn_face, write_csv_source
+from kp_train.synthetic import drawn_face, mean_shape, write_csv_source
 
 
 def pts_text(xy: np.ndarray) -> str:
@@ -135,6 +137,14 @@ def test_a_face_beside_its_photo_is_named(csv_source: Path, moved: tuple[float, 
     assert len(FaceDataset([partly], ModelSpec("x", 64))) == 1
 
 
+def test_a_face_may_lie_at_the_far_end_of_a_wide_photo(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "wide.png"), np.zeros((100, 400), np.uint8))
+    face = Face(tmp_path / "wide.png", (mean_shape() * 30 + (340, 50)).astype(np.float32))
+    assert lumas_of_faces([face])[0].shape == (100, 400)
+    with pytest.raises(DataError, match="none of its face's points lies in them"):
+        lumas_of_faces([dataclasses.replace(face, xy=face.xy[:, ::-1])])
+
+
 def test_a_point_far_off_its_photo_is_named(csv_source: Path) -> None:
     """Its crop would need more memory than there is."""
     face = read_source(csv_source).faces[1]
@@ -219,8 +229,10 @@ def test_pts_files_count_from_one(tmp_path: Path, rng: np.random.Generator) -> N
     image, xy = drawn_face(rng)
     cv2.imwrite(str(tmp_path / "ada_1.png"), image)
     (tmp_path / "ada_1.pts").write_text(pts_text(xy))
-    (face,) = read_source(tmp_path).faces
+    source = read_source(tmp_path)
+    (face,) = source.faces
     assert face.person == "ada"
+    assert source.sha256 == hashlib.sha256((tmp_path / "ada_1.pts").read_bytes()).hexdigest()
     np.testing.assert_allclose(face.xy, xy, atol=1e-3)
 
 
@@ -263,6 +275,23 @@ def test_a_plain_training_crop_is_the_run_times_crop(csv_source: Path, size: int
     assert xy.shape == (68, 2)
     # the square is 1.3 times the points' longer side, centred: they fill 1 / 1.3 of the crop
     assert float(np.ptp(xy.numpy(), axis=0).max()) == pytest.approx(size / 1.3, abs=0.01)
+
+
+def test_a_training_crop_of_a_whole_photo_is_the_run_times_view(
+    tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Varied, it may lie anywhere in the photo: it is told how high and how wide that is."""
+    luma = rng.integers(0, 256, (120, 300), np.uint8)
+    cv2.imwrite(str(tmp_path / "wide.png"), luma)
+    face = Face(tmp_path / "wide.png", (mean_shape() * 30 + (200, 60)).astype(np.float32))
+    spec, varied, told = ModelSpec("x", 64, margin=1.0, box="frame"), augment_from_name("crop"), []
+    crop, xy = FaceDataset([face], spec)[0]
+    matrix = matrices_from_boxes(frame_box((120, 300))[None], 64, 1.0)[0]
+    np.testing.assert_array_equal(crop[0].numpy(), crop_from_luma(luma, matrix, 64))
+    np.testing.assert_allclose(xy.numpy(), apply_matrix(matrix, face.xy), atol=1e-4)
+    monkeypatch.setattr(varied, "draw_jitter", lambda size_hw: told.append(size_hw) or {})
+    assert torch.equal(FaceDataset([face], spec, varied)[0][0], crop)
+    assert told == [(120, 300)]
 
 
 def test_the_split_is_by_person_and_does_not_depend_on_order() -> None:

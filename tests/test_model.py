@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.models import resnet18
+from torchvision.models import ResNet18_Weights, resnet18
 
 from kp_runtime.errors import KpError
 from kp_train.loss import keypoint_loss
@@ -20,6 +20,8 @@ def test_the_contract_of_the_network() -> None:
     net = KeypointNet(64).eval()
     assert net.backbone.conv1.weight.shape == (64, 1, 7, 7)
     assert net.backbone.fc.out_features == 136
+    white = torch.full((1, 1, 64, 64), 255, dtype=torch.uint8)
+    assert net.normalise(white, torch.float32).unique().tolist() == [1]
     out = net(torch.zeros(3, 1, 64, 64, dtype=torch.uint8))
     assert out.shape == (3, 68, 2)
     assert out.dtype == torch.float32
@@ -75,6 +77,16 @@ def test_colour_filters_of_a_torchvision_file_are_summed(tmp_path: Path) -> None
     summed = colour.conv1.weight.sum(dim=1, keepdim=True) / 0.226
     torch.testing.assert_close(net.backbone.conv1.weight, summed)
     torch.testing.assert_close(net.backbone.layer1[0].conv1.weight, colour.layer1[0].conv1.weight)
+
+
+@pytest.mark.parametrize("asked", ["imagenet", "auto"])
+def test_what_a_network_begins_at_is_said_by_its_name(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes on with `--weights imagenet` must know that it began at them."""
+    colour = resnet18().state_dict()
+    monkeypatch.setattr(ResNet18_Weights, "get_state_dict", lambda *_, **__: dict(colour))
+    net = KeypointNet(64)
+    assert load_backbone_weights(net, asked) == {"weights": "imagenet"}
+    torch.testing.assert_close(net.backbone.layer1[0].conv1.weight, colour["layer1.0.conv1.weight"])
 
 
 def test_weights_that_can_not_be_had(

@@ -63,6 +63,7 @@ def test_pairs_say_how_a_face_is_mirrored() -> None:
     order = mirror_from_pairs("0-1,3-4", 5)
     assert order is not None
     assert order.tolist() == [1, 0, 2, 4, 3]
+    assert augment_from_name("light", order).mirror.order.tolist() == order.tolist()  # type: ignore[union-attr]
     assert augment_from_name("light", None).mirror is None  # type: ignore[union-attr]
     for wrong in ("0-1,1-2", "0-5", "0", "a-b", "0-1-2", "-1-0"):
         with pytest.raises(KpError, match="pairs must"):
