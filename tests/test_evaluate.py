@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import Manifest, ModelSpec
-from kp_train.data import Source, is_held_out, read_source
+from kp_train.data import Face, Source, is_held_out, read_source
 from kp_train.synthetic import mean_shape, write_csv_source
 from tests.models import SIZE
 
@@ -95,6 +96,15 @@ def test_a_second_look_is_cut_around_the_points_of_the_first(source: Source) -> 
             xy = (points - middle) * side / SIZE + centre
             box = boxes_from_points(xy)
         np.testing.assert_allclose(found, xy, atol=1e-6)
+
+
+def test_a_second_look_is_taken_at_the_far_end_of_a_wide_photo(tmp_path: Path) -> None:
+    cv2.imwrite(str(tmp_path / "wide.png"), np.zeros((100, 400), np.uint8))
+    face = Face(tmp_path / "wide.png", (mean_shape() * 30 + (340, 50)).astype(np.float32))
+    points = (mean_shape() * 0.3 * SIZE + (SIZE - 1) / 2).astype(np.float32)
+    fixed = OpenModel("fixed", Manifest(spec=ModelSpec("x", SIZE)), lambda crops: Answer(points[None]))
+    once, twice = (evaluate(fixed, [face], looks=looks).predicted for looks in (1, 2))
+    assert np.ptp(twice[..., 1]) < 0.9 * np.ptp(once[..., 1])
 
 
 @pytest.mark.parametrize(("spread", "place"), [(0.0, SIZE / 2), (0.6 * SIZE, -9000.0)])
@@ -208,6 +218,7 @@ def test_the_person_split_takes_people_never_trained_on(source: Source) -> None:
 def test_a_bundles_files_can_be_opened_by_path(bundle: Path) -> None:
     model = open_model(bundle / "model.fp32.onnx")
     assert "ort-cpu" in model.name
+    assert open_model(bundle / "model.fp32.onnx", 1).answer.__self__.threads == 1  # type: ignore[union-attr]
     with pytest.raises(BundleError, match="has no file checkpoint"):
         open_model(bundle)
     with pytest.raises(BackendError, match="is a golden file"):
@@ -225,6 +236,30 @@ def test_the_pictures_show_the_faces(source: Source, tmp_path: Path) -> None:
     assert sheet.shape == (2 * 96, 6 * 96, 3)
     assert np.ptp(sheet[:, 96:].reshape(-1)) > 200
     assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["curve.png", "worst.png"]
+
+
+def test_the_curve_is_the_share_of_faces_up_to_each_error(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("kp_export.pictures._saved", lambda figure, path: drawn.extend(figure.axes[0].lines))
+    result = evaluate(oracle(source, ModelSpec("x", SIZE), error_px=2.0), source.faces)
+    error_curve(dataclasses.replace(result, errors=np.array([0.04, 0.01, 0.05, 0.02])), "a model", Path("x"))
+    curve, *upright = drawn
+    np.testing.assert_allclose(curve.get_xydata(), [[0, 0], [1, 25], [2, 50], [4, 75], [5, 100]])
+    assert curve.get_drawstyle() == "steps-post"  # level up to the next error
+    np.testing.assert_allclose([line.get_xdata()[0] for line in upright], [8, 100 * result.accuracy.nme])
+
+
+def test_the_worst_faces_come_first_with_green_labels_and_red_predictions(source: Source, tmp_path: Path) -> None:
+    result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
+    worst = np.arange(24) == 5
+    shown = dataclasses.replace(result, errors=worst * 0.5, predicted=result.predicted + 30)
+    blue, green, red = cv2.imread(str(worst_faces(shown, tmp_path / "a.png", most=1))).astype(int).transpose(2, 0, 1)
+    alone = dataclasses.replace(shown, faces=shown.faces[5:6], predicted=shown.predicted[5:6], errors=np.array([0.5]))
+    assert worst_faces(alone, tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    places = [np.argwhere(colour - np.maximum(blue, other) > 60) for colour, other in ((green, red), (red, green))]
+    labels, predictions = ((place.min(axis=0) + place.max(axis=0)) / 2 for place in places)
+    assert labels == pytest.approx([111.5, 111.5], abs=3)  # the middle of the sheet's one cell
+    assert (predictions > labels + 20).all()
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")
@@ -259,7 +294,7 @@ def test_the_map_of_errors_shows_each_point_and_takes_both_sides_alike(source: S
         shown = dataclasses.replace(result, faces=faces, predicted=predicted[:, order] * (sign, 1))
         return point_error_map(shown, "a model", tmp_path / "map.png").read_bytes()
 
-    assert drawn(slice(17)) == drawn(slice(17), -1)
+    assert drawn(slice(8)) == drawn(slice(8), -1)
     jaw, mouth = (cv2.imdecode(np.frombuffer(drawn(p), np.uint8), 0) for p in (slice(17), slice(48, 68)))
     assert jaw.shape == mouth.shape
     assert (jaw != mouth).mean() > 0.005
@@ -267,6 +302,26 @@ def test_the_map_of_errors_shows_each_point_and_takes_both_sides_alike(source: S
     picture = cv2.imread(str(point_error_map(alone, "a model", tmp_path / "alone.png")), 0)
     inked = np.flatnonzero((picture < 250).any(axis=0))  # faces of one turn leave no empty half
     assert inked[0] < 0.2 * picture.shape[1]
+
+
+def test_the_map_of_errors_is_an_upright_face_of_an_eye_distance(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its circles are as large as the errors in it: one that errs by a tenth has a tenth of that distance as radius."""
+    axes: list[Any] = []
+    monkeypatch.setattr("kp_export.pictures._saved", lambda figure, path: axes.append(figure.axes[0]))
+    result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
+    xy = np.stack([face.xy for face in result.faces])
+    off = 0.1 * np.linalg.norm(xy[:, 45] - xy[:, 36], axis=1)
+    point_error_map(dataclasses.replace(result, predicted=xy + off[:, None, None] * (0.6, 0.8)), "a model", tmp_path)
+    (circles,) = axes[0].collections
+    places = np.asarray(circles.get_offsets())
+    np.testing.assert_allclose(places[[36, 45]], [[-0.5, 0], [0.5, 0]], atol=1e-6)
+    assert places[8, 1] > 0.5  # the chin, and down is down
+    assert axes[0].get_ylim()[0] > axes[0].get_ylim()[1]
+    np.testing.assert_allclose(circles.get_widths(), 0.2, rtol=1e-5)
+    np.testing.assert_allclose(circles.get_heights(), 0.2, rtol=1e-5)
+    np.testing.assert_allclose(circles.get_array(), 10, rtol=1e-5)  # percent
 
 
 def test_the_mean_shape_is_a_face() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kp_export.evaluate import Evaluation, OpenModel, evaluate
-from kp_export.robustness import SHAKES, groups, robustness, turns
+from kp_export.robustness import SHAKES, _enlarged, groups, robustness, turns
 from kp_runtime.backend import Answer
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import Manifest, ModelSpec
@@ -89,8 +89,8 @@ def test_a_second_look_is_taken_where_it_is_asked_for(faces: tuple[Face, ...]) -
     assert abs(twice.nme - once.nme) > 0.01
 
 
-def test_enlarged_photos_are_seen_enlarged(faces: tuple[Face, ...]) -> None:
-    """A model that reads the crop sees much the same crop whatever the photo's resolution."""
+def test_photos_are_seen_enlarged_and_mirrored(faces: tuple[Face, ...]) -> None:
+    """A model that reads the crop sees much the same crop whatever the photo's resolution and side."""
     spec = ModelSpec("x", SIZE)
 
     def answer(crops: np.ndarray) -> Answer:
@@ -100,7 +100,9 @@ def test_enlarged_photos_are_seen_enlarged(faces: tuple[Face, ...]) -> None:
         return Answer(np.repeat(centre[:, None], 68, axis=1).astype(np.float32))
 
     found = robustness(OpenModel("centre of light", Manifest(spec=spec), answer), faces)
-    assert 0 < max(found.enlarged.values()) < 0.01
+    assert 0 < max(found.enlarged.values()) < 0.001
+    assert 0 < found.mirrored < 0.001
+    np.testing.assert_array_equal(_enlarged(np.array([[0, 100]], np.uint8), 2), [[0, 25, 75, 100]] * 2)
 
 
 def turned(turn: float, eyes: float) -> Face:
@@ -124,6 +126,12 @@ def test_groups_by_size_and_turn() -> None:
         ("turn", 0.15, 0.3): (2, pytest.approx(0.03)),
         ("turn", 0.5, None): (1, 0.08),
     }
+
+
+def test_own_points_have_no_groups() -> None:
+    faces = (Face(Path("a.jpg"), np.array([[20, 20], [40, 20], [30, 40]], np.float32)),)
+    result = Evaluation(faces, np.empty(0), np.empty(0), np.array([0.01]), 0, None, None)  # type: ignore[arg-type]
+    assert groups(result) == []
 
 
 def test_a_turn_has_a_side_and_needs_no_width() -> None:

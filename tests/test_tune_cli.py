@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kp_export.evaluate import measured_rise
+from kp_export.evaluate import Evaluation, OpenModel, evaluate, measured_rise
 from kp_runtime import tune
 from kp_runtime.backend import Backend, open_backend
 from kp_runtime.errors import BundleError
 from kp_runtime.tuned import tuned_from_file
-from kp_train.data import read_source
+from kp_train.data import Face, read_source
 from kp_train.synthetic import write_csv_source
 from tests.test_cli import kp
 from tests.test_tune import made_up, make_bundle
@@ -138,6 +138,22 @@ def test_the_rise_is_measured_on_labelled_faces(net: Path, tmp_path: Path) -> No
     assert rise(net, backend).how == f"measured on {len(source.faces)} labelled faces"
     steps = [rise(net, Shifted(backend, px)).points or 0.0 for px in (20.0, 40.0)]
     assert 1 < steps[0] < steps[1]
+
+
+def test_of_many_faces_some_from_the_first_to_the_last_are_measured(
+    net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, seen = read_source(write_csv_source(tmp_path, people=4)), []
+
+    def noted(model: OpenModel, faces: list[Face]) -> Evaluation:
+        seen.append([face.image for face in faces])
+        return evaluate(model, faces)
+
+    monkeypatch.setattr("kp_export.evaluate.MOST", 2)
+    monkeypatch.setattr("kp_export.evaluate.evaluate", noted)
+    found = measured_rise(net, [source])(net, open_backend(net, "ort-cpu", "fp32", 1))
+    assert found.how == "measured on 2 labelled faces"
+    assert seen == [[source.faces[i].image for i in (0, -1)]] * 2
 
 
 def test_without_fp32_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
