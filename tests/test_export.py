@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -305,6 +306,15 @@ def test_a_nan_is_as_far_as_can_be() -> None:
             check_parity(report, SIZE)
 
 
+def test_the_limits_are_those_that_the_docs_tell() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "parity.md").read_text(encoding="utf-8")
+    rows = page.partition("## The limits\n\n")[2].partition("\n\n")[0].splitlines()[2:]
+    told = {}
+    for precision, *cells in (row.strip("| ").split("|") for row in rows):
+        told[precision.split(",")[0].strip()] = [float(c.split()[0]) if c.strip() else math.inf for c in cells]
+    assert told == {name: [of.rise, of.max_px, of.p99_px, of.score] for name, of in LIMITS.items()}
+
+
 @pytest.mark.parametrize(
     ("precision", "away", "what"), [("fp16", 0.3, "worst point"), ("int8", 0.8, "99th percentile")]
 )
@@ -447,6 +457,17 @@ def test_a_swap_that_fails_puts_the_old_bundle_back(tmp_path: Path, monkeypatch:
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b" / "x").read_text() == "old"
+
+
+def test_what_a_killed_export_left_is_cleared_away(tmp_path: Path) -> None:
+    """Before its swap or after it; the next swap would find its places taken."""
+    for name in ("b", ".b.new", ".b.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    with staging(tmp_path / "b") as stage:
+        (stage / "y").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert contents(tmp_path / "b") == {"x": b"b", "y": b"new"}
 
 
 def test_where_a_file_can_not_be_linked_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

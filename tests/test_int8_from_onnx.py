@@ -20,7 +20,7 @@ from kp_export.bundle import export_bundle
 from kp_export.int8_from_onnx import CHOICES, check_calibration
 from kp_export.onnx_from_checkpoint import onnx_from_checkpoint
 from kp_export.operators import operator_problems
-from kp_export.parity import LIMITS, FaceSet, Limit, faces_from_sources
+from kp_export.parity import LIMITS, FaceSet, Limit, Parity, faces_from_sources
 from kp_runtime.backend import Answer, open_backend
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec
@@ -103,6 +103,7 @@ def test_the_head_stays_in_float(exported: Path, precision: str) -> None:
     weights = {c.name: c.data_type for c in graph(exported, precision).graph.initializer}
     assert weights[head.input[1]] == TensorProto.FLOAT
     nodes = list(graph(exported, precision).graph.node)
+    assert {p.key: p.value for p in graph(exported, precision).metadata_props}["kp.precision"] == precision
     behind = {node.op_type for node in nodes[[node.op_type for node in nodes].index("ReduceMean") :]}
     assert not behind & {"QuantizeLinear", "DequantizeLinear"}
 
@@ -158,6 +159,24 @@ def test_each_way_is_tried_and_the_reasons_are_told(
     with pytest.raises(ParityError, match=r"minmax, 0 in float32: .*rise of the NME.*minmax, 1 in float32"):
         export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), calibration=[source])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_way_within_the_limits_is_kept_with_why_those_before_were_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "int8_from_onnx", lambda *_, **__: None)
+    rises = iter((1.0, 0.01))
+
+    def measure(file: Path) -> Parity:
+        return Parity(file.name, "int8", 1, "x", 0.1, 0.1, 0.1, 0.1, 0.1, next(rises), {}, "a face")
+
+    none = FaceSet((), np.empty((0, 1, SIZE, SIZE), np.uint8), "x")
+    found = module.search_int8(
+        tmp_path / "a", tmp_path / "b", precision="int8", calibration=none, measure=measure, size=SIZE
+    )
+    assert (found.choice, found.parity.rise) == (CHOICES[1], 0.01)
+    assert len(found.rejected) == 1
+    assert found.rejected[0].startswith("minmax, 0 in float32: b is too far from PyTorch: rise of the NME 1 percentage")
 
 
 def test_no_room_for_the_quantiser_is_not_the_bundle_s_fault(

@@ -23,7 +23,7 @@ from kp_export.verify import FileVerdict, Verification, check_verification, veri
 from kp_export.verify_page import verification_page
 from kp_runtime.backend import Backend, open_backend
 from kp_runtime.errors import BundleError, DataError, IntegrityError, MissingExtraError, ParityError
-from kp_runtime.geometry import apply_matrix, crop_from_luma, frame_box, matrices_from_boxes
+from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
 from kp_train.data import luma_of_face, read_source
 from kp_train.synthetic import write_csv_source
@@ -279,13 +279,15 @@ def test_of_many_faces_a_few_are_compared_from_the_first_to_the_last(tmp_path: P
     assert [Path(name).name for name in found.names] == [source.faces[i].image.name for i in (0, -1)]
 
 
-def test_a_model_of_whole_frames_is_compared_on_these(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("box", "margin"), [("frame", 1.0), ("keypoints", 1.3)])
+def test_a_model_is_compared_on_the_crops_that_it_is_given_in_use(tmp_path: Path, box: str, margin: float) -> None:
     source = read_source(write_csv_source(tmp_path, people=1))
-    found = faces_from_sources([source], ModelSpec("x", SIZE, margin=1.0, box="frame"))
+    found = faces_from_sources([source], ModelSpec("x", SIZE, margin=margin, box=box))
     assert found.xy_crop is not None
     for face, crop, xy in zip(source.faces, found.crops, found.xy_crop, strict=True):
         luma = luma_of_face(face)
-        matrix = matrices_from_boxes(frame_box((luma.shape[0], luma.shape[1]))[None], SIZE, 1.0)[0]
+        seen = frame_box((luma.shape[0], luma.shape[1])) if box == "frame" else boxes_from_points(face.xy)
+        matrix = matrices_from_boxes(seen[None], SIZE, margin)[0]
         np.testing.assert_array_equal(crop[0], crop_from_luma(luma, matrix, SIZE))
         np.testing.assert_allclose(xy, apply_matrix(matrix, face.xy))
 
