@@ -34,9 +34,14 @@ def test_workers_share_the_draws_of_one(ranks: int) -> None:
 
 def test_an_epoch_draws_each_source_by_its_weight() -> None:
     """Whole passes, and then a random part."""
-    drawn = Counter(index for index, _ in SourceSampler([10, 7], [2.5, 1.0], seed=1))
+    sampler = SourceSampler([10, 7, 40], [2.5, 1.0, 0.5], seed=1)
+    drawn = Counter(index for index, _ in sampler)
     assert sorted(drawn[index] for index in range(10)) == [2] * 5 + [3] * 5
     assert [drawn[index] for index in range(10, 17)] == [1] * 7
+    assert sorted(drawn[index] for index in range(17, 57)) == [0] * 20 + [1] * 20
+    assert (
+        len(sampler) == drawn.total() == len({seed for _, seed in sampler})
+    )  # one face's draws are varied differently
 
 
 def test_each_epoch_is_drawn_anew_and_is_the_same_once_more() -> None:
@@ -46,7 +51,7 @@ def test_each_epoch_is_drawn_anew_and_is_the_same_once_more() -> None:
     second = list(sampler)
     assert not {*first} & {*second}  # each draw has a seed of its own
     sampler.set_epoch(0)
-    assert list(sampler) == first
+    assert list(sampler) == first != list(SourceSampler([20], [1.0], seed=2))
 
 
 @pytest.mark.parametrize("count", [2, 3, 17, 64, 65, 129])
