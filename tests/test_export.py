@@ -20,7 +20,7 @@ import torch
 
 import kp_export.bundle
 from kp_export.bundle import answer_from_net, export_bundle
-from kp_export.onnx_from_checkpoint import check_fits_half
+from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
 from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
 from kp_export.staging import alone, mend, staging
 from kp_runtime.backend import GOLDEN_TOLERANCE_PX, Answer, open_backend
@@ -52,8 +52,21 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bundle"
 
 
+GRAPHS: dict[tuple[str, str], bytes] = {}
+
+
+def known_graph(net: KeypointNet, spec: ModelSpec, path: Path, *, precision: str, checkpoint_sha256: str) -> None:
+    """In the exporter's place, which takes seconds: of the same weights it is asked once."""
+    if (key := (checkpoint_sha256, precision)) not in GRAPHS:
+        onnx_from_checkpoint(net, spec, path, precision=precision, checkpoint_sha256=checkpoint_sha256)
+        GRAPHS[key] = path.read_bytes()
+    path.write_bytes(GRAPHS[key])
+
+
 @pytest.fixture
-def copied(exported: Path, tmp_path: Path) -> Path:
+def copied(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle to change, whose graphs are not made anew: what is tested is what becomes of the files."""
+    monkeypatch.setattr(kp_export.bundle, "onnx_from_checkpoint", known_graph)
     return Path(shutil.copytree(exported, tmp_path / "bundle"))
 
 

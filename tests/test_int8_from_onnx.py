@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,18 @@ from kp_train.checkpoint import save_checkpoint
 from kp_train.data import FaceDataset, Source, is_held_out, read_source
 from kp_train.model import KeypointNet
 from kp_train.synthetic import write_csv_source
+from tests.test_export import known_graph
 
 SIZE = 64
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_graphs() -> Iterator[None]:
+    """The fp32 graph, which all of int8 begin at, is made once."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("kp_export.bundle.onnx_from_checkpoint", known_graph)
+        yield
 
 
 @pytest.fixture(scope="module")
