@@ -33,6 +33,7 @@ from kp_runtime.errors import (
 )
 from kp_runtime.signing import PREFIX, new_key, sign_bundle
 from kp_runtime.spec import Manifest
+from kp_runtime.tuned import Tuned, write_tuned
 from kp_train.synthetic import write_csv_source
 from tests.models import SIZE, tiny_bundle
 from tests.test_cli import kp
@@ -93,6 +94,13 @@ def test_unsigned(bundle: Path, public: Path, tmp_path: Path) -> None:
     told = r"is not signed, and a public key was given; get the signed bundle, or sign it with: kp sign '.*/a bundle' "
     with pytest.raises(SignatureError, match=told):
         load(bundle, public_key=public)
+
+
+def test_tuned_settings_do_without_no_signature(bundle: Path, public: Path, tmp_path: Path) -> None:
+    sha256 = Manifest.read(bundle).files[MODEL].sha256
+    settings = write_tuned(Tuned(str(bundle), MODEL, sha256, "ort-cpu", 1, 1, None, {}), tmp_path / "tuned.json")
+    with pytest.raises(SignatureError, match="is not signed, and a public key was given"):
+        load(tuned=settings, public_key=public)
 
 
 def test_wrong_key(signed: Path, keys: Path) -> None:

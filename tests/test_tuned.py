@@ -14,7 +14,7 @@ import pytest
 
 import kp_runtime
 from kp_runtime.cores import usable_cores
-from kp_runtime.errors import BackendError, BundleError, InputError, SignatureError
+from kp_runtime.errors import BackendError, BundleError, InputError
 from kp_runtime.spec import Manifest
 from kp_runtime.tuned import Tuned, TunedWarning, tuned_from_file, write_tuned
 from tests.test_tune import make_bundle
@@ -103,9 +103,6 @@ def test_what_load_is_asked_for_beside_the_settings_counts(settings_of: Callable
     if hasattr(os, "sched_getaffinity"):
         core = max(os.sched_getaffinity(0))
         assert kp_runtime.load(tuned=settings_of(), cores=[core]).backend.cores == {core}
-    pytest.importorskip("cryptography")
-    with pytest.raises(SignatureError, match="is not signed"):
-        kp_runtime.load(tuned=settings_of(), public_key=bytes(32))
 
 
 @pytest.mark.parametrize(
