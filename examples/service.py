@@ -41,6 +41,7 @@ import kp_runtime
 from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
 from kp_runtime.default_model import MODEL_VARIABLE, default_bundle
+from kp_runtime.detect import box_advice
 from kp_runtime.detector_by_name import DETECTOR_VARIABLE, detector_name
 from kp_runtime.prometheus import Metrics
 from kp_runtime.track import FindFaces
@@ -174,6 +175,8 @@ class Service:
         bundle = settings.model or default_bundle(ENGINES_OF_THE_CHECKOUT / "resnet18-68")
         model = kp_runtime.load(bundle, settings.backend, public_key=settings.public_key)
         model.check_boxes()
+        if advice := box_advice(model.spec):
+            print(advice, file=sys.stderr)
         model.close()  # its engine alone is used
         self.batching = BatchingBackend(model.backend, settings.wait_ms / 1000, settings.batch_faces)
         self.metrics = metrics_or_none()

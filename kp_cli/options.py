@@ -62,11 +62,10 @@ Data = Annotated[list[str], typer.Option(
 
 def note_boxes(spec: Any) -> None:
     """Says so where a detector's boxes need not be those that a model was trained with."""
-    if spec.scheme == "own" and spec.box == "keypoints":
-        note(
-            f"detectors give the tight box of 68 points, this model wants that of its own {spec.points}: where these "
-            "span less of a face, give boxes (docs/own_points.md)"
-        )
+    from kp_runtime.detect import box_advice
+
+    if advice := box_advice(spec):
+        note(advice)
 
 
 @contextlib.contextmanager

@@ -19,8 +19,18 @@ from numpy.typing import NDArray
 
 from kp_runtime.errors import BackendError, InputError, reason_of
 from kp_runtime.frame import Frame, as_frame, bgr_copy, cv2_name, import_cv2
+from kp_runtime.spec import ModelSpec
 
-__all__ = ["BoxMap", "Detector", "HaarDetector", "YuNetDetector", "check_smallest", "largest_first", "map_from_pairs"]
+__all__ = [
+    "BoxMap",
+    "Detector",
+    "HaarDetector",
+    "YuNetDetector",
+    "box_advice",
+    "check_smallest",
+    "largest_first",
+    "map_from_pairs",
+]
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,16 @@ def map_from_pairs(detected: NDArray[np.floating], wanted: NDArray[np.floating])
     factor = (wanted[:, 2:] - wanted[:, :2]) / size
     dx, dy, width, height = np.median(np.concatenate([offset, factor], axis=1), axis=0).round(4).tolist()
     return BoxMap(dx, dy, width, height)
+
+
+def box_advice(spec: ModelSpec) -> str | None:
+    """What to tell where a detector's boxes need not be those that a model was trained with."""
+    if spec.scheme != "own" or spec.box != "keypoints":
+        return None
+    return (
+        f"detectors give the tight box of 68 points, this model wants that of its own {spec.points}: where these span "
+        "less of a face, give boxes (docs/own_points.md)"
+    )
 
 
 class Detector(Protocol):

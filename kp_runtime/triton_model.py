@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend import GOLDEN_NAME, golden_error, open_backend
+from kp_runtime.detect import box_advice
 from kp_runtime.detector_by_name import load_detector
 from kp_runtime.errors import BackendError, InputError, KpError
 from kp_runtime.frame import as_frame, image_from_bytes
@@ -100,9 +101,9 @@ class ImagesModel:
 
     @property
     def report(self) -> str:
-        """What runs, as a line."""
-        report = self._backend.report
-        return f"{self._backend.spec.name}: {report.file} on {report.backend}"
+        """What runs, as a line, with what is to be known of its boxes."""
+        report, spec = self._backend.report, self._backend.spec
+        return "; ".join(filter(None, [f"{spec.name}: {report.file} on {report.backend}", box_advice(spec)]))
 
     def __call__(self, calls: Sequence[Sequence[bytes]]) -> list[list[Faces] | KpError]:
         """Answers each of several calls with the faces of its images, or the error of the first bad one.

@@ -260,6 +260,16 @@ def test_the_service_takes_no_model_of_whole_frames(service: Any, tmp_path: Path
         service.Service(service.Settings(model=str(tiny_bundle(tmp_path / "tiny", margin=1.0, box="frame"))))
 
 
+def test_the_service_says_at_its_start_whose_boxes_it_takes(
+    service: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.Service(service.Settings(model=str(bundle)))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(service, "box_advice", lambda spec: f"boxes of {spec.name}")
+    service.Service(service.Settings(model=str(bundle)))
+    assert capsys.readouterr().err == "boxes of tiny\n"
+
+
 def test_a_full_service_says_so_at_once(service: Any, bundle: Path) -> None:
     app = service.create_app(service.Settings(model=str(bundle), max_requests=2))
     plain = cv2.imencode(".png", np.zeros((40, 30), np.uint8))[1].tobytes()

@@ -326,6 +326,12 @@ def images(bundle: Path, own_detector: Path) -> Iterator[ImagesModel]:
     model.close()
 
 
+def test_the_server_s_log_tells_whose_boxes_a_model_takes(images: ImagesModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert images.report == "tiny: model.fp32.onnx on ort-cpu"
+    monkeypatch.setattr(triton_model, "box_advice", lambda spec: f"boxes of {spec.name}")
+    assert images.report == "tiny: model.fp32.onnx on ort-cpu; boxes of tiny"
+
+
 def jpeg(image: np.ndarray) -> bytes:
     data: bytes = cv2.imencode(".jpg", image)[1].tobytes()
     return data
