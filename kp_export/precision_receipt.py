@@ -177,9 +177,9 @@ def check_receipt(receipt: PrecisionReceipt, precision: str, *, dla: bool, least
 def _layer(entry: Mapping[str, Any], batch: int) -> _Layer | None:
     """One layer, or None where it only moves data."""
     name, kind = str(entry.get("Name", "")), str(entry.get("LayerType", ""))
-    on_dla = "dla" in kind.lower() or ("ForeignNode" in name and "myelin" not in kind.lower())
-    if not on_dla and (_MOVES_DATA.search(kind) or name.startswith("Reformatting")):
+    if _MOVES_DATA.search(kind) or name.startswith("Reformatting"):
         return None
+    on_dla = "dla" in kind.lower() or ("ForeignNode" in name and "myelin" not in kind.lower())
     inputs, outputs = _tensors(entry, "Inputs"), _tensors(entry, "Outputs")
     weights_type, weights = _weights(entry, f"{kind} {entry.get('ParameterType', '')}", inputs)
     types = [weights_type, *(_tensor_type(tensor) for tensor in (*outputs[:1], *inputs[:1]))]

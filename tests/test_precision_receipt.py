@@ -54,8 +54,14 @@ def test_a_convolution_is_counted_by_its_weights() -> None:
 def test_types_of_tensors(text: str, type: str) -> None:  # noqa: A002
     old = {"Name": "pool", "LayerType": "CaskPooling", "Inputs": [], "Outputs": [tensor(text, 1, 2, 3)]}
     new = {**old, "Outputs": [tensor(text, 1, 2, 3, key="DataType") | {"Format": "kLINEAR"}]}
-    assert receipt(old).layer_shares == {type: 1.0}
-    assert receipt(new).layer_shares == {type: 1.0}
+    first = {**old, "Outputs": [tensor(text, 1, 2, 3, key="Format")]}
+    for layer in (old, new, first, {**old, "Inputs": old["Outputs"], "Outputs": []}):
+        assert receipt(layer).layer_shares == {type: 1.0}
+
+
+def test_a_layer_without_weights_is_of_the_type_that_it_writes() -> None:
+    cast = {"Name": "c", "LayerType": "kgen", "Inputs": [tensor("Float", 8, 4)], "Outputs": [tensor("Half", 8, 4)]}
+    assert receipt(cast).layer_shares == {"fp16": 1.0}
 
 
 def test_fused_products_have_their_weights_as_second_input() -> None:
@@ -66,6 +72,13 @@ def test_fused_products_have_their_weights_as_second_input() -> None:
         "Outputs": [tensor("Half", -1, 32, 8, 8)],
     }
     assert receipt(conv, batch=4).gflops == round(2 * 32 * 64 * 9 * 4 * 64 / 1e9, 3)
+
+
+@pytest.mark.parametrize("second", [(-1, 4096, 64), (32,)], ids=["what a layer gave", "a bias"])
+def test_what_is_no_matrix_of_weights_is_not_multiplied_by(second: tuple[int, ...]) -> None:
+    inputs = [tensor("Half", -1, 8, 64), tensor("Half", *second)]
+    product = {"Name": "p", "LayerType": "gemm", "Inputs": inputs, "Outputs": [tensor("Half", -1, 8, 8)]}
+    assert (receipt(product).gflops, receipt(product).compute_shares) == (0, {})
 
 
 def test_dynamic_dimensions_are_the_tuned_batch() -> None:
@@ -81,6 +94,15 @@ def test_layers_that_move_data_do_not_count() -> None:
         "Outputs": [],
     }
     assert receipt(GUIDE, reformat).layers == 1
+
+
+def test_a_copy_for_a_foreign_node_is_not_the_node() -> None:
+    """Its name has the node's: the compiler's on the GPU, of which nothing is on the DLA."""
+    node = "{ForeignNode[conv0...fc]}"
+    copy = {"Name": f"Reformatting CopyNode for Input Tensor 0 to {node}", "LayerType": "Reformat", "Inputs": [],
+            "Outputs": [tensor("Float", 8, 4)]}  # fmt: skip
+    got = receipt(copy, {"Name": node, "LayerType": "Myelin", "Inputs": [], "Outputs": [tensor("Half", 8, 4)]})
+    assert (got.dla_layers, got.layer_shares, got.byte_shares) == (0, {"fp16": 1.0}, {"fp16": 1.0})
 
 
 def test_bytes_count_where_compute_cannot_be_estimated() -> None:
@@ -131,6 +153,16 @@ def test_bytes_are_those_that_are_read_and_written_each_once() -> None:
 def test_a_foreign_node_is_the_dlas_unless_the_compiler_made_it(kind: str, layers: int) -> None:
     node = {"Name": "{ForeignNode[conv0...fc]}", "LayerType": kind, "Inputs": [], "Outputs": [tensor("Half", 8, 4)]}
     assert receipt(node).dla_layers == layers
+
+
+def test_every_convolution_that_the_dla_takes_must_be_there() -> None:
+    there, head = GUIDE | {"LayerType": "DLA"}, GUIDE | {"Weights": {"Type": "Float", "Count": 4096}}
+    pool = {"Name": "pool", "LayerType": "CaskPooling", "Inputs": [], "Outputs": [tensor("Int8", 8, 4)]}
+    check_receipt(receipt(there, head, pool), "int8", dla=True)
+    with pytest.raises(ExportError, match="1 fp16 and int8 convolutions fell back to the GPU and 1 layers are on"):
+        check_receipt(receipt(there, GUIDE, head), "int8", dla=True)
+    with pytest.raises(ExportError, match="0 layers are on the DLA"):
+        check_receipt(receipt(head), "int8", dla=True)
 
 
 def test_nothing_to_count_is_no_proof() -> None:
