@@ -119,15 +119,19 @@ def test_engines_are_warm_before_anything_is_measured(
 
     def measure(cases: dict[str, object], **settings: object) -> None:
         assert (settings["seconds"], settings["samples"]) == (0, 3)
-        assert list(cases) == ["photo", "model.fp32.onnx 1", "model.fp32.onnx 3"]
+        assert list(cases) == ["photo", "model.fp32.onnx 3"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kp_runtime.bench.cold_starts", lambda *_: [])
+    def cold(files: object, crop: object, threads: int | None, step: object) -> list[object]:
+        assert threads == 1
+        return []
+
+    monkeypatch.setattr("kp_runtime.bench.cold_starts", cold)
     monkeypatch.setattr("kp_runtime.bench.measure_in_turns", measure)
     monkeypatch.setattr(Backend, "warmup", lambda self, faces: warmed.append(faces))
     with pytest.raises(KeyboardInterrupt):
-        run_bench(bundle, astronaut, astronaut_box, QUICK)
-    assert warmed == [1, 3]
+        run_bench(bundle, astronaut, astronaut_box, dataclasses.replace(QUICK, batches=(3,)))
+    assert warmed == [1, 3], "the photo has one face"
 
 
 def test_a_fresh_process_tells_time_and_memory(bench: Bench) -> None:
@@ -491,7 +495,8 @@ def test_what_one_compares_is_told_not_refused(bench: Bench) -> None:
     assert "before the old run 0.50, before the new not known" in notes
     assert found.alone == ("only in the old results: model.fp32.onnx, batch 3",)
     assert compared(new, old).alone == ("only in the new results: model.fp32.onnx, batch 3",)
-    other = with_machine(bench, system="an OS", kernel="7.0")
+    versions = bench.setup.machine.versions | {"a library": "2"}
+    other = with_machine(bench, system="an OS", kernel="7.0", versions=versions)
     setup, photo = (
         dataclasses.replace(other.setup, detector="a detector"),
         dataclasses.replace(bench.photo, file="x.plan"),
@@ -499,6 +504,6 @@ def test_what_one_compares_is_told_not_refused(bench: Bench) -> None:
     notes = "\n".join(compared(bench, dataclasses.replace(other, setup=setup, photo=photo)).notes)
     for told in (
         "system .*, then an OS", "kernel .*, then 7.0", "detector astronaut_box, then a detector",
-        "the photo's model file model.fp32.onnx, then x.plan",
+        "the photo's model file model.fp32.onnx, then x.plan", "a library not known, then 2",
     ):  # fmt: skip
         assert re.search(f"^{told}$", notes, re.MULTILINE), told

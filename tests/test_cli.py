@@ -16,6 +16,7 @@ import typer.main
 import kp_cli
 from kp_cli import report
 from kp_export.staging import alone
+from kp_runtime.doctor import Diagnosis
 from kp_runtime.errors import InputError
 from kp_runtime.spec import Manifest
 from tests.test_export import small_checkpoint
@@ -245,6 +246,20 @@ def test_doctor_says_what_works(capsys: pytest.CaptureFixture[str], bundle: Path
     assert bundle_line["status"] == "problem"
     assert "is not a bundle" in bundle_line["found"]
     assert bundle_line["advice"]
+
+
+def test_doctor_gives_a_backend_its_time(
+    capsys: pytest.CaptureFixture[str], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def diagnosed(*_: object, backend_seconds: float, **__: object) -> Diagnosis:
+        given.append(backend_seconds)
+        return Diagnosis((), ("ort-cpu",))
+
+    monkeypatch.setattr("kp_runtime.doctor.diagnose", diagnosed)
+    assert kp(capsys, "doctor", bundle, "--timeout", 7, "--json")[0] == 0
+    assert given == [7]
 
 
 @pytest.fixture(scope="module")

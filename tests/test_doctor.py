@@ -213,6 +213,7 @@ PCI = {
     "sys/bus/pci/devices/0000:01:00.0/class": "0x030200\n",
     "sys/bus/pci/devices/0000:00:01.0/vendor": "0x8086\n",
 }
+BRIDGE = PCI | {"sys/bus/pci/devices/0000:01:00.0/class": "0x068000\n"}  # of an NVLink switch, not of a GPU
 
 
 @pytest.mark.parametrize(("driver", "files", "environment", "status", "found"), [
@@ -226,6 +227,7 @@ PCI = {
     (answered(cuda=13000, status=803, devices=[]), KERNEL, {"CUDA_VISIBLE_DEVICES": "0"}, "problem",
      "/proc/driver/nvidia/version is there, but CUDA finds no device (error 803); driver 580.95.05, CUDA 13.0"),
     (answered(cuda=12040, status=100, devices=[]), {}, {}, "absent", "none; driver unknown, CUDA 12.4"),
+    (ABSENT, BRIDGE, {}, "absent", "no NVIDIA GPU and no CUDA driver"),
 ])  # fmt: skip
 def test_gpus_that_do_not_work(
     driver: Outcome, files: dict[str, str], environment: dict[str, str], status: str, found: str,
@@ -264,6 +266,7 @@ def test_gpus_that_do_not_work(
     ({}, ["tensorrt-cu12==10.3.0", "tensorrt-cu13==10.3.0"], "TensorRT", "problem", "not for one CUDA",
      "pip uninstall -y tensorrt-cu12 tensorrt-cu13, then pip install tensorrt-cu12"),
     ({}, ["tensorrt-cu13==10.3.0"], "TensorRT", "problem", "not for one CUDA", "pip install tensorrt-cu12"),
+    ({}, ["tensorrt-cu11==10.3.0"], "TensorRT", "ok", "10.3.0", ""),
     ({"module tensorrt": ABSENT}, [], "TensorRT", "warning", "not installed", "pip install tensorrt-cu12"),
     ({}, ["opencv-python==4.12", "opencv-contrib-python-headless==4.12"], "OpenCV", "problem",
      "opencv-contrib-python-headless and opencv-python are installed", "then install one"),
@@ -296,6 +299,8 @@ def test_numpy_2_beside_a_system_s_opencv(bundle: Path, tmp_path: Path) -> None:
     finding = about(looked(bundle, tmp_path, answers, numpy="2.1.0"), "OpenCV")
     assert (finding.status, finding.advice) == ("problem", "pip install 'numpy<2'")
     assert "numpy is 2.1.0" in finding.found
+    finding = about(looked(bundle, tmp_path, answers, ["opencv-python==4.12"], numpy="2.1.0"), "OpenCV")
+    assert finding.advice == "pip install --force-reinstall opencv-python"
 
 
 def test_the_opencv_of_this_machine() -> None:
@@ -354,6 +359,14 @@ def test_what_may_not_be_read_is_no_end_of_the_report(
     outside = tmp_path / "model.onnx"
     outside.touch()
     assert "lies in no bundle" in about(looked(outside, tmp_path, PLAIN), "bundle").found
+
+
+def test_of_two_packages_of_a_name_the_one_that_python_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for version in ("1", "2"):
+        (tmp_path / version / f"d-{version}.dist-info").mkdir(parents=True)
+        (tmp_path / version / f"d-{version}.dist-info/METADATA").write_text(f"Name: d\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / version) for version in ("1", "2")])
+    assert Surroundings.here().packages == {"d": "1"}
 
 
 def test_damaged_records_of_packages_are_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 import sys
@@ -150,6 +151,17 @@ def test_a_host_that_is_none() -> None:
             raise AssertionError
 
 
+def test_a_port_that_only_root_may_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    metrics = Metrics()
+    monkeypatch.setattr(metrics._client, "start_http_server", refused)
+    message = r"at 0\.0\.0\.0:80 \(Permission denied\); name another port"
+    with pytest.raises(InputError, match=message), metrics.served("0.0.0.0", 80):
+        raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("text", "address"),
     [("9100", ("127.0.0.1", 9100)), ("0.0.0.0:80", ("0.0.0.0", 80)), ("[::1]:9100", ("::1", 9100))],
@@ -158,7 +170,7 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
     assert address_from_text(text) == address
 
 
-@pytest.mark.parametrize("text", ["", "x", "host:", "70000", "-1", "9100:host", "9" * 5000])
+@pytest.mark.parametrize("text", ["", "x", "host:", "65536", "70000", "-1", "9100:host", "9" * 5000])
 def test_no_addresses(text: str) -> None:
     with pytest.raises(InputError, match="metrics are served at PORT or HOST:PORT"):
         address_from_text(text)

@@ -10,9 +10,11 @@ import os
 import re
 import shutil
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -23,10 +25,11 @@ import kp_runtime
 from kp_export import triton
 from kp_export.triton import TritonModel, pbtxt, write_repository
 from kp_runtime import triton_health, triton_model
+from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, BundleError, ExportError, ImageError, InputError
 from kp_runtime.spec import DetectorManifest, Manifest, file_entry
 from kp_runtime.triton_health import check_triton
-from kp_runtime.triton_model import PROBE, ImagesModel, check_numpy, detector_of, threads_of
+from kp_runtime.triton_model import PROBE, ImagesModel, TritonPythonModel, check_numpy, detector_of, threads_of
 from tests.conftest import DETECTOR
 from tests.models import LOST_LIMIT, tiny_bundle
 from tests.test_cli import kp
@@ -319,6 +322,31 @@ def test_threads_that_are_no_number_are_named() -> None:
         threads_of("all")
 
 
+def test_an_instance_is_what_the_config_asks_for(
+    bundle: Path, own_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    server = SimpleNamespace(TritonModelException=RuntimeError, Logger=SimpleNamespace(log_info=said.append))
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server)
+    monkeypatch.setattr(triton_model, "check_numpy", lambda: None)
+    warmed: list[int] = []
+    monkeypatch.setattr(OrtCpuBackend, "warmup", lambda backend, faces: warmed.append(faces))
+    shutil.copytree(bundle, tmp_path / "1" / "bundle")
+
+    def instance(**asked: str) -> ImagesModel:
+        config = {"parameters": {name: {"string_value": value} for name, value in asked.items()}}
+        model = TritonPythonModel()
+        model.initialize({"model_config": json.dumps(config), "model_repository": str(tmp_path), "model_version": "1"})
+        return model._images
+
+    images = instance(threads="1")
+    assert (said, warmed) == ([images.report], [triton_model.FACES])
+    assert (images._backend.threads, images._detector._threads) == (1, 1)  # type: ignore[attr-defined]
+    for name, wrong in (("threads", "all"), ("backend", "none"), ("detector", "none")):
+        with pytest.raises(RuntimeError, match=wrong):
+            instance(**{name: wrong})
+
+
 @pytest.fixture
 def images(bundle: Path, own_detector: Path) -> Iterator[ImagesModel]:
     model = ImagesModel(bundle, threads=1)
@@ -357,6 +385,15 @@ def test_answers_have_the_dimensions_of_the_config(
     crops = (tmp_path / "repo/tiny-crops-onnx/config.pbtxt").read_text()
     dims = dict(re.findall(r'output {\n  name: "(\w+)"\n.*\n  dims: (.*)\n', crops))
     assert dims == {name: str(list(shape)) for name, shape in Manifest.read(bundle).spec.outputs.items()}
+
+
+def test_images_with_fewer_faces_end_in_rows_of_nan() -> None:
+    one, none = ((np.ones((faces, 4), np.float32), np.ones((faces, 68, 2), np.float32)) for faces in (1, 0))
+    found = triton_model._arrays([none, one])
+    assert found["faces"].tolist() == [[0], [1]]
+    for name in ("boxes", "keypoints"):
+        assert np.isnan(found[name][0]).all()
+        assert (found[name][1] == 1).all()
 
 
 def test_images_are_answered_as_one_by_one(images: ImagesModel, bundle: Path, astronaut: Path) -> None:

@@ -58,6 +58,8 @@ def test_settings_are_written_and_used(
     status, _, err = kp(capsys, "predict", astronaut, "--tuned", settings, "--out", out_folder, "--threads", 1)
     assert (status, err.count("\n")) == (1, 1)
     assert "leave out backend, threads and precision" in err
+    words = ("filter", astronaut, "--effect", "hat", "--out", out_folder, "--tuned", settings, "--threads", 1)
+    assert kp(capsys, *words)[::2] == (status, err)
 
 
 def test_json_has_the_whole_table(capsys: pytest.CaptureFixture[str], net: Path, tmp_path: Path) -> None:
