@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import onnx
@@ -22,7 +23,7 @@ import kp_export.bundle
 from kp_export.bundle import answer_from_net, export_bundle
 from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
 from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
-from kp_export.staging import alone, mend, staging
+from kp_export.staging import alone, locked, mend, staging
 from kp_runtime.backend import GOLDEN_TOLERANCE_PX, Answer, open_backend
 from kp_runtime.errors import BundleError, ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
@@ -452,6 +453,29 @@ def test_who_may_not_write_beside_a_bundle_needs_no_lock(copied: Path, monkeypat
         monkeypatch.setattr("os.access", lambda path, mode: False)
         with alone(copied), alone(Path("/")):
             pass
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_lock_whose_file_is_gone_when_it_is_had_is_taken_again(
+    anew: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before removes the file, and a third may have made another one, while we open and lock it."""
+    path, flock, taken = tmp_path / ".b.lock", fcntl.flock, []
+
+    def late(file: TextIO, how: int) -> None:
+        if not taken:
+            path.unlink()
+            if anew:
+                path.touch()
+        taken.append(file)
+        flock(file, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with locked(path, tmp_path / "b"):
+        assert len(taken) == 2
+        with pytest.raises(ExportError, match="another command is at work"), locked(path, tmp_path / "b"):
+            pass
+    assert not path.exists()
 
 
 def test_a_swap_that_fails_puts_the_old_bundle_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,16 @@ def test_it_is_the_median() -> None:
     np.testing.assert_allclose(bias[:, 0], 0.0045)
 
 
+@pytest.mark.parametrize(("standard_errors", "is_told"), [(2.95, False), (3.05, True), (-2.95, False), (-3.05, True)])
+def test_it_is_told_from_three_standard_errors_on(standard_errors: float, is_told: bool) -> None:
+    spread = torch.tensor([-1.0, 1.0] * 8, dtype=torch.float64)
+    off = 0.01 * (spread + standard_errors * spread.std() / 4)
+    xy = off[:, None, None] * torch.tensor([1.0, 0]).expand(68, 2)
+    people = [f"{i}" for i in range(16)]
+    assert (bias_of(xy, people, MIRROR) is not None) == is_told
+    assert bias_of(xy[:7] + 1, people[:7], MIRROR) is None, "of seven people nothing is told"
+
+
 class Line(nn.Module):
     """A network that sees a bright upright line, and answers a face about it, its points `off` px off."""
 
@@ -108,7 +118,8 @@ def test_a_network_is_looked_through_as_in_use_and_left_as_it_was(tmp_path: Path
 def test_chance_is_no_bias(tmp_path: Path) -> None:
     none = np.zeros((68, 2))
     assert measured(lines(tmp_path, none + np.array([0.0005, 0]), spread=0.01), none) is None
-    assert measured(lines(tmp_path, none + np.array([0.02, 0]))[:7], none) is None
+    for few in (7, 0):
+        assert measured(lines(tmp_path, none + np.array([0.02, 0]))[:few], none) is None
     assert measured(lines(tmp_path, none + np.array([0.02, 0]), each=10)[:70], none) is None
 
 
