@@ -76,12 +76,15 @@ def test_what_counts_as_passed(files: list[tuple[str, str]], passed: bool) -> No
     """ONNX files run on every machine; of plans, what was run counts."""
     entry = FileEntry("0" * 64, 1, "onnx", "fp16")
     verdicts = tuple(
-        FileVerdict(f"{i}", dataclasses.replace(entry, kind=kind), verdict, "", kind == "onnx")  # type: ignore[arg-type]
+        FileVerdict(f"{i}", dataclasses.replace(entry, kind=kind), verdict, "far off", kind == "onnx")  # type: ignore[arg-type]
         for i, (kind, verdict) in enumerate(files)
     )
     faces = FaceSet((), np.empty((0, 1, SIZE, SIZE), np.uint8), "")
     result = Verification(Path("x"), ModelSpec("x", SIZE), "", faces, np.empty((0, 68, 2), np.float32), verdicts)
     assert result.passed == passed
+    if ("plan", "failed") in files:
+        with pytest.raises(ParityError, match=r"^far off$"):
+            check_verification(result)
 
 
 @pytest.fixture
