@@ -22,7 +22,7 @@ from kp_runtime.effects import (
 )
 from kp_runtime.errors import ImageError, InputError, MissingExtraError
 from kp_runtime.geometry import apply_matrix
-from kp_runtime.point_maps import similarity_from_points, triangles_from_points
+from kp_runtime.point_maps import mesh_positions, similarity_from_points, triangles_from_points
 from kp_runtime.scheme68 import mean_shape
 
 PICTURES = [name for name in EFFECTS if name != "blur"]
@@ -244,6 +244,13 @@ def test_a_mesh_follows_each_point() -> None:
         )
         rows, columns = np.nonzero(drawn[:, :, 0] > 128)
         assert np.hypot(columns.mean() - other[point, 0], rows.mean() - other[point, 1]) < 1.5
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (12, 4)])
+def test_a_mesh_reaches_to_the_far_end_of_a_long_window(shape: tuple[int, int]) -> None:
+    grid = np.add(np.stack(np.meshgrid(*map(np.arange, shape[::-1])), axis=-1), (30.0, 20.0))  # a window there
+    corners = np.array([grid[0, 0] - 1, grid[0, 0] + (60, -1), grid[0, 0] + (-1, 60)])
+    np.testing.assert_allclose(mesh_positions(grid, np.array([[0, 1, 2]]), corners, corners + 5), grid + 5)
 
 
 def test_the_triangles_cover_the_face_once_and_are_delaunays() -> None:

@@ -72,6 +72,24 @@ def test_ctrl_c_finishes_the_files(bundle: Path, tmp_path: Path, number: signal.
     assert not list(tmp_path.glob(".*"))
 
 
+def test_ctrl_c_is_the_end_of_a_camera(bundle: Path, tmp_path: Path) -> None:
+    """It has no other, so nothing is amiss."""
+    camera = ENDLESS.replace('"endless", False', '"endless", True').replace(
+        "            yield", "            time.sleep(0.01); yield"
+    )
+    words = ["--model", bundle, "--out", tmp_path, "--format", "jsonl", "--threads", "1"]
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time\n" + camera, *map(str, words)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+    assert ", stopped, " in out
+
+
 def test_run_writes_and_tells(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
     path = video(tmp_path / "talk.avi", 1)
     status, out, err = kp(capsys, "run", path, "--model", bundle, "--out", tmp_path / "out")
@@ -137,6 +155,28 @@ def test_what_a_source_is_told(
     stop = told.pop("stop")
     assert isinstance(stop, threading.Event)
     assert told == {"text": "0", "rate": 12, "patience": 3, "say": note}
+
+
+def test_what_a_model_and_the_files_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+) -> None:
+    """A tuned model has threads of its own; the columns are of the model's points."""
+    told: list[object] = []
+
+    def load(model: Path, tuned: Path | None, backend: str, threads: int | None, key: None) -> object:
+        told.append(threads)
+        return load_model(model, None, backend, 1, key)
+
+    def open_sinks(*_: object, points: int = 0, **__: object) -> None:
+        told.append(points)
+        raise KpError("enough")
+
+    monkeypatch.setattr("kp_cli.video.load_model", load)
+    monkeypatch.setattr("kp_runtime.video_sink.open_sinks", open_sinks)
+    video(tmp_path / "talk.avi", 2)
+    words = ("run", tmp_path / "talk.avi", "--model", bundle, "--tuned", tmp_path / "tuned.json")
+    assert kp(capsys, *words) == (1, "", "kp: enough\n")
+    assert told == [None, 68]
 
 
 def test_metrics_are_served_or_the_run_does_not_begin(
