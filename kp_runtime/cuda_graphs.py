@@ -11,7 +11,7 @@ import contextlib
 import gc
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,8 @@ CANARY_PX = 1e-3
 """Pixels of the crop: launches of a graph may differ less from plain ones, different pictures must differ more."""
 CANARY_SCORE = 1e-4
 """What a graph's lost scores may differ by; that of what is no face is about 1."""
+
+_RESTING = threading.Lock()
 
 
 class GraphWarning(UserWarning):
@@ -77,24 +79,33 @@ def captured(driver: CudaDriver, stream: Any, work: Callable[[], None]) -> Any:
             repeat (what it frees would be freed again); the stream is as it was.
     """
     mode = driver.api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-    driver.call("cuStreamBeginCapture", stream, mode)
-    collects = gc.isenabled()
-    gc.disable()  # what a forgotten model has on the GPU can't be freed within a capture
-    try:
-        work()
-    except BaseException:
-        with contextlib.suppress(BackendError):  # the capture has failed already; this ends it
-            driver.call("cuGraphDestroy", driver.call("cuStreamEndCapture", stream))
-        raise
-    finally:
-        if collects:
-            gc.enable()
-    graph = driver.call("cuStreamEndCapture", stream)
+    with _collector_at_rest():  # what a forgotten model has on the GPU can't be freed within a capture
+        driver.call("cuStreamBeginCapture", stream, mode)
+        try:
+            work()
+        except BaseException:
+            with contextlib.suppress(BackendError):  # the capture has failed already; this ends it
+                driver.call("cuGraphDestroy", driver.call("cuStreamEndCapture", stream))
+            raise
+        graph = driver.call("cuStreamEndCapture", stream)
     try:
         _check_nodes(driver, graph)
         return driver.call("cuGraphInstantiate", graph, 0)
     finally:
         driver.call("cuGraphDestroy", graph)
+
+
+@contextlib.contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """No collection of garbage in any thread; one thread at a time, as the collector is everyone's."""
+    with _RESTING:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 def _check_nodes(driver: CudaDriver, graph: Any) -> None:

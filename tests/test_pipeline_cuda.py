@@ -30,6 +30,7 @@ from kp_runtime import (
 )
 from kp_runtime.backend import Backend, BackendReport, open_backend
 from kp_runtime.cuda_driver import CudaDriver, Memory
+from kp_runtime.cuda_graphs import captured
 from kp_runtime.pipeline import IN_FLIGHT
 from kp_runtime.pipeline_cuda import GRAPHS, LANES, CudaPipeline
 from kp_runtime.spec import Manifest, file_entry
@@ -248,6 +249,33 @@ def test_what_is_forgotten_within_a_capture_is_freed_behind_it(driver: DriverDou
         assert (model.graphs.captured, model.graphs.off) == (((3, 2),), None)
     gc.collect()
     assert not driver.memory
+
+
+def test_the_collector_rests_until_the_last_of_two_captures_has_ended(
+    driver: DriverDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, resting, end = CudaDriver(), [], driver._cuStreamEndCapture
+
+    def ended(stream: int) -> int | Result:
+        resting.append(not gc.isenabled())
+        return end(stream)
+
+    monkeypatch.setattr(driver, "_cuStreamEndCapture", ended)
+
+    def capture(work: Callable[[], None]) -> None:
+        own.make_current()
+        captured(own, own.call("cuStreamCreate", 1), work)
+
+    other = threading.Thread(target=capture, args=(lambda: time.sleep(0.05),))
+
+    def first() -> None:
+        other.start()
+        time.sleep(0.02)
+
+    capture(first)
+    other.join()
+    assert resting == [True, True]
+    assert gc.isenabled()
 
 
 def test_warnings_that_are_errors_leave_the_model_usable(driver: DriverDouble, cpu: Model) -> None:
