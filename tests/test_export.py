@@ -1,18 +1,15 @@
-"""From a checkpoint to a bundle: graphs, types, metadata, parity, and nothing lost on failure."""
+"""From a checkpoint to a bundle: graphs, types, metadata, and nothing lost on failure."""
 
 from __future__ import annotations
 
 import dataclasses
 import fcntl
 import json
-import math
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import onnx
@@ -22,9 +19,8 @@ import torch
 import kp_export.bundle
 from kp_export.bundle import answer_from_net, export_bundle
 from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
-from kp_export.parity import LIMITS, FaceSet, Limit, bundled_faces, check_parity, parity
-from kp_export.staging import alone, locked, mend, staging
-from kp_runtime.backend import GOLDEN_TOLERANCE_PX, Answer, open_backend
+from kp_export.parity import LIMITS, Limit, bundled_faces
+from kp_runtime.backend import GOLDEN_TOLERANCE_PX, open_backend
 from kp_runtime.errors import BundleError, ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
@@ -271,89 +267,6 @@ def test_a_reducing_network_is_exported_in_every_type(tmp_path: Path) -> None:
     assert "AveragePool" in {node.op_type for node in onnx.load(tmp_path / "r" / "model.fp16.onnx").graph.node}
 
 
-def test_parity_finds_the_worst_face_and_region() -> None:
-    faces = FaceSet(("a", "b", "c"), np.zeros((3, 1, SIZE, SIZE), np.uint8), "made up")
-    base = np.zeros((3, 68, 2), np.float32)
-    base[:, 45, 0] = 20.0  # the eyes are 20 px apart
-    moved = base.copy()
-    moved[1, 50] += (3, 4)
-    report = parity(Answer(base), Answer(moved), faces, file="f", precision="fp32")
-    assert report.worst_face == "b"
-    assert report.max_px == 5.0
-    assert report.nme == pytest.approx(5 / 68 / 20 / 3 * 100)
-    assert report.regions_px == pytest.approx({"jaw": 0, "brows": 0, "nose": 0, "eyes": 0, "mouth": 5 / 60})
-    with pytest.raises(ParityError, match="the worst face is b"):
-        check_parity(report, SIZE)
-
-
-def test_one_point_in_a_face_is_over_its_99th_percentile_and_the_eyes_are_pytorchs() -> None:
-    faces = FaceSet(("a",), np.zeros((1, 1, SIZE, SIZE), np.uint8), "made up")
-    base = np.zeros((1, 68, 2), np.float32)
-    base[:, 45, 0] = 20.0
-    moved = base.copy()
-    moved[0, 45] += (5, 0)  # the file's own eyes are 25 px apart
-    report = parity(Answer(base), Answer(moved), faces, file="f", precision="fp32")
-    assert (report.p50_px, report.p99_px) == (0, 5)
-    assert report.nme == pytest.approx(5 / 68 / 20 * 100)
-
-
-def test_labels_show_a_rise_of_the_error() -> None:
-    crops = np.zeros((2, 1, SIZE, SIZE), np.uint8)
-    truth = np.zeros((2, 68, 2))
-    truth[:, 45, 0] = 20.0
-    right, off = truth.astype(np.float32), (truth + np.array([0, 0.001])).astype(np.float32)
-    faces = FaceSet(("a", "b"), crops, "made up", truth)
-    report = parity(Answer(right), Answer(off), faces, file="f", precision="fp32")
-    assert report.rise == pytest.approx(0.001 / 20 * 100, rel=1e-3)
-    with pytest.raises(ParityError, match=r"rise of the NME 0\.005 percentage points"):
-        check_parity(report, SIZE)
-    assert parity(Answer(off), Answer(right), faces, file="f", precision="fp32").rise < 0  # type: ignore[operator]
-
-
-def test_a_nan_is_as_far_as_can_be() -> None:
-    faces = FaceSet(("a",), np.zeros((1, 1, SIZE, SIZE), np.uint8), "made up")
-    base = np.zeros((1, 68, 2), np.float32)
-    base[:, 45, 0] = 20.0
-    for precision in LIMITS:
-        report = parity(Answer(base), Answer(base * np.nan), faces, file="f", precision=precision)
-        with pytest.raises(ParityError, match="worst point inf px"):
-            check_parity(report, SIZE)
-
-
-def test_the_limits_are_those_that_the_docs_tell() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "parity.md").read_text(encoding="utf-8")
-    rows = page.partition("## The limits\n\n")[2].partition("\n\n")[0].splitlines()[2:]
-    told = {}
-    for precision, *cells in (row.strip("| ").split("|") for row in rows):
-        told[precision.split(",")[0].strip()] = [float(c.split()[0]) if c.strip() else math.inf for c in cells]
-    assert told == {name: [of.rise, of.max_px, of.p99_px, of.score] for name, of in LIMITS.items()}
-
-
-@pytest.mark.parametrize(
-    ("precision", "away", "what"), [("fp16", 0.3, "worst point"), ("int8", 0.8, "99th percentile")]
-)
-def test_a_smaller_crop_has_smaller_limits(precision: str, away: float, what: str) -> None:
-    faces = FaceSet(("a",), np.zeros((1, 1, SIZE, SIZE), np.uint8), "made up")
-    base = np.zeros((1, 68, 2), np.float32)
-    base[:, 45, 0] = 20.0
-    report = parity(Answer(base), Answer(base + np.float32([away, 0])), faces, file="f", precision=precision)
-    check_parity(report, 224)
-    with pytest.raises(ParityError, match=f"{what} {away} px"):
-        check_parity(report, 112)
-
-
-@pytest.mark.parametrize(("second", "said"), [(0.88, "0.02"), (np.nan, "inf")])
-def test_a_lost_score_has_a_limit_too(second: float, said: str) -> None:
-    faces = FaceSet(("tiny", "b"), np.zeros((2, 1, SIZE, SIZE), np.uint8), "made up", tiny=1)
-    base = np.zeros((2, 68, 2), np.float32)
-    base[:, 45, 0] = 20.0
-    answers = [Answer(base, np.float32([0.9, score])) for score in (0.9, second)]
-    with pytest.raises(ParityError, match=rf"too far from PyTorch: lost score {said} away \(at most 0.01\)"):
-        check_parity(parity(*answers, faces, file="f", precision="fp16"), SIZE)
-    enlarged = [Answer(base, np.float32([score, 0.9])) for score in (0.9, 0.1)]
-    assert parity(*enlarged, faces, file="f", precision="int8").score == 0  # int8 is not judged by the tiny ones
-
-
 def test_an_export_elsewhere_brings_along_what_the_bundle_has_of_the_same_weights(copied: Path, tmp_path: Path) -> None:
     made = Manifest.read(copied)
     other = export_bundle(copied, tmp_path / "other").manifest
@@ -432,93 +345,6 @@ def test_a_file_that_no_program_could_open_is_no_export(copied: Path, monkeypatc
 def test_a_precision_that_is_not_there(copied: Path) -> None:
     with pytest.raises(ExportError, match="no precision 'bf16'; choose from fp32, fp16, int8, int8-trt"):
         export_bundle(copied, precisions=("bf16",))
-
-
-def test_who_reads_leaves_a_swap_under_way_alone(copied: Path) -> None:
-    with open(copied.with_name(".bundle.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        copied.rename(copied.with_name(".bundle.old"))
-        mend(copied)
-        assert not copied.exists()
-    mend(copied)
-    assert Manifest.read(copied).files
-    assert [p.name for p in copied.parent.iterdir()] == ["bundle"]
-
-
-def test_who_may_not_write_beside_a_bundle_needs_no_lock(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with open(copied.with_name(".bundle.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(ExportError, match="another command is at work"), alone(copied):
-            pass
-        monkeypatch.setattr("os.access", lambda path, mode: False)
-        with alone(copied), alone(Path("/")):
-            pass
-
-
-@pytest.mark.parametrize("anew", [False, True])
-def test_a_lock_whose_file_is_gone_when_it_is_had_is_taken_again(
-    anew: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The one before removes the file, and a third may have made another one, while we open and lock it."""
-    path, flock, taken = tmp_path / ".b.lock", fcntl.flock, []
-
-    def late(file: TextIO, how: int) -> None:
-        if not taken:
-            path.unlink()
-            if anew:
-                path.touch()
-        taken.append(file)
-        flock(file, how)
-
-    monkeypatch.setattr("fcntl.flock", late)
-    with locked(path, tmp_path / "b"):
-        assert len(taken) == 2
-        with pytest.raises(ExportError, match="another command is at work"), locked(path, tmp_path / "b"):
-            pass
-    assert not path.exists()
-
-
-def test_a_swap_that_fails_puts_the_old_bundle_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "x").write_text("old")
-    replace = os.replace
-
-    def full(source: Path, target: Path) -> None:
-        if Path(source).name == ".b.new":
-            raise OSError(28, "No space left on device")
-        replace(source, target)
-
-    monkeypatch.setattr("os.replace", full)
-    message = "No space left on device; what was there before is unchanged"
-    with pytest.raises(ExportError, match=message), staging(tmp_path / "b"):
-        pass
-    assert [path.name for path in tmp_path.iterdir()] == ["b"]
-    assert (tmp_path / "b" / "x").read_text() == "old"
-
-
-def test_what_a_killed_export_left_is_cleared_away(tmp_path: Path) -> None:
-    """Before its swap or after it; the next swap would find its places taken."""
-    for name in ("b", ".b.new", ".b.old"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x").write_text(name)
-    with staging(tmp_path / "b") as stage:
-        (stage / "y").write_text("new")
-    assert [path.name for path in tmp_path.iterdir()] == ["b"]
-    assert contents(tmp_path / "b") == {"x": b"b", "y": b"new"}
-
-
-def test_where_a_file_can_not_be_linked_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as on exFAT."""
-
-    def refused(source: str, target: str) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "x").write_text("old")
-    monkeypatch.setattr("os.link", refused)
-    with staging(tmp_path / "b") as stage:
-        (stage / "y").write_text("new")
-    assert contents(tmp_path / "b") == {"x": b"old", "y": b"new"}
 
 
 def test_a_graph_that_a_parser_would_refuse_is_no_export(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,37 +1,25 @@
-"""Triton model repositories: what is written, whole or not at all; the model of images and the health check, without
-a server. `test_triton_server.py` has the server."""
+"""Triton model repositories: what is written, whole or not at all. `test_triton_server.py` has the server."""
 
 from __future__ import annotations
 
 import dataclasses
-import http.server
 import json
 import os
 import re
 import shutil
-import socket
-import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import cv2
-import numpy as np
 import pytest
 
 import kp_runtime
 from kp_export import triton
 from kp_export.triton import TritonModel, pbtxt, write_repository
-from kp_runtime import triton_health, triton_model
-from kp_runtime.backend_ort import OrtCpuBackend
-from kp_runtime.errors import BackendError, BundleError, ExportError, ImageError, InputError
+from kp_runtime.errors import BundleError, ExportError
 from kp_runtime.spec import DetectorManifest, Manifest, file_entry
-from kp_runtime.triton_health import check_triton
-from kp_runtime.triton_model import PROBE, ImagesModel, TritonPythonModel, check_numpy, detector_of, threads_of
+from kp_runtime.triton_model import PROBE, detector_of
 from tests.conftest import DETECTOR
-from tests.models import LOST_LIMIT, tiny_bundle
+from tests.models import tiny_bundle
 from tests.test_cli import kp
 
 
@@ -54,9 +42,6 @@ def with_plan(
 def own(bundle: Path, tmp_path: Path) -> Path:
     """A bundle that may be changed."""
     return Path(shutil.copytree(bundle, tmp_path / "own"))
-
-
-# --- the repository
 
 
 def test_a_repository_holds_what_the_bundle_can(own: Path, tmp_path: Path) -> None:
@@ -309,218 +294,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path:
     status, _, err = kp(capsys, "export", bundle, "--triton", tmp_path / "file")
     assert (status, err.count("\n")) == (1, 1)
     assert "can't write the model repository" in err
-
-
-# --- the model of images
-
-
-def test_threads_that_are_no_number_are_named() -> None:
-    assert (threads_of(""), threads_of("2")) == (None, 2)
-    with pytest.raises(
-        InputError, match=r"the parameter threads must be a whole number, or empty for all cores, got 'all'"
-    ):
-        threads_of("all")
-
-
-def test_an_instance_is_what_the_config_asks_for(
-    bundle: Path, own_detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said: list[str] = []
-    server = SimpleNamespace(TritonModelException=RuntimeError, Logger=SimpleNamespace(log_info=said.append))
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server)
-    monkeypatch.setattr(triton_model, "check_numpy", lambda: None)
-    warmed: list[int] = []
-    monkeypatch.setattr(OrtCpuBackend, "warmup", lambda backend, faces: warmed.append(faces))
-    shutil.copytree(bundle, tmp_path / "1" / "bundle")
-
-    def instance(**asked: str) -> ImagesModel:
-        config = {"parameters": {name: {"string_value": value} for name, value in asked.items()}}
-        model = TritonPythonModel()
-        model.initialize({"model_config": json.dumps(config), "model_repository": str(tmp_path), "model_version": "1"})
-        return model._images
-
-    images = instance(threads="1")
-    assert (said, warmed) == ([images.report], [triton_model.FACES])
-    assert (images._backend.threads, images._detector._threads) == (1, 1)  # type: ignore[attr-defined]
-    for name, wrong in (("threads", "all"), ("backend", "none"), ("detector", "none")):
-        with pytest.raises(RuntimeError, match=wrong):
-            instance(**{name: wrong})
-
-
-@pytest.fixture
-def images(bundle: Path, own_detector: Path) -> Iterator[ImagesModel]:
-    model = ImagesModel(bundle, threads=1)
-    yield model
-    model.close()
-
-
-def test_the_server_s_log_tells_whose_boxes_a_model_takes(images: ImagesModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert images.report == "tiny: model.fp32.onnx on ort-cpu"
-    monkeypatch.setattr(triton_model, "box_advice", lambda spec: f"boxes of {spec.name}")
-    assert images.report == "tiny: model.fp32.onnx on ort-cpu; boxes of tiny"
-
-
-def jpeg(image: np.ndarray) -> bytes:
-    data: bytes = cv2.imencode(".jpg", image)[1].tobytes()
-    return data
-
-
-@pytest.mark.parametrize("lost_limit", [LOST_LIMIT, None])
-def test_answers_have_the_dimensions_of_the_config(
-    lost_limit: float | None, tmp_path: Path, astronaut: Path, own_detector: Path
-) -> None:
-    bundle = tiny_bundle(tmp_path / "tiny", lost_limit=lost_limit)
-    write_repository(bundle, tmp_path / "repo")
-    config = (tmp_path / "repo/tiny-images/config.pbtxt").read_text()
-    wanted = dict(re.findall(r'output {\n  name: "(\w+)"\n.*\n  dims: (.*)\n', config))
-    images = ImagesModel(bundle, "ort-cpu", threads=1)
-    (answer,) = images([[jpeg(kp_runtime.image_from_file(astronaut))]])
-    assert not isinstance(answer, Exception)
-    found = triton_model._arrays(answer)
-    assert list(found) == list(wanted) == ["faces", "boxes", "keypoints", *["lost_score"] * (lost_limit is not None)]
-    for name, array in found.items():
-        dims = json.loads(wanted[name])
-        assert len(dims) == array.ndim - 1
-        assert all(dim in (-1, length) for dim, length in zip(dims, array.shape[1:], strict=True))
-    crops = (tmp_path / "repo/tiny-crops-onnx/config.pbtxt").read_text()
-    dims = dict(re.findall(r'output {\n  name: "(\w+)"\n.*\n  dims: (.*)\n', crops))
-    assert dims == {name: str(list(shape)) for name, shape in Manifest.read(bundle).spec.outputs.items()}
-
-
-def test_images_with_fewer_faces_end_in_rows_of_nan() -> None:
-    one, none = ((np.ones((faces, 4), np.float32), np.ones((faces, 68, 2), np.float32)) for faces in (1, 0))
-    found = triton_model._arrays([none, one])
-    assert found["faces"].tolist() == [[0], [1]]
-    for name in ("boxes", "keypoints"):
-        assert np.isnan(found[name][0]).all()
-        assert (found[name][1] == 1).all()
-
-
-def test_images_are_answered_as_one_by_one(images: ImagesModel, bundle: Path, astronaut: Path) -> None:
-    one = kp_runtime.image_from_file(astronaut)
-    two, dark = np.hstack([one, one]), (one * 0.6).astype(np.uint8)
-    pictures = [jpeg(picture) for picture in (two, dark, np.zeros((40, 30), np.uint8), one)]
-    model, detector = kp_runtime.load(bundle, threads=1), kp_runtime.load_detector()
-    answers = images([pictures[:2], [pictures[2]], [pictures[3]]])
-    found = [faces for answer in answers if not isinstance(answer, Exception) for faces in answer]
-    for data, (boxes, keypoints, scores) in zip(pictures, found, strict=True):
-        image = kp_runtime.image_from_bytes(data)
-        wanted = model(image, detector(image))
-        assert (boxes == wanted.boxes_xyxy.astype(np.float32)).all()
-        assert np.abs(keypoints - wanted.xy).max(initial=0) < 1e-3
-        assert wanted.lost_score is not None
-        assert np.abs(scores[:, 0] - wanted.lost_score).max(initial=0) < 1e-5
-    assert [len(boxes) for boxes, *_ in found] == [2, 1, 0, 1]
-
-
-def test_a_bad_image_is_its_callers_alone(images: ImagesModel, astronaut: Path) -> None:
-    good = jpeg(kp_runtime.image_from_file(astronaut))
-    bad, fine, cut_off = images([[good, b"text"], [good], [good[:-100]]])
-    assert isinstance(bad, ImageError)
-    assert "image 1" in str(bad)
-    assert isinstance(cut_off, ImageError)
-    assert isinstance(fine, list)
-    assert fine[0][1].shape == (1, 68, 2)
-
-
-def test_the_probe_runs_the_network(images: ImagesModel) -> None:
-    ((boxes, keypoints, scores),) = images([[PROBE]])[0]  # type: ignore[misc]
-    assert (boxes.shape, keypoints.shape, scores.shape) == ((0, 4), (0, 68, 2), (0, 1))
-    images._golden.keypoints[...] += 1
-    (error,) = images([[PROBE]])
-    assert isinstance(error, BackendError)
-    assert "puts a golden keypoint 1.414 px from PyTorch's" in str(error)
-
-
-def test_numpy_2_is_refused() -> None:
-    check_numpy("1.26.4")
-    with pytest.raises(BackendError, match=r"numpy 2.1.0 .*wrong numbers without an error.*pip install 'numpy<2'"):
-        check_numpy("2.1.0")
-
-
-# --- the health check
-
-
-@pytest.fixture
-def server() -> Iterator[Any]:
-    """An HTTP server that answers with `status` and `body`, and keeps what it was asked."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.server.asked = self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))  # type: ignore[attr-defined]
-            self.send_response(self.server.status)  # type: ignore[attr-defined]
-            self.end_headers()
-            self.wfile.write(self.server.body)  # type: ignore[attr-defined]
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as listening:
-        listening.url = f"http://127.0.0.1:{listening.server_port}"  # type: ignore[attr-defined]
-        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield listening
-        listening.shutdown()
-        thread.join()
-
-
-def test_health_is_an_inference(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # is not asked
-    server.status, server.body = 200, b'{"outputs": [{"name": "faces", "data": [0]}]}'
-    check_triton(server.url, "a b-images")
-    assert server.asked[0] == "/v2/models/a%20b-images/infer"
-    assert server.asked[1]["inputs"][0]["data"] == [PROBE.decode()] == [triton_health.PROBE]
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "message"),
-    [
-        (400, b'{"error": "unknown\\nmodel"}', "m at http://.* fails: unknown model; restart"),
-        (503, b"", "fails: HTTP status 503"),
-        (200, b"<html>", "gave no answer of m .*is it a Triton server"),
-        (200, b'{"outputs": [{"data": [3]}]}', "answers the probe with"),
-        (200, b'{"outputs": ["x"]}', "gave no answer of m"),
-    ],
-)
-def test_a_server_that_is_not_well(
-    server: Any, capsys: pytest.CaptureFixture[str], status: int, body: bytes, message: str
-) -> None:
-    server.status, server.body = status, body
-    with pytest.raises(BackendError, match=message):
-        check_triton(server.url, "m")
-    assert triton_health.main([server.url, "m"]) == 1
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_server_that_speaks_something_else(capsys: pytest.CaptureFixture[str]) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def answer() -> None:
-            caller, _ = listening.accept()
-            with caller:
-                caller.recv(4096)
-                caller.sendall(b"\0\0\x18\4")
-
-        thread = threading.Thread(target=answer)
-        thread.start()
-        assert triton_health.main([f"http://127.0.0.1:{listening.getsockname()[1]}", "m"]) == 1
-        thread.join()
-    err = capsys.readouterr().err
-    assert "no answer of http" in err
-    assert err.count("\n") == 1
-
-
-def test_no_server(capsys: pytest.CaptureFixture[str]) -> None:
-    assert triton_health.main(["http://127.0.0.1:9", "m", "--timeout", "5"]) == 1
-    assert "no answer of http://127.0.0.1:9 within 5 s ([Errno" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("url", ["no url", "127.0.0.1:8000", "", "file:///etc/hostname"])
-def test_what_is_no_address_of_a_server(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert triton_health.main([url, "m"]) == 1
-    assert capsys.readouterr().err == (
-        f"triton_health: {url!r} is no address of a server; give one such as http://127.0.0.1:8000\n"
-    )
 
 
 def test_a_repository_that_is_a_file(own: Path, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""A bundle is replaced whole or not at all, by one at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import TextIO
+
+import pytest
+
+from kp_export.staging import alone, locked, mend, staging
+from kp_runtime.errors import ExportError
+from kp_runtime.spec import Manifest
+from tests.test_export import contents
+
+
+def test_who_reads_leaves_a_swap_under_way_alone(bundle: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    with open(copied.with_name(".bundle.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        copied.rename(copied.with_name(".bundle.old"))
+        mend(copied)
+        assert not copied.exists()
+    mend(copied)
+    assert Manifest.read(copied).files
+    assert [p.name for p in copied.parent.iterdir()] == ["bundle"]
+
+
+def test_who_may_not_write_beside_a_bundle_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / ".bundle.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ExportError, match="another command is at work"), alone(tmp_path / "bundle"):
+            pass
+        monkeypatch.setattr("os.access", lambda path, mode: False)
+        with alone(tmp_path / "bundle"), alone(Path("/")):
+            pass
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_lock_whose_file_is_gone_when_it_is_had_is_taken_again(
+    anew: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before removes the file, and a third may have made another one, while we open and lock it."""
+    path, flock, taken = tmp_path / ".b.lock", fcntl.flock, []
+
+    def late(file: TextIO, how: int) -> None:
+        if not taken:
+            path.unlink()
+            if anew:
+                path.touch()
+        taken.append(file)
+        flock(file, how)
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with locked(path, tmp_path / "b"):
+        assert len(taken) == 2
+        with pytest.raises(ExportError, match="another command is at work"), locked(path, tmp_path / "b"):
+            pass
+    assert not path.exists()
+
+
+def test_a_swap_that_fails_puts_the_old_bundle_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("old")
+    replace = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if Path(source).name == ".b.new":
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", full)
+    message = "No space left on device; what was there before is unchanged"
+    with pytest.raises(ExportError, match=message), staging(tmp_path / "b"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert (tmp_path / "b" / "x").read_text() == "old"
+
+
+def test_what_a_killed_export_left_is_cleared_away(tmp_path: Path) -> None:
+    """Before its swap or after it; the next swap would find its places taken."""
+    for name in ("b", ".b.new", ".b.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    with staging(tmp_path / "b") as stage:
+        (stage / "y").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert contents(tmp_path / "b") == {"x": b"b", "y": b"new"}
+
+
+def test_where_a_file_can_not_be_linked_it_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as on exFAT."""
+
+    def refused(source: str, target: str) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("old")
+    monkeypatch.setattr("os.link", refused)
+    with staging(tmp_path / "b") as stage:
+        (stage / "y").write_text("new")
+    assert contents(tmp_path / "b") == {"x": b"old", "y": b"new"}
