@@ -39,14 +39,16 @@ def parser(description: str | None, *, bundle: bool = True) -> argparse.Argument
     return made
 
 
-def check_batches(batches: Sequence[int]) -> None:
-    """Fails where there are none, or one of no face.
+def check_batches(batches: Sequence[int], crops: int | None = None) -> None:
+    """Fails where there are none, one of no face, or one of more than there are crops.
 
     Raises:
         InputError: so it is.
     """
     if not batches or min(batches) < 1:
         raise InputError(f"batch sizes must be 1 or more, got {', '.join(map(str, batches)) or 'none'}")
+    if crops is not None and max(batches) > crops:
+        raise InputError(f"a batch of {max(batches)} needs as many crops, got {crops}")
 
 
 def finish(record: Record, out: Path | None) -> None:

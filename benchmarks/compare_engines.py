@@ -119,7 +119,7 @@ def compare(
         InputError: a batch size that makes no sense.
         KpError: the reference does not run.
     """
-    check_batches(batches)
+    check_batches(batches, len(crops))
     candidates = list(candidates)
     if isinstance(first := candidates[0], LeftOut):
         raise KpError(f"the reference does not run: {first.reason}")

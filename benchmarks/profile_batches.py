@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import finish, parser, print_table, run
+from benchmarks.command import check_batches, finish, parser, print_table, run
 from benchmarks.faces import varied_crops
 from benchmarks.record import record_from
 from kp_runtime.cores import checked_threads
@@ -106,8 +106,10 @@ def profile_file(
         calls: that count in a turn; one more goes before them.
 
     Raises:
+        InputError: a batch size that makes no sense.
         BackendError: the profile is not what ONNX Runtime's profiles are known to be.
     """
+    check_batches(batches, len(crops))
     rng = np.random.default_rng(0)
     order = [int(batch) for _ in range(rounds) for batch in rng.permutation(list(batches))]
     with tempfile.TemporaryDirectory() as folder:

@@ -19,7 +19,7 @@ from benchmarks.compare_engines import Comparison, compare, print_comparison
 from benchmarks.crop_path import CropPath, Scene, crops_by_hand, measure_crop_path, print_crop_path
 from benchmarks.engines import OPENVINO, ORT, Candidate, LeftOut, bf16_blocker, candidates_from_bundle, openvino_ready
 from benchmarks.faces import varied_crops
-from benchmarks.profile_batches import Profile, print_profile, profile_bundle
+from benchmarks.profile_batches import Profile, print_profile, profile_bundle, profile_file
 from benchmarks.record import (
     KINDS,
     RESULTS,
@@ -160,10 +160,13 @@ def test_int8_engines_are_compared(comparison: Comparison) -> None:
         assert pair.ratio.value > 0
 
 
-@pytest.mark.parametrize("batches", [(), (0,), (1, -1)])
-def test_batches_that_make_no_sense(batches: tuple[int, ...], crops: np.ndarray) -> None:
-    with pytest.raises(InputError, match="batch sizes must be 1 or more, got"):
+@pytest.mark.parametrize("batches", [(), (0,), (1, -1), (1, 5)])
+def test_batches_that_make_no_sense(batches: tuple[int, ...], crops: np.ndarray, bundle: Path) -> None:
+    message = "a batch of 5 needs as many crops, got 4" if 5 in batches else "batch sizes must be 1 or more, got"
+    with pytest.raises(InputError, match=message):
         compare([engine("PyTorch", "fp32")], crops, batches=batches, threads=1)
+    with pytest.raises(InputError, match=message):
+        profile_file(bundle / "model.fp32.onnx", crops, precision="fp32", sha256="", batches=batches, threads=1)
 
 
 def test_no_comparison_without_a_reference(crops: np.ndarray) -> None:
