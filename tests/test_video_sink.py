@@ -32,9 +32,8 @@ def test_a_video_by_the_clock_lasts_as_long_as_what_it_shows(tmp_path: Path) -> 
 
 def test_a_files_uneven_frames_are_repeated_and_none_is_left_out(tmp_path: Path) -> None:
     sink = VideoSink(tmp_path / "a.avi", "MJPG", 10.0, SIZE_HW, by_clock=False)
-    for index, seconds in enumerate(
-        (0.0, 0.3, 0.31, 0.5, 500.0, 500.1, 500.3)
-    ):  # a minute is no pause between two frames
+    times = (0.0, 0.3, 0.31, 0.5, 500.0, 500.1, 500.3)  # a minute is no pause between two frames
+    for index, seconds in enumerate(times):
         frame = VideoFrame(index, seconds, picture(40 * index))
         sink.write(frame, (), frame.image)
     sink.close()
