@@ -150,7 +150,6 @@ def train(
     last = run / LAST_STATE
     elastic = torch.distributed.is_torchelastic_launched()
     resume = resume or (elastic and has_begun(run))
-    check_start(run, resume)
     if init is not None and weights not in ("auto", "none"):
         raise InputError(f"a run begins at --init {init} or at --weights {weights}; leave one out")
     trainer = _trainer(config, run, devices, accelerator, strategy, progress)
@@ -168,6 +167,7 @@ def train(
     training, held_out = split_by_person(sources, config)
     sampler = SourceSampler([len(p) for p in training], [s.weight for s in sources], config.seed)
     _check_draws(sampler, sources, training, trainer.world_size)
+    check_start(run, resume)  # it makes the folder, which data that are refused do not leave behind
     augment = augment_from_name(config.augment, mirror)
     order = mirror if augment and augment.mirror else None
     train_set = FaceDataset([f for part in training for f in part], spec, augment, detail=taught.size // spec.size)

@@ -73,11 +73,11 @@ def train_detector(
         KpError: `run` holds another run, nothing to resume, the run was interrupted, or the weights are not finite.
     """
     last = run / LAST_STATE
-    check_start(run, resume)
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(config.seed)
     training, held_out = split_by_person(sources, config)
+    check_start(run, resume)  # it makes the folder, which data that are refused do not leave behind
     if resume:
         record = stored_record(run, sources, config, free=("steps",)) | {"config": config.to_json()}
         if record.get("pictures_sha256") != pictures.sha256:

@@ -321,6 +321,7 @@ def test_a_recipe_that_is_none() -> None:
 def test_too_few_people_to_hold_any_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="give none to validate on"):
         run(write_csv_source(tmp_path, people=1), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_run_begins_at_a_model_with_a_lost_score(tmp_path: Path) -> None:

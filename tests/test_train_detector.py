@@ -151,6 +151,12 @@ def test_pictures_without_faces(tmp_path: Path, source: Path) -> None:
         read_pictures([tmp_path])
 
 
+def test_data_that_are_refused_leave_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="give none to validate on"):
+        run(write_csv_source(tmp_path, people=1), tmp_path / "r")
+    assert not (tmp_path / "r").exists()
+
+
 def raw_for(box: tuple[float, ...], score: float = 6.0) -> torch.Tensor:
     """The head's numbers of a network that gives this box from every cell near its centre, else nothing."""
     raw = torch.full((1, 5, 16, 16), -8.0)
