@@ -22,6 +22,7 @@ from rich.progress import track
 
 from kp_cli.report import one_line_errors
 from kp_runtime.errors import InputError
+from kp_runtime.files import make_folder
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.interchange import LabelledFace, faces_to_file
 from kp_runtime.spec import ModelSpec
@@ -98,9 +99,9 @@ def main() -> None:
     files = [args.out / f"{place.stem if place.is_file() else place.name}.csv" for place in places]
     if there := [file for file in files if file.exists() or files.count(file) > 1]:
         raise InputError(f"{there[0]} is already there or would be written twice; name another folder with --out")
+    make_folder(args.out)
     for source, file in zip(sources, files, strict=True):
         done = cleaned(net, spec, source, fraction, order, args.share)
-        file.parent.mkdir(parents=True, exist_ok=True)
         places = [face.image.parent.resolve() / face.image.name for face in source.faces]  # a link's name is the person
         names = [os.path.relpath(place, file.parent.resolve()) for place in places]
         faces_to_file([LabelledFace(name, xy) for name, xy in zip(names, done.xy, strict=True)], file)

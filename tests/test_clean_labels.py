@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kp_runtime.errors import DataError, InputError
+from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import Manifest, ModelSpec
@@ -88,6 +88,15 @@ def test_the_script_writes_what_training_reads_and_says_where_labels_went_wrong(
     assert (tmp_path / "out" / path.name).read_bytes() == written
     with pytest.raises(InputError, match="would be written twice"):
         script(monkeypatch, run, path, path, "--out", tmp_path / "new")
+
+
+def test_a_file_in_the_folder_s_place_is_told_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clean_labels, "cleaned", None)
+    path = write_csv_source(tmp_path, people=2)
+    with pytest.raises(KpError, match=r"can't write into .*; name another folder with --out"):
+        script(monkeypatch, run, path, "--out", path)
 
 
 def test_a_photo_that_is_a_link_keeps_its_person(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
