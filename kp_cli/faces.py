@@ -95,7 +95,6 @@ def predict(
         raise InputError("--box is instead of detecting: leave out --detector")
     if times and as_json:
         raise InputError("--times prints a table: leave out --json")
-    check_formats(formats or [])
     paths = photos_from_paths(photos)
     if len(paths) > 1 and (box or drawn):
         raise InputError(f"--box and --drawn go with one photo, got {len(paths)}")
@@ -106,6 +105,7 @@ def predict(
         _check_labels(paths, out)
     boxes = np.array([_parse_box(text) for text in box]) if box else None
     opened, timer = load_model(model, tuned, backend, threads, public_key), StageTimer()
+    check_formats(formats or [], opened.spec.points)
     opened.check_looks(looks, mirror)
     finder = None if boxes is not None else _finder(opened.spec, detector, threads, public_key)
     if finder is not None:

@@ -88,14 +88,20 @@ def format_of(path: Path) -> str:
     return named
 
 
-def check_format(kind: str) -> None:
+def check_format(kind: str, points: int = POINTS) -> None:
     """Whether files of this format can be written here, before any work is done for one.
 
+    Args:
+        kind: one of `FORMATS`.
+        points: how many each face has.
+
     Raises:
-        InputError: no such format.
+        InputError: no such format, or it has no place for so many points.
         MissingExtraError: Parquet without pyarrow.
     """
     _format(kind)
+    if kind == "coco" and points != POINTS:
+        raise InputError(f"COCO files are of the {POINTS} points alone, not of {points}; write json or csv")
     if kind == "parquet":
         import_pyarrow()
 
@@ -314,8 +320,7 @@ def _write_coco(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
     images: dict[str, dict[str, Any]] = {}
     annotations = []
     for i, face in enumerate(faces):
-        if len(face.xy) != POINTS:
-            raise InputError(f"COCO files are of the {POINTS} points alone, not of {len(face.xy)}; write json or csv")
+        check_format("coco", len(face.xy))
         if face.size_hw is None:
             raise InputError(
                 f"COCO needs the height and width of {face.image}, which the source does not say; "

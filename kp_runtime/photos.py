@@ -21,6 +21,7 @@ from kp_runtime.geometry import frame_box
 from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
 from kp_runtime.pipeline import Model
 from kp_runtime.results import Keypoints
+from kp_runtime.scheme68 import POINTS
 from kp_runtime.timing import StageTimer
 
 __all__ = ["FORMATS", "Photo", "check_formats", "photos_from_paths", "predict_photo", "write_results"]
@@ -129,18 +130,18 @@ def _write_picture(picture: NDArray[np.uint8], path: Path) -> None:
         temporary.write_bytes(encoded.tobytes())
 
 
-def check_formats(formats: Sequence[str]) -> None:
-    """Whether `write_results` can write them, before a photo is read.
+def check_formats(formats: Sequence[str], points: int = POINTS) -> None:
+    """Whether `write_results` can write them of faces with so many points, before a photo is read.
 
     Raises:
-        InputError: an unknown format.
+        InputError: an unknown format, or one that has no place for so many points.
         MissingExtraError: Parquet without pyarrow.
     """
     for name in formats:
         if name not in FORMATS:
             raise InputError(f"there is no format {name!r}; choose from {', '.join(FORMATS)}")
         if name != "json":
-            check_format(name)
+            check_format(name, points)
 
 
 def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) -> list[Path]:

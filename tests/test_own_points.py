@@ -133,6 +133,16 @@ def test_effects_are_for_68_points(
     assert kp(capsys, command, astronaut, "--effect", "hat") == (1, "", told)
 
 
+def test_coco_is_refused_before_a_photo_is_read(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, astronaut: Path, tmp_path: Path
+) -> None:
+    opened = SimpleNamespace(spec=ModelSpec("five", 64, points=5, scheme="own"))
+    monkeypatch.setattr("kp_cli.faces.load_model", lambda *_: opened)
+    told = "kp: COCO files are of the 68 points alone, not of 5; write json or csv\n"
+    assert kp(capsys, "predict", astronaut, "--format", "coco", "--out", tmp_path / "o") == (1, "", told)
+    assert not (tmp_path / "o").exists()
+
+
 def test_an_evaluation_on_a_detectors_boxes_says_whose_they_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
