@@ -38,7 +38,7 @@ from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.probes import ask
-from kp_runtime.spec import Manifest
+from kp_runtime.spec import PRECISIONS, Manifest
 from kp_runtime.timing import StageTimer, Turns, measure_in_turns
 
 __all__ = ["boxes_in_turn", "run_bench"]
@@ -103,6 +103,8 @@ def _check(settings: BenchSettings, bundle: Path) -> None:
         raise InputError(
             f"a case needs seconds from 0 on and samples from 1 on, got {settings.seconds} and {settings.samples}"
         )
+    if unknown := [name for name in settings.precisions if name not in PRECISIONS]:
+        raise InputError(f"there is no precision {unknown[0]!r:.40}; choose from {', '.join(PRECISIONS)}")
     if bundle.is_file():
         raise InputError(f"bench compares the files of a bundle: give its folder, not {bundle}")
 

@@ -270,6 +270,7 @@ def test_a_setup_that_is_not_admitted_is_not_measured(
         ({"seconds": -1.0}, InputError, "seconds from 0 on and samples from 1 on, got -1.0 and 200"),
         ({"seconds": float("nan")}, InputError, "got nan and 200"),
         ({"samples": 0}, InputError, "got 3.0 and 0"),
+        ({"precisions": ("fp32", "half")}, InputError, "no precision 'half'; choose from fp32, fp16, int8, int8-trt"),
         (
             {"precisions": ("fp32", "int8")},
             InputError,
