@@ -41,8 +41,10 @@ from kp_runtime.probes import ask
 from kp_runtime.spec import PRECISIONS, Manifest
 from kp_runtime.timing import StageTimer, Turns, measure_in_turns
 
-__all__ = ["boxes_in_turn", "run_bench"]
+__all__ = ["MOST_FACES", "boxes_in_turn", "run_bench"]
 
+MOST_FACES = 1_000_000
+"""In a call: 50 GB of crops of 224 px, and no number that overflows."""
 PHOTO = "photo"
 SHIFT = 0.02
 """Most that the box of a face that comes again is shifted, in its longer side: 3.4 px of a crop of 224."""
@@ -97,8 +99,9 @@ def run_bench(
 
 
 def _check(settings: BenchSettings, bundle: Path) -> None:
-    if not settings.batches or any(batch < 1 for batch in settings.batches):
-        raise InputError(f"batch sizes must be 1 or more, got {', '.join(map(str, settings.batches)) or 'none'}")
+    if not settings.batches or not all(1 <= batch <= MOST_FACES for batch in settings.batches):
+        got = ", ".join(map(str, settings.batches)) or "none"
+        raise InputError(f"batch sizes must be 1 to {MOST_FACES}, got {got}")
     if not 0 <= settings.seconds < float("inf") or settings.samples < 1:
         raise InputError(
             f"a case needs seconds from 0 on and samples from 1 on, got {settings.seconds} and {settings.samples}"

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend import BACKENDS, ORDER, Backend, kind_of, open_backend
-from kp_runtime.bench import boxes_in_turn
+from kp_runtime.bench import MOST_FACES, boxes_in_turn
 from kp_runtime.bench_results import times_from_turns
 from kp_runtime.cores import usable_cores
 from kp_runtime.cuda_driver import has_driver
@@ -137,8 +137,8 @@ def run_tune(
 
 
 def _check(settings: TuneSettings, bundles: Sequence[Path]) -> None:
-    if settings.faces < 1:
-        raise InputError(f"a call has 1 face or more, got {settings.faces}")
+    if not 1 <= settings.faces <= MOST_FACES:
+        raise InputError(f"a call has 1 to {MOST_FACES} faces, got {settings.faces}")
     if not 0 <= settings.seconds < float("inf") or settings.samples < 1:
         raise InputError(
             f"a case needs seconds from 0 on and samples from 1 on, got {settings.seconds} and {settings.samples}"

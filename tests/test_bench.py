@@ -263,8 +263,9 @@ def test_a_setup_that_is_not_admitted_is_not_measured(
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"batches": (1, 0)}, InputError, "batch sizes must be 1 or more, got 1, 0"),
-        ({"batches": ()}, InputError, "batch sizes must be 1 or more, got none"),
+        ({"batches": (1, 0)}, InputError, "batch sizes must be 1 to 1000000, got 1, 0"),
+        ({"batches": ()}, InputError, "batch sizes must be 1 to 1000000, got none"),
+        ({"batches": (10**18,)}, InputError, "batch sizes must be 1 to 1000000, got 1000000000000000000"),
         ({"threads": 0}, BackendError, "threads must be 1 to"),
         ({"threads": usable_cores() + 1}, BackendError, "threads must be 1 to"),
         ({"seconds": -1.0}, InputError, "seconds from 0 on and samples from 1 on, got -1.0 and 200"),

@@ -122,7 +122,7 @@ def test_a_file_beside_no_manifest_is_named(
         (("filter", "{photo}", "--effect", "hat", "--model", "{bundle}", "--out", "{photo}"), "can't write into"),
         (("convert", "x.csv", "{out}.parquet", "--images", "x"), "--images is for COCO"),
         (("predict", "a\x1b]0;x\x07.jpg"), r"at a\x1b]0;x\x07.jpg"),
-        (("bench", "{bundle}", "--batch", "0"), "batch sizes must be 1 or more"),
+        (("bench", "{bundle}", "--batch", "0"), "batch sizes must be 1 to 1000000, got 0"),
         (("bench", "{bundle}", "--threads", "9999"), "threads must be 1 to"),
         (("bench", "{bundle}", "--precision", "int8"), "no ONNX file or TensorRT plan of precision int8, only fp32"),
         (("bench", "{bundle}", "--with", "x"), "go with --compare OLD"),

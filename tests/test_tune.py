@@ -391,7 +391,8 @@ def test_another_kind_of_model_is_not_compared(tmp_path: Path, tuned_by: Callabl
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"faces": 0}, "a call has 1 face or more, got 0"),
+        ({"faces": 0}, "a call has 1 to 1000000 faces, got 0"),
+        ({"faces": 10**18}, "a call has 1 to 1000000 faces, got 1000000000000000000"),
         ({"samples": 0}, "samples from 1 on"),
         ({"seconds": float("nan")}, "seconds from 0 on"),
         ({"max_rise": float("nan")}, "number of percentage points, got nan"),

@@ -102,7 +102,7 @@ def test_another_machine_is_a_line(
     ("words", "message"),
     [
         (("--budget", "5"), "a budget is a time over 0 such as 5ms, 800us or 0.02s; got '5'"),
-        (("--faces", "0"), "a call has 1 face or more, got 0"),
+        (("--faces", "0"), "a call has 1 to 1000000 faces, got 0"),
         (("--backend", "cuda"), "there is no backend 'cuda'"),
         (("--also", "nowhere"), "nowhere is not a bundle"),
         (("--also", "nowhere", "--alone"), "--alone tries no other bundle: leave out --also"),
