@@ -20,6 +20,9 @@ AUGMENTS = ("faces", "varied", "bent", "shaken", "light", "crop", "none")
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 """Lightning's that are of use here: in 16-true and bf16-true the labels are rounded, too."""
 
+_MOST = 10**9
+"""Of steps, epochs and faces a step: what is counted of them stays a number of 64 bits."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -76,8 +79,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check(self.size >= 64 and self.size % 16 == 0, "size", self.size, "a multiple of 16, 64 or more")
         _check(self.reduce >= 1 and self.size % self.reduce == 0, "reduce", self.reduce, "a divisor of size")
-        _check(self.epochs >= 1, "epochs", self.epochs, "1 or more")
-        _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _check(1 <= self.epochs <= _MOST, "epochs", self.epochs, "1 to 10^9")
+        _check(1 <= self.batch_size <= _MOST, "batch_size", self.batch_size, "1 to 10^9")
         _check(self.box in ("keypoints", "frame"), "box", self.box, "keypoints or frame")
         _check(self.optimizer in ("adamw", "adam"), "optimizer", self.optimizer, "adamw or adam")
         _check(0 < self.lr < 1, "lr", self.lr, "over 0 and under 1")
@@ -130,8 +133,8 @@ class DetectorConfig:
     seed: int = 68
 
     def __post_init__(self) -> None:
-        _check(self.steps >= 1, "steps", self.steps, "1 or more")
-        _check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        _check(1 <= self.steps <= _MOST, "steps", self.steps, "1 to 10^9")
+        _check(1 <= self.batch_size <= _MOST, "batch_size", self.batch_size, "1 to 10^9")
         _check(0 < self.lr < 1, "lr", self.lr, "over 0 and under 1")
         _check(0 <= self.ema < 1, "ema", self.ema, "0 to under 1")
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")

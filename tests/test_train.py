@@ -306,7 +306,7 @@ def test_a_run_whose_last_epoch_left_all_measure_keeps_its_best(
     "setting",
     [{"optimizer": "sgd"}, {"box": "foo"}, {"beta": -1.0}, {"warmup": 3.0}, {"patience": -1}, {"augment": "much"},
      {"weight_decay": -0.1}, {"keep": "worst"}, {"precision": "bf16-true"}, {"precision": "foo"},
-     {"size": 50}, {"lr": 2.0}, {"epochs": 0}, {"seed": 2**32}],
+     {"size": 50}, {"lr": 2.0}, {"epochs": 0}, {"seed": 2**32}, {"batch_size": 10**18}],
 )  # fmt: skip
 def test_settings_that_are_none(setting: dict[str, object]) -> None:
     with pytest.raises(KpError, match=f"the setting {next(iter(setting))} must be"):

@@ -308,8 +308,10 @@ def test_runs_that_can_not_go_on(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", [{"steps": 0}, {"batch_size": 0}, {"lr": 0.0}, {"ema": 1.0}, {"val_fraction": 1.0}, {"seed": -1}]
-)
+    "setting",
+    [{"steps": 0}, {"steps": 10**18}, {"batch_size": 0}, {"lr": 0.0}, {"ema": 1.0}, {"val_fraction": 1.0},
+     {"seed": -1}],
+)  # fmt: skip
 def test_settings_out_of_range(setting: dict[str, float]) -> None:
     with pytest.raises(KpError, match=f"the setting {next(iter(setting))} must be"):
         DetectorConfig(**setting)  # type: ignore[arg-type]
