@@ -7,12 +7,15 @@ import os
 import sys
 
 try:
-    import typer
-except ImportError:
-    sys.exit("kp: the command needs typer and rich, which are not installed; run: pip install 'kp-edge[cli]'")
+    try:
+        import typer
+    except ImportError:
+        sys.exit("kp: the command needs typer and rich, which are not installed; run: pip install 'kp-edge[cli]'")
 
-from kp_cli import bundles, faces, machines, training, video
-from kp_cli.report import fail, one_line_errors
+    from kp_cli import bundles, faces, machines, training, video
+    from kp_cli.report import fail, one_line_errors
+except KeyboardInterrupt:  # typer does so too, once it runs the command
+    sys.exit(130)
 
 app = typer.Typer(
     no_args_is_help=True,

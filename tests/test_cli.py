@@ -7,6 +7,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def test_what_help_says_of_the_commands_is_not_cut(
     lines = kp(capsys, "--help")[1].partition("Commands:\n")[2].splitlines()
     assert len(lines) >= len(COMMANDS)
     assert [line for line in lines if line.endswith(("...", "…"))] == []
+
+
+def test_ctrl_c_while_imports_run_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run([sys.executable, "-m", "kp_cli"], cwd=tmp_path, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
 
 
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
