@@ -37,6 +37,9 @@ from kp_cli.options import (
 from kp_cli.report import is_terminal, note, print_json, print_times, progress, share_progress, tell
 from kp_runtime.errors import InputError, KpError, NotDrawnError
 
+_IN_A_LINE = 5
+"""Most photos that the last line names."""
+
 
 def predict(
     photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them.")],
@@ -137,8 +140,6 @@ def predict(
             continue
         timer.add(call)
     written, unwritten = _write(results, out, formats or ["json"]) if results else ([], [])
-    if undrawn and not unwritten:
-        undrawn.append("the keypoints are kept")
     if as_json:
         print_json(results_json(results))
     else:
@@ -152,7 +153,10 @@ def predict(
     if stop.is_set():
         note(f"stopped after {len(results) + len(failed)} of {len(paths)} photos; what is written is of these")
     if failed:
-        failed = [f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed)]
+        failed = [f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(_in_a_line(failed))]
+    if undrawn:
+        undrawn = _in_a_line(undrawn, f"{len(undrawn)} photos were not drawn: ")
+        undrawn += ["the keypoints are kept"] * (not unwritten)
     if failed or undrawn or unwritten:
         raise KpError("; ".join([*failed, *undrawn, *unwritten]))
     if stop.is_set():
@@ -194,6 +198,14 @@ def _write(photos: list[Any], out: Path, formats: list[str]) -> tuple[list[Path]
         kept, failed = _write(photos, out, ["json"])
         return written + kept, [*unwritten, *failed, *(f"all keypoints are in {path}" for path in kept)]
     return written, unwritten
+
+
+def _in_a_line(faults: list[str], many: str = "") -> list[str]:
+    """What the last line says of photos that failed: all, or of too many that each has got a line before it."""
+    if len(faults) <= _IN_A_LINE:
+        return faults
+    tell(*faults, err=True)
+    return [f"{many}each is told in a line above"]
 
 
 def _note_lost(photo: Any, limit: float | None) -> None:
@@ -281,8 +293,9 @@ def _predict_on_ray(
         note("stopped; the same command goes on with what is left")
         raise typer.Exit(130)  # as a shell reports Ctrl-C
     if result.failed:
-        rest = f"; the others stand in {out / 'photos'}, column error" if len(result.failed) > 5 else ""
-        raise KpError(f"{len(result.failed)} of {result.photos} photos failed: " + "; ".join(result.failed[:5]) + rest)
+        rest = f"; the others stand in {out / 'photos'}, column error" if len(result.failed) > _IN_A_LINE else ""
+        named = "; ".join(result.failed[:_IN_A_LINE])
+        raise KpError(f"{len(result.failed)} of {result.photos} photos failed: {named}{rest}")
 
 
 def put_effect(
@@ -337,7 +350,7 @@ def put_effect(
     if stop.is_set():
         note(f"stopped after {len(results) + len(failed)} of {len(paths)} photos")
     if failed:
-        raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(failed))
+        raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(_in_a_line(failed)))
     if stop.is_set():
         raise typer.Exit(130)  # as a shell reports Ctrl-C
 

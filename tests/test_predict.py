@@ -283,6 +283,34 @@ def test_one_bad_photo_does_not_stop_the_others(
     assert "a.jpg" in err
 
 
+@pytest.mark.parametrize("command", [("predict",), ("filter", "--effect", "hat")], ids=["predict", "filter"])
+def test_many_bad_photos_have_a_line_each(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    photos = [tmp_path / f"{name}.jpg" for name in "abcdef"]
+    for photo in photos:
+        photo.write_text("no picture")
+    status, _, err = kp(capsys, *command, *photos, "--model", bundle, "--out", tmp_path / "out")
+    assert status == 1
+    *lines, last = err.splitlines()
+    assert [line.split()[0] for line in lines] == [str(photo) for photo in photos]
+    assert last == "kp: 6 of 6 photos failed: each is told in a line above"
+
+
+def test_many_photos_that_can_not_be_drawn_have_a_line_each(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    photos = [tmp_path / f"{name}.png" for name in "abcdef"]
+    for photo in photos:
+        shutil.copy(astronaut, photo)
+        (tmp_path / "out" / f"{photo.stem}_keypoints.jpg").mkdir(parents=True)  # in the picture's place
+    status, _, err = kp(capsys, "predict", *photos, "--model", bundle, "--out", tmp_path / "out")
+    assert status == 1
+    *lines, last = err.splitlines()
+    assert [line.partition(" was not drawn")[0] for line in lines] == [str(photo) for photo in photos]
+    assert last == "kp: 6 photos were not drawn: each is told in a line above; the keypoints are kept"
+
+
 def test_what_was_found_is_told_where_it_can_not_be_written(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
 ) -> None:
