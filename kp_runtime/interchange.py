@@ -255,8 +255,8 @@ def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
     many = Counter(face.image for face in faces)
     texts: dict[str, str] = {}
     for face, number in zip(faces, _face_numbers(faces), strict=True):
-        image = Path(face.image)  # of frame.0001 all is the name
-        stem = image.stem if re.fullmatch(r"\.[A-Za-z][A-Za-z0-9]{1,3}", image.suffix) else image.name
+        image = Path(face.image)  # of frame.0001 and photo.v2 all is the name
+        stem = image.stem if re.fullmatch(r"\.[A-Za-z][A-Za-z0-9]{2,3}", image.suffix) else image.name
         name = stem + (f"_{number}" if many[face.image] > 1 else "") + ".pts"
         if name in texts:
             raise InputError(f"{face.image} and a photo before it would both be {name}; write json or csv instead")

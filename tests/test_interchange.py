@@ -104,8 +104,10 @@ def test_a_line_without_end_takes_little_memory(tmp_path: Path) -> None:
 
 
 def test_what_stands_behind_a_dot_is_a_names(tmp_path: Path) -> None:
-    written = faces_to_file([made_up("frame.0001", 0), made_up("frame.0002", 1), made_up("v1.2_a.png", 2)], tmp_path)
-    assert [path.name for path in written] == ["frame.0001.pts", "frame.0002.pts", "v1.2_a.pts"]
+    names = ["frame.0001", "frame.0002", "v1.2_a.png", "photo.v2.jpg", "photo.v1", "photo.v3", "scan.jp2"]
+    written = faces_to_file([made_up(name, i) for i, name in enumerate(names)], tmp_path)
+    stems = ["frame.0001", "frame.0002", "v1.2_a", "photo.v2", "photo.v1", "photo.v3", "scan"]
+    assert [path.name for path in written] == [f"{stem}.pts" for stem in stems]
 
 
 def test_coco_images_of_one_id_are_refused(tmp_path: Path) -> None:
