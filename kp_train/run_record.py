@@ -66,13 +66,7 @@ def run_record(
             "val_fraction": config.val_fraction,
             "sha256": _sha256_of_names(held_out),
         },
-        "git_revision": _git_revision(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "lightning": L.__version__,
-        },
+        **_made_by(),
     }
 
 
@@ -80,6 +74,8 @@ def stored_record(
     run: Path, sources: Sequence[Source], config: TrainConfig | DetectorConfig, free: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The record that a run began with; a resumed one must have its settings, but for the `free` ones, and its data.
+
+    Where it goes on by another revision or other versions than it began with, `resumed_by` says which.
 
     Raises:
         KpError: it can't be read, or something differs.
@@ -98,7 +94,8 @@ def stored_record(
     names = _sha256_of_names(held_out_of(sources, config.val_fraction))
     if data != [(s.sha256, s.weight) for s in sources] or named not in (None, names):
         raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
-    return stored
+    made_by = _made_by()
+    return stored if made_by.items() <= stored.items() else stored | {"resumed_by": made_by}
 
 
 def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
@@ -123,6 +120,19 @@ def least_held_out(records: Sequence[dict[str, Any]]) -> float:
 
 def _sha256_of_names(faces: Sequence[Face]) -> str:
     return hashlib.sha256("\n".join(sorted(face.image.name for face in faces)).encode(errors="replace")).hexdigest()
+
+
+def _made_by() -> dict[str, Any]:
+    """What code trains here."""
+    return {
+        "git_revision": _git_revision(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torchvision": torchvision.__version__,
+            "lightning": L.__version__,
+        },
+    }
 
 
 def _git_revision() -> str | None:

@@ -44,6 +44,17 @@ def test_other_names_can_not_resume_a_run(tmp_path: Path) -> None:
         stored_record(tmp_path, [dataclasses.replace(source, faces=tuple(renamed))], config)
 
 
+def test_a_run_that_goes_on_by_other_versions_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, config = read_source(write_csv_source(tmp_path, people=40)), recipe("default")
+    record = run_record([source], *split_by_person([source], config), config, {})
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    assert stored_record(tmp_path, [source], config) == record
+    monkeypatch.setattr("lightning.__version__", "99")
+    assert stored_record(tmp_path, [source], config) == record | {
+        "resumed_by": {"git_revision": record["git_revision"], "versions": record["versions"] | {"lightning": "99"}}
+    }
+
+
 def test_a_record_that_is_nested_without_end_is_told(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("[" * 100_000)
     with pytest.raises(KpError, match=r"run\.json can't be read \(.*\); begin a new run with another --out"):
