@@ -256,7 +256,9 @@ def _predict_on_ray(
     paths, threads = photos_from_paths(photos), 1 if threads is None else threads
     bundle = bundle_or_default(model).resolve()
     folder = folder_of(bundle)
-    _check_detector(Manifest.read(folder).spec, detector)
+    spec = Manifest.read(folder).spec
+    _check_detector(spec, detector)
+    note_boxes(spec)
     kind, is_file, file = whole_detector_name(detector).partition("=")
     detector = f"{kind}={Path(file).resolve()}" if is_file else kind
     gpus = 0 if backend in ("auto", "ort-cpu") else 1

@@ -143,13 +143,15 @@ def test_coco_is_refused_before_a_photo_is_read(
     assert not (tmp_path / "o").exists()
 
 
-def test_an_evaluation_on_a_detectors_boxes_says_whose_they_are(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_whose_boxes_a_detector_gives_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     save_checkpoint(tmp_path, KeypointNet(64, points=5), Manifest(ModelSpec("five", 64, points=5, scheme="own")))
     cv2.imwrite(str(tmp_path / "a_0.png"), np.zeros((90, 90), np.uint8))
     (tmp_path / "a_0.pts").write_text(pts_text(FIVE))
-    words = ("eval", tmp_path, "--data", tmp_path, "--boxes", "detector", "--detector", "haar")
-    status, _, told = kp(capsys, *words)
+    words = {
+        "eval": (tmp_path, "--data", tmp_path, "--boxes", "detector"),
+        "predict": (tmp_path, "--model", tmp_path, "--ray", "local", "--out", tmp_path / "o"),
+    }
+    status, _, told = kp(capsys, command, *words[command], "--detector", "haar")
     assert status == 1
     assert told.startswith("detectors give the tight box of 68 points, this model wants that of its own 5")
