@@ -234,7 +234,9 @@ def _check_targets(photos: list[Path], drawn: list[Path]) -> None:
             continue
         if other.resolve() == photo.resolve():
             raise InputError(f"{photo} is named twice; name it once")
-        raise InputError(f"{other} and {photo} would both be drawn as {target}; rename one, or take them in two runs")
+        raise InputError(
+            f"{other} and {photo} would both be drawn as {target}; rename one, or take each in a run with its own --out"
+        )
     if replaced := {path.resolve() for path in drawn} & {path.resolve() for path in photos}:
         raise InputError(f"the drawn picture would replace the photo {min(replaced)}; name another place")
 

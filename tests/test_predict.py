@@ -388,6 +388,7 @@ def test_two_photos_of_one_name_are_not_mixed_up(
     status, _, err = kp(capsys, "predict", astronaut, other, "--model", bundle, "--out", tmp_path / "out")
     assert status == 1
     assert "would both be drawn as" in err
+    assert "take each in a run with its own --out" in err  # a second run would replace the first one's picture
     assert not (tmp_path / "out").exists()
 
 
