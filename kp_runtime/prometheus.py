@@ -194,14 +194,17 @@ class _WatchedTracker(Tracker):
 
 
 def address_from_text(text: str) -> tuple[str, int]:
-    """Host and port of `9100` (this machine alone) or `0.0.0.0:9100` (any that reaches it).
+    """Host and port of `9100` (this machine alone), `0.0.0.0:9100` (any that reaches it) or `[::1]:9100`.
 
     Raises:
         InputError: it is no address.
     """
     host, _, port = text.rpartition(":")
-    if not (port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 2**16):
-        raise InputError(f"metrics are served at PORT or HOST:PORT, such as 9100 or 0.0.0.0:9100; got {text!r:.100}")
+    is_port = port.isascii() and port.isdigit() and len(port) < 6 and int(port) < 2**16
+    if not is_port or (host.endswith(":") and host != "::"):  # the latter: ::1 is a host alone
+        raise InputError(
+            f"metrics are served at PORT or HOST:PORT, such as 9100, 0.0.0.0:9100 or [::1]:9100; got {text!r:.100}"
+        )
     return host.strip("[]") or "127.0.0.1", int(port)
 
 

@@ -164,13 +164,18 @@ def test_a_port_that_only_root_may_open(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("text", "address"),
-    [("9100", ("127.0.0.1", 9100)), ("0.0.0.0:80", ("0.0.0.0", 80)), ("[::1]:9100", ("::1", 9100))],
+    [
+        ("9100", ("127.0.0.1", 9100)),
+        ("0.0.0.0:80", ("0.0.0.0", 80)),
+        ("[::1]:9100", ("::1", 9100)),
+        (":::9100", ("::", 9100)),
+    ],
 )
 def test_addresses(text: str, address: tuple[str, int]) -> None:
     assert address_from_text(text) == address
 
 
-@pytest.mark.parametrize("text", ["", "x", "host:", "65536", "70000", "-1", "9100:host", "9" * 5000])
+@pytest.mark.parametrize("text", ["", "x", "host:", "65536", "70000", "-1", "9100:host", "9" * 5000, "::1", "fe80::1"])
 def test_no_addresses(text: str) -> None:
     with pytest.raises(InputError, match="metrics are served at PORT or HOST:PORT"):
         address_from_text(text)
