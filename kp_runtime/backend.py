@@ -304,9 +304,8 @@ def kind_of(engine: str) -> str:
 
 
 def _check_named(path: Path, manifest: Manifest, precision: str) -> None:
-    """Checks a file that was asked for by its path."""
-    manifest.check_file(path.parent, path.name)
-    entry = manifest.files[path.name]
+    """Checks what the manifest says of a file that was asked for by its path; it is hashed when it is read."""
+    entry = manifest.entry(path.parent, path.name)
     if entry.kind not in ("onnx", "plan") or precision not in ("auto", entry.precision):
         raise BackendError(
             f"{path} is a {entry.kind} file of precision {entry.precision}; give an ONNX file or a plan of the bundle"

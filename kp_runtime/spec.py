@@ -292,6 +292,17 @@ class Manifest:
             temporary.write_text(text, encoding="utf-8")
         (Path(bundle) / SIGNATURE_NAME).unlink(missing_ok=True)
 
+    def entry(self, bundle: str | os.PathLike[str], name: str) -> FileEntry:
+        """What stands here of one of the bundle's files; the file is not looked at.
+
+        Raises:
+            BundleError: the manifest has no such file.
+        """
+        if name not in self.files:
+            known = ", ".join(sorted(self.files)) or "none"
+            raise BundleError(f"the bundle {bundle} has no file {name}; it has: {known}")
+        return self.files[name]
+
     def check_file(self, bundle: str | os.PathLike[str], name: str) -> Path:
         """The path of one of the bundle's files, after size and sha256 were compared.
 
@@ -301,9 +312,9 @@ class Manifest:
             BundleError: the manifest has no such file.
             IntegrityError: the file is missing, cut off, another one, or no plain file.
         """
-        path = Path(bundle) / name
-        with self._open(path, name) as file:
-            self._compare(path, name, sha256_of_open_file(file))
+        entry, path = self.entry(bundle, name), Path(bundle) / name
+        with self._open(path, entry) as file:
+            self._compare(path, entry, sha256_of_open_file(file))
         return path
 
     def read_file(self, bundle: str | os.PathLike[str], name: str) -> bytes:
@@ -312,18 +323,14 @@ class Manifest:
         Raises:
             BundleError, IntegrityError: as `check_file`.
         """
-        path = Path(bundle) / name
-        with self._open(path, name) as file:
-            data = file.read(self.files[name].bytes)
-        self._compare(path, name, hashlib.sha256(data).hexdigest())
+        entry, path = self.entry(bundle, name), Path(bundle) / name
+        with self._open(path, entry) as file:
+            data = file.read(entry.bytes)
+        self._compare(path, entry, hashlib.sha256(data).hexdigest())
         return data
 
-    def _open(self, path: Path, name: str) -> BufferedReader:
+    def _open(self, path: Path, entry: FileEntry) -> BufferedReader:
         """One of the files, of the right size."""
-        entry = self.files.get(name)
-        if entry is None:
-            known = ", ".join(sorted(self.files)) or "none"
-            raise BundleError(f"the bundle {path.parent} has no file {name}; it has: {known}")
         try:
             file = open_plain(path)
         except FileNotFoundError as error:
@@ -341,11 +348,10 @@ class Manifest:
             )
         return file
 
-    def _compare(self, path: Path, name: str, found: str) -> None:
-        wanted = self.files[name].sha256
-        if found != wanted:
+    def _compare(self, path: Path, entry: FileEntry, found: str) -> None:
+        if found != entry.sha256:
             raise IntegrityError(
-                f"{path} has sha256 {found[:12]}…, the manifest says {wanted[:12]}…: the file "
+                f"{path} has sha256 {found[:12]}…, the manifest says {entry.sha256[:12]}…: the file "
                 "was changed; copy the bundle again, or run kp export"
             )
 

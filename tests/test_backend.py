@@ -165,6 +165,12 @@ def test_file_that_can_not_run(file: str, precision: str, message: str, bundle: 
         open_backend(bundle / file, precision=precision)
 
 
+def test_a_file_named_by_its_path_is_hashed_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is read, and not before."""
+    monkeypatch.setattr("kp_runtime.spec.sha256_of_open_file", lambda _: pytest.fail("hashed by itself"))
+    assert open_backend(bundle / MODEL, threads=1).report.file == MODEL
+
+
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.95])
 def test_cut_off_graph_with_a_manifest_that_agrees(part: float, tmp_path: Path) -> None:
     data = tiny_graph().SerializeToString()
