@@ -168,18 +168,24 @@ class VideoFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._size_hw = (0, 0)
         self._writer: Any = None
 
     def write(self, frame: kp_runtime.Frame, keypoints: kp_runtime.Keypoints) -> None:
-        """Adds a frame; the first one sets the size."""
+        """Adds a frame; the first one sets the size, and OpenCV would leave out those of another."""
         import cv2
 
         height, width = frame.size_hw
         if self._writer is None:
-            name = cv2_name(self._path)
+            name, self._size_hw = cv2_name(self._path), frame.size_hw
             self._writer = cv2.VideoWriter(name, cv2.VideoWriter.fourcc(*"MJPG"), 30, (width, height))
             if not self._writer.isOpened():
                 raise kp_runtime.InputError(f"{self._path} can't be written as a video; give a path that ends in .avi")
+        if frame.size_hw != self._size_hw:
+            raise kp_runtime.ImageError(
+                f"the frames change from {self._size_hw[1]} x {self._size_hw[0]} to {width} x {height} px, and a video "
+                f"has one size; {self._path} ends there, start again with another --drawn"
+            )
         self._writer.write(kp_runtime.draw_keypoints(frame.luma(0, 0, width, height), keypoints.xy))
 
     def close(self) -> None:

@@ -85,6 +85,16 @@ def test_faces_are_detected_then_followed(camera: Any) -> None:
     assert len(calls) == 3
 
 
+def test_a_video_of_frames_that_change_their_size_ends_with_an_error(camera: Any, tmp_path: Path) -> None:
+    video = camera.VideoFile(str(tmp_path / "drawn.avi"))
+    nobody = kp_runtime.Keypoints(np.empty((0, 68, 2), np.float32), np.empty((0, 4)), np.empty((0, 2, 3)), (64, 64))
+    video.write(kp_runtime.Frame(np.zeros((64, 96), np.uint8), "gray"), nobody)
+    with pytest.raises(kp_runtime.ImageError, match="frames change from 96 x 64 to 48 x 32 px, and a video has one"):
+        video.write(kp_runtime.Frame(np.zeros((32, 48), np.uint8), "gray"), nobody)
+    video.close()
+    assert cv2.VideoCapture(str(tmp_path / "drawn.avi")).read()[0]
+
+
 @pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")
 def test_a_video_whose_name_is_no_text_is_an_error(camera: Any, tmp_path: Path) -> None:
     """At such a text OpenCV ends the process."""
