@@ -49,7 +49,7 @@ class InOrder:
                 itself, asks; or this process was forked from the one with the threads.
         """
         check_process(self._process)
-        if not self._room.acquire(blocking=not getattr(self._inside, "worker", False)):
+        if not self._room.acquire(blocking=not self.is_inside()):
             raise BackendError("a future's callback can't submit while the line is full; submit from another thread")
         future: Future[Any] = Future()
         try:
@@ -58,6 +58,10 @@ class InOrder:
             self._room.release()
             raise BackendError("this model is closed; load it again") from error
         return future
+
+    def is_inside(self) -> bool:
+        """Whether the calling thread is one of the line's, as it is in a future's callback."""
+        return getattr(self._inside, "worker", False)
 
     def _step(
         self, future: Future[Any], steps: tuple[Callable[..., Any], ...], at: int, value: Any, error: Any

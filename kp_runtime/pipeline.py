@@ -162,7 +162,7 @@ class Model:
         a CPU one thread calls the model. Threads are started by the first call.
 
         The image, the boxes and `out` must stay as they are until the future is done. A callback of the
-        future may neither call the model nor wait for another future.
+        future may neither call or close the model nor wait for another future.
 
         Args:
             image: see `__call__`.
@@ -189,8 +189,14 @@ class Model:
         return line.submit(lambda: self._started(gpu, image, boxes_xyxy, layout, out), lambda finish: finish())
 
     def close(self) -> None:
-        """Waits for what is under way and frees what was kept; calls from now on fail. A second call does nothing."""
+        """Waits for what is under way and frees what was kept; calls from now on fail. A second call does nothing.
+
+        Raises:
+            BackendError: a future's callback asks, which would wait for itself; the model stays open.
+        """
         with self._lock:
+            if self._line is not None and self._line.is_inside():
+                raise BackendError("a future's callback can't close the model; close it from another thread")
             self._closed = True
         if self._line is not None:
             self._line.close()

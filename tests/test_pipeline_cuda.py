@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -438,6 +438,29 @@ def test_close_finishes_what_was_submitted(driver: DriverDouble, cpu: Model) -> 
     assert not driver.memory
     with pytest.raises(BackendError, match="this model is closed"):
         either.warmup(1)
+
+
+def test_a_callback_that_closes_its_model_is_told(driver: DriverDouble, cpu: Model) -> None:
+    for either in (Model(cpu.backend), Model(DeviceDouble())):
+        gate, told = threading.Event(), Future[str]()
+
+        def close(_: object, model: Model = either, told: Future[str] = told) -> None:
+            try:
+                model.close()
+            except Exception as error:
+                told.set_result(str(error))
+
+        class Boxes:
+            def __array__(self, *_: object, gate: threading.Event = gate, **__: object) -> np.ndarray:
+                gate.wait(60)  # until the callback is there
+                return boxes_of(0, 1)
+
+        with either:
+            either.submit(picture(0), Boxes()).add_done_callback(close)
+            gate.set()
+            assert told.result(60) == "a future's callback can't close the model; close it from another thread"
+            assert len(either(picture(0), boxes_of(0, 1))) == 1
+    assert not driver.memory
 
 
 def test_a_model_that_nobody_closes_is_freed(driver: DriverDouble) -> None:
