@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kp_runtime.cores import check_process, checked_cores, checked_threads, on_cores, usable_cores
 from kp_runtime.cuda_driver import CudaDriver, has_driver
 from kp_runtime.errors import BackendError, InputError
+from kp_runtime.files import as_path
 from kp_runtime.golden import GOLDEN_NAME, Golden, golden_from_bytes
 from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec, folder_of
 
@@ -172,7 +173,7 @@ class Backend(ABC):
             BackendError: `faces` is under 1, or the engine failed.
         """
         sizes, size = warmup_sizes(faces), self.spec.size
-        crops = np.random.default_rng(0).integers(0, 256, (faces, 1, size, size), dtype=np.uint8)
+        crops = np.random.default_rng(0).integers(0, 256, (sizes[-1], 1, size, size), dtype=np.uint8)
         for n in sizes:
             self.infer(crops[:n])
             while not self._settled(n):
@@ -246,7 +247,7 @@ def open_backend(
     chosen = None if cores is None else checked_cores(cores)
     most = usable_cores() if chosen is None else len(chosen)
     checked_threads(threads, most)
-    path = Path(bundle)
+    path = as_path(bundle, "the bundle")
     folder = folder_of(path)
     manifest = Manifest.read(folder, public_key)
     asked = _Asked(folder, manifest, precision, path.name if folder != path else None, threads, chosen, golden)
@@ -278,10 +279,11 @@ def warmup_sizes(faces: int) -> list[int]:
     """1, 2, 4, … and `faces`: the sizes of calls that a warm-up runs.
 
     Raises:
-        BackendError: `faces` is under 1.
+        BackendError: `faces` is under 1, or no whole number.
     """
-    if faces < 1:
-        raise BackendError(f"warmup needs the number of faces of a call, 1 or more; got {faces}")
+    if not isinstance(faces, SupportsIndex) or faces < 1:
+        raise BackendError(f"warmup needs the number of faces of a call, 1 or more; got {faces!r:.40}")
+    faces = int(faces)  # it may be one of numpy's
     return [*(1 << i for i in range(faces.bit_length()) if 1 << i < faces), faces]
 
 

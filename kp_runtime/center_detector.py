@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from kp_runtime.backend_ort import open_session
 from kp_runtime.cores import check_process, checked_threads
-from kp_runtime.detect import check_smallest, largest_first
-from kp_runtime.errors import BackendError, InputError, reason_of
+from kp_runtime.detect import check_score, check_smallest, largest_first
+from kp_runtime.errors import BackendError, reason_of
 from kp_runtime.frame import Frame, as_frame, import_cv2
 from kp_runtime.geometry import overlaps
 from kp_runtime.golden import GOLDEN_NAME, arrays_from_npz
@@ -75,8 +75,7 @@ class CenterDetector:
         manifest = DetectorManifest.read(bundle, public_key)
         self.spec = manifest.spec
         self.score = self.spec.score if score is None else score
-        if not 0 < self.score < 1:
-            raise InputError(f"a detector's score must be over 0 and under 1, got {score}")
+        check_score(self.score)
         check_smallest(smallest)
         self._smallest, self._model = smallest, Path(bundle) / MODEL_NAME
         self._threads, self._process = checked_threads(threads), os.getpid()

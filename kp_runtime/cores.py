@@ -9,9 +9,11 @@ that were forbidden to the process (`taskset`); and of one that isn't there it o
 from __future__ import annotations
 
 import contextlib
+import operator
 import os
 import re
 from collections.abc import Collection, Iterator
+from typing import SupportsIndex
 
 from kp_runtime.errors import BackendError, InputError
 
@@ -35,11 +37,14 @@ def checked_cores(cores: Collection[int]) -> frozenset[int]:
     """The cores, by the numbers of /proc/cpuinfo.
 
     Raises:
-        InputError: none, one that this thread may not run on, or the system is not Linux.
+        InputError: none, no numbers, one that this thread may not run on, or the system is not Linux.
     """
     if not hasattr(os, "sched_setaffinity"):
         raise InputError("cores can be chosen on Linux alone; leave them out")
-    chosen, allowed = frozenset(cores), os.sched_getaffinity(0)
+    try:
+        chosen, allowed = frozenset(map(operator.index, cores)), os.sched_getaffinity(0)
+    except TypeError as error:
+        raise InputError(f"cores must be whole numbers such as [0, 1], got {cores!r:.40}") from error
     if not chosen or not chosen <= allowed:
         raise InputError(
             f"cores must be among {sorted(allowed)}, those that this process may use, at least one; "
@@ -52,11 +57,11 @@ def checked_threads(threads: int | None, most: int | None = None) -> int:
     """How many threads: as many as there are usable cores, or `most`, when None.
 
     Raises:
-        BackendError: under 1, or more than these.
+        BackendError: under 1, more than these, or no whole number.
     """
     most = usable_cores() if most is None else most
-    if threads is not None and not 1 <= threads <= most:
-        raise BackendError(f"threads must be 1 to {most}, the cores that this process may use; got {threads}")
+    if threads is not None and not (isinstance(threads, SupportsIndex) and 1 <= threads <= most):
+        raise BackendError(f"threads must be 1 to {most}, the cores that this process may use; got {threads!r:.40}")
     return most if threads is None else threads
 
 

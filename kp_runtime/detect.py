@@ -12,12 +12,13 @@ import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsFloat, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import BackendError, InputError, reason_of
+from kp_runtime.files import as_path
 from kp_runtime.frame import Frame, as_frame, bgr_copy, cv2_name, import_cv2
 from kp_runtime.spec import ModelSpec
 
@@ -27,6 +28,7 @@ __all__ = [
     "HaarDetector",
     "YuNetDetector",
     "box_advice",
+    "check_score",
     "check_smallest",
     "largest_first",
     "map_from_pairs",
@@ -135,8 +137,10 @@ class HaarDetector(_OpenCvDetector):
     def __init__(self, scale: float = 1.1, neighbors: int = 5, smallest: float = 0.05) -> None:
         super().__init__()
         check_smallest(smallest)
-        if not (scale > 1 and neighbors >= 0):
-            raise InputError(f"scale must be over 1 and neighbors 0 or more; got {scale} and {neighbors}")
+        if not (
+            isinstance(scale, SupportsFloat) and scale > 1 and isinstance(neighbors, SupportsIndex) and neighbors >= 0
+        ):
+            raise InputError(f"scale must be over 1 and neighbors 0 or more; got {scale!r:.40} and {neighbors!r:.40}")
         cv2 = self._cv2
         self._scale, self._neighbors, self._smallest = scale, neighbors, smallest
         if not hasattr(cv2, "CascadeClassifier"):
@@ -184,10 +188,9 @@ class YuNetDetector(_OpenCvDetector):
 
     def __init__(self, model: str | os.PathLike[str], score: float = 0.6) -> None:
         super().__init__()
-        if not 0 < score < 1:
-            raise InputError(f"a detector's score must be over 0 and under 1, got {score}")
+        check_score(score)
         cv2 = self._cv2
-        if not os.path.isfile(model):  # noqa: PTH113  pathlib's raises where it may not look
+        if not os.path.isfile(as_path(model, "a YuNet model")):  # noqa: PTH113  pathlib's raises where it may not look
             raise BackendError(f"there is no YuNet model at {model}; docs/detectors.md says where it is published")
         try:
             self._net: Any = cv2.FaceDetectorYN.create(cv2_name(model), "", (320, 320), score)
@@ -216,14 +219,24 @@ class YuNetDetector(_OpenCvDetector):
         return boxes
 
 
+def check_score(score: float) -> None:
+    """Refuses what is no least score of a face.
+
+    Raises:
+        InputError: `score` is not over 0 and under 1.
+    """
+    if not (isinstance(score, SupportsFloat) and 0 < score < 1):
+        raise InputError(f"a detector's score must be over 0 and under 1, got {score!r:.40}")
+
+
 def check_smallest(smallest: float) -> None:
     """Refuses what is no share of the image's shorter side.
 
     Raises:
         InputError: `smallest` is not over 0 and up to 1.
     """
-    if not 0 < smallest <= 1:
-        raise InputError(f"the smallest face is a share of the shorter side, over 0 and up to 1; got {smallest}")
+    if not (isinstance(smallest, SupportsFloat) and 0 < smallest <= 1):
+        raise InputError(f"the smallest face is a share of the shorter side, over 0 and up to 1; got {smallest!r:.40}")
 
 
 def largest_first(boxes: NDArray[np.float64], frame: Frame) -> NDArray[np.float64]:

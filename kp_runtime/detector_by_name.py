@@ -76,7 +76,7 @@ def detector_name(name: str, *, checkout: Path | None = None, public_key: Public
         DetectorWarning: `auto` means Haar here.
     """
     said = os.environ.get(DETECTOR_VARIABLE) if name == "auto" else None
-    given = said or name
+    given = str(said or name)  # a name of another type is none
     kind, _, path = given.partition("=")
     if given == "haar" or (kind in ("own", "yunet") and path):
         return given

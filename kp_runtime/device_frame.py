@@ -57,7 +57,15 @@ class DeviceFrame:
 
     def __post_init__(self) -> None:
         check_layout(self.layout, self.range)
-        height, width = self.size_hw
+        try:
+            height, width = map(_index, self.size_hw)
+            for number in (self.pointer, self.pitch, self.device_id, self.stream or 0):
+                _index(number)
+        except (TypeError, ValueError) as error:
+            raise ImageError(
+                "a device frame's size_hw must be height and width, and pointer, pitch, device_id and stream whole "
+                f"numbers ({error})"
+            ) from error
         if not (0 < height <= _LONGEST and 0 < width <= _LONGEST):
             raise ImageError(f"a frame must be 1 to {_LONGEST} pixels high and wide, got {height} x {width}")
         if self.pointer <= 0:

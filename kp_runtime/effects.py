@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.errors import ImageError, InputError, MissingExtraError, reason_of
+from kp_runtime.files import as_path
 from kp_runtime.frame import bgr_copy, bytes_of_picture, import_cv2
 from kp_runtime.geometry import apply_matrix, invert_matrix
 from kp_runtime.point_maps import is_mirrored, mesh_positions, similarity_from_points, triangles_from_points
@@ -79,9 +80,9 @@ def open_effect(name: str | os.PathLike[str]) -> Effect:
         ImageError: the file's picture is missing, or none with opacity.
         MissingExtraError: OpenCV is not installed, or, on Python 3.10, tomli.
     """
-    name = os.fspath(name)
-    if Path(name).suffix.lower() == ".toml":
-        return picture_from_toml(Path(name))
+    path, name = as_path(name, "an effect"), os.fspath(name)
+    if path.suffix.lower() == ".toml":
+        return picture_from_toml(path)
     if name == "blur":
         return Blur()
     from kp_runtime.effect_pictures import PICTURES

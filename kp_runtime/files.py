@@ -12,9 +12,30 @@ from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from kp_runtime.errors import KpError
+from kp_runtime.errors import InputError, KpError
 
-__all__ = ["make_folder", "open_plain", "read_plain", "sha256_of_file", "sha256_of_open_file", "short_name", "writing"]
+__all__ = [
+    "as_path",
+    "make_folder",
+    "open_plain",
+    "read_plain",
+    "sha256_of_file",
+    "sha256_of_open_file",
+    "short_name",
+    "writing",
+]
+
+
+def as_path(given: str | os.PathLike[str], what: str) -> Path:
+    """What a caller gave as a path; `what` it is of stands in the message.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return Path(given)
+    except TypeError as error:
+        raise InputError(f"{what} must be a path, as text or of pathlib; got {type(given).__name__}") from error
 
 
 @contextlib.contextmanager

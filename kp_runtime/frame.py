@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from kp_runtime.errors import ImageError, InputError, missing_or_broken, reason_of
-from kp_runtime.files import open_plain
+from kp_runtime.files import as_path, open_plain
 
 __all__ = [
     "CHANNELS",
@@ -201,11 +201,12 @@ def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         `(h, w, 3)` uint8, BGR.
 
     Raises:
+        InputError: `path` is none.
         ImageError: the file is missing, cut off, 16 bits deep, or no image. Damage inside a JPEG is not noticed: the
             decoder fills what it can't read.
         MissingExtraError: OpenCV is not installed.
     """
-    return image_from_bytes(bytes_of_picture(Path(path)), str(path))
+    return image_from_bytes(bytes_of_picture(as_path(path, "an image's file")), str(path))
 
 
 def bytes_of_picture(path: Path) -> bytes:
@@ -233,6 +234,8 @@ def image_from_bytes(data: bytes, origin: str = "the image") -> NDArray[np.uint8
         ImageError: the image is cut off, 16 bits deep, or none.
         MissingExtraError: OpenCV is not installed.
     """
+    if not isinstance(data, bytes | bytearray):
+        raise ImageError(f"{origin} must be given as bytes, got {type(data).__name__}; image_from_file takes a path")
     if _is_cut_off(data):
         raise ImageError(f"{origin} is cut off: the end of the image is missing; copy or download it again")
     cv2 = import_cv2()

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kp_runtime.errors import InputError
 from kp_runtime.frame import Scratch, import_cv2
 
 __all__ = [
@@ -62,8 +63,13 @@ def boxes_from_points(xy: FloatArray) -> NDArray[np.float64]:
 
     Returns:
         `(..., 4)` float64 `x0, y0, x1, y1` in the same frame.
+
+    Raises:
+        InputError: another shape, or sets of no point.
     """
     xy = np.asarray(xy, np.float64)
+    if xy.ndim < 2 or xy.shape[-1] != 2 or xy.shape[-2] == 0:
+        raise InputError(f"points must be (..., p, 2) with x and y, one or more in each set; got shape {xy.shape}")
     return np.concatenate([xy.min(axis=-2), xy.max(axis=-2)], axis=-1)
 
 

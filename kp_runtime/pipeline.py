@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,6 +50,8 @@ class Model:
     """
 
     def __init__(self, backend: Backend) -> None:
+        if not isinstance(backend, Backend):
+            raise InputError(f"a Model is made of an open engine, got {type(backend).__name__}; load(…) opens a bundle")
         self.backend = backend
         self._cropper = CpuCropper(backend.threads, backend.cores)
         self._lock = threading.Lock()
@@ -132,9 +134,9 @@ class Model:
         Raises:
             InputError: they are not possible with this model.
         """
-        if looks < 1 or (looks > 1 and self.spec.box != "keypoints"):
+        if not isinstance(looks, SupportsIndex) or looks < 1 or (looks > 1 and self.spec.box != "keypoints"):
             most = " or more" if self.spec.box == "keypoints" else ", since this model sees whole frames"
-            raise InputError(f"looks must be 1{most}; got {looks}")
+            raise InputError(f"looks must be 1{most}; got {looks!r:.40}")
         if mirror:
             check_mirrored(self.spec.points)
 
@@ -333,7 +335,8 @@ def load(
             where the bundle lies when none is given.
 
     Raises:
-        InputError: cores that this thread may not use, or `tuned` can't be read or is given beside settings of its own.
+        InputError: cores that this thread may not use, a `public_key` that is none, or `tuned` can't be read or is
+            given beside settings of its own.
         BundleError: there is no bundle, or it or its files can't be used.
         SignatureError: the bundle is not signed by `public_key`.
         BackendError: there is no such engine, precision or number of threads here, the engine can't run the model, or

@@ -128,7 +128,7 @@ class CudaPipeline:
         """
         sizes = warmup_sizes(faces)[::-1]  # a lane keeps the first graphs
         with self._warming, contextlib.ExitStack() as lanes:  # two that wait for each other's lanes would wait for ever
-            for lane in [lanes.enter_context(self._lane(faces)) for _ in range(self._most)]:
+            for lane in [lanes.enter_context(self._lane(sizes[0])) for _ in range(self._most)]:
                 for n in sizes:
                     lane.warmup(CHANNELS["bgr"], n)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kp_runtime.errors import InputError, KpError, MissingExtraError, SignatureError
-from kp_runtime.files import read_plain, writing
+from kp_runtime.files import as_path, read_plain, writing
 from kp_runtime.spec import MANIFEST_NAME, SIGNATURE_NAME, any_manifest_of_bytes, manifest_bytes
 
 __all__ = ["PREFIX", "PublicKey", "check_signature", "is_signed", "new_key", "sign_bundle", "signature_state"]
@@ -140,7 +140,9 @@ def _public_key(given: PublicKey) -> Any:
     serialization, ed25519 = _cryptography()
     if isinstance(given, bytes) and len(given) == 32:
         return ed25519.Ed25519PublicKey.from_public_bytes(given)
-    name, data = ("the public key", given) if isinstance(given, bytes) else (str(given), _pem(Path(given)))
+    name, data = (
+        ("the public key", given) if isinstance(given, bytes) else (str(given), _pem(as_path(given, "public_key")))
+    )
     try:
         key = serialization.load_pem_public_key(data)
     except Exception as error:  # cryptography's exceptions share no base of their own

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kp_runtime.errors import BundleError, IntegrityError, SchemaError
-from kp_runtime.files import open_plain, read_plain, sha256_of_file, sha256_of_open_file, writing
+from kp_runtime.files import as_path, open_plain, read_plain, sha256_of_file, sha256_of_open_file, writing
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -398,7 +398,7 @@ def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:
     Raises:
         BundleError: no such folder, no manifest in it, or one that can't be read.
     """
-    path = Path(bundle) / MANIFEST_NAME
+    path = as_path(bundle, "the bundle") / MANIFEST_NAME
     try:
         return read_plain(path, _LARGEST_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:

@@ -21,7 +21,7 @@ from kp_runtime.backend import BACKENDS, Backend, open_backend
 from kp_runtime.bench_compare import changes, machine_conditions
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, BundleError, InputError, MissingExtraError
-from kp_runtime.files import read_plain, writing
+from kp_runtime.files import as_path, read_plain, writing
 from kp_runtime.machine import machine_from_system
 from kp_runtime.spec import Manifest
 
@@ -151,9 +151,9 @@ def open_tuned(
     Warns:
         TunedWarning: this machine is not the one that was tuned on; says what differs.
     """
-    path = Path(path)
+    path = as_path(path, "tuned")
     tuned = tuned_from_file(path)
-    folder = Path(os.path.realpath(path)).parent / tuned.bundle if bundle is None else Path(bundle)
+    folder = Path(os.path.realpath(path)).parent / tuned.bundle if bundle is None else as_path(bundle, "the bundle")
     entry = Manifest.read(folder, public_key).files.get(tuned.file)
     if entry is None or entry.sha256 != tuned.sha256:
         has = "no such file" if entry is None else f"one with {entry.sha256[:12]}…"

@@ -129,6 +129,8 @@ def test_precision_that_is_asked_for_runs(asked: str, file: str, tmp_path: Path)
         ({"precision": "int8"}, "has no int8 file, only fp32; kp export can add it"),
         ({"threads": 0}, "threads must be 1 to .*, the cores that this process may use; got 0"),
         ({"threads": usable_cores() + 1}, f"threads must be 1 to {usable_cores()}, .*got {usable_cores() + 1}"),
+        ({"threads": "1"}, "threads must be 1 to .*got '1'"),
+        ({"threads": 1.0}, "threads must be 1 to .*got 1.0"),
     ],
 )
 def test_what_is_not_there_is_refused(arguments: dict[str, Any], message: str, bundle: Path) -> None:
@@ -390,10 +392,11 @@ def test_warmup_chooses_for_every_size_up_to_the_one_given(bundle: Path) -> None
     backend = open_backend(bundle, threads=2)
     backend.warmup()
     assert backend.batch_times() == {}
-    backend.warmup(6)
+    backend.warmup(np.int64(6))  # type: ignore[arg-type]
     assert list(backend.batch_times()) == [2, 4, 8]
-    with pytest.raises(BackendError, match="warmup needs the number of faces of a call, 1 or more; got 0"):
-        backend.warmup(0)
+    for faces in (0, "6", 1.5):
+        with pytest.raises(BackendError, match=f"warmup needs the number of faces of a call, 1 or more; got {faces!r}"):
+            backend.warmup(faces)  # type: ignore[arg-type]
 
 
 @two_cores

@@ -201,6 +201,7 @@ def test_every_layout_gives_the_same(bundle: Path) -> None:
 @pytest.mark.parametrize(("options", "message"), [
     ({"score": 0.0}, "score must be over 0"),
     ({"score": 1.0}, "score must be over 0"),
+    ({"score": "0.5"}, "score must be over 0 and under 1, got '0.5'"),
     ({"smallest": 0.0}, "smallest face is a share"),
     ({"smallest": 1.1}, "smallest face is a share"),
 ])  # fmt: skip

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,9 +136,15 @@ def test_threads_do_not_spin_between_calls(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize(
     ("cores", "message"),
-    [([], "at least one; got \\[\\]"), ([5000], "cores must be among .*; got \\[5000\\]")],
+    [
+        ([], "at least one; got \\[\\]"),
+        ([5000], "cores must be among .*; got \\[5000\\]"),
+        (1, "cores must be whole numbers such as .*, got 1"),
+        ("0", "cores must be whole numbers such as .*, got '0'"),
+        ([0.0], "cores must be whole numbers such as .*, got "),
+    ],
 )
-def test_cores_that_can_not_be_had(cores: list[int], message: str, bundle: Path) -> None:
+def test_cores_that_can_not_be_had(cores: Any, message: str, bundle: Path) -> None:
     with pytest.raises(InputError, match=message):
         open_backend(bundle, cores=cores)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -164,12 +165,21 @@ def test_threads_may_share_a_detector(photo: np.ndarray) -> None:
         assert all(pool.map(agrees, range(24)))
 
 
-@pytest.mark.parametrize("wrong", [{"smallest": 7}, {"smallest": 0}, {"scale": 1.0}, {"neighbors": -1}])
-def test_arguments_out_of_range(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"smallest": 7}, {"smallest": 0}, {"scale": 1.0}, {"neighbors": -1},
+        {"smallest": "0.1"}, {"scale": None}, {"neighbors": 1.5},
+    ],
+)  # fmt: skip
+def test_arguments_out_of_range(wrong: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"{next(iter(wrong))}.* got"):
-        HaarDetector(**wrong)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="score must be over 0 and under 1, got 5"):
-        YuNetDetector("any.onnx", score=5)
+        HaarDetector(**wrong)
+    for score in (5, "0.5"):
+        with pytest.raises(InputError, match=f"score must be over 0 and under 1, got {score!r}"):
+            YuNetDetector("any.onnx", score=score)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="a YuNet model must be a path, as text or of pathlib; got int"):
+        YuNetDetector(5)  # type: ignore[arg-type]
 
 
 def test_yunet_file_is_missing(tmp_path: Path) -> None:

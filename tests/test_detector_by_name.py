@@ -33,6 +33,11 @@ def test_a_whole_name_means_itself(name: str) -> None:
     assert detector_name(name) == name
 
 
+def test_what_is_no_name_is_refused() -> None:
+    with pytest.raises(InputError, match="there is no detector 'None'; choose from auto, own, own=BUNDLE, haar"):
+        load_detector(None)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["", "hear", "haar=", "haar=x", "own=", "yunet", "yunet=", "auto=x"])
 def test_other_names_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=f"there is no detector '{name}'; choose from auto, own, own=BUNDLE, haar"):

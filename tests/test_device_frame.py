@@ -172,6 +172,10 @@ def test_exporters_that_fail() -> None:
     [
         ({"size_hw": (0, 6)}, "must be 1 to 32767 pixels high and wide, got 0 x 6"),
         ({"size_hw": (4, 40000)}, "got 4 x 40000"),
+        ({"size_hw": (4, 6, 3)}, "size_hw must be height and width, and .* whole numbers .too many values"),
+        ({"size_hw": (4.0, 6)}, "whole numbers .'float' object"),
+        ({"pointer": None}, "whole numbers .'NoneType' object"),
+        ({"stream": "1"}, "whole numbers .'str' object"),
         ({"pointer": 0}, "needs the address of its pixels, got 0"),
         ({"pitch": 17}, "a row of 6 bgr pixels is 18 bytes long, but the pitch is 17"),
         ({"layout": "yuyv"}, "no layout 'yuyv'"),

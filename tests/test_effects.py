@@ -327,6 +327,8 @@ def test_there_is_no_such_effect() -> None:
         InputError, match="no effect 'nose'; choose from sunglasses, hat, moustache, mesh, blur, or name a"
     ):
         open_effect("nose")
+    with pytest.raises(InputError, match="an effect must be a path, as text or of pathlib; got NoneType"):
+        open_effect(None)  # type: ignore[arg-type]
 
 
 def write_effect(folder: Path, text: str, channels: int = 4, depth: type = np.uint8) -> Path:

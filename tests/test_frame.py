@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_runtime.errors import ImageError, MissingExtraError
+from kp_runtime.errors import ImageError, InputError, MissingExtraError
 from kp_runtime.frame import Frame, as_frame, image_from_bytes, image_from_file
 
 # a TIFF header and one tag, 0x0112: turn by 90 degrees clockwise to see the picture upright
@@ -135,6 +135,8 @@ def test_exif_rotation_comes_upright(picture: np.ndarray, tmp_path: Path) -> Non
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"none\.jpg can't be read: No such file"):
         image_from_file(tmp_path / "none.jpg")
+    with pytest.raises(InputError, match="an image's file must be a path, as text or of pathlib; got NoneType"):
+        image_from_file(None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])
@@ -200,6 +202,8 @@ def test_bytes_need_no_file(picture: np.ndarray) -> None:
     assert np.array_equal(image_from_bytes(encoded(picture, ".png")), picture)
     with pytest.raises(ImageError, match=r"^upload 7 is no image"):
         image_from_bytes(b"text", "upload 7")
+    with pytest.raises(ImageError, match="the image must be given as bytes, got memoryview; image_from_file takes a"):
+        image_from_bytes(memoryview(b"text"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from collections.abc import Iterator
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from kp_runtime import geometry
-from kp_runtime.errors import MissingExtraError
+from kp_runtime.errors import InputError, MissingExtraError
 from kp_runtime.geometry import (
     CropPlan,
     apply_matrix,
@@ -251,6 +252,12 @@ def test_zero_boxes() -> None:
 def test_boxes_from_points() -> None:
     xy = np.array([[[3, 4], [1, 9], [2, 5]], [[0, 0], [5, -1], [1, 1]]], np.float32)
     assert boxes_from_points(xy).tolist() == [[1, 4, 3, 9], [0, -1, 5, 1]]
+    assert boxes_from_points(xy[:0]).shape == (0, 4)
+    for wrong in (xy[0, 0], xy[:, :0], np.concatenate([xy, xy], axis=2)):
+        with pytest.raises(
+            InputError, match=rf"points must be \(\.\.\., p, 2\) .*got shape {re.escape(str(wrong.shape))}"
+        ):
+            boxes_from_points(wrong)
 
 
 @pytest.mark.parametrize("size_hw", [(250, 250), (250, 400), (600, 250)])

@@ -200,14 +200,20 @@ def test_a_look_at_the_mirror_image_counts_as_much_as_the_plain_one(model: Model
 
 
 def test_looks_that_cannot_be(model: Model, image: np.ndarray) -> None:
-    with pytest.raises(InputError, match="looks must be 1 or more; got 0"):
-        model(image, [[20, 30, 80, 100]], looks=0)
+    for looks in (0, "2", 2.0):
+        with pytest.raises(InputError, match=f"looks must be 1 or more; got {looks!r}"):
+            model(image, [[20, 30, 80, 100]], looks=looks)  # type: ignore[arg-type]
     whole = Model(OneSpot(ModelSpec("x", SIZE, box="frame")))
     with pytest.raises(InputError, match="looks must be 1, since this model sees whole frames; got 2"):
         whole(image, [[20, 30, 80, 100]], looks=2)
     five = Model(OneSpot(ModelSpec("x", SIZE, points=5, scheme="own")))
     with pytest.raises(InputError, match="this model has 5: leave mirror out"):
         five(image, [], mirror=True)
+
+
+def test_a_model_is_made_of_an_engine() -> None:
+    with pytest.raises(InputError, match=r"a Model is made of an open engine, got str; load\(…\) opens a bundle"):
+        Model("bundle")  # type: ignore[arg-type]
 
 
 def test_working_memory_is_used_again_and_results_are_not_shared(model: Model, image: np.ndarray) -> None:

@@ -167,7 +167,7 @@ def test_graphs_are_bounded(model: Model, cpu: Model) -> None:
 
 
 def test_warmup_opens_lanes_and_captures(model: Model, cpu: Model, driver: DriverDouble) -> None:
-    model.warmup(5)
+    model.warmup(np.int64(5))  # type: ignore[arg-type]
     assert model.graphs.captured == tuple((3, n) for n in (1, 2, 4, 5) for _ in range(LANES))
     names = ("cuGraphInstantiate", "cuStreamCreate", "cuLaunchKernel")
     made = [asked(driver, name) for name in names]

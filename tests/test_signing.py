@@ -243,9 +243,10 @@ def test_keys_that_are_none(signed: Path, tmp_path: Path, keys: Path) -> None:
         (tmp_path / "none.pem", r"the key .*none\.pem can't be read: No such file"),
         ("a\0b", "can't be read: embedded null byte"),
         (keys / "ours.pem", r"ours\.pem is no public key in PEM"),
+        (5, "public_key must be a path, as text or of pathlib; got int"),
     ):
         with pytest.raises(InputError, match=message):
-            load(signed, public_key=given)
+            load(signed, public_key=given)  # type: ignore[arg-type]
     for name, message in (
         ("rsa.pem", "is no Ed25519 key; make one with: kp sign --new-key"),
         ("locked.pem", r"is no private key in PEM without a passphrase: give the \.pem that kp sign --new-key wrote$"),

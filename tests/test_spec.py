@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
+from kp_runtime.errors import BundleError, InputError, IntegrityError, KpError, SchemaError
 from kp_runtime.files import sha256_of_file, writing
 from kp_runtime.spec import DetectorSpec, Manifest, ModelSpec, file_entry
 
@@ -49,6 +49,8 @@ def test_folder_without_a_manifest(tmp_path: Path) -> None:
         Manifest.read(tmp_path)
     with pytest.raises(BundleError, match=r"none is not a bundle: there is nothing at /.*/none; check the path"):
         Manifest.read(tmp_path / "none")
+    with pytest.raises(InputError, match="the bundle must be a path, as text or of pathlib; got NoneType"):
+        Manifest.read(None)  # type: ignore[arg-type]
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(BundleError, match=r"no manifest\.json; its training has not ended: .* --resume goes on"):
         Manifest.read(tmp_path)

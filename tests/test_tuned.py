@@ -142,3 +142,5 @@ def test_files_that_are_no_settings(data: bytes, message: str, tmp_path: Path) -
         tuned_from_file(tmp_path / "bad.json")
     with pytest.raises(InputError, match=r"none.json can't be read: .*; run kp tune here"):
         tuned_from_file(tmp_path / "none.json")
+    with pytest.raises(InputError, match="tuned must be a path, as text or of pathlib; got int"):
+        kp_runtime.load(tuned=5)  # type: ignore[arg-type]
