@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields
+from typing import Protocol, SupportsFloat
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from kp_runtime.errors import ImageError, InputError
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.results import Keypoints
 from kp_runtime.smooth import OneEuro
@@ -83,6 +84,9 @@ class TrackerSettings:
         smooth: smooth the points (One-Euro); off for measurements.
         trust_detector: what the detector takes for a face is one on that frame, even where its points tell otherwise:
             for hiding faces, where one too many is better than one too few.
+
+    Raises:
+        InputError: a setting is no number.
     """
 
     lost: float | None = None
@@ -94,6 +98,11 @@ class TrackerSettings:
     same: float = 0.6
     smooth: bool = True
     trust_detector: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in ((each.name, getattr(self, each.name)) for each in fields(self)):
+            if not isinstance(value, SupportsFloat) and (name, value) != ("lost", None):
+                raise InputError(f"a tracker's {name} must be a number, got {value!r:.40}")
 
 
 @dataclass
@@ -181,8 +190,11 @@ class Tracker:
             A track a face in view, in order of their ids.
 
         Raises:
+            ImageError: `image` is no array.
             KpError: what the model and the detector raise.
         """
+        if not isinstance(image, np.ndarray):
+            raise ImageError(f"a tracker's image must be an array (h, w, 3) uint8 BGR, got {type(image).__name__}")
         asked = [face for face in self._known if face.away <= self._settings.again and _on_image(face.box, image)]
         looks = zip(asked, self._look(image, [face.box for face in asked]), strict=True)
         found = {face.id: look for face, look in looks if self._is_face(look, image)}
@@ -234,7 +246,7 @@ class Tracker:
         """Runs the detector: faces that were lost are found again, others are new; both join `found`."""
         self.detector_runs += 1
         self._until_detection = self._settings.detect_every
-        boxes = self._detector(image)
+        boxes = np.asarray(self._detector(image), np.float64)
         trust = self._settings.trust_detector
         least = self._settings.same if trust else self._settings.match  # neighbours overlap too
         taken = {row for row, _ in _matches(boxes, [look.box for look in found.values()], least)}

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from kp_runtime.detector_by_name import load_detector
+from kp_runtime.errors import ImageError, InputError
+from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.pipeline import checked_boxes, load
 from kp_runtime.results import Keypoints
@@ -95,6 +97,20 @@ def test_a_face_in_view_costs_the_detector_few_frames() -> None:
     # the next box is that of the last points
     world.now = 41
     np.testing.assert_allclose(found[42][0].box_xyxy, boxes_from_points(world.faces()[0]), atol=1e-3)
+
+
+def test_a_detector_may_give_its_boxes_as_lists() -> None:
+    world = World(lambda _: (300, 300))
+    tracker = Tracker(world, lambda image: world.detect(image).tolist())  # type: ignore[arg-type, return-value]
+    assert [ids(tracks) for tracks in world.run(tracker, range(3))] == [[1]] * 3
+
+
+def test_what_a_tracker_does_not_take() -> None:
+    with pytest.raises(ImageError, match=r"a tracker's image must be an array \(h, w, 3\) uint8 BGR, got Frame"):
+        World().tracker()(Frame(IMAGE, "bgr"), 0.0)  # type: ignore[arg-type]
+    for wrong in ({"detect_every": "5"}, {"match": None}):
+        with pytest.raises(InputError, match=f"a tracker's {next(iter(wrong))} must be a number, got "):
+            TrackerSettings(**wrong)  # type: ignore[arg-type]
 
 
 def test_faces_of_a_frame_are_one_batch() -> None:
