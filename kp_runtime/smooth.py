@@ -7,6 +7,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from kp_runtime.errors import InputError
+
 __all__ = ["OneEuro"]
 
 
@@ -39,10 +41,18 @@ class OneEuro:
 
         Returns:
             Float64, the shape of `value`.
+
+        Raises:
+            InputError: `value` has another shape than before.
         """
         new, step = np.asarray(value, np.float64), seconds - self._seconds
         if math.isinf(step) or step < -1:
             self._value, self._speed, self._seconds = new.copy(), np.zeros(new.shape), seconds
+        elif new.shape != self._value.shape:
+            raise InputError(
+                f"a OneEuro smooths values of one shape, {self._value.shape} so far, got {new.shape}; where faces come "
+                "and go, take one for each"
+            )
         elif step > 0:
             speed = (new - self._value) / (step * unit)
             self._speed = self._speed + _share(self._speed_cutoff, step) * (speed - self._speed)

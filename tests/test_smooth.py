@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from kp_runtime.errors import InputError
 from kp_runtime.smooth import OneEuro
 
 RATE = 30
@@ -77,6 +78,14 @@ def test_a_clock_that_is_set_back_by_over_a_second_is_a_new_beginning(seconds: f
     smooth(np.array([10.0]), 100.0)
     assert smooth(np.array([70.0]), seconds) == 70
     assert smooth(np.array([75.0]), seconds + 0.033) > 70
+
+
+def test_a_value_of_another_shape_is_refused() -> None:
+    """One face more would have been smoothed with the points of the first."""
+    smooth = OneEuro()
+    smooth(np.zeros((1, 68, 2)), 0.0)
+    with pytest.raises(InputError, match=r"one shape, \(1, 68, 2\) so far, got \(2, 68, 2\); .* take one for each"):
+        smooth(np.zeros((2, 68, 2)), 0.1)
 
 
 def test_answers_are_the_callers_own() -> None:
