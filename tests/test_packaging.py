@@ -136,6 +136,7 @@ def test_the_unit_is_an_ordinary_user_s_and_reads_only() -> None:
         ("Restart", "on-failure"),
     }
     assert wanted <= set(service)
+    assert ("StartLimitIntervalSec", "0") in settings("Unit"), "a board's service is not given up"
     (environment,) = [value for name, value in service if name == "Environment"]
     set_here = dict(word.split("=", 1) for word in shlex.split(environment) if word.startswith("KP_"))
     assert set_here.keys() - {"KP_CACHE"} <= variables_of_the_service()
