@@ -209,8 +209,10 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # on a GPU that has failed closing fails too, and the block's own error is the one to tell
+        with contextlib.suppress(BackendError) if kind else contextlib.nullcontext():
+            self.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -582,6 +582,17 @@ def test_calls_after_one_that_failed(function: str, model: Model, cpu: Model, dr
     check(model, cpu, picture(3), boxes_of(3, 2))
 
 
+def test_a_gpu_that_dies_within_a_with_block_is_told_by_the_call(driver: DriverDouble) -> None:
+    model, dead = Model(DeviceDouble()), Result.CUDA_ERROR_ILLEGAL_ADDRESS
+    model(picture(0), boxes_of(0, 1))
+    driver.failing = dict.fromkeys(("cuEventSynchronize", "cuStreamSynchronize"), dead)
+    with pytest.raises(BackendError, match=r"cuEventSynchronize says CUDA_ERROR_.*start it again"), model:
+        model(picture(0), boxes_of(0, 1))
+    driver.failing = {}
+    with pytest.raises(BackendError, match="this model is closed"):
+        model(picture(0), boxes_of(0, 1))
+
+
 def test_engines_that_fail(driver: DriverDouble, cpu: Model) -> None:
     backend = DeviceDouble(fails=True)
     with Model(backend) as model:
