@@ -110,7 +110,11 @@ class _OpenCvDetector(ABC):
         """
         frame = as_frame(image, layout)
         with self._turn:
-            boxes = self.raw(frame)
+            try:
+                boxes = self.raw(frame)
+            except self._cv2.error as error:
+                height, width = frame.size_hw
+                raise BackendError(f"OpenCV can't find faces on {width} x {height} px: {reason_of(error)}") from error
         return largest_first(self.BOX_MAP.apply(boxes), frame)
 
     @abstractmethod

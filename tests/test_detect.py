@@ -75,6 +75,17 @@ def test_haars_smallest_face_is_a_share_of_the_shorter_side(size_hw: tuple[int, 
 
 
 @needs_haar
+def test_what_opencv_fails_on_is_told() -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise cv2.error("(-4:Insufficient memory) Failed to allocate 6000000000 bytes")
+
+    detector = HaarDetector()
+    detector._cascade = SimpleNamespace(detectMultiScale=fails)
+    with pytest.raises(BackendError, match=r"OpenCV can't find faces on 60 x 40 px: .*Insufficient memory"):
+        detector(np.zeros((40, 60), np.uint8))
+
+
+@needs_haar
 def test_haar_sees_the_same_in_every_layout(photo: np.ndarray) -> None:
     bgr = small_part(photo)
     detector = HaarDetector()
