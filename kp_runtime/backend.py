@@ -234,7 +234,7 @@ def open_backend(
             `infer` (Linux). None: those that the calling thread may use.
 
     Raises:
-        InputError: cores that this thread may not use, or there is no choosing here.
+        InputError: cores that this thread may not use, or there is no choosing here; `public_key` is no key.
         BundleError: the bundle or its files can't be used.
         SignatureError: the bundle is not signed by `public_key`.
         BackendError: the engine can't run the model, or its golden keypoints are wrong.

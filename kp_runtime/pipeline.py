@@ -337,8 +337,8 @@ def load(
             where the bundle lies when none is given.
 
     Raises:
-        InputError: cores that this thread may not use, a `public_key` that is none, or `tuned` can't be read or is
-            given beside settings of its own.
+        InputError: cores that this thread may not use, `public_key` is no key, or `tuned` can't be read or is given
+            beside settings of its own.
         BundleError: there is no bundle, or it or its files can't be used.
         SignatureError: the bundle is not signed by `public_key`.
         BackendError: there is no such engine, precision or number of threads here, the engine can't run the model, or

@@ -228,6 +228,7 @@ class Manifest:
                 bytes that are verified are those that are parsed. None asks for no signature.
 
         Raises:
+            InputError: `bundle` is no path, or `public_key` no key.
             BundleError: no such folder, no manifest in it, or fields that are not the schema's.
             SchemaError: the manifest is newer than this release.
             SignatureError: it is not signed by this key.
