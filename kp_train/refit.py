@@ -247,7 +247,7 @@ def solved_head(net: KeypointNet, old: Tensor, seen: Sequence[_Seen], strength: 
         square = weighted @ features / count
         pull = strength * square.diagonal().mean() * torch.eye(len(square), dtype=torch.float64)
         new = old + torch.linalg.solve(square + pull, weighted @ missing / count).T
-        # a squared distance over the distance is the distance; faces that fit, or never will, count less
+        # a squared distance over the distance is the distance: faces that never will fit count less
         share = weight / unit**2 / (_distances(net, features, xy, new) / unit + _LEAST)
     return new
 
