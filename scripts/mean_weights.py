@@ -23,6 +23,7 @@ from kp_runtime.spec import Manifest
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, load_checkpoint, save_checkpoint
 from kp_train.data import held_out_fraction
 from kp_train.model import KeypointNet
+from kp_train.run_record import ancestry, least_held_out
 
 STARTS = ("checkpoint_sha256", "start_sha256")
 """What a record calls the checkpoint that something began at."""
@@ -51,7 +52,7 @@ def mean_of(runs: Sequence[Path]) -> tuple[KeypointNet, Manifest]:
         differ = {
             "contract": replace(theirs.spec, lost_limit=None) != spec,
             "reduce": other.reduce != net.reduce,
-            "held-out people": held_out_fraction(theirs) != held_out_fraction(manifest),
+            "held-out people": _held_out(theirs) != _held_out(manifest),
             "licence": theirs.licence != manifest.licence,
         }
         if odd := [what for what, is_so in differ.items() if is_so]:
@@ -65,6 +66,11 @@ def mean_of(runs: Sequence[Path]) -> tuple[KeypointNet, Manifest]:
     training = {key: value for key, value in manifest.training.items() if key not in ("refit", "lost_score")}
     record = {"mean_of": [_told(theirs) for _, theirs in loaded]}
     return net, Manifest(spec, training=training | record, licence=manifest.licence)
+
+
+def _held_out(manifest: Manifest) -> tuple[float, float]:
+    """The shares of people whom its last run held out, and whom all runs before it did, too."""
+    return held_out_fraction(manifest), least_held_out(ancestry(manifest.training))
 
 
 def _lineage(manifest: Manifest) -> Iterator[str]:

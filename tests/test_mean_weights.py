@@ -18,10 +18,10 @@ from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoin
 from kp_train.model import KeypointNet
 
 SPEC = ModelSpec("small", 64)
-TRAINING: dict[str, Any] = {
+TENTH = {"held_out": {"val_fraction": 0.1}}
+TRAINING: dict[str, Any] = TENTH | {
     "config": {"seed": 1},
-    "start": {"checkpoint_sha256": "ab", "training": {"start": {"checkpoint_sha256": "first"}}},
-    "held_out": {"val_fraction": 0.1},
+    "start": {"checkpoint_sha256": "ab", "training": TENTH | {"start": {"checkpoint_sha256": "first"}}},
     "refit": {"start_sha256": "cd"},
 }
 
@@ -39,9 +39,9 @@ def saved(path: Path, seed: int, spec: ModelSpec = SPEC, licence: str = "MIT", *
 def test_the_mean_is_that_of_each_number_and_tells_of_all_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    later: dict[str, Any] = {"start": {"checkpoint_sha256": "between", "training": {"refit": {"start_sha256": "ab"}}}}
+    start = {"checkpoint_sha256": "between", "training": TENTH | {"refit": {"start_sha256": "ab"}}}
     scored = saved(tmp_path / "a", 1, dataclasses.replace(SPEC, lost_limit=0.5), lost_score={"start_sha256": "cd"})
-    runs = [scored, saved(tmp_path / "b", 2), saved(tmp_path / "c", 3, **later)]
+    runs = [scored, saved(tmp_path / "b", 2), saved(tmp_path / "c", 3, start=start)]
     monkeypatch.setattr(sys, "argv", ["mean_weights", *map(str, runs), "--out", str(tmp_path / "mean")])
     mean_weights.main()
     assert f"next: kp refit {tmp_path / 'mean'} " in capsys.readouterr().out
@@ -71,6 +71,7 @@ def test_the_mean_is_that_of_each_number_and_tells_of_all_runs(
         ({"spec": dataclasses.replace(SPEC, margin=1.5)}, "contract"),
         ({"config": {"reduce": 2}}, "reduce"),
         ({"held_out": {"val_fraction": 0.2}}, "held-out people"),
+        ({"start": {"checkpoint_sha256": "ab", "training": {"held_out": {"val_fraction": 0.05}}}}, "held-out people"),
         ({"licence": "other"}, "licence"),
         ({"start": {"checkpoint_sha256": "other"}, "refit": {}}, "did not begin at the same weights"),
     ],
