@@ -98,8 +98,8 @@ def check_calibration(faces: FaceSet, fp32: Ask) -> None:
     missed = float((point_errors(predicted, faces.xy_crop).mean(axis=1) > WORST_FACE_NME).mean())
     if missed > MOST_MISSED:
         raise DataError(
-            f"{faces.origin} does not look like faces: the fp32 network misses {missed:.0%} of them by over "
-            f"{WORST_FACE_NME:.0%} of the eye distance; calibrate on photos of the kind that the model will see"
+            f"{faces.origin} does not look like faces: the fp32 network misses {missed:.0%} of them by an NME of over "
+            f"{WORST_FACE_NME:.0%}; calibrate on photos of the kind that the model will see"
         )
 
 
