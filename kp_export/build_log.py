@@ -1,4 +1,4 @@
-"""What TensorRT says while it parses and builds: its logger, its progress, its parser's errors."""
+"""What TensorRT says while it parses and builds: its messages, its progress, its parser's errors."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kp_runtime.backend_trt import ERRORS
 from kp_runtime.errors import KpError
 from kp_runtime.files import writing
 
-__all__ = ["BuildLog", "build_logger", "build_monitor", "parser_errors"]
+__all__ = ["BuildLog", "build_monitor", "parser_errors"]
 
 
 class BuildLog:
@@ -29,6 +30,11 @@ class BuildLog:
         if error:
             self._errors.append(text.strip())
 
+    def tell(self, severity: str, text: str) -> None:
+        """Adds what TensorRT's logger is given, unless it is verbose."""
+        if severity != "verbose":
+            self.add(severity, text, error=severity in ERRORS)
+
     def last_error(self) -> str:
         """TensorRT's last error, in one line."""
         return " ".join(self._errors[-1].split()) if self._errors else "TensorRT gave no reason"
@@ -41,23 +47,6 @@ class BuildLog:
         except KpError as error:
             return f"the log could not be kept ({error})"
         return f"the log is {path}"
-
-
-def build_logger(trt: Any, log: BuildLog) -> Any:
-    """A `trt.ILogger` that collects all but the verbose messages."""
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """TensorRT calls `log`, also from threads of its own."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity != trt.ILogger.VERBOSE:
-                bad = severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
-                log.add(severity.name.lower(), msg, error=bad)
-
-    return Logger()
 
 
 def build_monitor(trt: Any, progress: Callable[[str, float], None] | None) -> Any:

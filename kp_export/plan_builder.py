@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kp_export.build_log import BuildLog, build_logger, build_monitor, parser_errors
+from kp_export.build_log import BuildLog, build_monitor, parser_errors
 from kp_export.cuda_device import CudaDevice
 from kp_export.plan_options import INPUT, PlanOptions
+from kp_runtime.backend_trt import tensorrt_logger
 from kp_runtime.errors import ExportError, KpError
 from kp_runtime.files import writing
 
@@ -45,7 +46,7 @@ class PlanBuilder:
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        self.logger = build_logger(self.trt, self.log)
+        self.logger = tensorrt_logger(self.trt, self.log.tell)
 
     @property
     def cache_path(self) -> Path:

@@ -9,8 +9,9 @@ from typing import Any
 
 from kp_export.cuda_device import CudaDevice, cuda_device
 from kp_export.plan_builder import Progress
-from kp_export.plan_from_onnx import PlanOptions, PlanReport, plan_from_onnx, plan_name, tensorrt_module
+from kp_export.plan_from_onnx import PlanOptions, PlanReport, plan_from_onnx, plan_name
 from kp_export.staging import mend, staging
+from kp_runtime.backend_trt import MODULES, tensorrt_module
 from kp_runtime.errors import BackendError, ExportError, IntegrityError
 from kp_runtime.spec import Manifest, file_entry
 
@@ -59,7 +60,7 @@ def add_plan(
         if all(entry.kind != "checkpoint" for entry in files.values()):  # a packed one
             make = f"pack it along: kp pack SOURCE --precision {ONNX_OF[precision]} --out {shlex.quote(str(bundle))}"
         raise BackendError(f"{bundle} has no {source} to build the plan from; {make}")
-    trt = trt if trt is not None else tensorrt_module()
+    trt = trt if trt is not None else tensorrt_module(MODULES[:1])
     device = device or cuda_device()
     name = plan_name(precision, device, trt.__version__, options)
     with staging(bundle) as stage:

@@ -11,7 +11,6 @@ Nothing here imports torch, onnx or TensorRT when it is imported.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import platform
 import time
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from kp_export.cuda_device import CudaDevice, cuda_device
 from kp_export.plan_builder import PlanBuilder, Progress
 from kp_export.plan_options import PlanOptions, plan_name, rebuild_command, trtexec_command
 from kp_export.precision_receipt import LEAST_SHARE, PrecisionReceipt, check_receipt, receipt_from_inspector
-from kp_runtime.backend_trt import check_runtime
+from kp_runtime.backend_trt import MODULES, check_runtime, tensorrt_module
 from kp_runtime.cubin import cache_folder as default_cache
 from kp_runtime.errors import BackendError, ExportError
 from kp_runtime.files import writing
@@ -35,7 +34,6 @@ __all__ = [
     "plan_from_onnx",
     "plan_name",
     "rebuild_command",
-    "tensorrt_module",
     "trtexec_command",
 ]
 
@@ -172,28 +170,10 @@ def plan_blocker(trt: Any = None, device: CudaDevice | None = None) -> str | Non
     return None
 
 
-def tensorrt_module() -> Any:
-    """The module tensorrt.
-
-    Raises:
-        BackendError: it is not installed, or can't be loaded.
-    """
-    try:
-        module = importlib.import_module("tensorrt")
-        if not hasattr(module, "Builder"):
-            raise ImportError("tensorrt is a folder without code, as after an uninstall")
-    except ImportError as error:
-        raise BackendError(
-            f"TensorRT is not installed here ({error}): JetPack brings it for the system's Python, elsewhere "
-            "pip install tensorrt-cu12 or tensorrt-cu13, by the driver's CUDA"
-        ) from error
-    return module
-
-
 def _find(trt: Any, device: CudaDevice | None) -> tuple[Any, CudaDevice]:
     """TensorRT and a device that works for it, in this order: importing TensorRT is safe, using it is not."""
     try:
-        trt = trt if trt is not None else tensorrt_module()
+        trt = trt if trt is not None else tensorrt_module(MODULES[:1])
         device = device or cuda_device()
     except BackendError as error:
         raise BackendError(f"{error}; {BUILD_THERE}") from error

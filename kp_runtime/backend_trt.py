@@ -19,7 +19,7 @@ import re
 import shlex
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,23 +28,33 @@ from kp_runtime.device_backend import DeviceBackend, Lane
 from kp_runtime.errors import BackendError, reason_of
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 
-__all__ = ["TensorRtBackend", "check_runtime", "open_plan", "plan_mismatch", "tensorrt_runtime"]
+__all__ = [
+    "TensorRtBackend",
+    "check_runtime",
+    "open_plan",
+    "plan_mismatch",
+    "tensorrt_logger",
+    "tensorrt_module",
+]
 
 MODULES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch")
 """Packages with a runtime; the last two load version-compatible plans alone."""
+
+ERRORS = ("error", "internal_error")
+"""Severities of TensorRT's messages that tell a failure."""
 
 _COMMAND = re.compile(r"kp plan BUNDLE( --[a-z-]+( [a-z0-9]+)?)*")
 _VERSION = re.compile(r"(\d+(?:\.\d+)+)(?:\.post\d+)?")  # TensorRT's wheels may be packed a second time
 
 
-def tensorrt_runtime() -> Any:
-    """The first of `MODULES` that is installed. To import one is safe; to use it needs a device that works.
+def tensorrt_module(names: Sequence[str] = MODULES) -> Any:
+    """The first of these modules that is installed. To import one is safe; to use it needs a device that works.
 
     Raises:
         BackendError: none is installed, or it can't be loaded.
     """
     reasons = []
-    for name in MODULES:
+    for name in names:
         try:
             module = importlib.import_module(name)
         except ImportError as error:
@@ -70,7 +80,7 @@ def open_plan(
         IntegrityError: the plan that fits is cut off or not the manifest's.
         BackendError: no device, no TensorRT, or no plan that fits: with the command that builds one here.
     """
-    driver, trt = CudaDriver(), tensorrt_runtime()
+    driver, trt = CudaDriver(), tensorrt_module()
     reasons: list[str] = []
     for name in names:
         entry = manifest.files[name]
@@ -158,7 +168,7 @@ class TensorRtBackend(DeviceBackend):
     def __init__(self, plan: bytes, entry: FileEntry, spec: ModelSpec, driver: CudaDriver, trt: Any) -> None:
         super().__init__(spec, driver)
         self._errors = _Errors(maxlen=8)
-        logger = _runtime_logger(trt, self._errors)
+        logger = tensorrt_logger(trt, self._errors.tell)
         driver.make_current()
         runtime = _runtime(trt, logger, self._errors, driver.cuda)
         options = entry.made["options"]
@@ -233,6 +243,10 @@ class _TensorRtLane(Lane):
 class _Errors(deque[str]):
     """TensorRT's last errors."""
 
+    def tell(self, severity: str, text: str) -> None:
+        if severity in ERRORS:
+            self.append(" ".join(text.split()))
+
     def last(self) -> str:
         return self[-1] if self else "it gave no reason"
 
@@ -248,7 +262,7 @@ def check_runtime(trt: Any, cuda: str) -> None:
         BackendError: it can't.
     """
     errors = _Errors(maxlen=8)
-    _runtime(trt, _runtime_logger(trt, errors), errors, cuda)
+    _runtime(trt, tensorrt_logger(trt, errors.tell), errors, cuda)
 
 
 def _runtime(trt: Any, logger: Any, errors: _Errors, cuda: str) -> Any:
@@ -270,15 +284,16 @@ def _runtime(trt: Any, logger: Any, errors: _Errors, cuda: str) -> Any:
     return runtime
 
 
-def _runtime_logger(trt: Any, errors: _Errors) -> Any:
-    """A logger that keeps errors in `errors`."""
+def tensorrt_logger(trt: Any, tell: Callable[[str, str], None]) -> Any:
+    """A `trt.ILogger` that tells each message: its severity, such as `error`, and its text."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
+        """TensorRT calls `log`, also from threads of its own."""
+
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                errors.append(" ".join(msg.split()))
+            tell(severity.name.lower(), msg)
 
     return Logger()

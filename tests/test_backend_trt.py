@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kp_runtime.backend import open_backend
-from kp_runtime.backend_trt import MODULES, TensorRtBackend, tensorrt_runtime
+from kp_runtime.backend_trt import MODULES, TensorRtBackend, tensorrt_module
 from kp_runtime.cuda_graphs import GraphWarning
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, IntegrityError, MissingExtraError
@@ -291,7 +291,7 @@ def test_a_folder_of_that_name_is_no_tensorrt(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))  # what Python makes of such a folder
     with pytest.raises(BackendError, match=r"not installed here \(tensorrt is a folder without code"):
-        tensorrt_runtime()
+        tensorrt_module()
 
 
 def test_plan_of_another_contract(install: Any, tmp_path: Path) -> None:
@@ -372,7 +372,7 @@ def test_no_tensorrt(install: Any, tmp_path: Path) -> None:
     with pytest.raises(
         BackendError, match=r"TensorRT is not installed here \(.*\): JetPack .*pip install tensorrt-cu12 or"
     ):
-        tensorrt_runtime()
+        tensorrt_module()
     with pytest.raises(BackendError, match="TensorRT is not installed here"):
         opened(with_plan(tmp_path))
 

@@ -23,7 +23,7 @@ pytestmark = [
 
 OPENED = """
 import sys
-from kp_runtime.backend_trt import TensorRtBackend, tensorrt_runtime
+from kp_runtime.backend_trt import TensorRtBackend, tensorrt_module
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import BackendError
 from kp_runtime.spec import FileEntry, ModelSpec
@@ -35,7 +35,7 @@ class Driver:  # says that all is well, as an older driver than TensorRT needs d
 made = {"options": {"version_compatible": sys.argv[1] == "compatible", "dla_core": 0 if sys.argv[1] == "dla" else None}}
 try:
     TensorRtBackend(b"ftrt" + bytes(1000), FileEntry("", 0, "plan", "fp16", None, made), ModelSpec("m"), Driver(),
-                    tensorrt_runtime())
+                    tensorrt_module())
 except BackendError as error:
     kept = error  # with the traceback, and so with TensorRT's objects
     print(error)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -373,9 +371,3 @@ def test_on_this_gpu(tmp_path: Path) -> None:
         tmp_path / "model.fp32.onnx", tmp_path / "a.plan", precision="fp32", cache_folder=tmp_path, least_share=0
     )
     assert (tmp_path / report.file).stat().st_size > 0
-
-
-def test_a_folder_of_that_name_is_no_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))  # what Python makes of such a folder
-    with pytest.raises(BackendError, match=r"not installed here \(tensorrt is a folder without code"):
-        module.tensorrt_module()
