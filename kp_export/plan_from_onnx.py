@@ -22,7 +22,7 @@ from kp_export.cuda_device import CudaDevice, cuda_device
 from kp_export.plan_builder import PlanBuilder, Progress
 from kp_export.plan_options import PlanOptions, plan_name, rebuild_command, trtexec_command
 from kp_export.precision_receipt import LEAST_SHARE, PrecisionReceipt, check_receipt, receipt_from_inspector
-from kp_runtime.backend_trt import MODULES, check_runtime, tensorrt_module
+from kp_runtime.backend_trt import MODULES, OLDEST, check_runtime, is_too_old, tensorrt_module
 from kp_runtime.cubin import cache_folder as default_cache
 from kp_runtime.errors import BackendError, ExportError
 from kp_runtime.files import writing
@@ -37,7 +37,6 @@ __all__ = [
     "trtexec_command",
 ]
 
-OLDEST = (10, 3)
 BUILD_THERE = "a plan is built on the device that runs it, there: kp plan BUNDLE --precision fp16"
 
 
@@ -177,9 +176,9 @@ def _find(trt: Any, device: CudaDevice | None) -> tuple[Any, CudaDevice]:
         device = device or cuda_device()
     except BackendError as error:
         raise BackendError(f"{error}; {BUILD_THERE}") from error
-    if tuple(int(part) for part in trt.__version__.split(".")[:2]) < OLDEST:
+    if is_too_old(trt.__version__):
         raise BackendError(
-            f"TensorRT {trt.__version__} is too old, {'.'.join(map(str, OLDEST))} to 11.4 are supported: update it "
+            f"TensorRT {trt.__version__} is too old, {OLDEST} to 11.4 are supported: update it "
             f"(JetPack 6.1 brings 10.3); {BUILD_THERE}"
         )
     try:

@@ -31,6 +31,7 @@ from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 __all__ = [
     "TensorRtBackend",
     "check_runtime",
+    "is_too_old",
     "open_plan",
     "plan_mismatch",
     "tensorrt_logger",
@@ -39,6 +40,9 @@ __all__ = [
 
 MODULES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch")
 """Packages with a runtime; the last two load version-compatible plans alone."""
+
+OLDEST = "10.3"
+"""The first TensorRT that builds plans of this project and runs them."""
 
 ERRORS = ("error", "internal_error")
 """Severities of TensorRT's messages that tell a failure."""
@@ -133,6 +137,12 @@ def plan_mismatch(entry: FileEntry, driver: CudaDriver, trt: Any) -> str | None:
     if not any_newer and trt.__name__ != MODULES[0]:
         return f"needs the package tensorrt, here is {trt.__name__}, which loads version-compatible plans alone"
     return None
+
+
+def is_too_old(version: str) -> bool:
+    """Whether a TensorRT of this version is older than `OLDEST`; one that can't be read is not."""
+    found = _VERSION.match(version)
+    return found is not None and _numbers(found[0]) < _numbers(OLDEST)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from kp_runtime.backend_trt import OLDEST, is_too_old
 from kp_runtime.gpu_code import GpuCode
 from kp_runtime.machine import driver_version, jetson_from_system
 from kp_runtime.probes import Outcome, ask
@@ -326,7 +327,7 @@ def provider(here: Surroundings, gpu: Gpu | None, answer: Outcome) -> list[Findi
 
 
 def tensorrt(here: Surroundings, gpu: Gpu | None, answers: Mapping[str, Outcome]) -> Finding:
-    """Whether TensorRT's modules can be imported, and are for the driver's CUDA."""
+    """Whether TensorRT's modules can be imported, are new enough, and for the driver's CUDA."""
     subject = "TensorRT"
     for name, answer in answers.items():
         if answer.state in ("failed", "crashed", "hung"):
@@ -341,6 +342,9 @@ def tensorrt(here: Surroundings, gpu: Gpu | None, answers: Mapping[str, Outcome]
             gpu and gpu.cuda
         )
         return Finding(subject, WARNING, "not installed", advice) if gpu else Finding(subject, ABSENT, "not installed")
+    if any(map(is_too_old, versions.values())):
+        advice = f"install TensorRT {OLDEST} or newer: JetPack 6.1 brings 10.3; meanwhile: --backend ort-cpu"
+        return Finding(subject, PROBLEM, f"{told}: too old to build plans or to run them", advice)
     if len(set(versions.values())) > 1:
         return Finding(subject, WARNING, f"{told}: a plan runs in the version that built it", "install one version")
     built_for = {int(found[1]) for name in here.packages if (found := TENSORRT_WHEELS.fullmatch(name))}

@@ -342,7 +342,7 @@ def test_blocker_without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocker_of_an_old_tensorrt(version: str) -> None:
     trt = tensorrt_double(version)
     trt.__version__ = "8.6.1"
-    assert "TensorRT 8.6.1 is too old" in str(plan_blocker(trt, ORIN))
+    assert "TensorRT 8.6.1 is too old, 10.3 to 11.4 are" in str(plan_blocker(trt, ORIN))
 
 
 def test_device_is_looked_for_before_tensorrt_is_used(
