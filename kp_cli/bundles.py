@@ -211,6 +211,8 @@ def plan(
         return
     tell(f"{bundle / report.file}: {report.gpu}, TensorRT {report.tensorrt}, {report.seconds:g} s")
     tell(report.receipt)
+    if report.golden_error_px is not None:
+        tell(f"opened: golden keypoints {report.golden_error_px:.3f} px from PyTorch's")
 
 
 def pack(

@@ -420,6 +420,10 @@ def _provenance(manifest: Any) -> list[str]:
         if {"nme", "failures", "faces"} <= set(measured):
             numbers = f"NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"
             lines.append(f"{data}: {numbers}")
+    for name, entry in manifest.files.items():
+        if entry.kind == "plan" and isinstance(error := entry.made.get("golden_error_px"), float):
+            gpu = entry.made.get("gpu")
+            lines.append(f"{name}: golden keypoints {error:.3f} px from PyTorch's where it was built ({gpu})")
     return lines + [f"licence of the {what}: {text}" for what, text in manifest.licence.items()]
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Any
 
-from kp_export.cuda_device import CudaDevice, cuda_device
+from kp_export.cuda_device import cuda_device
 from kp_export.plan_builder import Progress
 from kp_export.plan_from_onnx import PlanOptions, PlanReport, plan_from_onnx, plan_name
 from kp_export.staging import mend, staging
+from kp_runtime.backend import open_backend
 from kp_runtime.backend_trt import MODULES, tensorrt_module
-from kp_runtime.errors import BackendError, ExportError, IntegrityError
+from kp_runtime.errors import BackendError, ExportError, IntegrityError, KpError
 from kp_runtime.spec import Manifest, file_entry
 
 __all__ = ["add_plan"]
@@ -26,27 +26,23 @@ def add_plan(
     precision: str,
     options: PlanOptions | None = None,
     *,
-    trt: Any = None,
-    device: CudaDevice | None = None,
     progress: Progress | None = None,
 ) -> PlanReport:
     """Builds a plan from the bundle's ONNX file and enters it in the manifest.
 
-    The bundle is replaced when the plan is complete and its precision was proven; until then, and
-    on any error, it stays as it was, but for the build's log beside its files.
+    The bundle is replaced when the plan is complete, its precision was proven, and a program opened it and found
+    the golden keypoints; until then, and on any error, it stays as it was, but for the build's log beside its files.
 
     Args:
         bundle: the bundle's folder.
         precision: `fp32`, `fp16` or `int8`.
         options: batch sizes, memory, compatibility; the defaults when None.
-        trt: the module tensorrt; imported when None.
-        device: the CUDA device; the first one when None.
         progress: told each phase's name and how far it is, 0 to 1.
 
     Raises:
         BundleError: the bundle or its ONNX file can't be used, or the file was changed during the build.
         BackendError: TensorRT, a CUDA device, or an ONNX file of this precision is missing.
-        ExportError: the plan can't be built, or does not compute in this precision.
+        ExportError: the plan can't be built, does not compute in this precision, or can't be opened here.
     """
     if precision not in ONNX_OF:
         raise ExportError(f"a plan's precision must be one of {', '.join(ONNX_OF)}, got {precision!r}")
@@ -60,8 +56,7 @@ def add_plan(
         if all(entry.kind != "checkpoint" for entry in files.values()):  # a packed one
             make = f"pack it along: kp pack SOURCE --precision {ONNX_OF[precision]} --out {shlex.quote(str(bundle))}"
         raise BackendError(f"{bundle} has no {source} to build the plan from; {make}")
-    trt = trt if trt is not None else tensorrt_module(MODULES[:1])
-    device = device or cuda_device()
+    trt, device = tensorrt_module(MODULES[:1]), cuda_device()
     name = plan_name(precision, device, trt.__version__, options)
     with staging(bundle) as stage:
         manifest = Manifest.read(bundle)
@@ -83,4 +78,16 @@ def add_plan(
             stage / name, "plan", precision=precision, parent_sha256=manifest.files[source].sha256, made=made
         )
         dataclasses.replace(manifest, files=manifest.files | {name: entry}).write(stage)
+        report = dataclasses.replace(report, golden_error_px=_golden_error_px(stage / name, bundle))
+        entry = dataclasses.replace(entry, made=made | {"golden_error_px": report.golden_error_px})
+        dataclasses.replace(manifest, files=manifest.files | {name: entry}).write(stage)
     return report
+
+
+def _golden_error_px(plan: Path, bundle: Path) -> float | None:
+    """What a plan in the stage of a bundle does to the golden crop, opened as a program opens it."""
+    try:
+        return open_backend(plan, "tensorrt").report.golden_error_px
+    except KpError as error:
+        reason = str(error).replace(str(plan.parent), str(bundle)).partition("; build one here: ")[0]
+        raise ExportError(f"{plan.name} is not kept, as it does not run here: {reason}") from error

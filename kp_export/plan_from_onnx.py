@@ -61,6 +61,8 @@ class PlanReport:
         trtexec: the same build by NVIDIA's own tool, in the bundle's folder.
         receipt: in which types the engine computes.
         seconds: how long parsing and building took.
+        golden_error_px: largest distance of the golden keypoints from PyTorch's, as the plan was opened for the
+            bundle; None where that was not done, or the bundle has no golden crop.
     """
 
     file: str
@@ -79,6 +81,7 @@ class PlanReport:
     trtexec: str
     receipt: PrecisionReceipt
     seconds: float
+    golden_error_px: float | None = None
 
 
 def plan_from_onnx(

@@ -153,6 +153,9 @@ class DriverDouble:
     def _cuDeviceGet(self, index: int) -> int:
         return index
 
+    def _cuDeviceGetName(self, length: int, device: int) -> bytes:
+        return b"Orin".ljust(length, b"\0")
+
     def _cuDeviceGetAttribute(self, attribute: int, device: int) -> int:
         return attribute
 

@@ -17,15 +17,9 @@ from kp_runtime.machine import driver_version, l4t_release
 from tests.cuda_driver_double import ARGUMENTS, DriverDouble, Result
 
 
-class Orin(DriverDouble):
-    @staticmethod
-    def _cuDeviceGetName(length: int, device: int) -> bytes:  # noqa: N802  CUDA's own name
-        return b"Orin".ljust(length, b"\0")
-
-
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    double = Orin(None)
+    double = DriverDouble(None)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", double)
     monkeypatch.setattr(module, "driver_version", partial(driver_version, tmp_path))
     monkeypatch.setattr(module, "l4t_release", partial(l4t_release, tmp_path))

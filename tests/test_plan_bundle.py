@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,10 @@ from kp_export.plan_bundle import add_plan
 from kp_export.plan_options import PlanOptions
 from kp_runtime.errors import BackendError, ExportError, IntegrityError, SchemaError
 from kp_runtime.spec import Manifest, file_entry
-from tests.tensorrt_double import ORIN, PLAN, tensorrt_double
+from tests.cuda_driver_double import DriverDouble
+from tests.models import tiny_keypoints
+from tests.tensorrt_double import PLAN, TENSORS, tensorrt_double
+from tests.test_cli import kp
 
 
 @pytest.fixture
@@ -27,9 +32,23 @@ def copied(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return folder
 
 
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Installs doubles of the CUDA driver and of a TensorRT."""
+    driver = DriverDouble(None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: True)
+
+    def put(version: str = "10.3.0", **answers: Any) -> None:
+        monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_double(version, device=driver, **answers))
+
+    return put
+
+
 @pytest.mark.parametrize("version", ["10.3.0", "11.4.0"])
-def test_a_plan_gets_its_entry(copied: Path, version: str) -> None:
-    report = add_plan(copied, "fp16", trt=tensorrt_double(version), device=ORIN)
+def test_a_plan_gets_its_entry(copied: Path, version: str, install: Any) -> None:
+    install(version)
+    report = add_plan(copied, "fp16")
     manifest = Manifest.read(copied)
     entry = manifest.files[report.file]
     assert manifest.check_file(copied, report.file).read_bytes() == PLAN
@@ -39,41 +58,78 @@ def test_a_plan_gets_its_entry(copied: Path, version: str) -> None:
     assert entry.made["tensorrt"].startswith(version)
     assert entry.made["gpu"] == "Orin"
     assert "receipt" in entry.made
+    assert entry.made["golden_error_px"] == report.golden_error_px < 0.001
     for name in manifest.files:
         manifest.check_file(copied, name)
 
 
-def test_a_failed_build_leaves_the_bundle_and_its_log(copied: Path) -> None:
-    trt = tensorrt_double("10.3.0")
-    first = add_plan(copied, "fp16", trt=trt, device=ORIN)
+def test_a_failed_build_leaves_the_bundle_and_its_log(copied: Path, install: Any) -> None:
+    install()
+    first = add_plan(copied, "fp16")
     before = {p.name: p.read_bytes() for p in copied.iterdir()}
-    broken = tensorrt_double("10.3.0", built=None)
+    install(built=None)
     with pytest.raises(ExportError, match=r"no plan was built .* the log is .*\.log"):
-        add_plan(copied, "fp16", trt=broken, device=ORIN)
+        add_plan(copied, "fp16")
     after = {p.name: p.read_bytes() for p in copied.iterdir()}
     assert after.pop(f"{first.file}.log")
     assert after == before
 
 
-def test_a_model_that_is_changed_during_the_build(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        ({"contexts": 1}, "TensorRT has no memory for another execution context"),
+        (
+            {"tensors": {"crops": TENSORS["crops"]}},
+            "is refused: the plan does not have the contract's input and output",
+        ),
+        ({}, "tensorrt puts a golden keypoint 0.8"),
+    ],
+)
+def test_a_plan_that_does_not_run_is_not_kept(
+    fault: Any, told: str, copied: Path, install: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {p.name: p.read_bytes() for p in copied.iterdir()}
+    install(**fault)
+    monkeypatch.setattr("tests.tensorrt_double.tiny_outputs", lambda crops: (tiny_keypoints(crops) + 0.6,))
+    with pytest.raises(
+        ExportError, match=r"^model\.fp16\.sm87\.trt10\.3\.0\.plan is not kept, as it does not run"
+    ) as raised:
+        add_plan(copied, "fp16")
+    assert told in str(raised.value)
+    assert not any(text in str(raised.value) for text in ("\n", ".bundle.new", "build one here"))
+    assert {p.name: p.read_bytes() for p in copied.iterdir()} == before
+
+
+def test_what_was_measured_is_told(copied: Path, install: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    install()
+    status, out, _ = kp(capsys, "plan", copied)
+    assert (status, out.splitlines()[-1]) == (0, "opened: golden keypoints 0.000 px from PyTorch's")
+    told = "model.fp16.sm87.trt10.3.0.plan: golden keypoints 0.000 px from PyTorch's where it was built (Orin)\n"
+    assert told in kp(capsys, "inspect", copied)[1]
+
+
+def test_a_model_that_is_changed_during_the_build(copied: Path, install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("11.4.0")
     before = {p.name: p.read_bytes() for p in copied.iterdir()}
     read = plan_from_onnx._read
     monkeypatch.setattr(plan_from_onnx, "_read", lambda path: read(path) + b"\x72\x00")  # an empty field at the end
     with pytest.raises(IntegrityError, match=r"model\.fp16\.onnx was changed while the plan was built"):
-        add_plan(copied, "fp16", trt=tensorrt_double("11.4.0"), device=ORIN)
+        add_plan(copied, "fp16")
     assert {p.name: p.read_bytes() for p in copied.iterdir()} == before
 
 
-def test_a_model_that_is_not_the_manifests_is_named(copied: Path) -> None:
+def test_a_model_that_is_not_the_manifests_is_named(copied: Path, install: Any) -> None:
+    install("11.4.0")
     (copied / "model.fp16.onnx").write_bytes(b"other")
     with pytest.raises(IntegrityError, match=re.escape(f"{copied / 'model.fp16.onnx'} has 5 bytes")):
-        add_plan(copied, "fp16", trt=tensorrt_double("11.4.0"), device=ORIN)
+        add_plan(copied, "fp16")
 
 
-def test_plans_of_other_kinds_lie_beside_each_other(copied: Path) -> None:
-    trt = tensorrt_double("10.3.0")
+def test_plans_of_other_kinds_lie_beside_each_other(copied: Path, install: Any) -> None:
+    install()
     made = [
-        add_plan(copied, "fp16", options, trt=trt, device=ORIN).file
+        add_plan(copied, "fp16", options).file
         for options in (None, PlanOptions(max_batch=8), PlanOptions(version_compatible=True, hardware_compatible=True))
     ]
     name = made[0].removesuffix(".plan")
@@ -82,9 +138,9 @@ def test_plans_of_other_kinds_lie_beside_each_other(copied: Path) -> None:
 
 
 def test_what_is_missing_is_named(copied: Path) -> None:
-    copied, trt = copied.rename(copied.with_name("a bundle")), tensorrt_double("11.4.0")
+    copied = copied.rename(copied.with_name("a bundle"))
     with pytest.raises(BackendError, match=r"pack it along: kp pack SOURCE --precision int8-trt --out '.*a bundle'$"):
-        add_plan(copied, "int8", trt=trt, device=ORIN)
+        add_plan(copied, "int8")
     manifest = Manifest.read(copied)
     (copied / "checkpoint.safetensors").write_bytes(b"weights")
     manifest.files["checkpoint.safetensors"] = file_entry(copied / "checkpoint.safetensors", "checkpoint")
@@ -92,10 +148,10 @@ def test_what_is_missing_is_named(copied: Path) -> None:
     with pytest.raises(
         BackendError, match=r"has no model\.int8-trt\.onnx to build the plan from; make it with: kp export '.*' --int8"
     ):
-        add_plan(copied, "int8", trt=trt, device=ORIN)
+        add_plan(copied, "int8")
     with pytest.raises(ExportError, match="must be one of fp32, fp16, int8, got 'bf16'"):
-        add_plan(copied, "bf16", trt=trt, device=ORIN)
+        add_plan(copied, "bf16")
     text = (copied / "manifest.json").read_text()
     (copied / "manifest.json").write_text(text.replace('"schema": 1', '"schema": 2'))
     with pytest.raises(SchemaError):
-        add_plan(copied, "fp16", trt=trt, device=ORIN)
+        add_plan(copied, "fp16")
