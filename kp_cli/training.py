@@ -262,7 +262,7 @@ def train_detector(
 
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A checkpoint, a bundle's folder, or an ONNX file in a bundle.")],
+    model: Annotated[Path, typer.Argument(help="A checkpoint, a bundle's folder, or an ONNX file or a plan in it.")],
     data: Data,
     boxes: Annotated[
         Boxes, typer.Option(help="Boxes from the true keypoints, or from a face detector.")

@@ -77,7 +77,7 @@ class Evaluation:
 
 
 def open_model(path: Path, threads: int | None = None) -> OpenModel:
-    """Opens a checkpoint (PyTorch), a bundle's folder (its checkpoint), or a bundle's ONNX file.
+    """Opens a checkpoint (PyTorch), a bundle's folder (its checkpoint), or a bundle's ONNX file or plan.
 
     Args:
         path: of one of these.

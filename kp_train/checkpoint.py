@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,11 @@ def load_checkpoint(path: Path) -> tuple[KeypointNet, Manifest]:
     if not path.is_dir() and path.name != CHECKPOINT_NAME:
         raise BundleError(f"{path} is no checkpoint: a checkpoint is a bundle's folder or its {CHECKPOINT_NAME}")
     manifest = Manifest.read(bundle)
+    if CHECKPOINT_NAME not in manifest.files:
+        raise BundleError(
+            f"the bundle {bundle} has no file {CHECKPOINT_NAME}: take the one that it was packed from, or pack with "
+            f"--checkpoint; kp eval {shlex.quote(str(bundle))}/FILE measures a model file without it"
+        )
     file = manifest.check_file(bundle, CHECKPOINT_NAME)
     config = manifest.training.get("config", {})
     reduce = config.get("reduce", 1) if isinstance(config, dict) else None

@@ -148,7 +148,7 @@ def test_a_file_beside_no_manifest_is_named(
         (("export", "{bundle}", "--int8", "--calibration", "{out}"), "neither a CSV of 68 points nor a folder"),
         (("plan", "{bundle}", "--max-batch", "0"), "batch sizes must be 1 <= min <= opt <= max"),
         (("plan", "{bundle}"), "has no model.fp16.onnx"),
-        (("verify", "{bundle}"), "has no file checkpoint.safetensors"),
+        (("verify", "{bundle}"), "has no file checkpoint.safetensors: take the one that it was packed from, or pack"),
         (("train", "--data", "x", "--out", "{out}"), "neither a CSV"),
         (("train", "--data", "x", "--out", "{out}", "--epochs", "0"), "epochs must be"),
     ],

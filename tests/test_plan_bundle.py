@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from kp_export.plan_bundle import add_plan
 from kp_export.plan_options import PlanOptions
 from kp_runtime.errors import BackendError, ExportError, IntegrityError, SchemaError
 from kp_runtime.spec import Manifest, file_entry
+from kp_train.synthetic import write_csv_source
 from tests.cuda_driver_double import DriverDouble
 from tests.models import tiny_keypoints
 from tests.tensorrt_double import PLAN, TENSORS, tensorrt_double
@@ -107,6 +109,18 @@ def test_what_was_measured_is_told(copied: Path, install: Any, capsys: pytest.Ca
     assert (status, out.splitlines()[-1]) == (0, "opened: golden keypoints 0.000 px from PyTorch's")
     told = "model.fp16.sm87.trt10.3.0.plan: golden keypoints 0.000 px from PyTorch's where it was built (Orin)\n"
     assert told in kp(capsys, "inspect", copied)[1]
+
+
+def test_a_plan_is_measured_on_labelled_faces_without_a_checkpoint(
+    copied: Path, install: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install()
+    plan, data = copied / add_plan(copied, "fp16").file, write_csv_source(tmp_path, people=2)
+    got, wanted = (
+        json.loads(kp(capsys, "eval", file, "--data", data, "--json")[1]) for file in (plan, copied / "model.fp32.onnx")
+    )
+    assert got["model"] == f"tiny {plan.name} (tensorrt)"
+    assert got["nme"] == pytest.approx(wanted["nme"], rel=1e-5)
 
 
 def test_a_model_that_is_changed_during_the_build(copied: Path, install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
