@@ -95,7 +95,6 @@ def plan_from_onnx(
     cache_folder: Path | None = None,
     progress: Progress | None = None,
     log_path: Path | None = None,
-    least_share: float | None = None,
 ) -> PlanReport:
     """Builds a plan on this machine's GPU; on an error the old plan stays in place.
 
@@ -109,7 +108,6 @@ def plan_from_onnx(
         cache_folder: of timing caches; the user's cache folder when None.
         progress: told each phase's name and how far it is, 0 to 1.
         log_path: where the log goes on failure; `<plan_path>.log` when None.
-        least_share: see `check_receipt`.
 
     Raises:
         BackendError: TensorRT or a working CUDA device is missing.
@@ -131,7 +129,7 @@ def plan_from_onnx(
         plan, shapes = build.plan(onnx)
         seconds = time.perf_counter() - started
         receipt = receipt_from_inspector(build.inspect(plan, shapes[1]), options.opt_batch)
-        check_receipt(receipt, precision, dla=options.dla_core is not None, least_share=least_share)
+        check_receipt(receipt, precision, dla=options.dla_core is not None)
     except Exception as error:
         where = log.write(log_path or plan_path.with_name(plan_path.name + ".log"))
         raise ExportError(f"no plan was built from {onnx_path.name}: {error}; {where}") from error

@@ -135,7 +135,7 @@ def _receipt(document: Any, batch: int) -> PrecisionReceipt:
     )
 
 
-def check_receipt(receipt: PrecisionReceipt, precision: str, *, dla: bool, least_share: float | None = None) -> None:
+def check_receipt(receipt: PrecisionReceipt, precision: str, *, dla: bool) -> None:
     """Fails when an engine does not compute in the type that was asked for.
 
     On a GPU the share of compute counts, and the share of bytes where compute can't be estimated.
@@ -145,14 +145,10 @@ def check_receipt(receipt: PrecisionReceipt, precision: str, *, dla: bool, least
         receipt: of the engine.
         precision: `fp32`, `fp16` or `int8`.
         dla: whether the DLA was asked for.
-        least_share: least share; `LEAST_SHARE` when None, 0 to only report.
 
     Raises:
         ExportError: too little is in that type, or on the DLA.
     """
-    least = LEAST_SHARE[precision] if least_share is None else least_share
-    if least <= 0:
-        return
     if dla:
         if receipt.dla_layers == 0 or receipt.left_on_gpu:
             raise ExportError(
@@ -164,7 +160,7 @@ def check_receipt(receipt: PrecisionReceipt, precision: str, *, dla: bool, least
     shares, measure = receipt.compute_shares, "compute"
     if not shares:
         shares, measure = receipt.byte_shares, "bytes"
-    got = shares.get(precision, 0.0)
+    got, least = shares.get(precision, 0.0), LEAST_SHARE[precision]
     if not got >= least:
         found = ", ".join(f"{share:.0%} {name}" for name, share in shares.items()) or "nothing that can be counted"
         raise ExportError(

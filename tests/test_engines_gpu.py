@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from pathlib import Path
@@ -10,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kp_export.plan_from_onnx import PlanOptions, plan_blocker, plan_from_onnx
+from kp_export.plan_bundle import add_plan
+from kp_export.plan_from_onnx import PlanOptions, plan_blocker
+from kp_export.precision_receipt import LEAST_SHARE
 from kp_runtime.backend import BACKENDS, open_backend
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError
-from kp_runtime.spec import Manifest, file_entry
 from tests.models import SIZE, tiny_bundle, tiny_keypoints, tiny_scores
 from tests.tolerances import MAP_PX, assert_close
 
@@ -47,11 +47,9 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def add_plan_for_eight(bundle: Path) -> None:
     if blocker := plan_blocker():
         pytest.skip(blocker)
-    plan, options = bundle / "model.fp32.plan", PlanOptions(max_batch=8)
-    report = plan_from_onnx(bundle / "model.fp32.onnx", plan, options, precision="fp32", least_share=0)
-    manifest = Manifest.read(bundle)
-    manifest.files[plan.name] = file_entry(plan, "plan", precision="fp32", made=dataclasses.asdict(report))
-    manifest.write(bundle)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LEAST_SHARE, "fp32", 0.0)  # the tiny network has no layer with weights
+        add_plan(bundle, "fp32", PlanOptions(max_batch=8))
 
 
 def some_crops(n: int) -> np.ndarray:
