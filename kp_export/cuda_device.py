@@ -25,6 +25,7 @@ class CudaDevice:
         cuda: the newest CUDA version that the driver runs, such as `12.6`.
         driver: version of the kernel driver, where Linux tells it.
         l4t: first line of `/etc/nv_tegra_release`, on a Jetson.
+        multiprocessors: how many it has, where that was asked.
     """
 
     index: int
@@ -33,6 +34,7 @@ class CudaDevice:
     cuda: str
     driver: str | None = None
     l4t: str | None = None
+    multiprocessors: int | None = None
 
     @property
     def sm(self) -> str:
@@ -56,4 +58,5 @@ def cuda_device() -> CudaDevice:
         cuda=driver.cuda,
         driver=driver_version(),
         l4t=release.lstrip("# ") if release else None,
+        multiprocessors=driver.multiprocessors,
     )

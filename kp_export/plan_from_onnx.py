@@ -49,6 +49,7 @@ class PlanReport:
         precision: the type that was asked for and found.
         gpu: name of the device.
         compute_capability: such as `8.7`.
+        multiprocessors: how many the device has: boards of one capability differ in it.
         cuda: newest CUDA version of the driver.
         driver: version of the kernel driver, where known.
         tensorrt: version that built it; only this one loads it, unless version compatible.
@@ -69,6 +70,7 @@ class PlanReport:
     precision: str
     gpu: str
     compute_capability: str
+    multiprocessors: int | None
     cuda: str
     driver: str | None
     tensorrt: str
@@ -141,6 +143,7 @@ def plan_from_onnx(
         precision=precision,
         gpu=device.name,
         compute_capability=device.compute_capability,
+        multiprocessors=device.multiprocessors,
         cuda=device.cuda,
         driver=device.driver,
         tensorrt=version,

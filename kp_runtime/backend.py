@@ -73,6 +73,7 @@ class BackendReport:
         precision: of that file.
         rejected: what would have been preferred, engines and then precisions, each with the reason against it.
         golden_error_px: largest distance of the golden keypoints; None where none were compared.
+        warnings: what speaks against the file, which runs all the same, such as a plan of another board's GPU.
     """
 
     backend: str
@@ -80,6 +81,7 @@ class BackendReport:
     precision: str
     rejected: tuple[str, ...]
     golden_error_px: float | None
+    warnings: tuple[str, ...] = ()
 
 
 class Answer(NamedTuple):
@@ -116,12 +118,14 @@ class Backend(ABC):
     Attributes:
         name: the engine's, one of `BACKENDS`.
         report: what was opened and why.
+        warnings: those of the report.
         cores: where a thread runs while it is in `infer`; None leaves it where it is.
         threads: most threads of the host in a call, the calling one among them.
     """
 
     name: str
     report: BackendReport
+    warnings: tuple[str, ...] = ()
     cores: frozenset[int] | None = None
     threads: int = 1
 
@@ -325,7 +329,9 @@ def _opened(engine: str, asked: _Asked, rejected: list[str]) -> Backend:
     backend.cores = asked.cores
     entry = asked.manifest.files[name]
     error = _checked_golden(backend, asked, entry) if asked.golden else None
-    backend.report = BackendReport(engine, name, entry.precision or "fp32", (*rejected, *passed_over), error)
+    backend.report = BackendReport(
+        engine, name, entry.precision or "fp32", (*rejected, *passed_over), error, backend.warnings
+    )
     return backend
 
 

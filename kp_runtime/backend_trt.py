@@ -92,6 +92,7 @@ def open_plan(
         if reason is None:
             try:
                 opened = TensorRtBackend(manifest.read_file(folder, name), entry, manifest.spec, driver, trt)
+                opened.warnings = (*_built_elsewhere(folder, name, entry, driver), *opened.warnings)
                 passed_over += reasons
                 return name, opened
             except _RefusedError as error:
@@ -110,6 +111,14 @@ def _rebuild(folder: Path, entry: FileEntry) -> str:
     if not _COMMAND.fullmatch(command):  # what stands in a manifest is shown as a command only where it is ours
         command = f"kp plan BUNDLE --precision {entry.precision}"
     return f"build one here: {command.replace('BUNDLE', shlex.quote(str(folder)), 1)}"
+
+
+def _built_elsewhere(folder: Path, name: str, entry: FileEntry, driver: CudaDriver) -> tuple[str, ...]:
+    """What to know of a plan that fits and was built on a GPU of the same kind, but of another size."""
+    built, here = entry.made.get("multiprocessors"), driver.multiprocessors
+    if not isinstance(built, int) or built == here or entry.made["options"]["hardware_compatible"]:
+        return ()
+    return (f"{name} was built on a GPU with {built} multiprocessors, this one has {here}; {_rebuild(folder, entry)}",)
 
 
 def plan_mismatch(entry: FileEntry, driver: CudaDriver, trt: Any) -> str | None:
@@ -177,7 +186,7 @@ class TensorRtBackend(DeviceBackend):
 
     def __init__(self, plan: bytes, entry: FileEntry, spec: ModelSpec, driver: CudaDriver, trt: Any) -> None:
         super().__init__(spec, driver)
-        self._errors = _Errors(maxlen=8)
+        self._errors = _Errors()
         logger = tensorrt_logger(trt, self._errors.tell)
         driver.make_current()
         runtime = _runtime(trt, logger, self._errors, driver.cuda)
@@ -190,6 +199,7 @@ class TensorRtBackend(DeviceBackend):
         if engine is None:
             raise _RefusedError(f"TensorRT {trt.__version__} can't load the plan: {self._errors.last()}")
         self._check_contract(engine, trt)
+        self.warnings = tuple(f"TensorRT: {text}" for text in dict.fromkeys(self._errors.warnings))
         self._engine, self._alive = engine, (runtime, logger)
         shapes = engine.get_tensor_profile_shape("crops", 0)
         self.batches = int(shapes[0][0]), int(shapes[2][0])
@@ -251,11 +261,15 @@ class _TensorRtLane(Lane):
 
 
 class _Errors(deque[str]):
-    """TensorRT's last errors."""
+    """TensorRT's last errors; `warnings` are what else it says of importance."""
+
+    def __init__(self) -> None:
+        super().__init__(maxlen=8)
+        self.warnings = deque[str](maxlen=8)
 
     def tell(self, severity: str, text: str) -> None:
-        if severity in ERRORS:
-            self.append(" ".join(text.split()))
+        if severity in (*ERRORS, "warning"):
+            (self.warnings if severity == "warning" else self).append(" ".join(text.split()))
 
     def last(self) -> str:
         return self[-1] if self else "it gave no reason"
@@ -271,7 +285,7 @@ def check_runtime(trt: Any, cuda: str) -> None:
     Raises:
         BackendError: it can't.
     """
-    errors = _Errors(maxlen=8)
+    errors = _Errors()
     _runtime(trt, tensorrt_logger(trt, errors.tell), errors, cuda)
 
 

@@ -46,6 +46,7 @@ class CudaDriver:
 
     Attributes:
         arch: the GPU's architecture, such as `sm_87`.
+        multiprocessors: how many the GPU has.
         cuda: the newest CUDA version that the driver runs, such as `12.6`.
 
     Raises:
@@ -68,10 +69,12 @@ class CudaDriver:
         if not 0 <= device_id < count:
             raise BackendError(f"there is no CUDA device {device_id}: this machine has {count}, numbered from 0")
         device = self.call("cuDeviceGet", device_id)
-        attributes = self.api.CUdevice_attribute
-        major = self.call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
-        minor = self.call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-        self.arch = f"sm_{int(major)}{int(minor)}"
+        known = self.api.CUdevice_attribute
+        major, minor, self.multiprocessors = (
+            int(self.call("cuDeviceGetAttribute", getattr(known, f"CU_DEVICE_ATTRIBUTE_{name}"), device))
+            for name in ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT")
+        )
+        self.arch = f"sm_{major}{minor}"
         version = int(self.call("cuDriverGetVersion"))
         self.cuda = f"{version // 1000}.{version % 1000 // 10}"
         self._context = self.call("cuDevicePrimaryCtxRetain", device)

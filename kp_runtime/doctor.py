@@ -144,7 +144,10 @@ def _not_claimed(
 def _backend(name: str, answer: Outcome) -> Finding:
     if answer.state == "answered":
         facts = answer.facts
-        return Finding(name, OK, f"{facts['file']}: golden keypoints {facts['golden_error_px']:.3f} px from PyTorch's")
+        told = f"{facts['file']}: golden keypoints {facts['golden_error_px']:.3f} px from PyTorch's"
+        if warnings := facts.get("warnings"):
+            return Finding(name, WARNING, "; ".join([told, *warnings]), "where it is slow or wrong, build a plan here")
+        return Finding(name, OK, told)
     if answer.state == "hung":
         return Finding(name, PROBLEM, answer.text, "where a first start only takes longer, raise --timeout")
     if answer.state == "crashed":

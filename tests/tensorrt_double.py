@@ -60,6 +60,7 @@ class Script:
     tensors: dict[str, tuple[str, str, tuple[int, ...]]] = field(default_factory=lambda: dict(TENSORS))
     contexts: int = 1000
     executes: bool = True
+    warning: str = ""
 
 
 @dataclass
@@ -298,7 +299,7 @@ class _Runtime:
     _double: Any
 
     def __init__(self, logger: Any) -> None:
-        self._allowed = False
+        self._allowed, self._logger = False, logger
         if self._double.script.cuda_error:
             logger.log(self._double.ILogger.ERROR, self._double.script.cuda_error)
         if not self._double.script.makes_runtime:
@@ -337,6 +338,8 @@ class _Runtime:
         if serialized_engine == self._double.script.refuses:
             return None
         assert serialized_engine == self._double.script.built
+        if self._double.script.warning:
+            self._logger.log(self._double.ILogger.WARNING, self._double.script.warning)
         return self._double.ICudaEngine() if self._double.script.loads else None
 
 

@@ -248,6 +248,18 @@ def test_the_plan_that_fits_is_taken(install: Any, tmp_path: Path) -> None:
         opened(bundle / "model.fp16.sm90.plan")
 
 
+def test_a_plan_of_another_model_of_the_gpu_is_told_of(install: Any, tmp_path: Path) -> None:
+    install(warning="Using an engine plan file across different\nmodels of devices is not recommended")
+    bundle, said = with_plan(tmp_path, multiprocessors=8), "TensorRT: Using an engine plan file across different models"
+    told = f"{NAME} was built on a GPU with 8 multiprocessors, this one has 16; build one here: kp plan {bundle}"
+    ours, theirs = opened(bundle).report.warnings
+    assert (ours, theirs) == (f"{told} --precision fp16 --opt-batch 4", f"{said} of devices is not recommended")
+    assert len(opened(with_plan(tmp_path, multiprocessors=8, hardware_compatible=True)).report.warnings) == 1
+    install()
+    for made in ({"multiprocessors": 16}, {"multiprocessors": None}, {}):
+        assert opened(with_plan(tmp_path, **made)).report.warnings == ()
+
+
 def test_a_dla_core_is_asked_for(install: Any, tmp_path: Path) -> None:
     trt = install(profile=(8, 8, 8))
     opened(with_plan(tmp_path, dla_core=1))

@@ -33,7 +33,7 @@ def test_device(driver: DriverDouble, tmp_path: Path) -> None:
     version.parent.mkdir(parents=True)
     version.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  540.4.0  Release Build\n")
     device = cuda_device()
-    assert device == CudaDevice(0, "Orin", "8.7", "12.6", "540.4.0", "R36 (release), REVISION: 4.0, GCID: 1")
+    assert device == CudaDevice(0, "Orin", "8.7", "12.6", "540.4.0", "R36 (release), REVISION: 4.0, GCID: 1", 16)
     assert device.sm == "sm87"
     assert "cuCtxSetCurrent" in [name for name, *_ in driver.asked]
 

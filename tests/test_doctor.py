@@ -280,6 +280,8 @@ def test_gpus_that_do_not_work(
     ({"backend ort-cuda": Outcome("crashed", "ended by SIGSEGV")}, [], "ort-cuda", "problem", "by SIGSEGV", "fit"),
     ({"backend ort-cuda": Outcome("hung", "no answer within 300 s")}, [], "ort-cuda", "problem", "300 s", "--timeout"),
     ({"backend ort-cuda": Outcome("failed", "no cuDNN")}, [], "ort-cuda", "problem", "no cuDNN", "another backend"),
+    ({"backend tensorrt": answered(file="model.plan", golden_error_px=0.5, warnings=["built with 8", "b"])}, [],
+     "tensorrt", "warning", "0.500 px from PyTorch's; built with 8; b", "build a plan here"),
     ({"backend tensorrt": Outcome("failed", "no plan for sm_87")}, [], "tensorrt", "warning", "for sm_87", "an"),
     ({"backend tensorrt": Outcome("failed", "puts a golden keypoint 9 px")}, [], "tensorrt", "problem", "9 px", "an"),
 ])  # fmt: skip

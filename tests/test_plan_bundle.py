@@ -58,7 +58,7 @@ def test_a_plan_gets_its_entry(copied: Path, version: str, install: Any) -> None
     assert entry.parent_sha256 == manifest.files["model.fp16.onnx"].sha256
     assert entry.made["rebuild"] == "kp plan BUNDLE --precision fp16"
     assert entry.made["tensorrt"].startswith(version)
-    assert entry.made["gpu"] == "Orin"
+    assert (entry.made["gpu"], entry.made["multiprocessors"]) == ("Orin", 16)
     assert "receipt" in entry.made
     assert entry.made["golden_error_px"] == report.golden_error_px < 0.001
     for name in manifest.files:
