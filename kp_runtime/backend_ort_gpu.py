@@ -106,7 +106,11 @@ class OrtTensorRtBackend(OrtGpuBackend):
     batches = (1, 32)
 
     def provider_options(self, entry: FileEntry) -> dict[str, str]:
-        """One profile for all batches; engines are kept in the user's cache folder, one folder a file."""
+        """One profile for all batches; engines are kept in the user's cache folder, one folder a file.
+
+        Neither `trt_fp16_enable` nor `trt_int8_enable`: with one of them the network is weakly typed, and TensorRT may
+        choose other types than the file's.
+        """
         size, (least, most) = self.spec.size, self.batches
         shapes = {"min": least, "opt": 8, "max": most}
         folder = cache_folder() / "ort-tensorrt" / entry.sha256
@@ -119,8 +123,6 @@ class OrtTensorRtBackend(OrtGpuBackend):
         return super().provider_options(entry) | {
             "trt_engine_cache_enable": "1",
             "trt_engine_cache_path": str(folder),
-            "trt_fp16_enable": str(int(entry.precision == "fp16")),
-            "trt_int8_enable": str(int(entry.precision == "int8-trt")),
             **{f"trt_profile_{which}_shapes": f"crops:{n}x1x{size}x{size}" for which, n in shapes.items()},
         }
 
