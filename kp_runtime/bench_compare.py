@@ -112,13 +112,21 @@ def obstacles(old: Setup, new: Setup) -> list[str]:
 
 
 def _conditions(setup: Setup) -> dict[str, object]:
-    return machine_conditions(setup.machine) | {
+    machine, jetson = setup.machine, setup.machine.jetson
+    return machine_conditions(machine) | {
+        "CPU clock": _clock(machine.mhz_least, machine.mhz_most),
+        "GPU clock": jetson and _clock(jetson.gpu_mhz_least, jetson.gpu_mhz_most),
         "GPU": setup.gpu,
         "threads": setup.settings.threads or "of the engine's choice",
         "cores that were chosen": setup.settings.cores or "all",
         "photo's sha256": setup.photo_sha256,
         "faces": setup.faces,
     }
+
+
+def _clock(least: float | None, most: float | None) -> str | None:
+    """What a clock is allowed, which `jetson_clocks` and a power mode change: `115 to 1510 MHz`."""
+    return None if least is None or most is None else f"{least:.0f} to {most:.0f} MHz"
 
 
 def machine_conditions(machine: Machine) -> dict[str, object]:

@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,9 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd
 
 _GPU = re.compile(r"gpu|gm20b|gp10b|gv11b|ga10b|gb10b")
 """Names of Jetson GPUs among the devices whose clock changes."""
+
+_BY_ENGINES = ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "cuda.bindings")
+"""Modules that engines on a GPU load; one that does not fit can end a process, so they are not loaded to be asked."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class Machine:
         kernel: its kernel's release.
         device: the board's name, where a device tree tells it.
         jetson: None on other machines.
-        versions: of python, kp, numpy, onnxruntime and opencv.
+        versions: of python, kp, numpy, onnxruntime and opencv, of NVIDIA's driver, and of those of `_BY_ENGINES` that
+            are loaded.
     """
 
     cpu: str
@@ -124,7 +129,7 @@ def machine_from_system(root: Path = Path("/"), *, versions: bool = True) -> Mac
         kernel=platform.release(),
         device=device,
         jetson=jetson_from_system(root),
-        versions=_versions() if versions else {},
+        versions=_versions(root) if versions else {},
     )
 
 
@@ -182,7 +187,7 @@ def _quota(root: Path) -> float | None:
     return int(words[0]) / int(words[1])
 
 
-def _versions() -> dict[str, str | None]:
+def _versions(root: Path) -> dict[str, str | None]:
     modules = {"kp": "kp_runtime", "numpy": "numpy", "onnxruntime": "onnxruntime", "opencv": "cv2"}
     versions: dict[str, str | None] = {"python": platform.python_version()}
     for name, module in modules.items():
@@ -190,7 +195,9 @@ def _versions() -> dict[str, str | None]:
             versions[name] = getattr(importlib.import_module(module), "__version__", None)
         except ImportError:
             versions[name] = None
-    return versions
+    versions |= {name: getattr(sys.modules[name], "__version__", None) for name in _BY_ENGINES if name in sys.modules}
+    driver = driver_version(root)
+    return versions | ({"NVIDIA driver": driver} if driver else {})
 
 
 def _output(root: Path, command: str, *arguments: str) -> str | None:

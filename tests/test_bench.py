@@ -446,6 +446,7 @@ def with_machine(bench: Bench, **fields: Any) -> Bench:
         ({"cpu_quota": 0.5}, "CPU quota .*, then 0.5"),
         ({"architecture": "riscv64"}, "architecture .*, then riscv64"),
         ({"governor": "odd"}, "governor .*, then odd"),
+        ({"mhz_least": 1510.0, "mhz_most": 1510.4}, "CPU clock .*, then 1510 to 1510 MHz"),
         ({"device": "odd board"}, "device .*, then odd board"),
         ({"instructions": ("i8mm", "amx_int8")}, "instructions .*, then amx_int8 i8mm"),
     ],
@@ -468,6 +469,9 @@ def test_another_power_mode_is_refused(bench: Bench) -> None:
     old, new = (Jetson("R36", None, status, None, None, None) for status in ("pmode:0000", "pmode:0001"))
     found = obstacles(with_machine(bench, jetson=old).setup, with_machine(bench, jetson=new).setup)
     assert found == ["power mode pmode:0000, then pmode:0001"], "where nvpmodel does not answer"
+    old, new = (Jetson("R36", None, None, now, least, 1020.0) for now, least in ((306.0, 306.0), (1020.0, 1020.0)))
+    found = obstacles(with_machine(bench, jetson=old).setup, with_machine(bench, jetson=new).setup)
+    assert found == ["GPU clock 306 to 1020 MHz, then 1020 to 1020 MHz"], "what jetson_clocks changes"
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,4 +124,16 @@ def test_this_machine() -> None:
     machine = machine_from_system()
     assert set(machine.instructions) <= set(INSTRUCTIONS)
     assert machine.versions["numpy"] == np.__version__
-    assert set(machine.versions) == {"python", "kp", "numpy", "onnxruntime", "opencv"}
+    assert set(machine.versions) >= {"python", "kp", "numpy", "onnxruntime", "opencv"}
+
+
+def test_versions_of_what_runs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorrt", "tensorrt_lean", "tensorrt_dispatch", "cuda.bindings"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert not {"tensorrt", "cuda.bindings", "NVIDIA driver"} & machine_from_system(tmp_path).versions.keys()
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__="10.3.0"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="12.9.4"))
+    put(tmp_path, {"proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Kernel Module  540.4.0  Release Build\n"})
+    versions = machine_from_system(tmp_path).versions
+    told = versions["tensorrt"], versions["cuda.bindings"], versions["NVIDIA driver"]
+    assert told == ("10.3.0", "12.9.4", "540.4.0")
