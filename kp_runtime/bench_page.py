@@ -111,7 +111,7 @@ def _stages(bench: Bench) -> str:
     medians = {name: times.summary.p50_ms for name, times in photo.stages.items()}
     rows = [[name, *_summary_cells(times)] for name, times in (*photo.stages.items(), ("whole call", photo.whole))]
     head = ["stage", *_SUMMARY]
-    note = "The medians of the stages need not add up to that of the whole call."
+    note = "The stages are of other calls than the whole one; their medians need not add up to its."
     return (
         f"<h2>From the photo's file to its keypoints, with {clean(photo.file)}</h2>\n"
         f"<figure class=plot>{stage_bar(medians)}</figure>\n"

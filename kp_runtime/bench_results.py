@@ -189,8 +189,8 @@ class PhotoRun:
 
     Attributes:
         file: the model file that ran.
-        whole: the whole call.
-        stages: its stages, in order, from the same calls.
+        whole: the whole call, its stages not timed.
+        stages: its stages, in order, from calls of their own.
     """
 
     file: str

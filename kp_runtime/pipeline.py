@@ -102,7 +102,8 @@ class Model:
                 68 points (brows to chin), as the detectors of `kp_runtime` give them; `n` may be 0.
             layout: channel order of a colour array, `bgr` as OpenCV reads or `rgb`.
             timer: collects the times of the stages crop, infer, map back. On a GPU such a call waits
-                after each stage and uses no CUDA graph, so it takes longer than others.
+                after each stage and uses no CUDA graph, so it takes longer than others; there crop holds
+                the copy of the image to the GPU, and infer that of the answer back.
             out: `(n, 68, 2)` float32, becomes the result's `xy`: a loop can use it again.
             looks: how often the network sees each face; from the second time on, in the box of the
                 points that it found before. Two make up for a detector's error in place and size.

@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from kp_runtime.backend import Backend
-from kp_runtime.bench import StagedCalls, _open, boxes_in_turn, run_bench
+from kp_runtime.bench import StagedCalls, _measure, _open, boxes_in_turn, run_bench
 from kp_runtime.bench_compare import check_alike, compared, obstacles
 from kp_runtime.bench_results import (
     Bench,
@@ -79,12 +80,20 @@ def test_every_case_is_measured_in_turns(bench: Bench, bundle: Path) -> None:
     assert len(bench.cases()) == 8
 
 
-def test_stages_are_those_of_the_very_calls(bench: Bench) -> None:
-    """A call's stages are parts of its own time; those of another call would now and then exceed it."""
-    for turn, whole in enumerate(bench.photo.whole.turns_ms):
-        stages = [times.turns_ms[turn] for times in bench.photo.stages.values()]
-        assert {len(stage) for stage in stages} == {len(whole)}
-        assert all(sum(parts) <= call + 1e-3 for call, *parts in zip(whole, *stages, strict=True))
+def test_the_whole_way_is_measured_as_a_program_calls_it() -> None:
+    """A `timer` slows a call on a GPU."""
+    timed = []
+
+    def predict(timer: StageTimer | None = None) -> None:
+        timed.append(timer is not None)
+        if timer is not None:
+            timer.seconds = {"crop": [1000.0]}
+
+    model = cast("Any", SimpleNamespace(backend=SimpleNamespace(report=SimpleNamespace(file="a.onnx"))))
+    _, photo = _measure(model, {}, np.empty(0, np.uint8), predict, QUICK, lambda share: None)
+    assert timed.count(False) > photo.whole.summary.samples >= QUICK.samples
+    assert photo.stages["crop"].summary.min_ms == 1e6
+    assert photo.whole.summary.max_ms < 1e6
 
 
 def test_what_ran_is_recorded(bench: Bench, bundle: Path, astronaut: Path) -> None:
@@ -119,7 +128,7 @@ def test_engines_are_warm_before_anything_is_measured(
 
     def measure(cases: dict[str, object], **settings: object) -> None:
         assert (settings["seconds"], settings["samples"]) == (0, 3)
-        assert list(cases) == ["photo", "model.fp32.onnx 3"]
+        assert list(cases) == ["photo", "stages", "model.fp32.onnx 3"]
         raise KeyboardInterrupt
 
     def cold(files: object, crop: object, threads: int | None, step: object) -> list[object]:
