@@ -1,5 +1,7 @@
 """What a model file costs in accuracy, as the bundles record it: nothing is measured here.
 
+A plan computes in the types of the ONNX file that it was built from, so that one's record is its own.
+
 A rise is in percentage points of the NME over that of a first bundle's fp32. Within a bundle
 `parity.json` knows it; between two bundles their manifests' measured accuracies do.
 """
@@ -51,6 +53,12 @@ def recorded_rise(first: Path, bundle: Path, file: str) -> Rise:
 def _rise_of_file(bundle: Path, manifest: Manifest, file: str) -> Rise:
     """Over the fp32 of its own bundle."""
     entry = manifest.files[file]
+    if entry.kind == "plan":
+        onnx = {e.sha256: name for name, e in manifest.files.items() if e.kind == "onnx"}
+        if (source := onnx.get(str(entry.parent_sha256))) is None:
+            return Rise(None, "the ONNX file that it was built from is not in the bundle")
+        found = _rise_of_file(bundle, manifest, source)
+        return Rise(found.points, f"of {source}, from which it was built: {found.how}")
     if (entry.kind, entry.precision) == ("onnx", "fp32"):
         return Rise(0.0, "fp32")
     row = next((row for row in _parity(bundle, manifest) if row.get("file") == file), {})

@@ -443,6 +443,21 @@ def test_recorded_rises(tmp_path: Path) -> None:
     assert "parity.json records nothing" in known["int8-trt"].how
 
 
+def test_a_plan_has_the_record_of_what_it_was_built_from(tmp_path: Path) -> None:
+    """`load` takes a plan first; with a rise that is not known it would never be chosen."""
+    first = make_bundle(tmp_path / "a", {"fp32": 9.0, "int8": 0.05}, nme=0.04)
+    manifest = Manifest.read(first)
+    (first / "a.plan").write_bytes(b"plan")
+    int8 = dataclasses.replace(manifest.files["model.int8.onnx"], sha256="8" * 64)  # fp32's bytes, in this bundle
+    files = manifest.files | {"model.int8.onnx": int8}
+    for parent, points in (("model.int8.onnx", 0.05), ("model.fp32.onnx", 0.0), ("parity.json", None)):
+        plan = file_entry(first / "a.plan", "plan", precision="int8", parent_sha256=files[parent].sha256)
+        dataclasses.replace(manifest, files=files | {"a.plan": plan}).write(first)
+        rise = recorded_rise(first, first, "a.plan")
+        assert rise.points == points
+        assert rise.how.startswith(f"of {parent}, from" if points is not None else "the ONNX file that it was built")
+
+
 def test_recorded_rises_between_bundles(tmp_path: Path) -> None:
     first = make_bundle(tmp_path / "a", {"fp32": 0.0}, nme=0.04)
     other = make_bundle(tmp_path / "b", {"int8": 0.05}, nme=0.041)
