@@ -140,6 +140,9 @@ def _wanted(bundle: Path, manifest: Manifest, detector: Path | None) -> tuple[li
     best = next((onnx[precision] for precision in CPU_ORDER if precision in onnx), None)
     if best:
         wanted.append(_onnx(stem, bundle, manifest, best))
+        if onnx.get("fp16", best) != best:
+            pack = f"kp pack {shlex.quote(str(bundle))} --precision fp16 --out SLIM"
+            left_out.append(f"{onnx['fp16']}: {wanted[-1].name} runs {best}; for a GPU export a bundle of it: {pack}")
     else:
         left_out.append("no model of the onnxruntime backend: the bundle has no ONNX file for it")
     plans, skipped = _plans(stem, bundle, manifest)

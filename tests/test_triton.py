@@ -75,14 +75,20 @@ def test_a_repository_holds_what_the_bundle_can(own: Path, tmp_path: Path) -> No
 
 
 def test_of_several_onnx_files_the_best_one_for_a_cpu_runs_there(own: Path, tmp_path: Path) -> None:
+    assert write_repository(own, tmp_path / "one").left_out == ()
     manifest = Manifest.read(own)
-    shutil.copy(own / "model.fp32.onnx", own / "model.int8.onnx")
-    entry = file_entry(own / "model.int8.onnx", "onnx", precision="int8")
-    dataclasses.replace(manifest, files=manifest.files | {"model.int8.onnx": entry}).write(own)
-    assert write_repository(own, tmp_path / "repo").models[1].file == "model.int8.onnx"
+    files = dict(manifest.files)
+    for precision in ("int8", "fp16"):
+        shutil.copy(own / "model.fp32.onnx", path := own / f"model.{precision}.onnx")
+        files[path.name] = file_entry(path, "onnx", precision=precision)
+    dataclasses.replace(manifest, files=files).write(own)
+    report = write_repository(own, tmp_path / "repo")
+    assert report.models[1].file == "model.int8.onnx"
+    pack = f"for a GPU export a bundle of it: kp pack {own} --precision fp16 --out SLIM"
+    assert report.left_out == (f"model.fp16.onnx: tiny-crops-onnx runs model.int8.onnx; {pack}",)
     assert "kind: KIND_CPU\n" in (tmp_path / "repo/tiny-crops-onnx/config.pbtxt").read_text()
     packed = tmp_path / "repo/tiny-images/1/bundle"  # whose engine is chosen where it runs
-    assert sorted(path.name for path in packed.glob("*.onnx")) == ["model.fp32.onnx", "model.int8.onnx"]
+    assert sorted(path.name for path in packed.glob("*.onnx")) == [f"model.{p}.onnx" for p in ("fp16", "fp32", "int8")]
 
 
 def test_a_model_is_warmed_up_with_no_more_than_it_takes(own: Path, tmp_path: Path) -> None:
