@@ -13,6 +13,7 @@ Where samples only wander about a level, differences go against each other and t
 than it had to be, never narrower.
 Memory leaks where the 99.9% interval lies over zero (the 95% one is printed beside it); so do
 descriptors and threads that are there at the end and were not after the first round. Linux alone.
+With a `--backend` on a GPU what is in use of its memory, by whatever program, is watched in the same way.
 Ctrl-C ends it early, with what was seen. The last line of stdout is one JSON document; the exit status is 1
 where something leaks.
 """
@@ -39,11 +40,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.command import run
+from kp_runtime.backend import BACKENDS
 from kp_runtime.cores import checked_threads
+from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import InputError, KpError
 from kp_runtime.pipeline import Model, load
 
-__all__ = ["Slope", "Soak", "check", "model_round", "slope_of", "watch"]
+__all__ = ["Slope", "Soak", "check", "device_memory", "model_round", "slope_of", "watch"]
 
 LEAST_ROUNDS = 80
 BLOCKS = 11
@@ -56,7 +59,7 @@ SECONDS_TO_END = 10.0
 
 @dataclass(frozen=True)
 class Slope:
-    """How resident memory changes, in bytes a call.
+    """How memory changes, in bytes a call.
 
     Attributes:
         value: the slope.
@@ -85,6 +88,7 @@ class Soak:
         peak_mib: largest resident memory of the process.
         descriptors: open files and sockets that the first round had not left, and the last did.
         threads: likewise, threads by their names.
+        device: of the GPU's memory over the calls; None where it is not watched.
     """
 
     seconds: float
@@ -96,10 +100,17 @@ class Soak:
     peak_mib: float
     descriptors: tuple[str, ...]
     threads: tuple[str, ...]
+    device: Slope | None = None
 
 
 def model_round(
-    bundle: Path, *, threads: int, engine_threads: int, calls: int, use: Callable[[Model], None] = lambda model: None
+    bundle: Path,
+    *,
+    threads: int,
+    engine_threads: int,
+    calls: int,
+    backend: str = "ort-cpu",
+    use: Callable[[Model], None] = lambda model: None,
 ) -> Callable[[], int]:
     """One round: load, warm up for two faces, `calls` calls with a face from each of the threads, unload.
 
@@ -111,6 +122,7 @@ def model_round(
         threads: that call the model at once.
         engine_threads: of the engine.
         calls: of each thread.
+        backend: the engine.
         use: does more with the model before it is closed.
 
     Returns:
@@ -126,7 +138,7 @@ def model_round(
 
     def once() -> int:
         together = Barrier(threads)
-        with load(bundle, "ort-cpu", engine_threads) as model:
+        with load(bundle, backend, engine_threads) as model:
             model.warmup(2)
             for done in [pool.submit(call, model, together) for _ in range(threads)]:
                 done.result()
@@ -141,6 +153,7 @@ def watch(
     *,
     seconds: float,
     calls: int = 0,
+    in_use: Callable[[], int] | None = None,
     step: Callable[[int, int], None] = lambda rounds, calls: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Soak:
@@ -150,29 +163,49 @@ def watch(
         once: a round; gives the number of its calls.
         seconds: least time.
         calls: least number of calls.
+        in_use: tells the bytes of a GPU's memory that are in use, as `device_memory` gives it.
         step: told the rounds and calls so far.
         stop: asked after each round whether what there is shall do.
     """
     once()
     gc.collect()
     before = _descriptors(), _threads()
-    at, memory = array("q"), array("q")  # lists of numbers would grow by a hundred bytes a round
+    at, memory, device = array("q"), array("q"), array("q")  # lists of numbers would grow by a hundred bytes a round
     done, start = 0, time.monotonic()
     while len(memory) < LEAST_ROUNDS or (not stop() and (done < calls or time.monotonic() < start + seconds)):
         done += once()
         _give_back()
         at.append(done)
         memory.append(_status("VmRSS"))
+        if in_use is not None:
+            device.append(in_use())
         step(len(memory), done)
     took = time.monotonic() - start
     gc.collect()
     left = _left(before)
     half, tenth = len(memory) // 2, len(memory) // 10
-    counted = np.array(memory[half:], np.float64)
+    x, counted = np.array(at[half:], np.float64), np.array(memory[half:], np.float64)
     return Soak(
-        round(took, 1), len(memory), done, slope_of(np.array(at[half:], np.float64), counted),
+        round(took, 1), len(memory), done, slope_of(x, counted),
         _mib(np.median(counted[:tenth])), _mib(np.median(counted[-tenth:])), _mib(_status("VmHWM")), *left,
+        slope_of(x, np.array(device[half:], np.float64)) if device else None,
     )  # fmt: skip
+
+
+def device_memory() -> Callable[[], int]:
+    """What tells how much of the GPU's memory is in use, but for a constant: less what is free.
+
+    Raises:
+        BackendError: there is no GPU that works.
+        MissingExtraError: cuda-python is not installed.
+    """
+    driver = CudaDriver()
+
+    def in_use() -> int:
+        driver.make_current()
+        return -int(driver.call("cuMemGetInfo"))
+
+    return in_use
 
 
 def slope_of(at: NDArray[np.float64], values: NDArray[np.float64]) -> Slope:
@@ -194,9 +227,10 @@ def check(soak: Soak) -> None:
     Raises:
         KpError: memory grows, or a descriptor or a thread is left over.
     """
-    s, faults = soak.slope, []
-    if s.grows:
-        faults.append(f"memory grows by {s.value:.3g} bytes a call ({s.low:.3g} to {s.high:.3g})")
+    faults = []
+    for what, s in (("memory", soak.slope), ("the GPU's memory", soak.device)):
+        if s is not None and s.grows:
+            faults.append(f"{what} grows by {s.value:.3g} bytes a call ({s.low:.3g} to {s.high:.3g})")
     if soak.descriptors:
         faults.append(f"{len(soak.descriptors)} descriptors are left open: {', '.join(soak.descriptors[:5])}")
     if soak.threads:
@@ -284,6 +318,7 @@ def main() -> None:
     """Soaks one bundle."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--bundle", type=Path, required=True, help="the bundle's folder")
+    made.add_argument("--backend", choices=BACKENDS, default="ort-cpu", help="the engine")
     made.add_argument("--minutes", type=float, default=10.0, help="least time")
     made.add_argument("--inferences", type=int, default=0, help="least number of calls; none when left out")
     made.add_argument("--threads", type=int, default=2, help="that call the model at once")
@@ -296,14 +331,21 @@ def main() -> None:
     if args.threads < 1 or args.calls < 1 or not 0 <= args.minutes < float("inf") or args.inferences < 0:
         raise InputError("threads and calls must be 1 or more, minutes and inferences 0 or more")
     once = model_round(
-        args.bundle, threads=args.threads, engine_threads=checked_threads(args.engine_threads), calls=args.calls
+        args.bundle,
+        threads=args.threads,
+        engine_threads=checked_threads(args.engine_threads),
+        calls=args.calls,
+        backend=args.backend,
     )
-    soak = watch(once, seconds=args.minutes * 60, calls=args.inferences, step=_tell, stop=_interrupted())
+    in_use = None if args.backend == "ort-cpu" else device_memory()
+    stop = _interrupted()
+    soak = watch(once, seconds=args.minutes * 60, calls=args.inferences, in_use=in_use, step=_tell, stop=stop)
     if not args.json:
-        s = soak.slope
         print(f"{soak.rounds} loads and {soak.calls} calls from {args.threads} threads in {soak.seconds / 60:.1f} min")
         print(f"resident memory {soak.first_mib} MiB at first, {soak.last_mib} MiB at last, peak {soak.peak_mib} MiB")
-        print(f"slope {s.value:.3g} bytes a call, 95% interval {s.low:.3g} to {s.high:.3g}")
+        for what, s in (("", soak.slope), (" of the GPU's memory", soak.device)):
+            if s is not None:
+                print(f"slope{what} {s.value:.3g} bytes a call, 95% interval {s.low:.3g} to {s.high:.3g}")
         print(f"left over: {len(soak.descriptors)} descriptors, {len(soak.threads)} threads")
     print(json.dumps(dataclasses.asdict(soak)), flush=True)
     check(soak)

@@ -63,7 +63,8 @@ ARGUMENTS = {
     "cuDevicePrimaryCtxRetain": 1, "cuDriverGetVersion": 0, "cuEventCreate": 1, "cuEventDestroy": 1, "cuEventRecord": 2,
     "cuEventSynchronize": 1, "cuGraphDestroy": 1, "cuGraphExecDestroy": 1, "cuGraphInstantiate": 2, "cuGraphLaunch": 2,
     "cuGraphNodeGetType": 1, "cuInit": 1, "cuLaunchKernel": 11, "cuMemAlloc": 1, "cuMemFree": 1, "cuMemFreeHost": 1,
-    "cuMemHostAlloc": 2, "cuMemcpyDtoDAsync": 4, "cuMemcpyDtoHAsync": 4, "cuMemcpyHtoDAsync": 4, "cuMemsetD8Async": 4,
+    "cuMemGetInfo": 0, "cuMemHostAlloc": 2, "cuMemcpyDtoDAsync": 4, "cuMemcpyDtoHAsync": 4, "cuMemcpyHtoDAsync": 4,
+    "cuMemsetD8Async": 4,
     "cuModuleGetFunction": 2, "cuModuleLoadData": 1, "cuModuleUnload": 1, "cuPointerGetAttribute": 2,
     "cuStreamBeginCapture": 2, "cuStreamCreate": 1, "cuStreamDestroy": 1, "cuStreamEndCapture": 1,
     "cuStreamSynchronize": 1, "cuStreamWaitEvent": 3,
@@ -185,6 +186,9 @@ class DriverDouble:
                 return Result.CUDA_ERROR_OUT_OF_MEMORY
             self.room -= size
         return self._block(size)
+
+    def _cuMemGetInfo(self) -> int:
+        return (8 << 30) - sum(len(block) for address, block in self.memory.items() if address not in self.pinned)
 
     def _cuMemHostAlloc(self, size: int, flags: int) -> int | Result:
         address = self._block(size)

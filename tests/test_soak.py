@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from benchmarks import soak
-from benchmarks.soak import Soak, check, model_round, slope_of, watch
+from benchmarks.soak import Soak, check, device_memory, model_round, slope_of, watch
 from kp_runtime.cores import usable_cores
-from kp_runtime.errors import KpError
+from kp_runtime.cuda_driver import CudaDriver
+from kp_runtime.errors import BackendError, KpError
 from kp_runtime.pipeline import Model
+from tests.cuda_driver_double import DriverDouble
 
 LEAK = 4 << 20
 """Bytes a round."""
@@ -92,6 +94,30 @@ def test_a_thread_that_stays_is_found(bundle: Path, few: None, ended: threading.
     assert len(result.threads) == 40
     with pytest.raises(KpError, match="40 threads are left over"):
         check(result)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_memory_of_the_gpu_that_is_kept_is_found(few: None, monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", DriverDouble(None))
+    driver = CudaDriver()
+
+    def once() -> int:
+        block = driver.call("cuMemAlloc", 1 << 16)
+        if not kept:
+            driver.call("cuMemFree", block)
+        return 20
+
+    result = watch(once, seconds=0, in_use=device_memory())
+    assert result.device is not None
+    assert result.device.grows == kept
+    if kept:
+        with pytest.raises(KpError, match=r"after 40 loads and .*the GPU's memory grows by .* bytes a call \("):
+            check(result)
+
+
+def test_the_engine_that_was_asked_for_is_soaked(bundle: Path) -> None:
+    with pytest.raises(BackendError, match=r"no NVIDIA driver|plan"):
+        round_of(bundle, backend="tensorrt")()
 
 
 def walking(rng: np.random.Generator, n: int = 600) -> np.ndarray:
