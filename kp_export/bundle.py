@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from kp_export.half_on_cpu import half_on_cpu
 from kp_export.int8_from_onnx import calibration_stride, check_calibration, search_int8
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, check_fits_half, layer_types, onnx_from_checkpoint
 from kp_export.operators import check_operators
@@ -200,7 +201,8 @@ class _Export:
         }
 
     def _measure(self, path: Path, precision: str) -> Parity:
-        got = answers_to(OrtCpuBackend(path, self.manifest.spec).answer, self.faces.crops)
+        read = (lambda: half_on_cpu(path)) if precision == "fp16" else None
+        got = answers_to(OrtCpuBackend(path, self.manifest.spec, read=read).answer, self.faces.crops)
         return parity(self.wanted, got, self.faces, file=path.name, precision=precision)
 
 

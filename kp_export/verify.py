@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_export.bundle import answer_from_net
+from kp_export.half_on_cpu import half_on_cpu
 from kp_export.parity import LIMITS, FaceSet, Parity, answers_to, check_parity, parity
 from kp_runtime.backend import Answer, open_backend
+from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, BundleError, DataError, MissingExtraError, ParityError
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 from kp_train.bar import Bar, no_bar
@@ -184,6 +186,8 @@ def _verdict(
     try:
         # without the golden crop: a file that strays is measured here, not refused
         backend = open_backend(bundle / name, "tensorrt" if plan else "ort-cpu", golden=False)
+        if entry.precision == "fp16" and not plan:
+            backend = OrtCpuBackend(bundle / name, manifest.spec, read=lambda: half_on_cpu(bundle / name))
         found = answers_to(backend.answer, faces.crops, bar)
     except BackendError as error:
         if isinstance(error, MissingExtraError) and not plan:
