@@ -344,7 +344,7 @@ def tensorrt(here: Surroundings, gpu: Gpu | None, answers: Mapping[str, Outcome]
         return Finding(subject, WARNING, "not installed", advice) if gpu else Finding(subject, ABSENT, "not installed")
     if any(map(is_too_old, versions.values())):
         advice = f"install TensorRT {OLDEST} or newer: JetPack 6.1 brings 10.3; meanwhile: --backend ort-cpu"
-        return Finding(subject, PROBLEM, f"{told}: too old to build plans or to run them", advice)
+        return Finding(subject, WARNING, f"{told}: too old to build plans or to run them", advice)
     if len(set(versions.values())) > 1:
         return Finding(subject, WARNING, f"{told}: a plan runs in the version that built it", "install one version")
     built_for = {int(found[1]) for name in here.packages if (found := TENSORRT_WHEELS.fullmatch(name))}

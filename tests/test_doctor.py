@@ -262,7 +262,7 @@ def test_gpus_that_do_not_work(
      "ONNX Runtime on the GPU", "problem", "code for sm_80, sm_90, none that sm_87 runs", "onnxruntime-gpu"),
     ({"module tensorrt": Outcome("failed", "ImportError: libnvinfer.so.10")}, [], "TensorRT", "problem",
      "tensorrt can't be imported: ImportError: libnvinfer.so.10", "python3-libnvinfer"),
-    ({"module tensorrt": answered(version="8.6.2")}, [], "TensorRT", "problem",
+    ({"module tensorrt": answered(version="8.6.2")}, [], "TensorRT", "warning",
      "tensorrt 8.6.2: too old to build plans or to run them", "install TensorRT 10.3 or newer"),
     ({"module tensorrt_lean": answered(version="10.4.0")}, [], "TensorRT", "warning", "tensorrt_lean 10.4.0", "one"),
     ({}, ["tensorrt-cu12==10.3.0", "tensorrt-cu13==10.3.0"], "TensorRT", "problem", "not for one CUDA",
