@@ -46,7 +46,8 @@ class Limit:
     """What a precision may cost; distances in pixels of a 224 px crop.
 
     Attributes:
-        rise: percentage points by which the NME against true labels may rise over PyTorch's.
+        rise: percentage points by which the NME against true labels may rise over PyTorch's; that of a region
+            by twice as much.
         max_px: the worst point's distance to PyTorch's.
         p99_px: the 99th percentile of the distance to PyTorch's.
         score: the largest distance of a lost score to PyTorch's; what is no face has about 1.
@@ -105,6 +106,7 @@ class Parity:
         regions_px: mean distance of jaw, brows, nose, eyes, mouth.
         worst_face: name of the face that holds the worst point.
         score: largest distance of a lost score; None of a model that gives none.
+        regions_rise: as `rise`, of jaw, brows, nose, eyes, mouth; None without labels.
     """
 
     file: str
@@ -120,6 +122,7 @@ class Parity:
     regions_px: dict[str, float]
     worst_face: str
     score: float | None = None
+    regions_rise: dict[str, float] | None = None
 
 
 def bundled_faces(spec: ModelSpec) -> FaceSet:
@@ -204,6 +207,8 @@ def parity(reference: Answer, candidate: Answer, faces: FaceSet, *, file: str, p
     truth = None if faces.xy_crop is None else faces.xy_crop[left_out:]
     distance = np.linalg.norm(got.astype(np.float64) - wanted, axis=-1)
     distance = np.where(np.isfinite(distance), distance, np.inf)
+    regions = {name: list(points) for name, points in regions_of(distance.shape[1]).items()}
+    rises = None if truth is None else _nme(got, truth) - _nme(wanted, truth)
     return Parity(
         file=file,
         precision=precision,
@@ -214,12 +219,11 @@ def parity(reference: Answer, candidate: Answer, faces: FaceSet, *, file: str, p
         p99_px=float(np.percentile(distance, 99, method="higher")),
         max_px=float(distance.max()),
         nme=float((distance.mean(axis=1) / nme_unit(wanted)).mean() * 100),
-        rise=None if truth is None else _nme(got, truth) - _nme(wanted, truth),
-        regions_px={
-            name: float(distance[:, list(points)].mean()) for name, points in regions_of(distance.shape[1]).items()
-        },
+        rise=None if rises is None else float(rises.mean()),
+        regions_px={name: float(distance[:, points].mean()) for name, points in regions.items()},
         worst_face=faces.names[left_out + int(distance.max(axis=1).argmax())],
         score=_score_distance(reference, candidate, left_out),
+        regions_rise=None if rises is None else {name: float(rises[points].mean()) for name, points in regions.items()},
     )
 
 
@@ -230,10 +234,10 @@ def _score_distance(reference: Answer, candidate: Answer, left_out: int) -> floa
     return distance if math.isfinite(distance) else math.inf
 
 
-def _nme(xy_crop: NDArray[np.float32], truth: NDArray[np.float64]) -> float:
-    """NME against labels, percent; infinite where a point is not finite."""
-    nme = float(point_errors(xy_crop, truth).mean() * 100)
-    return nme if math.isfinite(nme) else math.inf
+def _nme(xy_crop: NDArray[np.float32], truth: NDArray[np.float64]) -> NDArray[np.float64]:
+    """NME of each point against labels, percent, `(68,)`; infinite where one is not finite."""
+    nme = point_errors(xy_crop, truth).mean(axis=0) * 100
+    return np.where(np.isfinite(nme), nme, np.inf)
 
 
 def check_parity(report: Parity, size: int) -> None:
@@ -243,11 +247,16 @@ def check_parity(report: Parity, size: int) -> None:
         ParityError: over a limit; names the worst face.
     """
     limit = LIMITS[report.precision]
+    regions = report.regions_rise or {}
     measures = [
         # no limit still means a finite distance: a NaN counts as infinitely far
         ("worst point", report.max_px, min(limit.max_px * size / 224, sys.float_info.max), "px"),
         ("99th percentile", report.p99_px, limit.p99_px * size / 224, "px"),
         ("rise of the NME", report.rise, limit.rise, "percentage points"),
+        *(
+            (f"rise of the NME of the {name}", rise, 2 * limit.rise, "percentage points")
+            for name, rise in regions.items()
+        ),
         ("lost score", report.score, min(limit.score, sys.float_info.max), "away"),
     ]
     over = [

@@ -54,6 +54,24 @@ def test_labels_show_a_rise_of_the_error() -> None:
     assert parity(Answer(off), Answer(right), faces, file="f", precision="fp32").rise < 0  # type: ignore[operator]
 
 
+def test_no_region_is_lost_behind_another() -> None:
+    truth = np.zeros((1, 68, 2))
+    truth[:, 45, 0] = 20.0
+    pytorchs, files = truth.astype(np.float32), truth.astype(np.float32)
+    pytorchs[0, :17, 1] = 0.2  # its jaw is off by 1% of the eye distance, and the file's mouth by 0.8%
+    files[0, 48:, 1] = 0.16
+    faces = FaceSet(("a",), np.zeros((1, 1, SIZE, SIZE), np.uint8), "made up", truth)
+    report = parity(Answer(pytorchs), Answer(files), faces, file="f", precision="int8")
+    assert report.rise is not None
+    assert report.rise < 0
+    told = {"jaw": -1, "brows": 0, "nose": 0, "eyes": 0, "mouth": 0.8}
+    assert report.regions_rise == pytest.approx(told, abs=1e-6)
+    with pytest.raises(
+        ParityError, match=r"f is too far from PyTorch: rise of the NME of the mouth 0\.8 .*at most 0\.1"
+    ):
+        check_parity(report, SIZE)
+
+
 def test_a_nan_is_as_far_as_can_be() -> None:
     faces = FaceSet(("a",), np.zeros((1, 1, SIZE, SIZE), np.uint8), "made up")
     base = np.zeros((1, 68, 2), np.float32)
