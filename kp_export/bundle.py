@@ -33,17 +33,20 @@ from kp_export.parity import (
     parity,
 )
 from kp_export.staging import mend, staging
-from kp_runtime.backend import GOLDEN_NAME, Answer, open_backend
+from kp_runtime.backend import GOLDEN_NAME, Answer
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, DataError, ExportError, ParityError
 from kp_runtime.files import read_plain, writing
-from kp_runtime.geometry import boxes_from_points, crop_from_luma, matrices_from_boxes
+from kp_runtime.frame import Frame
+from kp_runtime.geometry import boxes_from_points, matrices_from_boxes
+from kp_runtime.pipeline import load
+from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.recorded_rise import PARITY_NAME
 from kp_runtime.spec import MANIFEST_NAME, PRECISIONS, FileEntry, Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Source, is_held_out
 from kp_train.model import KeypointNet
-from kp_train.synthetic import drawn_face
+from kp_train.synthetic import coloured, drawn_face
 
 __all__ = ["ExportReport", "answer_from_net", "export_bundle"]
 
@@ -244,7 +247,7 @@ def answer_from_net(net: KeypointNet) -> Ask:
 def _check_opens(path: Path) -> None:
     """Opens a new file as a user's program will, which compares the golden crop."""
     try:
-        open_backend(path, "ort-cpu", threads=1)
+        load(path, "ort-cpu", threads=1).close()
     except BackendError as error:
         raise ParityError(
             f"{path.name} is within its limits, and yet could not be opened: {error}; nothing was replaced"
@@ -252,14 +255,13 @@ def _check_opens(path: Path) -> None:
 
 
 def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntry:
-    """A drawn face and PyTorch's keypoints of it, which every backend has to repeat."""
+    """A drawn face with its box, its crop, and PyTorch's keypoints of that, which every backend has to repeat."""
     image, xy = drawn_face(np.random.default_rng(68), (300, 300))
-    spec = manifest.spec
-    matrix = matrices_from_boxes(boxes_from_points(xy)[None], spec.size, spec.margin)[0]
-    crops = crop_from_luma(np.ascontiguousarray(image[:, :, 0]), matrix, spec.size)[None, None]
+    image, box, spec = coloured(image[:, :, 0]), boxes_from_points(xy), manifest.spec
+    crops = crops_from_frame(Frame(image, "bgr"), matrices_from_boxes(box[None], spec.size, spec.margin), spec.size)
     with writing(stage / GOLDEN_NAME) as temporary, open(temporary, "wb") as file:
         outputs = dict(zip(spec.outputs, answer_from_net(net)(crops).outputs(), strict=True))
-        np.savez_compressed(file, crops=crops, **outputs)  # type: ignore[arg-type]
+        np.savez_compressed(file, crops=crops, **outputs, image=image, box_xyxy=box)  # type: ignore[arg-type]
     return file_entry(stage / GOLDEN_NAME, "golden", parent_sha256=manifest.files[CHECKPOINT_NAME].sha256)
 
 

@@ -21,7 +21,9 @@ from kp_runtime.cores import check_process, checked_cores, checked_threads, on_c
 from kp_runtime.cuda_driver import CudaDriver, has_driver
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.files import as_path
-from kp_runtime.golden import GOLDEN_NAME, Golden, golden_from_bytes
+from kp_runtime.frame import import_cv2
+from kp_runtime.golden import GOLDEN_NAME, Golden, check_golden_crop, golden_from_bytes
+from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, ModelSpec, folder_of
 
 __all__ = [
@@ -121,6 +123,7 @@ class Backend(ABC):
         warnings: those of the report.
         cores: where a thread runs while it is in `infer`; None leaves it where it is.
         threads: most threads of the host in a call, the calling one among them.
+        golden: the bundle's golden crop; None where none was compared.
     """
 
     name: str
@@ -128,6 +131,7 @@ class Backend(ABC):
     warnings: tuple[str, ...] = ()
     cores: frozenset[int] | None = None
     threads: int = 1
+    golden: Golden | None = None
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
@@ -187,12 +191,21 @@ class Backend(ABC):
         """Whether nothing is left to be chosen for calls of so many faces."""
         return True
 
-    def check_crops(self) -> None:  # noqa: B027  most engines take crops that the CPU has cut
-        """Nothing where crops can be cut for this engine.
+    def check_crops(self) -> int | None:
+        """Cuts the golden crop as crops are cut for this engine, most of which take those of the CPU.
+
+        Returns:
+            The most grey levels that it is off by; None where the bundle has no image for it, or the CPU no OpenCV
+            (a call with an image says so).
 
         Raises:
-            BackendError: they can't, and what to do.
+            BackendError: it is wrong, or can't be cut on this GPU; says what to do.
         """
+        try:
+            import_cv2()
+        except BackendError:
+            return None
+        return check_golden_crop(self.golden, self.spec, crops_from_frame)
 
     def batch_times(self) -> dict[int, dict[str, float]]:
         """What was measured to choose how batches are fed: see `feeding.Feeder.times`; nothing where one way exists."""
@@ -378,11 +391,12 @@ def _open(engine: str, asked: _Asked, names: list[str], passed_over: list[str]) 
 
 
 def _checked_golden(backend: Backend, asked: _Asked, entry: FileEntry) -> float | None:
-    """`golden_error` of a bundle's golden crop; None where it has none."""
+    """`golden_error` of a bundle's golden crop, which the engine then has; None where there is none."""
     if GOLDEN_NAME not in asked.manifest.files:
         return None
     data, origin = asked.manifest.read_file(asked.folder, GOLDEN_NAME), str(asked.folder / GOLDEN_NAME)
-    return golden_error(backend, golden_from_bytes(data, asked.manifest.spec, origin), entry.precision or "fp32")
+    backend.golden = golden_from_bytes(data, asked.manifest.spec, origin)
+    return golden_error(backend, backend.golden, entry.precision or "fp32")
 
 
 def golden_error(backend: Backend, golden: Golden, precision: str) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from kp_runtime.backend import Backend
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import BackendError
+from kp_runtime.golden import check_golden_crop
 from kp_runtime.spec import ModelSpec
 
 __all__ = ["DeviceBackend", "Lane", "arrays_of"]
@@ -177,11 +179,12 @@ class DeviceBackend(Backend):
             BackendError: no memory is left on the device; the lanes that are open stay usable.
         """
 
-    def check_crops(self) -> None:
-        """See `Backend.check_crops`: whether there is a crop kernel for this GPU."""
-        from kp_runtime.preprocess_cuda import CropKernels
+    def check_crops(self) -> int | None:
+        """See `Backend.check_crops`: whether there is a crop kernel for this GPU, and cuts the golden crop."""
+        from kp_runtime.preprocess_cuda import CropKernels, crops_to_host
 
-        CropKernels(self.driver).close()
+        with contextlib.closing(CropKernels(self.driver)) as kernels:
+            return check_golden_crop(self.golden, self.spec, partial(crops_to_host, self.driver, kernels))
 
     def release(self) -> None:
         """Frees what `infer` keeps for the calling thread; its next call opens another lane."""

@@ -144,7 +144,8 @@ def _not_claimed(
 def _backend(name: str, answer: Outcome) -> Finding:
     if answer.state == "answered":
         facts = answer.facts
-        told = f"{facts['file']}: golden keypoints {facts['golden_error_px']:.3f} px from PyTorch's"
+        crop = "" if facts.get("crop_grey") is None else f", golden crop {facts['crop_grey']} grey levels off"
+        told = f"{facts['file']}: golden keypoints {facts['golden_error_px']:.3f} px from PyTorch's{crop}"
         if warnings := facts.get("warnings"):
             return Finding(name, WARNING, "; ".join([told, *warnings]), "where it is slow or wrong, build a plan here")
         return Finding(name, OK, told)

@@ -47,6 +47,10 @@ class Model:
     face, the grey levels of the largest face) and uses it again. On a GPU the threads share two lanes
     (`pipeline_cuda`), and a call waits for a free one. `close`, or the end of a `with` block, frees
     what was kept; the engine itself goes with the last reference to `backend`.
+
+    Raises:
+        BackendError: crops are cut wrongly here, by the bundle's golden crop, or can't be cut on this GPU.
+        MissingExtraError: cuda-python, which cuts crops on a GPU, is not installed.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -62,6 +66,8 @@ class Model:
             from kp_runtime.pipeline_cuda import CudaPipeline
 
             self._gpu = CudaPipeline(backend)
+        else:
+            backend.check_crops()
 
     @property
     def spec(self) -> ModelSpec:
@@ -332,7 +338,7 @@ def load(
         precision: `auto`, or `fp32`, `fp16`, `int8` or `int8-trt`, which is never replaced by another.
         public_key: whose signature the bundle must have: a PEM file's path, its bytes, or the key's
             32 bytes. None asks for none.
-        golden: whether the golden crop is compared.
+        golden: whether the golden crop is compared: how it is cut here, and the engine's keypoints of it.
         cores: numbers of the cores that the engine's threads run on (Linux). None: those of the calling thread.
         tuned: a settings file that `kp tune` wrote: it says file, engine, threads and how batches are fed, and
             where the bundle lies when none is given.
@@ -343,7 +349,7 @@ def load(
         BundleError: there is no bundle, or it or its files can't be used.
         SignatureError: the bundle is not signed by `public_key`.
         BackendError: there is no such engine, precision or number of threads here, the engine can't run the model, or
-            its golden keypoints are wrong.
+            its golden keypoints or the golden crop as it is cut here are wrong.
         MissingExtraError: the engine's package is not installed, or, for `public_key`, cryptography.
 
     Warns:

@@ -13,6 +13,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,8 @@ from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError
 from kp_runtime.frame import CHANNELS, Frame
 from kp_runtime.geometry import matrices_from_boxes
-from kp_runtime.preprocess_cuda import CropKernels, CropRecords, check_frame, faces_from_matrices
+from kp_runtime.golden import check_golden_crop
+from kp_runtime.preprocess_cuda import CropKernels, CropRecords, check_frame, crops_to_host, faces_from_matrices
 
 __all__ = ["GRAPHS", "LANES", "CudaPipeline"]
 
@@ -51,7 +53,7 @@ class CudaPipeline:
         lanes: most lanes, at least 1.
 
     Raises:
-        BackendError: no kernel for this GPU.
+        BackendError: no kernel for this GPU, or one that cuts the golden crop wrongly.
         MissingExtraError: cuda-python is not installed.
     """
 
@@ -61,6 +63,7 @@ class CudaPipeline:
         self._backend, self._most = backend, lanes
         backend.release()  # what the golden crop's check left
         self._kernels = CropKernels(backend.driver)
+        check_golden_crop(backend.golden, backend.spec, partial(crops_to_host, backend.driver, self._kernels))
         self._switch = GraphSwitch()
         self._free: list[_Lane] = []
         self._taken: list[_Lane | None] = []  # None: being opened

@@ -25,7 +25,7 @@ from kp_runtime.cubin import cubin_from_source
 from kp_runtime.cuda_driver import CudaDriver, Memory, stream_handle
 from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError, ImageError, InputError
-from kp_runtime.frame import CHANNELS
+from kp_runtime.frame import CHANNELS, Frame
 from kp_runtime.geometry import crop_plan
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "CudaCropper",
     "check_frame",
     "compile_cubin",
+    "crops_to_host",
     "faces_from_matrices",
     "kernel_source",
     "record_from_frame",
@@ -327,6 +328,36 @@ class CudaCropper:
         # a program that ends takes the driver away first; what is left goes with it
         with contextlib.suppress(Exception):
             self.close()
+
+
+def crops_to_host(
+    driver: CudaDriver, kernels: CropKernels, frame: Frame, crop_from_image: NDArray[np.floating], size: int
+) -> NDArray[np.uint8]:
+    """As `preprocess_cpu.crops_from_frame`, but cut on the GPU, with copies there and back: to compare the two.
+
+    Raises:
+        BackendError: CUDA failed.
+    """
+    pixels, call = np.ascontiguousarray(frame.data), driver.call
+    faces = faces_from_matrices(crop_from_image, size, frame.size_hw)
+    crops = np.empty((len(faces), 1, size, size), np.uint8)
+    driver.make_current()
+    with contextlib.ExitStack() as owned:
+        records, there, out = CropRecords(driver, len(faces)), Memory(driver), Memory(driver)
+        for memory, room in ((records, len(faces)), (there, pixels.nbytes), (out, crops.nbytes)):
+            owned.callback(memory.free)
+            memory.reserve(room)
+        stream = call("cuStreamCreate", 1)  # 1: does not wait for the default stream
+        owned.callback(call, "cuStreamDestroy", stream)
+        owned.callback(call, "cuStreamSynchronize", stream)
+        pitch = pixels.strides[0]
+        records.write(
+            DeviceFrame(there.address, frame.size_hw, pitch, frame.layout, frame.range, driver.device_id), faces
+        )
+        call("cuMemcpyHtoDAsync", there.address, pixels.ctypes.data, pixels.nbytes, stream)
+        records.enqueue(kernels, CHANNELS[frame.layout], len(faces), size, out.address, stream)
+        call("cuMemcpyDtoHAsync", crops.ctypes.data, out.address, crops.nbytes, stream)
+    return crops
 
 
 def _cubin_bytes(given: bytes | str | os.PathLike[str]) -> bytes:

@@ -160,25 +160,16 @@ def crops() -> Facts:
     import numpy as np
 
     from kp_runtime.cuda_driver import CudaDriver
-    from kp_runtime.device_frame import DeviceFrame
     from kp_runtime.frame import as_frame
     from kp_runtime.geometry import matrices_from_boxes
     from kp_runtime.preprocess_cpu import crops_from_frame
-    from kp_runtime.preprocess_cuda import CudaCropper
+    from kp_runtime.preprocess_cuda import CropKernels, crops_to_host
 
     image = np.random.default_rng(0).integers(0, 256, (240, 320, 3), dtype=np.uint8)
     matrices = matrices_from_boxes(np.array([[20.0, 30, 90, 100], [150, 20, 300, 220]]), 64, 1.3)
-    wanted = crops_from_frame(as_frame(image), matrices, 64)
-    found = np.zeros_like(wanted)
-    call = CudaDriver().call
-    with CudaCropper() as cropper:
-        pixels, out = int(call("cuMemAlloc", image.nbytes)), int(call("cuMemAlloc", found.nbytes))
-        stream = call("cuStreamCreate", 1)  # 1: does not wait for the default stream
-        call("cuMemcpyHtoDAsync", pixels, image.ctypes.data, image.nbytes, stream)
-        frame = DeviceFrame(pixels, image.shape[:2], image.strides[0], "bgr")
-        cropper.crops_from_frame(frame, matrices, 64, out, int(stream))
-        call("cuMemcpyDtoHAsync", found.ctypes.data, out, found.nbytes, stream)
-        call("cuStreamSynchronize", stream)
+    frame, driver = as_frame(image), CudaDriver()
+    wanted = crops_from_frame(frame, matrices, 64)
+    found = crops_to_host(driver, CropKernels(driver), frame, matrices, 64)
     return {"levels": found.size, "different": int((found != wanted).sum())}
 
 
@@ -208,13 +199,16 @@ def module(name: str) -> Facts:
 
 
 def backend(name: str, bundle: str) -> Facts:
-    """One real inference: the bundle's golden crop through a backend, as every `open_backend` does it."""
+    """One real inference: the bundle's golden crop through a backend, as every `open_backend` does it.
+
+    `crop_grey` is how far it is off where the CPU cuts it; None for a GPU, of whose crops `crops` tells.
+    """
     from kp_runtime.backend import open_backend
 
-    report = open_backend(bundle, backend=name).report
-    if report.golden_error_px is None:
+    opened = open_backend(bundle, backend=name)
+    if opened.report.golden_error_px is None:
         raise BackendError(f"the bundle {bundle} has no golden crop, so nothing shows that {name} is right")
-    return dataclasses.asdict(report)
+    return dataclasses.asdict(opened.report) | {"crop_grey": opened.check_crops() if name == "ort-cpu" else None}
 
 
 def start(file: str, engine: str, threads: str) -> Facts:

@@ -20,7 +20,7 @@ from kp_runtime.detector_by_name import load_detector
 from kp_runtime.errors import BackendError, InputError, KpError
 from kp_runtime.frame import as_frame, image_from_bytes
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
-from kp_runtime.golden import golden_from_bytes
+from kp_runtime.golden import check_golden_crop, golden_from_bytes
 from kp_runtime.pipeline import checked_boxes
 from kp_runtime.preprocess_cpu import CpuCropper
 from kp_runtime.spec import Manifest
@@ -97,6 +97,7 @@ class ImagesModel:
         data = Manifest.read(bundle).read_file(bundle, GOLDEN_NAME)
         spec = self._backend.spec
         self._golden = golden_from_bytes(data, spec)
+        check_golden_crop(self._golden, spec, self._cropper.crops_from_frame)
         self._no_crops = np.empty((0, 1, spec.size, spec.size), np.uint8)
 
     @property

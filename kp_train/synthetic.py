@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.scheme68 import CONTOURS, POINTS, mean_shape
 
-__all__ = ["drawn_face", "mean_shape", "write_csv_source"]
+__all__ = ["coloured", "drawn_face", "mean_shape", "write_csv_source"]
 
 
 def drawn_face(
@@ -57,6 +57,15 @@ def drawn_face(
         x, y = fixed[list(eye)].mean(axis=0)
         cv2.circle(canvas, (int(x), int(y)), int(scale * 16 * 0.07), 20, -1, cv2.LINE_AA, 4)
     return np.asarray(cv2.cvtColor(canvas, cv2.COLOR_GRAY2BGR), np.uint8), xy.astype(np.float32)
+
+
+def coloured(luma: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Shades of brown, `(h, w, 3)` uint8 BGR, whose luma is `luma`, `(h, w)`; read as RGB they have another one."""
+    level = np.arange(256)
+    blue, red = (level + sign * (level * (255 - level) // 320) for sign in (-1, 1))
+    # OpenCV's BGR2GRAY: the three weights are in 1/32768, their sum is rounded
+    green = -((3735 * blue + 9798 * red + 16384 - 32768 * level) // 19235)
+    return np.stack([blue, green, red], axis=1).astype(np.uint8)[luma]
 
 
 def write_csv_source(folder: Path, people: int, each: int = 2, seed: int = 0, turn_deg: float = 15.0) -> Path:

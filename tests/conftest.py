@@ -39,6 +39,24 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bundle_with_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, but its golden crop has the image that it was cut from."""
+    return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny", image=True)
+
+
+@pytest.fixture
+def half_a_pixel_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on all crops are cut half a pixel to one side, on a CPU as on a GPU."""
+    from kp_runtime.geometry import crop_plan
+
+    def off(matrix: np.ndarray, size: int, size_hw: tuple[int, int]) -> typing.Any:
+        return crop_plan(matrix + np.array([[0, 0, 0.5], [0, 0, 0]]), size, size_hw)
+
+    for module in ("preprocess_cpu", "preprocess_cuda"):
+        monkeypatch.setattr(f"kp_runtime.{module}.crop_plan", off)
+
+
+@pytest.fixture(scope="session")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
     """The CUDA crop kernel on the CPU."""
     from tests.emulation import EmulatedKernel

@@ -14,8 +14,11 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kp_runtime.backend import GOLDEN_NAME
+from kp_runtime.frame import Frame
+from kp_runtime.geometry import boxes_from_points, matrices_from_boxes
+from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
-from kp_train.synthetic import mean_shape
+from kp_train.synthetic import coloured, drawn_face, mean_shape
 
 SIZE, LOST_LIMIT = 64, 0.5
 
@@ -76,11 +79,12 @@ def tiny_bundle(
     size: int = SIZE,
     *,
     golden: bool = True,
+    image: bool = False,
     margin: float = 1.3,
     box: str = "keypoints",
     lost_limit: float | None = LOST_LIMIT,
 ) -> Path:
-    """Writes a bundle with `model.fp32.onnx` and, unless told otherwise, a golden crop."""
+    """Writes a bundle with `model.fp32.onnx` and, unless told otherwise, a golden crop: of noise, or of an image."""
     folder.mkdir(parents=True, exist_ok=True)
     spec = ModelSpec("tiny", size=size, margin=margin, box=box, lost_limit=lost_limit)
     model = folder / "model.fp32.onnx"
@@ -88,8 +92,14 @@ def tiny_bundle(
     files = {model.name: file_entry(model, "onnx", precision="fp32")}
     if golden:
         crops = np.random.default_rng(0).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
+        source = {}
+        if image:
+            face, xy = drawn_face(np.random.default_rng(68), (300, 300))
+            source = {"image": coloured(face[:, :, 0]), "box_xyxy": boxes_from_points(xy)}
+            matrices = matrices_from_boxes(source["box_xyxy"][None], size, margin)
+            crops = crops_from_frame(Frame(source["image"], "bgr"), matrices, size)
         outputs = dict(zip(spec.outputs, tiny_outputs(crops), strict=False))
-        np.savez(folder / GOLDEN_NAME, crops=crops, **outputs)
+        np.savez(folder / GOLDEN_NAME, crops=crops, **outputs, **source)
         files[GOLDEN_NAME] = file_entry(folder / GOLDEN_NAME, "golden")
     Manifest(spec=spec, files=files).write(folder)
     return folder

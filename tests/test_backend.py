@@ -23,7 +23,9 @@ from kp_runtime.backend_ort import OrtCpuBackend, import_onnxruntime
 from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError, missing_or_broken, reason_of
 from kp_runtime.feeding import TRIES
-from kp_runtime.golden import Golden
+from kp_runtime.frame import Frame
+from kp_runtime.golden import Golden, check_golden_crop
+from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints, tiny_outputs, tiny_scores
 from tests.tolerances import FP32_PX, MAP_PX, assert_close
@@ -315,6 +317,37 @@ def test_a_model_without_a_lost_score(tmp_path: Path, crops: np.ndarray) -> None
 def test_golden_file_with_the_wrong_arrays(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"golden\.npz is no golden crop .*; export the bundle again"):
         open_backend(with_golden(tiny_bundle(tmp_path), **arrays))
+
+
+@pytest.mark.parametrize(
+    ("image", "box"),
+    [
+        (np.zeros((30, 40), np.uint8), np.array([3.0, 4, 20, 25])),
+        (np.zeros((30, 40, 3), np.float32), np.array([3.0, 4, 20, 25])),
+        (np.zeros((30, 40, 3), np.uint8), np.array([3, 4, 20, 25])),
+        (np.zeros((30, 40, 3), np.uint8), np.array([3.0, 4, 20])),
+        (np.zeros((30, 40, 3), np.uint8), np.array([3.0, np.nan, 20, 25])),
+        (np.zeros((30, 40, 3), np.uint8), np.array([3.0, 4, 3, 25])),
+        (np.zeros((30, 40, 3), np.uint8), np.array([3.0, 4, 1e300, 25])),
+    ],
+    ids=["grey", "floats", "whole numbers", "three", "NaN", "empty", "far outside"],
+)
+def test_golden_file_with_no_image_and_box(image: np.ndarray, box: np.ndarray, tmp_path: Path) -> None:
+    with np.load(tiny_bundle(tmp_path) / GOLDEN_NAME) as golden:
+        arrays = dict(golden)
+    with pytest.raises(IntegrityError, match=r"no golden crop \(crops .*, box_xyxy .*\); export the bundle again"):
+        open_backend(with_golden(tmp_path, **arrays, image=image, box_xyxy=box))
+
+
+def test_a_golden_crop_may_be_off_by_one_grey_level(bundle_with_image: Path) -> None:
+    golden, spec = open_backend(bundle_with_image, threads=1).golden, Manifest.read(bundle_with_image).spec
+    assert check_golden_crop(golden, spec, lambda *asked: crops_from_frame(*asked) + 1) == 1
+    for wrong in (
+        lambda *asked: crops_from_frame(*asked) - 2,
+        lambda frame, *asked: crops_from_frame(Frame(frame.data, "rgb"), *asked),
+    ):
+        with pytest.raises(BackendError, match=r"is cut with a grey level (2|19) off"):
+            check_golden_crop(golden, spec, wrong)
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04cut"])

@@ -20,7 +20,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from kp_runtime import BackendError, GraphWarning, MissingExtraError, Model, load
+from kp_runtime import BackendError, GraphWarning, MissingExtraError, Model, load, preprocess_cuda
 from kp_runtime.backend import open_backend
 from kp_runtime.backend_ort_gpu import OrtCudaBackend, OrtGpuBackend, OrtTensorRtBackend
 from kp_runtime.device_backend import DeviceBackend
@@ -492,6 +492,21 @@ def test_auto_passes_over_a_gpu_that_can_not_cut_crops(
     crops = some_crops(rng, 2)  # crops from elsewhere can still be run
     assert_close(opened(bundle).infer(crops), tiny_keypoints(crops), FP32_PX, "keypoints")
     assert "cuLaunchKernel" not in [name for name, *_ in driver.asked]
+
+
+@pytest.mark.usefixtures("cutting")
+def test_auto_passes_over_a_gpu_that_cuts_crops_wrongly(
+    driver: DriverDouble, bundle_with_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(bundle_with_image) as model:
+        assert model.backend.report.backend == "ort-cuda"
+    weights = preprocess_cuda.weights_of_layout
+    monkeypatch.setattr(preprocess_cuda, "weights_of_layout", lambda layout: weights("rgb"))
+    with load(bundle_with_image) as model:
+        assert model.backend.report.backend == "ort-cpu"
+        assert "ort-cuda: the golden crop is cut with a grey level 19 off" in model.backend.report.rejected[1]
+    with pytest.raises(BackendError, match="golden crop is cut with a grey level 19 off"):
+        load(bundle_with_image, "ort-cuda")
 
 
 def test_auto_falls_back_to_the_cpu_and_says_why(

@@ -91,6 +91,11 @@ def test_the_manifest_holds_and_tells_where_it_is_from(bundle: Path) -> None:
     assert manifest.accuracy
 
 
+@each_model
+def test_the_golden_crop_is_cut_here_as_where_it_was_made(bundle: Path) -> None:
+    assert load(bundle, "ort-cpu", threads=1).backend.check_crops() == 0
+
+
 def test_the_models_are_of_the_sizes_that_they_say() -> None:
     sizes = {bundle.name: Manifest.read(bundle).spec.size for bundle in MODELS}
     assert sizes == {"resnet18-68": 224, "resnet18-68-lite": 112}

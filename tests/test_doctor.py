@@ -451,6 +451,12 @@ def test_wrong_keypoints_are_a_problem(bundle: Path, tmp_path: Path) -> None:
     assert finding.status == "problem"
 
 
+def test_how_the_cpu_cuts_the_golden_crop(bundle_with_image: Path, tmp_path: Path) -> None:
+    answer = ask("backend", "ort-cpu", str(bundle_with_image), seconds=60)
+    found = about(looked(bundle_with_image, tmp_path, PLAIN | {"backend ort-cpu": answer}), "ort-cpu").found
+    assert found == "model.fp32.onnx: golden keypoints 0.000 px from PyTorch's, golden crop 0 grey levels off"
+
+
 def test_a_bundle_without_a_golden_crop_proves_nothing(bundle: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(bundle, bare)

@@ -22,6 +22,7 @@ from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
 from kp_export.parity import LIMITS, Limit, bundled_faces
 from kp_runtime.backend import GOLDEN_TOLERANCE_PX, open_backend
 from kp_runtime.errors import BundleError, ExportError, ParityError
+from kp_runtime.pipeline import load
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from kp_train.model import KeypointNet
@@ -80,6 +81,7 @@ def test_a_bundle_holds_what_its_manifest_names(exported: Path) -> None:
         manifest.check_file(exported, name)
     checkpoint = manifest.files[CHECKPOINT_NAME].sha256
     assert manifest.files["model.fp16.onnx"].parent_sha256 == checkpoint
+    assert load(exported, threads=1).backend.check_crops() == 0
     assert [p.name for p in exported.parent.iterdir() if p.name.startswith(".")] == []
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kp_runtime import BackendError, BoxError, Frame, ImageError, InputError, Model, StageTimer, load
+from kp_runtime import BackendError, BoxError, Frame, ImageError, InputError, MissingExtraError, Model, StageTimer, load
 from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
 from kp_runtime.geometry import boxes_from_points
@@ -45,6 +46,27 @@ def test_keypoints_in_pixels_of_the_image(model: Model, image: np.ndarray) -> No
     assert_close(result.xy[0], wanted, LEVEL_PX, "keypoints")
     assert (result.xy.dtype, result.size_hw, len(result)) == (np.float32, (240, 320), 1)
     assert result.boxes_xyxy.tolist() == [BOX]
+
+
+def test_a_machine_that_cuts_crops_wrongly_opens_no_model(
+    bundle: Path, bundle_with_image: Path, request: pytest.FixtureRequest
+) -> None:
+    assert load(bundle_with_image, threads=1).backend.check_crops() == 0
+    request.getfixturevalue("half_a_pixel_off")
+    with pytest.raises(BackendError, match=r"golden crop is cut with a grey level \d+ off \(at most 1 is right\)"):
+        load(bundle_with_image, threads=1)
+    load(bundle_with_image, threads=1, golden=False)
+    assert load(bundle, threads=1).backend.check_crops() is None  # a golden crop of before, without an image
+
+
+def test_a_model_for_crops_of_one_s_own_opens_without_opencv(
+    bundle_with_image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    model = load(bundle_with_image, threads=1)
+    assert model.backend.check_crops() is None
+    with pytest.raises(MissingExtraError, match="opencv"):
+        model(np.zeros((240, 320, 3), np.uint8), [BOX])
 
 
 @pytest.mark.parametrize("n", [0, 1, 100])

@@ -128,6 +128,24 @@ def test_a_graph_serves_other_frames_and_boxes(model: Model, cpu: Model, driver:
     assert asked(driver, "cuGraphInstantiate") == 1
 
 
+def test_the_golden_crop_is_cut_on_the_gpu(
+    driver: DriverDouble, bundle_with_image: Path, request: pytest.FixtureRequest
+) -> None:
+    backend = DeviceDouble()
+    backend.golden = open_backend(bundle_with_image, "ort-cpu", threads=1).golden
+    Model(backend).close()
+    assert backend.check_crops() == 0
+    assert asked(driver, "cuLaunchKernel") == 2
+    request.getfixturevalue("half_a_pixel_off")
+    for check in (backend.check_crops, lambda: Model(backend)):
+        with pytest.raises(BackendError, match=r"golden crop is cut with a grey level \d+ off .* the backend ort-cpu"):
+            check()
+    driver.failing["cuLaunchKernel"] = Result.CUDA_ERROR_INVALID_VALUE
+    with pytest.raises(BackendError, match="cuLaunchKernel says CUDA_ERROR_INVALID_VALUE"):
+        backend.check_crops()
+    assert not driver.memory
+
+
 def on_device(driver: DriverDouble, frame: Frame, **more: Any) -> DeviceFrame:
     data = frame.data
     driver.lend(data)

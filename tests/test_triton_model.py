@@ -142,6 +142,12 @@ def test_the_probe_runs_the_network(images: ImagesModel) -> None:
     assert "puts a golden keypoint 1.414 px from PyTorch's" in str(error)
 
 
+@pytest.mark.usefixtures("own_detector", "half_a_pixel_off")
+def test_a_server_that_cuts_crops_wrongly_has_no_model(bundle_with_image: Path) -> None:
+    with pytest.raises(BackendError, match="golden crop is cut with a grey level"):
+        ImagesModel(bundle_with_image, threads=1)
+
+
 def test_numpy_2_is_refused() -> None:
     check_numpy("1.26.4")
     with pytest.raises(BackendError, match=r"numpy 2.1.0 .*wrong numbers without an error.*pip install 'numpy<2'"):

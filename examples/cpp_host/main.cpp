@@ -9,6 +9,8 @@
 //                 python3 -c "import numpy as np; g = np.load('BUNDLE/golden.npz'); g['crops'].tofile(
 //                 'golden.crops'); g['keypoints'].astype('<f4').tofile('golden.keypoints')"
 //                 crops: uint8 (n, 1, size, size); keypoints: float32 (n, points, 2), pixels of the crop
+//                 A host that cuts crops itself is tested with g['image'] and g['box_xyxy'], which the first
+//                 crop was cut from (docs/export.md)
 // What was run    the preflight as it is, with g++ 12. This file was compiled with CUDA's real headers and a
 //                 stub of NvInfer.h that has the names used here, and run on a stub of both libraries.
 //                 Not run: TensorRT, a GPU
