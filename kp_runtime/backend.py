@@ -55,8 +55,8 @@ ORDER = {
 """The precisions of the files that each engine runs, best first."""
 
 GOLDEN_TOLERANCE_PX = {"fp32": 0.02, "fp16": 0.5, "int8": 2.0, "int8-trt": 2.0}
-"""Largest distance of a golden keypoint from PyTorch's answer, in pixels of a crop of 224; of a larger crop in
-proportion, as the limits of an export."""
+"""Largest distance of a golden keypoint from PyTorch's answer, in pixels of a crop of 224; of others in proportion, as
+the limits of an export."""
 
 GOLDEN_TOLERANCE_SCORE = {"fp32": 0.002, "fp16": 0.02, "int8": 0.2, "int8-trt": 0.2}
 """Of its lost score; that of what is no face is about 1."""
@@ -410,7 +410,7 @@ def golden_error(backend: Backend, golden: Golden, precision: str) -> float:
     off = 0.0
     if golden.lost_score is not None and answer.lost_score is not None:
         off = float(np.abs(answer.lost_score - golden.lost_score).max())
-    most_px = GOLDEN_TOLERANCE_PX[precision] * max(1.0, backend.spec.size / 224)
+    most_px = GOLDEN_TOLERANCE_PX[precision] * backend.spec.size / 224
     most = GOLDEN_TOLERANCE_SCORE[precision]
     if not (worst <= most_px and off <= most):
         fault = f"gives a golden crop a lost score {off:.3f} from PyTorch's (at most {most}"

@@ -42,7 +42,7 @@ TURNS = (0.0, 0.3)
 ALLOWED_PX = {"fp32": 0.01, "fp16": GOLDEN_TOLERANCE_PX["fp16"], "int8": GOLDEN_TOLERANCE_PX["int8"]}
 """Largest distance of a keypoint between two processors, pixels of the crop.
 
-fp32: the same arithmetic in another order. The others: what the golden check allows to one of them.
+fp32: the same arithmetic in another order. The others: what the golden check allows to one of them in a crop of 224 px.
 """
 
 

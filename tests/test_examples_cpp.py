@@ -122,7 +122,7 @@ def test_wrong_keypoints_are_an_error(program: Path, plan_bundle: Callable[..., 
     keypoints = np.fromfile(bundle / "golden.keypoints", "<f4")
     keypoints[-1] += wrong
     keypoints.tofile(bundle / "golden.keypoints")
-    assert "a golden keypoint is further than 0.5" in refusal(program, bundle)
+    assert "a golden keypoint is further than 0.0714" in refusal(program, bundle)
     (bundle / "golden.keypoints").write_bytes(b"")
     assert "are not n crops of 32 px and their keypoints" in refusal(program, bundle)
 

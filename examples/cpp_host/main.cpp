@@ -139,7 +139,7 @@ class Network {
 // kp_runtime's limits, in pixels of the crop
 double tolerance_of(const kp::Plan& plan) {
     const double at_224 = plan.precision == "fp32" ? 0.02 : plan.precision == "fp16" ? 0.5 : 2.0;
-    return at_224 * std::max(1.0, plan.size / 224.0);
+    return at_224 * plan.size / 224;
 }
 
 void run(const char* bundle, const char* crops_path, const char* keypoints_path) {
