@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torchvision.utils import draw_keypoints, make_grid, save_image
 
 from kp_runtime.errors import KpError
-from kp_train.data import FaceDataset, evenly_spread
+from kp_train.data import evenly_spread
+from kp_train.dataset import FaceDataset
 
 __all__ = ["EpochLines", "FacesPicture", "StateKeeper", "Together"]
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from kp_runtime.spec import ModelSpec
 from kp_train.bar import Bar, no_bar
-from kp_train.data import Face, FaceDataset, Source, held_out_of
+from kp_train.data import Face, Source, held_out_of
+from kp_train.dataset import FaceDataset
 from kp_train.model import KeypointNet
 
 __all__ = ["bias_of", "from_both_sides", "measured_bias", "source_biases", "with_bias"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from kp_train.data import FaceDataset, start_of_workers
+from kp_train.dataset import FaceDataset, start_of_workers
 
 __all__ = ["Loaders", "SourceSampler", "held_out_batches"]
 

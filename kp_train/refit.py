@@ -28,7 +28,8 @@ from kp_runtime.spec import Manifest
 from kp_train.augment import face_augment, mirror_from_pairs
 from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
-from kp_train.data import Face, FaceDataset, Source, evenly_spread, held_out_fraction, is_held_out, luma_of_face
+from kp_train.data import Face, Source, evenly_spread, held_out_fraction, is_held_out, luma_of_face
+from kp_train.dataset import FaceDataset
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.lost_score import FACES, LIMIT, VIEWS, AnyPlace, ScoreQuality, elsewhere, score_quality, solved_score
 from kp_train.metrics import nme_unit

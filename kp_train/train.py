@@ -43,7 +43,8 @@ from kp_train.checkpoint import (
     save_checkpoint,
 )
 from kp_train.config import TrainConfig, has_bfloat16
-from kp_train.data import Face, FaceDataset, Source, check_memory, evenly_spread
+from kp_train.data import Face, Source, evenly_spread
+from kp_train.dataset import FaceDataset, check_memory
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.loss import keypoint_loss

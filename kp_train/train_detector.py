@@ -30,7 +30,8 @@ from kp_train.checkpoint import (
     save_detector,
 )
 from kp_train.config import DetectorConfig
-from kp_train.data import Source, check_memory, start_of_workers
+from kp_train.data import Source
+from kp_train.dataset import check_memory, start_of_workers
 from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
 from kp_train.face_windows import Pictures, WindowDataset
 from kp_train.run_record import run_record, split_by_person, stored_record

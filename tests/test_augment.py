@@ -14,7 +14,8 @@ from kp_runtime.geometry import invert_matrix
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import MirrorFace, augment_from_name, bent, grey_levels
-from kp_train.data import FaceDataset, read_source
+from kp_train.data import read_source
+from kp_train.dataset import FaceDataset
 from kp_train.synthetic import mean_shape, write_csv_source
 
 

@@ -24,17 +24,8 @@ from kp_runtime.interchange import faces_from_file, faces_to_file, with_sizes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import augment_from_name
-from kp_train.data import (
-    Face,
-    FaceDataset,
-    evenly_spread,
-    is_held_out,
-    luma_from_file,
-    lumas_of_faces,
-    parse_source,
-    read_source,
-    start_of_workers,
-)
+from kp_train.data import Face, evenly_spread, is_held_out, luma_from_file, lumas_of_faces, parse_source, read_source
+from kp_train.dataset import FaceDataset, start_of_workers
 from kp_train.face_windows import Pictures, WindowDataset, read_pictures
 from kp_train.loaders import Loaders, SourceSampler, held_out_batches
 from kp_train.synthetic import drawn_face, mean_shape, write_csv_source

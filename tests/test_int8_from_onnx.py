@@ -26,7 +26,8 @@ from kp_runtime.backend import Answer, open_backend
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import save_checkpoint
-from kp_train.data import FaceDataset, Source, is_held_out, read_source
+from kp_train.data import Source, is_held_out, read_source
+from kp_train.dataset import FaceDataset
 from kp_train.model import KeypointNet
 from kp_train.synthetic import write_csv_source
 from tests.test_export import known_graph

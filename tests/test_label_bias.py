@@ -19,7 +19,8 @@ from kp_runtime.spec import ModelSpec
 from kp_train.augment import Augment
 from kp_train.checkpoint import load_checkpoint
 from kp_train.config import recipe
-from kp_train.data import Face, FaceDataset, is_held_out, read_source
+from kp_train.data import Face, is_held_out, read_source
+from kp_train.dataset import FaceDataset
 from kp_train.label_bias import bias_of, measured_bias, with_bias
 from kp_train.refit import refit
 from kp_train.synthetic import mean_shape, write_csv_source

@@ -12,7 +12,8 @@ import pytest
 
 from kp_runtime.errors import InputError
 from kp_runtime.spec import ModelSpec
-from kp_train.data import FaceDataset, read_source
+from kp_train.data import read_source
+from kp_train.dataset import FaceDataset
 from kp_train.synthetic import write_csv_source
 from tests.tolerances import PACKED_LEVELS, PACKED_PX
 

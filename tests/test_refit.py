@@ -26,7 +26,8 @@ from kp_train.augment import Augment
 from kp_train.bar import no_bar
 from kp_train.checkpoint import check_start, load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig
-from kp_train.data import Face, FaceDataset, Source, is_held_out, luma_from_file, read_source
+from kp_train.data import Face, Source, is_held_out, luma_from_file, read_source
+from kp_train.dataset import FaceDataset
 from kp_train.lost_score import LIMIT, VIEWS, elsewhere
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet

@@ -14,7 +14,8 @@ from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.augment import augment_from_name
 from kp_train.checkpoint import LAST_STATE, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import recipe
-from kp_train.data import FaceDataset, read_source
+from kp_train.data import read_source
+from kp_train.dataset import FaceDataset
 from kp_train.loss import keypoint_loss
 from kp_train.model import KeypointNet
 from kp_train.synthetic import write_csv_source

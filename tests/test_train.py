@@ -22,7 +22,8 @@ from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.callbacks import EpochLines, FacesPicture, Together
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import RECIPES, recipe
-from kp_train.data import FaceDataset, is_held_out, parse_source, read_source
+from kp_train.data import is_held_out, parse_source, read_source
+from kp_train.dataset import FaceDataset
 from kp_train.model import KeypointNet
 from kp_train.synthetic import write_csv_source
 from kp_train.train import _start_weights, train
