@@ -302,10 +302,6 @@ def evaluate(
         raise InputError("--detector goes with --boxes detector")
     if steady and boxes is Boxes.detector:
         raise InputError("--robustness shakes the boxes of the keypoints: leave out --boxes detector")
-    if threads is not None:  # PyTorch's, which computes for a checkpoint
-        import torch
-
-        torch.set_num_threads(checked_threads(threads))
     opened = open_model(model, threads)
     if (steady or boxes is Boxes.detector) and opened.manifest.spec.box == "frame":
         raise InputError("this model sees whole frames, not face boxes: leave out --boxes detector and --robustness")

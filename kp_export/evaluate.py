@@ -1,4 +1,4 @@
-"""`kp eval`: a model's accuracy on labelled faces, whatever engine the model's file needs."""
+"""`kp eval`: a model's accuracy on labelled faces, whatever engine its file needs; torch for a checkpoint alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_export.bundle import answer_from_net
 from kp_export.parity import Ask
 from kp_runtime.backend import Backend, open_backend
+from kp_runtime.cores import checked_threads
 from kp_runtime.detect import Detector
-from kp_runtime.errors import BackendError, DataError, InputError
+from kp_runtime.errors import BackendError, BundleError, DataError, InputError, missing_or_broken
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import (
     apply_matrix,
@@ -31,7 +31,6 @@ from kp_runtime.recorded_rise import Rise
 from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import Manifest
 from kp_train.bar import Bar, no_bar
-from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Face, Source, evenly_spread, held_out_of, luma_of_face
 from kp_train.metrics import Accuracy, accuracy, point_errors
 from kp_train.run_record import ancestry, least_held_out
@@ -81,17 +80,35 @@ def open_model(path: Path, threads: int | None = None) -> OpenModel:
 
     Args:
         path: of one of these.
-        threads: of ONNX Runtime; all cores when None.
+        threads: of the engine; all cores when None. PyTorch keeps them for all of the process.
 
     Raises:
         BundleError, BackendError: as the opening of each says.
+        MissingExtraError: the engine's package is not installed; of a checkpoint it is PyTorch.
     """
-    if path.is_dir() or path.name == CHECKPOINT_NAME or not path.is_file():
-        net, manifest = load_checkpoint(path)
-        return OpenModel(f"{manifest.spec.name} {CHECKPOINT_NAME} (PyTorch)", manifest, answer_from_net(net))
+    if path.is_dir() or path.suffix == ".safetensors":
+        return _open_checkpoint(path, threads)
     backend = open_backend(path, threads=threads)
     manifest = Manifest.read(path.parent)
     return OpenModel(f"{manifest.spec.name} {path.name} ({backend.name})", manifest, backend.answer)
+
+
+def _open_checkpoint(path: Path, threads: int | None) -> OpenModel:
+    try:
+        import torch
+
+        from kp_export.bundle import answer_from_net
+        from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
+    except ImportError as error:
+        bundle = path if path.is_dir() else path.parent
+        Manifest.read(bundle).entry(bundle, "checkpoint.safetensors")  # torch does not help where there is none
+        package = (error.name or "torch").partition(".")[0]
+        purpose = "measuring a checkpoint, not an ONNX file or a plan,"
+        raise missing_or_broken(error, package, package, "export", purpose) from error
+    if threads is not None:
+        torch.set_num_threads(checked_threads(threads))
+    net, manifest = load_checkpoint(path)
+    return OpenModel(f"{manifest.spec.name} {CHECKPOINT_NAME} (PyTorch)", manifest, answer_from_net(net))
 
 
 def held_out_faces(source: Source, manifest: Manifest) -> Source:
@@ -193,6 +210,10 @@ def measured_rise(first: Path, sources: Sequence[Source]) -> Callable[[Path, Bac
     faces = [faces[i] for i in evenly_spread(len(faces), MOST)]
     manifest = Manifest.read(first)
     fp32 = [name for name, entry in manifest.files.items() if (entry.kind, entry.precision) == ("onnx", "fp32")]
+    if not fp32 and all(entry.kind != "checkpoint" for entry in manifest.files.values()):
+        raise BundleError(
+            f"{first} has neither an fp32 ONNX file nor a checkpoint to compare with; pack it with --precision fp32 too"
+        )
     opened_first = open_model(first / fp32[0] if fp32 else first)
 
     @functools.cache

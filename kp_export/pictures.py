@@ -111,7 +111,7 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise MissingExtraError("matplotlib", "export", "the plots of kp eval") from error
+        raise MissingExtraError("matplotlib", "export", "drawing the plots of kp eval") from error
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
 
 

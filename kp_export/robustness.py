@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -119,6 +118,8 @@ def _shaken(box: NDArray[np.float64], right: int, down: int, larger: int) -> NDA
 
 
 def _enlarged(luma: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
+    import cv2
+
     return np.asarray(cv2.resize(luma, None, fx=k, fy=k, interpolation=cv2.INTER_LINEAR), np.uint8)
 
 

@@ -13,10 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-import torch
-import torchvision
-
 from kp_runtime.errors import DataError, KpError
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, Source, held_out_of, is_held_out, recorded_fraction
@@ -124,6 +120,10 @@ def _sha256_of_names(faces: Sequence[Face]) -> str:
 
 def _made_by() -> dict[str, Any]:
     """What code trains here."""
+    import lightning as L  # the rest of a record is read without these
+    import torch
+    import torchvision
+
     return {
         "git_revision": _git_revision(),
         "versions": {

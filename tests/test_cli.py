@@ -141,7 +141,7 @@ def test_a_file_beside_no_manifest_is_named(
         (("bench", "{bundle}", "--compare", "{bundle}/manifest.json"), "is no results file of kp bench"),
         (("inspect", "nowhere"), "is not a bundle"),
         (("export", "nowhere"), "there is no checkpoint at nowhere"),
-        (("eval", "nowhere", "--data", "x"), "there is no checkpoint at nowhere"),
+        (("eval", "nowhere", "--data", "x"), "nowhere is not a bundle: there is nothing at"),
         (("eval", "{bundle}/model.fp32.onnx", "--data", "x"), "neither a CSV"),
         (("export", "{bundle}", "--engine", "required"), "no plan can be built here: TensorRT is not installed here"),
         (("export", "{bundle}", "--calibration", "{out}"), "--calibration finds the ranges of int8: add --int8"),
@@ -409,6 +409,34 @@ def test_eval_prints_json(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_
     assert "mine" in Manifest.read(copy).accuracy
     status, _, err = kp(capsys, *words, "--split", "person")
     assert "does not say which people" in err
+
+
+NO_TORCH = """
+import sys
+for name in ("lightning", "matplotlib", "onnx", "safetensors", "skimage", "torch", "torchvision"):
+    sys.modules[name] = None  # as where it is not installed
+import kp_cli
+kp_cli.main()
+"""
+
+
+def test_a_model_file_is_measured_without_torch(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, own_detector: Path, tmp_path: Path
+) -> None:
+    from kp_train.synthetic import write_csv_source
+
+    def lean(*words: object) -> str:
+        """What `kp WORDS` prints in a process of its own."""
+        done = subprocess.run([sys.executable, "-c", NO_TORCH, *map(str, words)], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    data = ("--data", write_csv_source(tmp_path, people=2), "--json", "--threads", 1)
+    shipped = Path(__file__).resolve().parents[1] / "engines" / "resnet18-68-lite" / "model.int8.onnx"
+    words = ("eval", shipped, *data)
+    assert json.loads(lean(*words)) == json.loads(kp(capsys, *words)[1])
+    words = ("tune", bundle, *data, "--alone", "--photo", astronaut, "--seconds", 0, "--samples", 1)
+    assert json.loads(lean(*words, "--out", tmp_path / "tuned.json"))["trials"][0]["rise"]["points"] == 0
 
 
 def test_a_shell_in_a_replaced_bundle_is_told(

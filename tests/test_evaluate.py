@@ -1,29 +1,26 @@
-"""`kp eval`: predictions mapped back to the photo, splits, detectors, and the pictures."""
+"""`kp eval`: predictions mapped back to the photo, splits, detectors, and what opens a model."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
 from kp_export.evaluate import OpenModel, evaluate, held_out_faces, open_model
-from kp_export.pictures import error_curve, point_error_map, worst_faces
-from kp_export.robustness import turns
 from kp_runtime.backend import Answer
-from kp_runtime.errors import BackendError, BundleError, DataError, InputError
+from kp_runtime.errors import BackendError, BundleError, DataError, InputError, MissingExtraError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
-from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.data import Face, Source, is_held_out, read_source
 from kp_train.synthetic import mean_shape, write_csv_source
 from tests.models import SIZE
+
+LITE = Path(__file__).resolve().parents[1] / "engines" / "resnet18-68-lite"
 
 
 @pytest.fixture
@@ -223,105 +220,17 @@ def test_a_bundles_files_can_be_opened_by_path(bundle: Path) -> None:
         open_model(bundle)
     with pytest.raises(BackendError, match="is a golden file"):
         open_model(bundle / "golden.npz")
-    with pytest.raises(BundleError, match="there is no checkpoint"):
+    with pytest.raises(BundleError, match=r"there is nothing at .*nothing\.onnx; check the path"):
         open_model(bundle / "nothing.onnx")
 
 
-def test_the_pictures_show_the_faces(source: Source, tmp_path: Path) -> None:
-    result = evaluate(oracle(source, ModelSpec("x", SIZE), error_px=2.0), source.faces)
-    curve = cv2.imread(str(error_curve(result, "a model", tmp_path / "p" / "curve.png")))
-    assert curve.shape[0] > 300
-    assert len(np.unique(curve)) > 20
-    sheet = cv2.imread(str(worst_faces(result, tmp_path / "p" / "worst.png", most=7, cell=96)))
-    assert sheet.shape == (2 * 96, 6 * 96, 3)
-    assert np.ptp(sheet[:, 96:].reshape(-1)) > 200
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["curve.png", "worst.png"]
-
-
-def test_the_curve_is_the_share_of_faces_up_to_each_error(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[Any] = []
-    monkeypatch.setattr("kp_export.pictures._saved", lambda figure, path: drawn.extend(figure.axes[0].lines))
-    result = evaluate(oracle(source, ModelSpec("x", SIZE), error_px=2.0), source.faces)
-    error_curve(dataclasses.replace(result, errors=np.array([0.04, 0.01, 0.05, 0.02])), "a model", Path("x"))
-    curve, *upright = drawn
-    np.testing.assert_allclose(curve.get_xydata(), [[0, 0], [1, 25], [2, 50], [4, 75], [5, 100]])
-    assert curve.get_drawstyle() == "steps-post"  # level up to the next error
-    np.testing.assert_allclose([line.get_xdata()[0] for line in upright], [8, 100 * result.accuracy.nme])
-
-
-def test_the_worst_faces_come_first_with_green_labels_and_red_predictions(source: Source, tmp_path: Path) -> None:
-    result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
-    worst = np.arange(24) == 5
-    shown = dataclasses.replace(result, errors=worst * 0.5, predicted=result.predicted + 30)
-    blue, green, red = cv2.imread(str(worst_faces(shown, tmp_path / "a.png", most=1))).astype(int).transpose(2, 0, 1)
-    alone = dataclasses.replace(shown, faces=shown.faces[5:6], predicted=shown.predicted[5:6], errors=np.array([0.5]))
-    assert worst_faces(alone, tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
-    places = [np.argwhere(colour - np.maximum(blue, other) > 60) for colour, other in ((green, red), (red, green))]
-    labels, predictions = ((place.min(axis=0) + place.max(axis=0)) / 2 for place in places)
-    assert labels == pytest.approx([111.5, 111.5], abs=3)  # the middle of the sheet's one cell
-    assert (predictions > labels + 20).all()
-
-
-@pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")
-def test_a_worst_face_may_have_a_name_that_is_no_text(source: Source, tmp_path: Path) -> None:
-    """At such a text OpenCV ends the process."""
-    result = evaluate(oracle(source, ModelSpec("x", SIZE), error_px=2.0), source.faces)
-    odd = tmp_path / os.fsdecode(b"caf\xe9.png")
-    shutil.copyfile(result.faces[0].image, odd)
-    named = dataclasses.replace(result, faces=tuple(dataclasses.replace(face, image=odd) for face in result.faces))
-    assert worst_faces(named, tmp_path / "worst.png", most=1).stat().st_size
-
-
-@pytest.mark.filterwarnings("error")
-def test_a_curve_of_a_model_that_knows_nothing(source: Source, tmp_path: Path) -> None:
-    result = evaluate(oracle(source, ModelSpec("x", SIZE), error_px=40.0), source.faces)
-    assert result.accuracy.nme > 0.15
-    curve = cv2.imread(str(error_curve(result, "a model", tmp_path / "curve.png")))
-    dark = np.flatnonzero((curve < 250).any(axis=(0, 2)))  # the plot reaches as far as that of a good model
-    assert np.ptp(dark) > 0.9 * curve.shape[1]
-
-
-def test_the_map_of_errors_shows_each_point_and_takes_both_sides_alike(source: Source, tmp_path: Path) -> None:
-    result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
-    assert len(set(np.sign(turns(np.stack([face.xy for face in result.faces]))))) == 2, "faces look to both sides"
-
-    def drawn(points: slice, sign: int = 1) -> bytes:
-        """The map where these points are 3 px off; of the mirrored faces where `sign` is -1."""
-        predicted = result.predicted.copy()
-        predicted[:, points, 1] += 3
-        order = MIRROR if sign < 0 else np.arange(68)
-        faces = tuple(dataclasses.replace(face, xy=face.xy[order] * (sign, 1)) for face in result.faces)
-        shown = dataclasses.replace(result, faces=faces, predicted=predicted[:, order] * (sign, 1))
-        return point_error_map(shown, "a model", tmp_path / "map.png").read_bytes()
-
-    assert drawn(slice(8)) == drawn(slice(8), -1)
-    jaw, mouth = (cv2.imdecode(np.frombuffer(drawn(p), np.uint8), 0) for p in (slice(17), slice(48, 68)))
-    assert jaw.shape == mouth.shape
-    assert (jaw != mouth).mean() > 0.005
-    alone = dataclasses.replace(result, faces=result.faces[:1], predicted=result.predicted[:1] + 2)
-    picture = cv2.imread(str(point_error_map(alone, "a model", tmp_path / "alone.png")), 0)
-    inked = np.flatnonzero((picture < 250).any(axis=0))  # faces of one turn leave no empty half
-    assert inked[0] < 0.2 * picture.shape[1]
-
-
-def test_the_map_of_errors_is_an_upright_face_of_an_eye_distance(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its circles are as large as the errors in it: one that errs by a tenth has a tenth of that distance as radius."""
-    axes: list[Any] = []
-    monkeypatch.setattr("kp_export.pictures._saved", lambda figure, path: axes.append(figure.axes[0]))
-    result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
-    xy = np.stack([face.xy for face in result.faces])
-    off = 0.1 * np.linalg.norm(xy[:, 45] - xy[:, 36], axis=1)
-    point_error_map(dataclasses.replace(result, predicted=xy + off[:, None, None] * (0.6, 0.8)), "a model", tmp_path)
-    (circles,) = axes[0].collections
-    places = np.asarray(circles.get_offsets())
-    np.testing.assert_allclose(places[[36, 45]], [[-0.5, 0], [0.5, 0]], atol=1e-6)
-    assert places[8, 1] > 0.5  # the chin, and down is down
-    assert axes[0].get_ylim()[0] > axes[0].get_ylim()[1]
-    np.testing.assert_allclose(circles.get_widths(), 0.2, rtol=1e-5)
-    np.testing.assert_allclose(circles.get_heights(), 0.2, rtol=1e-5)
-    np.testing.assert_allclose(circles.get_array(), 10, rtol=1e-5)  # percent
+@pytest.mark.parametrize("name", ["", "checkpoint.safetensors"])
+def test_a_checkpoint_alone_needs_torch(monkeypatch: pytest.MonkeyPatch, bundle: Path, name: str) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingExtraError, match=r"a checkpoint, not an ONNX file or a plan, needs the package torch,"):
+        open_model(LITE / name)
+    with pytest.raises(BundleError, match=r"has no file checkpoint\.safetensors; it has: .*model\.fp32\.onnx"):
+        open_model(bundle / name)
 
 
 def test_the_mean_shape_is_a_face() -> None:

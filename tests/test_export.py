@@ -18,10 +18,11 @@ import torch
 
 import kp_export.bundle
 from kp_export.bundle import answer_from_net, export_bundle
+from kp_export.evaluate import open_model
 from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
 from kp_export.parity import LIMITS, Limit, bundled_faces
 from kp_runtime.backend import GOLDEN_TOLERANCE_PX, open_backend
-from kp_runtime.errors import BundleError, ExportError, ParityError
+from kp_runtime.errors import BackendError, BundleError, ExportError, ParityError
 from kp_runtime.pipeline import load
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
@@ -358,3 +359,16 @@ def test_a_graph_that_a_parser_would_refuse_is_no_export(copied: Path, monkeypat
     with pytest.raises(ExportError, match=r"would refuse model\.fp32\.onnx"):
         export_bundle(copied)
     assert contents(copied) == before
+
+
+def test_a_checkpoint_is_measured_on_as_many_threads_as_were_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    for path in (small_checkpoint(tmp_path), tmp_path / CHECKPOINT_NAME):
+        assert open_model(path, 1).name == f"small {CHECKPOINT_NAME} (PyTorch)"
+        open_model(path)
+    assert asked == [1, 1]
+    with pytest.raises(BackendError, match="threads must be 1 to"):
+        open_model(tmp_path, 0)

@@ -160,7 +160,7 @@ def test_of_many_faces_some_from_the_first_to_the_last_are_measured(
 
 def test_without_fp32_there_is_nothing_to_compare_with(tmp_path: Path) -> None:
     source = read_source(write_csv_source(tmp_path, people=4))
-    with pytest.raises(BundleError, match="checkpoint"):
+    with pytest.raises(BundleError, match="packed has neither an fp32 ONNX file nor a checkpoint"):
         measured_rise(make_bundle(tmp_path / "packed", {"int8": 0.0}), [source])
 
 
