@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import shutil
@@ -12,6 +13,9 @@ from pathlib import Path
 from kp_runtime.errors import ExportError
 
 __all__ = ["alone", "locked", "mend", "staging"]
+
+_HERE, _EXCHANGE = -100, 2
+"""Linux's AT_FDCWD and RENAME_EXCHANGE (its renameat2(2))."""
 
 
 def mend(target: Path) -> None:
@@ -90,6 +94,8 @@ def _swap(stage: Path, target: Path, old: Path) -> None:
     if not target.exists():
         os.replace(stage, target)
         return
+    if _exchanged(stage, target):
+        return
     os.replace(target, old)
     try:
         os.replace(stage, target)
@@ -97,6 +103,16 @@ def _swap(stage: Path, target: Path, old: Path) -> None:
         os.replace(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Two folders get each other's name in one step, so that a loss of power leaves both.
+
+    False, and nothing was done, where the system or the file system can't: macOS, NFS.
+    """
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    paths = (_HERE, os.fsencode(one), _HERE, os.fsencode(other))
+    return renameat2 is not None and renameat2(*paths, _EXCHANGE) == 0
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from io import BufferedReader
@@ -405,7 +406,10 @@ def manifest_bytes(bundle: str | os.PathLike[str]) -> bytes:
     except (FileNotFoundError, NotADirectoryError) as error:
         if not os.path.lexists(path.parent):
             where = path.parent.absolute()
-            raise BundleError(f"{path.parent} is not a bundle: there is nothing at {where}; check the path") from error
+            old = where.with_name(f".{where.name}.old")  # as kp_export.staging calls it
+            advice = f"a command was cut off there; mv {shlex.join(map(str, (old, where)))} puts the bundle back"
+            advice = advice if old.is_dir() else "check the path"
+            raise BundleError(f"{path.parent} is not a bundle: there is nothing at {where}; {advice}") from error
         advice = "give a folder that `kp train`, `kp train-detector` or `kp export` wrote"
         if (path.parent / "run.json").exists():  # a run writes it first, and the manifest last
             advice = "its training has not ended: its own command with --resume goes on"

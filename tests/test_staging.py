@@ -5,13 +5,14 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import TextIO
 
 import pytest
 
-from kp_export.staging import alone, locked, mend, staging
-from kp_runtime.errors import ExportError
+from kp_export.staging import _exchanged, alone, locked, mend, staging
+from kp_runtime.errors import BundleError, ExportError
 from kp_runtime.spec import Manifest
 from tests.test_export import contents
 
@@ -26,6 +27,15 @@ def test_who_reads_leaves_a_swap_under_way_alone(bundle: Path, tmp_path: Path) -
     mend(copied)
     assert Manifest.read(copied).files
     assert [p.name for p in copied.parent.iterdir()] == ["bundle"]
+
+
+def test_who_can_not_mend_is_told_how(bundle: Path, tmp_path: Path) -> None:
+    """A program on a device, which has no `kp_export`."""
+    copied = Path(shutil.copytree(bundle, tmp_path / ".a bundle.old")).with_name("a bundle")
+    with pytest.raises(BundleError, match=r"nothing at .*; a command was cut off there; mv .* puts the bundle") as told:
+        Manifest.read(copied)
+    subprocess.run("mv" + str(told.value).partition("; mv")[2].partition(" puts ")[0], shell=True, check=True)
+    assert Manifest.read(copied).files
 
 
 def test_who_may_not_write_beside_a_bundle_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,12 +81,38 @@ def test_a_swap_that_fails_puts_the_old_bundle_back(tmp_path: Path, monkeypatch:
             raise OSError(28, "No space left on device")
         replace(source, target)
 
+    monkeypatch.setattr("kp_export.staging._exchanged", lambda one, other: False)
     monkeypatch.setattr("os.replace", full)
     message = "No space left on device; what was there before is unchanged"
     with pytest.raises(ExportError, match=message), staging(tmp_path / "b"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert (tmp_path / "b" / "x").read_text() == "old"
+
+
+def test_a_bundle_is_never_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss of power between two moves would leave none, and a board's service would not start."""
+    for name in ("b", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(name)
+    if not _exchanged(tmp_path / "b", tmp_path / "other"):
+        pytest.skip("this system or its file system can't exchange two folders")
+    assert contents(tmp_path / "b") == {"x": b"other"}
+    monkeypatch.setattr("os.replace", lambda source, target: pytest.fail(f"{target} was moved"))
+    with staging(tmp_path / "b") as stage:
+        (stage / "y").write_text("new")
+    assert {path.name for path in tmp_path.iterdir()} == {"b", "other"}
+    assert contents(tmp_path / "b") == {"x": b"other", "y": b"new"}
+
+
+def test_where_folders_can_not_be_exchanged_they_are_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b").mkdir()
+    assert not _exchanged(tmp_path / "b", tmp_path / "none")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # macOS, which has no renameat2
+    with staging(tmp_path / "b") as stage:
+        (stage / "y").write_text("new")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert contents(tmp_path / "b") == {"y": b"new"}
 
 
 def test_what_a_killed_export_left_is_cleared_away(tmp_path: Path) -> None:
