@@ -24,7 +24,7 @@ def mend(target: Path) -> None:
     Where an export is at work it moves the bundle itself, and nothing is done.
     """
     target = target.resolve()
-    if _beside(target, "old").exists() and not target.exists():
+    if not target.exists() and _beside(target, "old").exists():
         with contextlib.suppress(ExportError), alone(target):
             pass
 
@@ -59,8 +59,12 @@ def staging(target: Path) -> Iterator[Path]:
     old bundle's own until then.
 
     Raises:
-        ExportError: the folder can't be written, or another process has it staged.
+        ExportError: the folder can't be written or replaced, or another process has it staged.
     """
+    if os.path.ismount(target):
+        raise ExportError(
+            f"the bundle {target} is a mount point, whose place no new one can take; mount the folder that it lies in"
+        )
     stage, old = _beside(target, "new"), _beside(target, "old")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -103,6 +103,9 @@ def test_a_container_runs_the_service_on_a_read_only_bundle(file: Path) -> None:
     assert f":{set_here['KP_MODEL']}:ro" in file.read_text()
     assert "--read-only" in file.read_text()
     assert "--require-hashes" in file.read_text()
+    # where a plan is built the bundle is replaced, which a mount point can't be
+    ((folder, bundle),) = re.findall(r"--volume (\S+):\1 [^\n]*\n#[^\n]*/kp plan (\S+)", file.read_text())
+    assert str(Path(bundle).parent) == folder
 
 
 @each_file

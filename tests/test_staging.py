@@ -38,6 +38,10 @@ def test_who_can_not_mend_is_told_how(bundle: Path, tmp_path: Path) -> None:
     assert Manifest.read(copied).files
 
 
+def test_a_root_folder_is_no_bundle() -> None:
+    mend(Path("/"))
+
+
 def test_who_may_not_write_beside_a_bundle_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open(tmp_path / ".bundle.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -113,6 +117,15 @@ def test_where_folders_can_not_be_exchanged_they_are_moved(tmp_path: Path, monke
         (stage / "y").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
     assert contents(tmp_path / "b") == {"y": b"new"}
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It can't be renamed, which a container's user learned after minutes of building."""
+    monkeypatch.setattr("os.path.ismount", lambda path: path in (tmp_path / "b", Path("/")))
+    for target in (tmp_path / "b", Path("/")):
+        with pytest.raises(ExportError, match=rf"{target} is a mount point, .*; mount the folder"), staging(target):
+            pytest.fail("it was staged")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_export_left_is_cleared_away(tmp_path: Path) -> None:
