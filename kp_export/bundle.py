@@ -33,6 +33,7 @@ from kp_export.parity import (
     parity,
 )
 from kp_export.staging import mend, staging
+from kp_runtime import __version__
 from kp_runtime.backend import GOLDEN_NAME, Answer
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, DataError, ExportError, ParityError
@@ -174,7 +175,7 @@ class _Export:
             made = {"by": "onnx_from_checkpoint", "opset": OPSET, "ir_version": IR_VERSION, "torch": torch.__version__}
         if precision != "int8":  # that one is for ONNX Runtime alone
             check_operators(path)
-        made |= {"onnx": onnx.__version__, "layers": layer_types(path)}
+        made |= {"kp": __version__, "onnx": onnx.__version__, "layers": layer_types(path)}
         self.files[path.name] = file_entry(path, "onnx", precision=precision, parent_sha256=parent, made=made)
 
     def _int8(self, path: Path, precision: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, write_onnx
 from kp_export.staging import mend, staging
+from kp_runtime import __version__
 from kp_runtime.center_detector import MODEL_NAME, CenterDetector
 from kp_runtime.files import writing
 from kp_runtime.golden import GOLDEN_NAME
@@ -65,11 +66,10 @@ def export_detector(bundle: Path, score: float | None = None) -> Path:
         with writing(golden) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, image=image, cells=_cells(net, image))
         made = {"by": "detector_bundle", "opset": OPSET, "ir_version": IR_VERSION, "torch": torch.__version__}
+        made |= {"kp": __version__, "onnx": onnx.__version__}
         files = {
             CHECKPOINT_NAME: checkpoint,
-            MODEL_NAME: file_entry(
-                model, "onnx", precision="fp32", parent_sha256=checkpoint.sha256, made=made | {"onnx": onnx.__version__}
-            ),
+            MODEL_NAME: file_entry(model, "onnx", precision="fp32", parent_sha256=checkpoint.sha256, made=made),
             GOLDEN_NAME: file_entry(golden, "golden", parent_sha256=checkpoint.sha256),
         }
         accuracy = manifest.accuracy if spec == manifest.spec else {}  # at another score it finds other faces

@@ -10,6 +10,7 @@ from kp_export.cuda_device import cuda_device
 from kp_export.plan_builder import Progress
 from kp_export.plan_from_onnx import PlanOptions, PlanReport, plan_from_onnx, plan_name
 from kp_export.staging import mend, staging
+from kp_runtime import __version__
 from kp_runtime.backend import open_backend
 from kp_runtime.backend_trt import MODULES, tensorrt_module
 from kp_runtime.errors import BackendError, ExportError, IntegrityError, KpError
@@ -73,7 +74,7 @@ def add_plan(
         )
         if report.onnx_sha256 != manifest.files[source].sha256:
             raise IntegrityError(f"{bundle / source} was changed while the plan was built; export it again")
-        made = {"by": "plan_from_onnx"} | dataclasses.asdict(report)
+        made = {"by": "plan_from_onnx", "kp": __version__} | dataclasses.asdict(report)
         entry = file_entry(
             stage / name, "plan", precision=precision, parent_sha256=manifest.files[source].sha256, made=made
         )

@@ -87,7 +87,7 @@ class BundleError(KpError):
 
 
 class SchemaError(BundleError):
-    """The manifest has a schema version that this release can't read."""
+    """The manifest has a schema version, or a field, that this release does not know."""
 
 
 class SignatureError(BundleError):

@@ -215,7 +215,7 @@ class Manifest:
     licence: dict[str, str] = field(default_factory=dict)
     schema: int = SCHEMA_VERSION
 
-    _SPEC: ClassVar[Callable[..., Any]] = ModelSpec
+    _SPEC: ClassVar[type[Any]] = ModelSpec
     _TASK: ClassVar[str | None] = None
     """What the spec says of itself: the specs of keypoint models say nothing."""
 
@@ -231,7 +231,7 @@ class Manifest:
         Raises:
             InputError: `bundle` is no path, or `public_key` no key.
             BundleError: no such folder, no manifest in it, or fields that are not the schema's.
-            SchemaError: the manifest is newer than this release.
+            SchemaError: the manifest, or a field of it, is newer than this release.
             SignatureError: it is not signed by this key.
             MissingExtraError: cryptography, which `public_key` needs, is not installed.
         """
@@ -258,8 +258,8 @@ class Manifest:
                     f"{origin} is of a model that gives {_short(raw['spec'].get('task', 'keypoints'), str)}, wanted is "
                     f"one that gives {cls._TASK or 'keypoints'}; name another bundle"
                 )
-            spec = cls._SPEC(**raw["spec"])
-            files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+            spec = cls._SPEC(**_known(raw["spec"], cls._SPEC, origin))
+            files = {name: FileEntry(**_known(entry, FileEntry, origin)) for name, entry in raw["files"].items()}
             rest = {key: raw[key] for key in ("training", "accuracy", "licence") if key in raw}
             if wrong := [key for key, value in rest.items() if not isinstance(value, dict)]:
                 raise TypeError(f"{wrong[0]} must be an object")
@@ -364,7 +364,7 @@ class DetectorManifest(Manifest):
 
     spec: DetectorSpec  # type: ignore[assignment]
 
-    _SPEC: ClassVar[Callable[..., Any]] = DetectorSpec
+    _SPEC: ClassVar[type[Any]] = DetectorSpec
     _TASK: ClassVar[str | None] = "face-boxes"
 
 
@@ -446,6 +446,16 @@ def _decoded(data: bytes, origin: str) -> Any:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{origin} can't be read as JSON ({error}); make the bundle again") from error
     return raw
+
+
+def _known(fields: dict[str, Any], kind: type[Any], origin: str) -> dict[str, Any]:
+    """The fields of an object in a manifest, all of which its dataclass has."""
+    if unknown := fields.keys() - {field.name for field in dataclasses.fields(kind)}:
+        raise SchemaError(
+            f"{origin} has the field {_short(min(unknown))}, which this release does not know: it was made by a newer "
+            "kp; update kp-edge, or export the bundle with this release"
+        )
+    return fields
 
 
 def _integer(text: str) -> int:

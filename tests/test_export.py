@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import kp_export.bundle
+import kp_runtime
 from kp_export.bundle import answer_from_net, export_bundle
 from kp_export.evaluate import open_model
 from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
@@ -93,6 +94,7 @@ def test_the_contract_and_the_metadata_of_a_graph(exported: Path, precision: str
     ((opset,), ir) = ([o.version for o in model.opset_import], model.ir_version)
     made = Manifest.read(exported).files[f"model.{precision}.onnx"].made
     assert (made["opset"], made["ir_version"]) == (opset, ir) == (18, 9)
+    assert made["kp"] == kp_runtime.__version__, "which release to update to where an older one can't read it"
     (crops,), (keypoints,) = model.graph.input, model.graph.output
     assert crops.type.tensor_type.elem_type == onnx.TensorProto.UINT8
     assert keypoints.type.tensor_type.elem_type == onnx.TensorProto.FLOAT

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+import kp_runtime
 from kp_export import plan_from_onnx
 from kp_export.plan_bundle import add_plan
 from kp_export.plan_options import PlanOptions
@@ -56,6 +57,7 @@ def test_a_plan_gets_its_entry(copied: Path, version: str, install: Any) -> None
     assert manifest.check_file(copied, report.file).read_bytes() == PLAN
     assert (entry.kind, entry.precision) == ("plan", "fp16")
     assert entry.parent_sha256 == manifest.files["model.fp16.onnx"].sha256
+    assert entry.made["kp"] == kp_runtime.__version__
     assert entry.made["rebuild"] == "kp plan BUNDLE --precision fp16"
     assert entry.made["tensorrt"].startswith(version)
     assert (entry.made["gpu"], entry.made["multiprocessors"]) == ("Orin", 16)
