@@ -198,6 +198,7 @@ def plan(
     """
     from kp_export.plan_bundle import add_plan
     from kp_export.plan_from_onnx import PlanOptions
+    from kp_runtime.spec import Manifest
 
     bundle = folder_or_default(bundle)
     tuned_for = min(max(8, min_batch), max_batch) if opt_batch is None else opt_batch
@@ -206,6 +207,10 @@ def plan(
     )
     with told_of_bundle(bundle), build_progress() as step:
         report = add_plan(bundle, precision, options, progress=step)
+    alike = report.file.partition(".trt")[0] + ".trt"
+    for name, entry in Manifest.read(bundle).files.items():
+        if name.startswith(alike) and ".newer" not in name and entry.made.get("tensorrt") != report.tensorrt:
+            note(f"{name} stays for boards of that TensorRT; where there is none, pack the bundle anew before kp plan")
     if as_json:
         print_json(dataclasses.asdict(report))
         return

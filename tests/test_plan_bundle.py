@@ -15,6 +15,7 @@ import kp_runtime
 from kp_export import plan_from_onnx
 from kp_export.plan_bundle import add_plan
 from kp_export.plan_options import PlanOptions
+from kp_runtime.backend import open_backend
 from kp_runtime.errors import BackendError, ExportError, IntegrityError, SchemaError
 from kp_runtime.spec import Manifest, file_entry
 from kp_train.synthetic import write_csv_source
@@ -151,6 +152,22 @@ def test_plans_of_other_kinds_lie_beside_each_other(copied: Path, install: Any) 
     name = made[0].removesuffix(".plan")
     assert made == [f"{name}.plan", f"{name}.plan", f"{name}.newer.ampere.plan"]
     assert [file for file, entry in Manifest.read(copied).files.items() if entry.kind == "plan"] == made[1:]
+
+
+def test_a_plan_of_another_tensorrt_stays_and_is_told_of(
+    copied: Path, install: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Boards of two JetPacks share a bundle, or a container and the system beside it."""
+    install("10.3.0")
+    add_plan(copied, "fp16", PlanOptions(version_compatible=True))
+    assert kp(capsys, "plan", copied)[2] == kp(capsys, "plan", copied)[2] == ""
+    install("10.16.1")
+    status, _, noted = kp(capsys, "plan", copied)
+    assert (status, noted.count("\n")) == (0, 1)
+    assert noted.startswith("model.fp16.sm87.trt10.3.0.plan stays for boards of that TensorRT")
+    assert open_backend(copied, "tensorrt").report.file == "model.fp16.sm87.trt10.16.1.plan"
+    install("10.3.0")
+    assert open_backend(copied, "tensorrt").report.file == "model.fp16.sm87.trt10.3.0.plan"
 
 
 def test_what_is_missing_is_named(copied: Path) -> None:
