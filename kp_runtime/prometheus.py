@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import InputError, MissingExtraError
+from kp_runtime.frame import Frame
 from kp_runtime.timing import StageTimer
 from kp_runtime.track import Track, Tracker, TrackerSettings
 
@@ -182,7 +183,7 @@ class _WatchedTracker(Tracker):
         super().__init__(model, detector, settings)
         self._metrics = metrics
 
-    def __call__(self, image: NDArray[np.uint8], seconds: float) -> tuple[Track, ...]:
+    def __call__(self, image: Frame | NDArray[np.uint8], seconds: float) -> tuple[Track, ...]:
         metrics, faces, lost = self._metrics, self.faces, self.lost
         with metrics.timer("track"):
             tracks = super().__call__(image, seconds)

@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Protocol, SupportsFloat
+from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kp_runtime.errors import ImageError, InputError
+from kp_runtime.errors import InputError
+from kp_runtime.frame import Frame, as_frame
 from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.results import Keypoints
 from kp_runtime.smooth import OneEuro
@@ -39,16 +40,16 @@ _COVERED = 5
 class FindPoints(Protocol):
     """What a tracker needs of a `Model`."""
 
-    def __call__(self, image: NDArray[np.uint8], boxes_xyxy: ArrayLike, /) -> Keypoints:
-        """The keypoints in each box."""
+    def __call__(self, image: Any, boxes_xyxy: ArrayLike, /) -> Keypoints:
+        """The keypoints in each box; `image` is what the tracker was given."""
         ...
 
 
 class FindFaces(Protocol):
     """What a tracker needs of a `Detector`."""
 
-    def __call__(self, image: NDArray[np.uint8], /) -> NDArray[np.float64]:
-        """`(n, 4)` float64 boxes, tight around the 68 points."""
+    def __call__(self, image: Any, /) -> NDArray[np.float64]:
+        """`(n, 4)` float64 boxes, tight around the 68 points; `image` is what the tracker was given."""
         ...
 
 
@@ -179,29 +180,29 @@ class Tracker:
         self.faces = 0
         self.lost = 0
 
-    def __call__(self, image: NDArray[np.uint8], seconds: float) -> tuple[Track, ...]:
+    def __call__(self, image: Frame | NDArray[np.uint8], seconds: float) -> tuple[Track, ...]:
         """Follows the faces to the next frame.
 
         Args:
-            image: `(h, w, 3)` uint8 BGR; the same size as the frames before.
+            image: a `Frame`, or uint8 `(h, w, 3)` BGR or grey `(h, w)`; the same size as the frames before. The model
+                and the detector are given it as it is.
             seconds: the frame's time, for the smoothing.
 
         Returns:
             A track a face in view, in order of their ids.
 
         Raises:
-            ImageError: `image` is no array.
+            ImageError: an image that is not taken.
             KpError: what the model and the detector raise.
         """
-        if not isinstance(image, np.ndarray):
-            raise ImageError(f"a tracker's image must be an array (h, w, 3) uint8 BGR, got {type(image).__name__}")
-        asked = [face for face in self._known if face.away <= self._settings.again and _on_image(face.box, image)]
-        looks = zip(asked, self._look(image, [face.box for face in asked]), strict=True)
-        found = {face.id: look for face, look in looks if self._is_face(look, image)}
+        size_wh = as_frame(image).size_hw[::-1]
+        asked = [face for face in self._known if face.away <= self._settings.again and _on_image(face.box, size_wh)]
+        looks = zip(asked, self._look(image, size_wh, [face.box for face in asked]), strict=True)
+        found = {face.id: look for face, look in looks if self._is_face(look, size_wh)}
         self._drop_doubles(found)
         self._until_detection -= 1
         if self._until_detection <= 0 or any(face.away == 0 and face.id not in found for face in self._known):
-            self._detect(image, found)
+            self._detect(image, size_wh, found)
         for face in self._known:
             if face.id in found:
                 face.move_to(found[face.id].box)
@@ -213,7 +214,7 @@ class Tracker:
             self._until_detection = min(self._until_detection, self._settings.search_every)
         return tuple(self._track(face, found[face.id], seconds) for face in self._known if face.id in found)
 
-    def _look(self, image: NDArray[np.uint8], boxes: Sequence[NDArray[np.float64]]) -> list[_Look]:
+    def _look(self, image: Any, size_wh: tuple[int, ...], boxes: Sequence[NDArray[np.float64]]) -> list[_Look]:
         """A look at all boxes, or two where the model does not say what is lost, by one call of it."""
         if not boxes:
             return []
@@ -222,15 +223,15 @@ class Tracker:
             found = self._model(image, searched)
             xy, scores = found.xy, np.asarray(found.lost_score, np.float64)
         else:
-            second_boxes = second_looks(searched, image.shape[1::-1])
+            second_boxes = second_looks(searched, size_wh)
             both = self._model(image, np.concatenate([searched, second_boxes])).xy
             xy, second = both[: len(boxes)], both[len(boxes) :]
             scores = disagreement(xy, second, searched)
         return [_Look(*look) for look in zip(searched, xy, boxes_from_points(xy), scores.tolist(), strict=True)]
 
-    def _is_face(self, look: _Look, image: NDArray[np.uint8]) -> bool:
+    def _is_face(self, look: _Look, size_wh: tuple[int, ...]) -> bool:
         """Whether it is a face that can be followed."""
-        return look.score <= self._limit and _on_image(look.box, image)
+        return look.score <= self._limit and _on_image(look.box, size_wh)
 
     def _drop_doubles(self, found: dict[int, _Look]) -> None:
         """Where two tracks slid onto one face, the one that was awaited there stays."""
@@ -242,7 +243,7 @@ class Tracker:
         for key in set(found) - set(kept):
             del found[key]
 
-    def _detect(self, image: NDArray[np.uint8], found: dict[int, _Look]) -> None:
+    def _detect(self, image: Any, size_wh: tuple[int, ...], found: dict[int, _Look]) -> None:
         """Runs the detector: faces that were lost are found again, others are new; both join `found`."""
         self.detector_runs += 1
         self._until_detection = self._settings.detect_every
@@ -256,12 +257,12 @@ class Tracker:
         # a detector's box is rough: what is judged is the box of the points in it
         points = self._model(image, boxes[free]).xy
         around, is_there = boxes_from_points(points), _touches if trust else _on_image
-        there = [row for row, box in enumerate(around) if is_there(box, image)]
-        for row, look in zip(there, self._look(image, [around[row] for row in there]), strict=True):
+        there = [row for row, box in enumerate(around) if is_there(box, size_wh)]
+        for row, look in zip(there, self._look(image, size_wh, [around[row] for row in there]), strict=True):
             others = [other.box for other in found.values()]
             if trust and any(_overlap(look.box, box) >= least for box in others):  # it slid onto a neighbour
                 look = _Look(boxes[free[row]], points[row], look.searched, look.score)
-            is_face = trust or self._is_face(look, image)
+            is_face = trust or self._is_face(look, size_wh)
             if not is_face or any(_overlap(look.box, box) >= least for box in others):
                 continue
             lost = [face for face in self._known if face.id not in found]
@@ -314,15 +315,15 @@ def disagreement(
     return share
 
 
-def _on_image(box: NDArray[np.float64], image: NDArray[np.uint8]) -> bool:
+def _on_image(box: NDArray[np.float64], size_wh: tuple[int, ...]) -> bool:
     """Whether a box has its centre on the image and some size."""
     centre, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
-    return bool((centre >= 0).all() and (centre < image.shape[1::-1]).all() and (size >= _SMALLEST).all())
+    return bool((centre >= 0).all() and (centre < size_wh).all() and (size >= _SMALLEST).all())
 
 
-def _touches(box: NDArray[np.float64], image: NDArray[np.uint8]) -> bool:
+def _touches(box: NDArray[np.float64], size_wh: tuple[int, ...]) -> bool:
     """Whether any of a box is on the image, and it has some size."""
-    on_it = (box[2:] > 0).all() and (box[:2] < image.shape[1::-1]).all()
+    on_it = (box[2:] > 0).all() and (box[:2] < size_wh).all()
     return bool(on_it and (box[2:] - box[:2] >= _SMALLEST).all())
 
 

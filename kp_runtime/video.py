@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.effects import Effect
 from kp_runtime.errors import BackendError, ImageError, KpError
-from kp_runtime.frame import bgr_copy, import_cv2
+from kp_runtime.frame import Frame, bgr_copy, import_cv2
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.track import Track, Tracker
 from kp_runtime.video_sink import Sink
@@ -165,8 +165,8 @@ class Window:
         self._cv2.destroyWindow(self._title)
 
 
-def draw_tracks(image: NDArray[np.uint8], tracks: Sequence[Track]) -> NDArray[np.uint8]:
-    """Points, the boxes around them and ids on a BGR copy of a uint8 image: BGR, BGRA or grey."""
+def draw_tracks(image: Frame | NDArray[np.uint8], tracks: Sequence[Track]) -> NDArray[np.uint8]:
+    """Points, the boxes around them and ids on a BGR copy of a `Frame` or a uint8 image: BGR, BGRA or grey."""
     cv2, canvas = import_cv2(), bgr_copy(image)
     if not tracks:
         return canvas

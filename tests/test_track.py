@@ -106,8 +106,8 @@ def test_a_detector_may_give_its_boxes_as_lists() -> None:
 
 
 def test_what_a_tracker_does_not_take() -> None:
-    with pytest.raises(ImageError, match=r"a tracker's image must be an array \(h, w, 3\) uint8 BGR, got Frame"):
-        World().tracker()(Frame(IMAGE, "bgr"), 0.0)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match="an image must be a numpy array, got str"):
+        World().tracker()("frame.png", 0.0)  # type: ignore[arg-type]
     for wrong in ({"detect_every": "5"}, {"match": None}):
         with pytest.raises(InputError, match=f"a tracker's {next(iter(wrong))} must be a number, got "):
             TrackerSettings(**wrong)  # type: ignore[arg-type]
@@ -311,6 +311,24 @@ def test_a_face_that_leaves_the_image_is_lost() -> None:
     found = world.run(world.tracker(), range(60))
     assert ids(found[15]) == [1]
     assert all(not tracks for tracks in found[19:])
+
+
+def test_a_frame_of_video_is_given_on_as_it_is_and_ends_where_its_picture_does() -> None:
+    """The rows of colour below the luma of NV12 are no part of the picture."""
+    world = World(lambda t: (300, 500 + 10 * t) if t < 25 else None)
+    frame, seen = Frame(np.zeros((1080, 1280), np.uint8), "nv12", "limited"), []
+
+    def asked(image: object, *boxes: object) -> object:
+        seen.append(image)
+        return world(image, *boxes) if boxes else world.detect(image)  # type: ignore[arg-type]
+
+    asked.spec = world.spec  # type: ignore[attr-defined]
+    tracker, found = Tracker(asked, asked), []  # type: ignore[arg-type]
+    for world.now in range(40):
+        found.append(ids(tracker(frame, world.now / 30)))
+    assert found[:20] == [[1]] * 20
+    assert not any(found[23:])
+    assert all(image is frame for image in seen)
 
 
 def crossing(t: int) -> tuple[tuple[float, float], tuple[float, float] | None]:
