@@ -1,8 +1,11 @@
 """Keypoints of a live camera: GStreamer frames, their luma plane as it is, one JSON line a frame.
 
-What it does    takes the newest NV12 frame, finds faces every `--detect-every` frames and follows them
-                by their own keypoints between, prints a JSON line with boxes and keypoints, and with
-                `--drawn` writes a video. A frame that comes while one is worked on is dropped
+What it does    takes the newest NV12 frame, follows the faces by kp_runtime.Tracker, as `kp run` does, prints a
+                JSON line, and with `--drawn` writes a video. A face that is lost is in no line. A frame that comes
+                while one is worked on is dropped by appsink, which does not count them: time_s tells of the gap
+The lines       time_s (the frame's time in the pipeline, null where it has none), unix_s (the machine's clock when
+                the frame was taken), height, width, faces: track (the face's number), box_xyxy (where its points
+                were looked for), keypoints_xy (smoothed), lost_score
 What it needs   pip install 'kp-edge[image]' and an engine (on a Jetson: TensorRT and 'kp-edge[cuda12]');
                 apt install python3-gi gir1.2-gstreamer-1.0 gir1.2-gst-plugins-base-1.0, and a Python
                 that sees them: python3 -m venv --system-site-packages
@@ -21,15 +24,16 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import kp_runtime
-from kp_runtime.detect import Detector
 from kp_runtime.frame import cv2_name
+from kp_runtime.video import draw_tracks
 
 # nvvidconv copies from the camera's memory to the CPU's; appsink keeps the newest frame alone
 JETSON_CAMERA = (
@@ -141,37 +145,15 @@ class Camera:
         return None if message is None else f"{message.src.get_name()}: {message.parse_error()[0].message}"
 
 
-class Follower:
-    """Where the faces are: by the detector every so many frames, between by the last keypoints."""
-
-    def __init__(self, detector: Detector, detect_every: int) -> None:
-        self._detector, self._every = detector, detect_every
-        self._since, self._last = 0, np.empty((0, 4))
-
-    def boxes(self, frame: kp_runtime.Frame) -> NDArray[np.float64]:
-        """`(n, 4)` boxes for this frame."""
-        if self._since % self._every == 0 or len(self._last) == 0:
-            self._last, self._since = self._detector(frame), 0
-        self._since += 1
-        return self._last
-
-    def saw(self, keypoints: kp_runtime.Keypoints) -> None:
-        """Takes this frame's keypoints for the next; a face whose centre has left the picture is dropped."""
-        boxes = kp_runtime.boxes_from_points(keypoints.xy)
-        centres, (height, width) = (boxes[:, :2] + boxes[:, 2:]) / 2, keypoints.size_hw
-        is_inside = ((centres >= 0) & (centres < (width, height))).all(axis=1)
-        self._last = boxes[is_inside & (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)]
-
-
 class VideoFile:
-    """Frames with their keypoints drawn, as a Motion JPEG `.avi`."""
+    """Frames with their faces drawn, as a Motion JPEG `.avi`."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._size_hw = (0, 0)
         self._writer: Any = None
 
-    def write(self, frame: kp_runtime.Frame, keypoints: kp_runtime.Keypoints) -> None:
+    def write(self, frame: kp_runtime.Frame, tracks: Sequence[kp_runtime.Track]) -> None:
         """Adds a frame; the first one sets the size, and OpenCV would leave out those of another."""
         import cv2
 
@@ -186,12 +168,22 @@ class VideoFile:
                 f"the frames change from {self._size_hw[1]} x {self._size_hw[0]} to {width} x {height} px, and a video "
                 f"has one size; {self._path} ends there, start again with another --drawn"
             )
-        self._writer.write(kp_runtime.draw_keypoints(frame.luma(0, 0, width, height), keypoints.xy))
+        self._writer.write(draw_tracks(frame, tracks))
 
     def close(self) -> None:
         """Ends the file."""
         if self._writer is not None:
             self._writer.release()
+
+
+def json_of(track: kp_runtime.Track) -> dict[str, Any]:
+    """A face as plain data, pixels to a thousandth."""
+    return {
+        "track": track.id,
+        "box_xyxy": np.round(track.box_xyxy, 3).tolist(),
+        "keypoints_xy": np.round(track.xy.astype(np.float64), 3).tolist(),
+        "lost_score": round(track.lost_score, 3),
+    }
 
 
 def run(options: argparse.Namespace) -> None:
@@ -202,18 +194,20 @@ def run(options: argparse.Namespace) -> None:
     model.warmup()
     report = model.backend.report
     print(f"{report.file} on {report.backend}", file=sys.stderr)
-    follower = Follower(kp_runtime.load_detector(options.detector), options.detect_every)
+    detector = kp_runtime.load_detector(options.detector)
+    tracker = kp_runtime.Tracker(model, detector, kp_runtime.TrackerSettings(detect_every=options.detect_every))
     video = VideoFile(options.drawn) if options.drawn else None
     try:
         for sample in camera:
-            with frame_of(sample) as frame:
-                keypoints = model(frame, follower.boxes(frame))
-                if video:
-                    video.write(frame, keypoints)
-            follower.saw(keypoints)
-            nanoseconds = sample.get_buffer().pts  # since the pipeline started, or all bits set
+            unix_s, nanoseconds = time.time(), sample.get_buffer().pts  # since the pipeline started, or all bits set
             time_s = nanoseconds / 1e9 if nanoseconds < 2**64 - 1 else None
-            print(json.dumps({"time_s": time_s, **keypoints.to_json()}), flush=True)
+            with frame_of(sample) as frame:
+                tracks = tracker(frame, time.monotonic() if time_s is None else time_s)
+                if video:
+                    video.write(frame, tracks)
+            height, width = frame.size_hw
+            line = {"time_s": time_s, "unix_s": round(unix_s, 3), "height": height, "width": width}
+            print(json.dumps({**line, "faces": [json_of(track) for track in tracks]}), flush=True)
     finally:
         if video:
             video.close()
@@ -225,7 +219,8 @@ def main() -> None:
     parser.add_argument("bundle", help="folder of the model's bundle")
     parser.add_argument("--backend", default="auto", help="auto, tensorrt, ort-cpu, ...")
     parser.add_argument("--pipeline", default=JETSON_CAMERA, help="GStreamer's, with an appsink name=frames")
-    parser.add_argument("--detect-every", type=int, default=15, metavar="N", help="frames from detection to detection")
+    often = "frames from detection to detection; while a face is lost or none is there, 5 if N is more"
+    parser.add_argument("--detect-every", type=int, default=15, metavar="N", help=often)
     parser.add_argument("--detector", default="auto", metavar="NAME", help="own=BUNDLE, haar, yunet=FILE or auto")
     parser.add_argument("--drawn", metavar="FILE", help="write a video with the points drawn, an .avi")
     options = parser.parse_args()

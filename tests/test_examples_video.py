@@ -10,7 +10,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -18,7 +20,6 @@ import numpy as np
 import pytest
 
 import kp_runtime
-from kp_runtime.geometry import boxes_from_points
 from tests import rclpy_double
 from tests.models import tiny_bundle
 from tests.rclpy_double import Header, Image
@@ -60,37 +61,47 @@ def test_the_luma_plane_lies_where_the_buffer_says(
             camera.luma_plane(wrong[0], (4, 6), *wrong[1:])
 
 
-def test_faces_are_detected_then_followed(camera: Any) -> None:
-    found = np.array([[10, 10, 40, 40], [60, 60, 90, 90]], np.float64)
-    calls = []
+def test_nobody_is_followed_where_nobody_is(
+    camera: Any, astronaut: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A face, then an empty room in which the detector goes on to see one."""
+    photo = cv2.imread(str(astronaut), cv2.IMREAD_GRAYSCALE)
+    (box,) = kp_runtime.load_detector()(photo)
+    frames, detected = [photo] * 20 + [np.full_like(photo, 128)] * 60, []
 
     def detector(frame: kp_runtime.Frame) -> np.ndarray:
-        calls.append(frame)
-        return found
+        detected.append(now[0])
+        return box[None]
 
-    def keypoints(*corners: tuple[int, int]) -> kp_runtime.Keypoints:
-        xy = np.array([[(x, y), (x + 30, y + 20)] for x, y in corners], np.float32).reshape(-1, 2, 2)
-        return kp_runtime.Keypoints(xy, np.empty((0, 4)), np.empty((0, 2, 3)), (100, 100))
+    def sample_of(index: int) -> SimpleNamespace:
+        now[0] = index
+        return SimpleNamespace(get_buffer=lambda: SimpleNamespace(pts=2**64 - 1 if index == 7 else index * 10**8))
 
-    follower, frame = camera.Follower(detector, 3), kp_runtime.Frame(np.zeros((100, 100), np.uint8), "gray")
-    assert follower.boxes(frame) is found
-    follower.saw(keypoints((12, 11), (86, 61)))  # the second one's centre is outside
-    assert follower.boxes(frame).tolist() == [[12, 11, 42, 31]]
-    follower.saw(keypoints((13, 12)))
-    assert follower.boxes(frame).tolist() == [[13, 12, 43, 32]]
-    assert len(calls) == 1
-    assert follower.boxes(frame) is found  # the third frame after the detection
-    follower.saw(keypoints((-30, 0)))
-    assert follower.boxes(frame) is found  # nobody is left to follow
-    assert len(calls) == 3
+    now = [0]
+    monkeypatch.setattr(camera, "Camera", lambda pipeline: map(sample_of, range(len(frames))))
+    luma = lambda sample: nullcontext(kp_runtime.Frame(frames[now[0]], "gray"))  # noqa: E731
+    monkeypatch.setattr(camera, "frame_of", luma)
+    monkeypatch.setattr(kp_runtime, "load_detector", lambda name: detector)
+    lite = ROOT / "engines" / "resnet18-68-lite"
+    camera.run(argparse.Namespace(pipeline="", bundle=lite, backend="ort-cpu", detector="", detect_every=15, drawn=""))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [[face["track"] for face in line["faces"]] for line in lines] == [[1]] * 20 + [[]] * 60
+    assert [line["time_s"] for line in lines[6:9]] == [0.6, None, 0.8]
+    assert set(lines[0]) == {"time_s", "unix_s", "height", "width", "faces"}
+    assert lines[0]["unix_s"] > 1.7e9
+    face = lines[0]["faces"][0]
+    assert {name: np.shape(value) for name, value in face.items()} == {
+        "track": (), "box_xyxy": (4,), "keypoints_xy": (68, 2), "lost_score": (),
+    }  # fmt: skip
+    # new faces are looked for on every 15th frame, and in the empty room on every fifth
+    assert detected == [0, 15, *range(20, 80, 5)]
 
 
 def test_a_video_of_frames_that_change_their_size_ends_with_an_error(camera: Any, tmp_path: Path) -> None:
     video = camera.VideoFile(str(tmp_path / "drawn.avi"))
-    nobody = kp_runtime.Keypoints(np.empty((0, 68, 2), np.float32), np.empty((0, 4)), np.empty((0, 2, 3)), (64, 64))
-    video.write(kp_runtime.Frame(np.zeros((64, 96), np.uint8), "gray"), nobody)
+    video.write(kp_runtime.Frame(np.zeros((64, 96), np.uint8), "gray"), ())
     with pytest.raises(kp_runtime.ImageError, match="frames change from 96 x 64 to 48 x 32 px, and a video has one"):
-        video.write(kp_runtime.Frame(np.zeros((32, 48), np.uint8), "gray"), nobody)
+        video.write(kp_runtime.Frame(np.zeros((32, 48), np.uint8), "gray"), ())
     video.close()
     assert cv2.VideoCapture(str(tmp_path / "drawn.avi")).read()[0]
 
@@ -99,9 +110,8 @@ def test_a_video_of_frames_that_change_their_size_ends_with_an_error(camera: Any
 def test_a_video_whose_name_is_no_text_is_an_error(camera: Any, tmp_path: Path) -> None:
     """At such a text OpenCV ends the process."""
     video = camera.VideoFile(str(tmp_path / os.fsdecode(b"caf\xe9.avi")))
-    nobody = kp_runtime.Keypoints(np.empty((0, 68, 2), np.float32), np.empty((0, 4)), np.empty((0, 2, 3)), (64, 64))
     with pytest.raises(kp_runtime.InputError, match="its name is no text in UTF-8, which OpenCV needs; rename it"):
-        video.write(kp_runtime.Frame(np.zeros((64, 64), np.uint8), "gray"), nobody)
+        video.write(kp_runtime.Frame(np.zeros((64, 64), np.uint8), "gray"), ())
 
 
 def run_camera(*words: object) -> subprocess.CompletedProcess[str]:
@@ -131,14 +141,13 @@ def test_the_loop_on_a_made_up_video(astronaut: Path, tmp_path: Path) -> None:
     assert [round(line["time_s"], 3) for line in lines] == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
     assert all((line["height"], line["width"], len(line["faces"])) == (300, 402, 1) for line in lines)
     xy = np.array([line["faces"][0]["keypoints_xy"] for line in lines])
-    boxes = np.array([line["faces"][0]["box_xyxy"] for line in lines])
-    # what the library says of the first picture, which has not been through NV12
-    image = cv2.imread(str(tmp_path / "0.png"))
-    wanted = kp_runtime.load(bundle, "ort-cpu")(image, boxes[:1]).xy[0]
-    assert np.linalg.norm(xy[0] - wanted, axis=-1).max() < 1
-    # frames 0 and 4 are detected, the others have the box of the keypoints before
-    followed = [i for i in range(1, 6) if np.allclose(boxes[i], boxes_from_points(xy[i - 1]), atol=2e-3)]
-    assert followed == [1, 2, 3, 5]
+    # what the library says of the pictures, which have not been through NV12
+    model, detector = kp_runtime.load(bundle, "ort-cpu"), kp_runtime.load_detector()
+    tracker = kp_runtime.Tracker(model, detector, kp_runtime.TrackerSettings(detect_every=4))
+    for i, line in enumerate(lines):
+        (track,) = tracker(cv2.imread(str(tmp_path / f"{i}.png")), i / 10)
+        assert np.linalg.norm(xy[i] - track.xy, axis=-1).max() < 1
+        assert line["faces"][0]["track"] == track.id
     moved = (xy - xy[0]).mean(axis=1)
     assert np.abs(moved - [[4 * i, 0] for i in range(6)]).max() < 3
     video = cv2.VideoCapture(str(drawn))
