@@ -297,6 +297,22 @@ def test_the_node_answers_each_image(ros: Any, bundle: Path, astronaut: Path, mo
     assert "the encoding 'bayer_rggb8' is not taken" in node.get_logger().lines[1][1]
 
 
+def test_what_the_model_calls_no_face_is_no_row(ros: Any, astronaut: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = cv2.imread(str(astronaut))
+    (box,) = kp_runtime.load_detector()(image)
+    boxes = np.array([[300, 400, 400, 500], box])
+    monkeypatch.setattr(kp_runtime, "load_detector", lambda name: lambda frame: boxes)
+    lite = str(ROOT / "engines" / "resnet18-68-lite")
+    monkeypatch.setattr(rclpy_double.Node, "given", {"bundle": lite, "backend": "ort-cpu"})
+    node = ros.KeypointsNode()
+    node.on_image(message_of("bgr8", image))
+    node.on_image(message_of("bgr8", np.full_like(image, 128)))
+    cloud, nobody = node.publishers_made[0].published
+    assert (cloud.height, nobody.height, nobody.data) == (1, 0, b"")
+    wanted = kp_runtime.load(lite, "ort-cpu")(image, boxes).xy[1]
+    assert np.array_equal(np.frombuffer(cloud.data, np.float32).reshape(68, 2), wanted)
+
+
 def test_no_model_of_whole_frames_is_taken(
     ros: Any, camera: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

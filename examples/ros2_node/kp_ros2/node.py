@@ -2,7 +2,8 @@
 
 What it does    takes the newest image of the topic `image`, publishes `keypoints` with the image's header:
                 a sensor_msgs/PointCloud2 with a row a face and 68 columns, fields u and v, float32,
-                pixels of the image. No face is a message with no row, so each image has its answer
+                pixels of the image. No face is a message with no row, so each image has its answer. What the
+                detector finds and the model calls no face (a lost_score over its lost_limit) is no row
 Why this type   it is in every ROS 2, holds all faces of an image in one stamped message, and
                 sensor_msgs_py.point_cloud2 reads it. u and v and not x, y, z: pixels are no metres
 What it needs   ROS 2 (Humble or newer), and in the Python that it runs with: pip install 'kp-edge[ort]'
@@ -19,6 +20,7 @@ import sys
 
 import numpy as np
 import rclpy
+from numpy.typing import NDArray
 from rclpy.executors import ExternalShutdownException
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -65,9 +67,9 @@ def frame_from_image(message: Image, luma_range: str = "limited") -> kp_runtime.
     return kp_runtime.Frame(np.ascontiguousarray(pixels[:, :, LUMA_AT.get(encoding, 0)]), "gray", luma_range)
 
 
-def cloud_from_keypoints(keypoints: kp_runtime.Keypoints, header: object) -> PointCloud2:
-    """The message; `header` is the image's."""
-    faces, points = keypoints.xy.shape[:2]
+def cloud_from_points(xy: NDArray[np.float32], header: object) -> PointCloud2:
+    """The message of `(faces, points, 2)`; `header` is the image's."""
+    faces, points = xy.shape[:2]
     fields = [PointField(name=name, offset=4 * i, datatype=PointField.FLOAT32, count=1) for i, name in enumerate("uv")]
     return PointCloud2(
         header=header,
@@ -77,8 +79,8 @@ def cloud_from_keypoints(keypoints: kp_runtime.Keypoints, header: object) -> Poi
         is_bigendian=sys.byteorder == "big",
         point_step=8,
         row_step=8 * points,
-        data=np.ascontiguousarray(keypoints.xy, np.float32).tobytes(),
-        is_dense=bool(np.isfinite(keypoints.xy).all()),
+        data=np.ascontiguousarray(xy, np.float32).tobytes(),
+        is_dense=bool(np.isfinite(xy).all()),
     )
 
 
@@ -111,11 +113,13 @@ class KeypointsNode(Node):  # type: ignore[misc]
         """Answers one image; one that can't be used is said, at most every five seconds, and left out."""
         try:
             frame = frame_from_image(message, self._luma_range)
-            keypoints = self._model(frame, self._detector(frame))
+            found = self._model(frame, self._detector(frame))
         except kp_runtime.KpError as error:
             self.get_logger().error(str(error), throttle_duration_sec=5)
             return
-        self._publisher.publish(cloud_from_keypoints(keypoints, message.header))
+        scores, limit = found.lost_score, self._model.spec.lost_limit  # None of a model that gives none
+        xy = found.xy if scores is None or limit is None else found.xy[scores <= limit]
+        self._publisher.publish(cloud_from_points(xy, message.header))
 
 
 def main() -> None:
