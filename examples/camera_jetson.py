@@ -2,7 +2,7 @@
 
 What it does    takes the newest NV12 frame, follows the faces by kp_runtime.Tracker, as `kp run` does, prints a
                 JSON line, and with `--drawn` writes a video. A face that is lost is in no line. A frame that comes
-                while one is worked on is dropped by appsink, which does not count them: time_s tells of the gap
+                while one is worked on is dropped and not counted; a gap in time_s shows it
 The lines       time_s (the frame's time in the pipeline, null where it has none), unix_s (the machine's clock when
                 the frame was taken), height, width, faces: track (the face's number), box_xyxy (where its points
                 were looked for), keypoints_xy (smoothed), lost_score
