@@ -27,7 +27,7 @@ from kp_runtime.cubin import cache_folder
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend, Lane
 from kp_runtime.errors import BackendError, reason_of
-from kp_runtime.machine import l4t_release
+from kp_runtime.machine import JETSON_GPUS
 from kp_runtime.spec import FileEntry, ModelSpec
 
 __all__ = ["OrtCudaBackend", "OrtGpuBackend", "OrtTensorRtBackend"]
@@ -286,7 +286,7 @@ def _absent(ort: Any, provider: str, driver: CudaDriver) -> str:
     from importlib import metadata
 
     have = f"onnxruntime {ort.__version__} has no {provider}, only {', '.join(ort.get_available_providers())}"
-    if l4t_release():
+    if driver.arch in JETSON_GPUS:
         return f"{have}; no public wheel has code for a Jetson's GPU: take the backend tensorrt (kp plan), or ort-cpu"
     wheel = f"'kp-edge[ort-gpu]'{_release(driver) and ' ' + repr('onnxruntime-gpu' + _release(driver))}"
     if all(any(metadata.distributions(name=name)) for name in ("onnxruntime", "onnxruntime-gpu")):

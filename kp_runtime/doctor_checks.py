@@ -20,7 +20,7 @@ import numpy as np
 
 from kp_runtime.backend_trt import OLDEST, is_too_old
 from kp_runtime.gpu_code import GpuCode
-from kp_runtime.machine import driver_version, jetson_from_system
+from kp_runtime.machine import JETSON_GPUS, driver_version, jetson_from_system
 from kp_runtime.probes import Outcome, ask
 
 __all__ = [
@@ -310,8 +310,9 @@ def provider(here: Surroundings, gpu: Gpu | None, answer: Outcome) -> list[Findi
     if gpu is None or answer.state != "answered":
         return []
     subject = "ONNX Runtime on the GPU"
-    wheel = "an onnxruntime-gpu built for this JetPack" if jetson_from_system(here.root) else "onnxruntime-gpu"
-    advice = f"pip uninstall -y {' '.join(here.wheels(ORT_WHEELS)) or 'onnxruntime'}, then install {wheel}"
+    advice = f"pip uninstall -y {' '.join(here.wheels(ORT_WHEELS)) or 'onnxruntime'}, then install onnxruntime-gpu"
+    if f"sm_{gpu.capability}" in JETSON_GPUS:
+        advice = "no public wheel has code for a Jetson's GPU: take the backend tensorrt (kp plan)"
     if "CUDAExecutionProvider" not in answer.facts["providers"]:
         return [Finding(subject, WARNING, "it has no CUDA provider", advice)]
     if not answer.facts["gpu_code"]:

@@ -20,6 +20,7 @@ from kp_runtime.cores import usable_cores
 
 __all__ = [
     "INSTRUCTIONS",
+    "JETSON_GPUS",
     "Jetson",
     "Machine",
     "driver_version",
@@ -31,6 +32,9 @@ __all__ = [
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm")
 """Instruction sets that decide how fast float32 and int8 run, by their names in /proc/cpuinfo."""
+
+JETSON_GPUS = ("sm_87", "sm_110")
+"""Orin's and Thor's, which no other board has. A container may hide the system's files, but not these."""
 
 _GPU = re.compile(r"gpu|gm20b|gp10b|gv11b|ga10b|gb10b")
 """Names of Jetson GPUs among the devices whose clock changes."""
