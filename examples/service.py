@@ -175,6 +175,9 @@ class Service:
         bundle = settings.model or default_bundle(ENGINES_OF_THE_CHECKOUT / "resnet18-68")
         model = kp_runtime.load(bundle, settings.backend, public_key=settings.public_key)
         model.check_boxes()
+        report = model.backend.report
+        rejected = f"; rejected: {' | '.join(report.rejected)}" * bool(report.rejected)
+        print(f"{report.backend} runs {report.file}{rejected}", file=sys.stderr)
         if advice := box_advice(model.spec):
             print(advice, file=sys.stderr)
         model.close()  # its engine alone is used
@@ -217,8 +220,16 @@ class Service:
         error = float(np.abs(self.batching.infer(self._crop) - self._expected).max())
         if not error < 0.5:
             raise kp_runtime.BackendError(f"a keypoint is {error:.3f} px from where it was at the start; restart")
-        report, counted = self.batching.report, {"calls": self.batching.calls, "faces": self.batching.faces}
-        return {"status": "ok", "backend": report.backend, "file": report.file, **counted}
+        report = self.batching.report
+        return {
+            "status": "ok",
+            "backend": report.backend,
+            "file": report.file,
+            "rejected": report.rejected,
+            "lost_limit": self.batching.spec.lost_limit,
+            "calls": self.batching.calls,
+            "faces": self.batching.faces,
+        }
 
 
 def metrics_or_none() -> Metrics | None:

@@ -115,13 +115,25 @@ def warnings_told() -> Iterator[None]:
 def load_model(
     model: Path | None, tuned: Path | None, backend: str, threads: int | None, public_key: Path | None
 ) -> Any:
-    """Opens a model as the options say; that settings were tuned elsewhere is a line on stderr."""
+    """Opens a model as the options say; that its plan or its settings are of another machine is a line on stderr."""
     from kp_runtime.pipeline import load
 
     if tuned is None:
-        return load(bundle_or_default(model), backend, threads, public_key=public_key)
+        bundle = bundle_or_default(model)
+        opened = load(bundle, backend, threads, public_key=public_key)
+        _note_plan(bundle, opened.backend.report)
+        return opened
     with warnings_told():
         return load(model, backend, threads, public_key=public_key, tuned=tuned)
+
+
+def _note_plan(bundle: Path, report: Any) -> None:
+    """Says so where a bundle has a plan and none that runs here."""
+    from kp_runtime.spec import Manifest, folder_of
+
+    reasons = [text for text in report.rejected if text.startswith("tensorrt: ")]
+    if reasons and any(entry.kind == "plan" for entry in Manifest.read(folder_of(bundle)).files.values()):
+        note(f"{report.backend} runs {report.file} in place of the bundle's plan; {reasons[0]}")
 
 
 def whole_detector_name(name: str, public_key: Path | None = None) -> str:

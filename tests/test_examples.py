@@ -27,7 +27,7 @@ import kp_runtime
 from kp_runtime.backend import Backend
 from kp_runtime.signing import new_key
 from kp_runtime.spec import ModelSpec
-from tests.models import tiny_bundle
+from tests.models import LOST_LIMIT, tiny_bundle
 from tests.tolerances import FP32_PX, assert_close
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,6 +172,7 @@ def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path)
     plain = cv2.imencode(".png", np.zeros((40, 30), np.uint8))[1].tobytes()
     bmp = cv2.imencode(".bmp", image)[1].tobytes()
     app = service.create_app(service.Settings(model=str(bundle), max_upload_mib=1, max_requests=1))
+    report = app.state.service.batching.report
 
     async def talk() -> None:
         async with client_of(app) as client:
@@ -193,8 +194,10 @@ def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path)
 
             health = await client.get("/health")
             assert health.json() == {
-                "status": "ok", "backend": "ort-cpu", "file": "model.fp32.onnx", "calls": 3, "faces": 3,
+                "status": "ok", "backend": "ort-cpu", "file": "model.fp32.onnx", "rejected": list(report.rejected),
+                "lost_limit": LOST_LIMIT, "calls": 3, "faces": 3,
             }  # fmt: skip
+            assert report.rejected[-1] == "int8: not in the bundle"
             app.state.service._expected += 1
             health = await client.get("/health")
             assert health.status_code == 500
@@ -260,14 +263,16 @@ def test_the_service_takes_no_model_of_whole_frames(service: Any, tmp_path: Path
         service.Service(service.Settings(model=str(tiny_bundle(tmp_path / "tiny", margin=1.0, box="frame"))))
 
 
-def test_the_service_says_at_its_start_whose_boxes_it_takes(
+def test_the_service_says_at_its_start_what_runs_and_whose_boxes_it_takes(
     service: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    service.Service(service.Settings(model=str(bundle)))
-    assert capsys.readouterr().err == ""
+    rejected = " | ".join(service.Service(service.Settings(model=str(bundle))).batching.report.rejected)
+    runs = f"ort-cpu runs model.fp32.onnx; rejected: {rejected}\n"
+    assert "tensorrt: this machine has no NVIDIA driver" in rejected or "holds no TensorRT plan" in rejected
+    assert capsys.readouterr().err == runs
     monkeypatch.setattr(service, "box_advice", lambda spec: f"boxes of {spec.name}")
     service.Service(service.Settings(model=str(bundle)))
-    assert capsys.readouterr().err == "boxes of tiny\n"
+    assert capsys.readouterr().err == f"{runs}boxes of tiny\n"
 
 
 def test_a_full_service_says_so_at_once(service: Any, bundle: Path) -> None:

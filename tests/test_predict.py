@@ -18,7 +18,9 @@ import pytest
 import kp_runtime.photos
 from kp_cli import faces, options
 from tests.models import tiny_bundle
+from tests.test_backend_trt import with_plan
 from tests.test_cli import kp
+from tests.test_video import video
 
 
 def test_predict_draws_and_writes(
@@ -224,6 +226,25 @@ def test_predict_on_an_engine_that_is_not_there_is_one_line(
         assert (status, out) == (1, "")
         assert "this machine has no NVIDIA driver (libcuda.so.1); where there is a GPU, install it" in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["predict", "run"])
+def test_a_plan_that_does_not_run_here_is_told(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: False)
+    cv2.imwrite(str(tmp_path / "photo.png"), np.zeros((60, 60, 3), np.uint8))
+    video(tmp_path / "talk.avi", 2)
+    source = tmp_path / {"predict": "photo.png", "run": "talk.avi"}[command]
+    words = (command, source, "--out", tmp_path / "out", "--model")
+    plain, planned = tiny_bundle(tmp_path / "plain"), with_plan(tmp_path / "planned")
+    assert kp(capsys, *words, plain)[::2] == (0, "")
+    status, _, err = kp(capsys, *words, planned)
+    assert (status, err) == (
+        0,
+        "ort-cpu runs model.fp32.onnx in place of the bundle's plan; tensorrt: this machine has no NVIDIA driver "
+        "(libcuda.so.1); where there is a GPU, install it\n",
+    )
 
 
 def test_ray_that_is_not_installed_is_one_line(
