@@ -9,6 +9,7 @@ How to ask      curl --data-binary @photo.jpg http://127.0.0.1:8000/keypoints
 Settings        environment variables, see `Settings`; with `uvicorn`, host and port are its own options
 Errors          {"detail": "one line"}: 400 no image, 408 slow upload, 413 too large, 415 neither JPEG nor
                 PNG, 503 busy (with Retry-After), 500 the engine failed, 501 metrics without prometheus_client
+How it ends     with status 1 where the engine fails or hangs, so that systemd or Docker start it again: see `watch`
 What was run    here, on x86-64 CPUs: the tests, in one process and over a socket. Not run: GPU engines
 What it gains   calls are shared where the network is what requests wait for. With Haar on two busy cores it is
                 not: 64 requests of 8 clients, one face each, made 62 calls
@@ -19,12 +20,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import functools
 import os
 import queue
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -163,8 +166,12 @@ class BatchingBackend(Backend):
         batch.run(self._backend)
 
     def begin(self, crop: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Makes calls of up to `enough` faces find everything ready; the keypoints of a crop, which nobody shares."""
+        """Makes calls of up to `enough` faces find everything ready; the keypoints of a crop."""
         self._one.submit(self._backend.warmup, self._enough).result()
+        return self.alone(crop)
+
+    def alone(self, crop: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The keypoints of a crop, which waits for no other: what fails a call of many is no error of its own."""
         return self._one.submit(self._backend.infer, crop).result()
 
 
@@ -217,7 +224,7 @@ class Service:
         Raises:
             BackendError: it no longer gives the answer that it gave at the start.
         """
-        error = float(np.abs(self.batching.infer(self._crop) - self._expected).max())
+        error = float(np.abs(self.batching.alone(self._crop) - self._expected).max())
         if not error < 0.5:
             raise kp_runtime.BackendError(f"a keypoint is {error:.3f} px from where it was at the start; restart")
         report = self.batching.report
@@ -230,6 +237,22 @@ class Service:
             "calls": self.batching.calls,
             "faces": self.batching.faces,
         }
+
+
+def watch(check: Callable[[], object], every_s: float = 30, most_s: float = 120) -> None:
+    """Runs a check again and again; where it fails or does not return, this process ends, with status 1.
+
+    One that has lost its GPU does not get it back, and behind an engine that hangs every request waits for ever. The
+    clock is none of Python's threads, so it goes on whatever hangs; it prints where each thread stands.
+    """
+    while True:
+        faulthandler.dump_traceback_later(every_s + most_s, exit=True)
+        time.sleep(every_s)
+        try:
+            check()
+        except kp_runtime.KpError as error:
+            print(f"error: {error}; the service ends, to be started again", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def metrics_or_none() -> Metrics | None:
@@ -330,11 +353,13 @@ def create_app(settings: Settings) -> FastAPI:
 
 @functools.cache
 def app_or_exit() -> FastAPI:
-    """The application with the environment's settings; an error is one line and exit status 1."""
+    """The application with the environment's settings, watched; an error is one line and exit status 1."""
     try:
-        return create_app(Settings.from_environment())
+        app = create_app(Settings.from_environment())
     except kp_runtime.KpError as error:
         sys.exit(f"error: {error}")
+    threading.Thread(target=watch, args=[app.state.service.check], daemon=True).start()
+    return app
 
 
 def __getattr__(name: str) -> FastAPI:

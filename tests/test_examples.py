@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import queue
 import signal
 import socket
 import subprocess
@@ -134,6 +135,56 @@ def test_one_thread_calls_the_engine(service: Any) -> None:
     assert batching.faces == 30
 
 
+def test_the_health_check_shares_no_call(service: Any) -> None:
+    """It is not held up for others, and what fails a call of many, such as their number, is no fault of the engine."""
+    engine = CountingBackend()
+    engine.may_run.set()
+    batching = service.BatchingBackend(engine, wait_s=3600, enough=3)
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(batching.infer, crops_of(255, 255))
+        until(lambda: batching.waiting == 2)
+        assert (batching.alone(crops_of(7))[:, 0, 0] == [7]).all()
+        with pytest.raises(kp_runtime.BackendError, match="the engine failed"):
+            batching.infer(crops_of(7))
+        assert isinstance(waiting.exception(), kp_runtime.BackendError)
+    assert engine.batches == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("check", "most_s", "said"),
+    [
+        ("lambda: next(answers)", 60, "error: the GPU is lost; the service ends, to be started again\n"),
+        ("threading.Event().wait", 0.99, "Timeout (0:00:01)!\n"),
+        ("lambda: 1 / 0", 0.99, "Timeout (0:00:01)!\n"),
+    ],
+    ids=["fails", "hangs", "is wrong"],
+)
+def test_a_service_whose_engine_is_gone_ends(service: Any, check: str, most_s: float, said: str) -> None:
+    code = f"""
+import threading
+import examples.service as service
+
+def answer():
+    yield from range(3)
+    raise service.kp_runtime.BackendError("the GPU is lost")
+
+answers = answer()
+threading.Thread(target=service.watch, args=[{check}, 0.01, {most_s}], daemon=True).start()
+threading.Event().wait()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert said in ended.stderr
+
+
+def test_the_service_watches_its_engine(service: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched: queue.Queue[Any] = queue.Queue()
+    monkeypatch.setattr(service, "watch", watched.put)
+    monkeypatch.setenv("KP_MODEL", str(bundle))
+    assert service.app.state.service.check == watched.get(timeout=30)
+    service.app_or_exit.cache_clear()
+
+
 def test_settings_from_the_environment(service: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KP_DETECTOR", "face.onnx")
     monkeypatch.setenv("KP_PORT", "8001")
@@ -195,7 +246,7 @@ def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path)
             health = await client.get("/health")
             assert health.json() == {
                 "status": "ok", "backend": "ort-cpu", "file": "model.fp32.onnx", "rejected": list(report.rejected),
-                "lost_limit": LOST_LIMIT, "calls": 3, "faces": 3,
+                "lost_limit": LOST_LIMIT, "calls": 2, "faces": 2,
             }  # fmt: skip
             assert report.rejected[-1] == "int8: not in the bundle"
             app.state.service._expected += 1
@@ -361,15 +412,16 @@ def test_requests_over_a_socket_share_one_call(
     photos = [np.roll(image, 9 * i, axis=1) for i in range(6)]
     model, detector = kp_runtime.load(bundle), kp_runtime.load_detector()
     wanted = [model(photo, detector(photo)) for photo in photos]
-    together = sum(map(len, wanted)) + 1  # and the face of the health check
+    together = sum(map(len, wanted))
     bomb = cv2.imencode(".png", np.zeros((2000, 2000), np.uint8))[1].tobytes()
     # nobody is patient for a minute: the call begins because all faces are there
     settings = {"KP_WAIT_MS": "60000", "KP_BATCH_FACES": str(together), "KP_MAX_MEGAPIXELS": "3"}
     with serving(*words, KP_MODEL=str(bundle), **settings) as url, ThreadPoolExecutor(8) as threads:
         uploads = [cv2.imencode(".png", photo)[1].tobytes() for photo in photos]
         posted = [threads.submit(ask, f"{url}/keypoints", upload) for upload in uploads]
-        status, health = threads.submit(ask, f"{url}/health").result()
+        assert threads.submit(ask, f"{url}/health").result()[0] == 200  # which waits for none of them
         answers = [answer.result() for answer in posted]
+        status, health = ask(f"{url}/health")
         too_large = ask(f"{url}/keypoints", bomb)
     assert (status, health["calls"], health["faces"]) == (200, 1, together)
     assert min(map(len, wanted)) >= 1

@@ -102,6 +102,7 @@ def test_a_container_runs_the_service_on_a_read_only_bundle(file: Path) -> None:
     assert set_here.keys() - {"KP_CACHE"} <= variables_of_the_service()
     assert f":{set_here['KP_MODEL']}:ro" in file.read_text()
     assert "--read-only" in file.read_text()
+    assert "--restart unless-stopped" in file.read_text(), "HEALTHCHECK restarts nothing"
     assert "--require-hashes" in file.read_text()
     # where a plan is built the bundle is replaced, which a mount point can't be
     ((folder, bundle),) = re.findall(r"--volume (\S+):\1 [^\n]*\n#[^\n]*/kp plan (\S+)", file.read_text())
