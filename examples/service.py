@@ -6,14 +6,16 @@ What it does    POST an image (JPEG or PNG, as the body) to /keypoints -> JSON w
 What it needs   pip install 'kp-edge[image,ort,serve,metrics]'; a bundle
 How to run      KP_MODEL=BUNDLE uvicorn examples.service:app, or KP_MODEL=BUNDLE python examples/service.py
 How to ask      curl --data-binary @photo.jpg http://127.0.0.1:8000/keypoints
-Settings        environment variables, see `Settings`; with `uvicorn`, host and port are its own options
+Settings        environment variables, see `Settings`; with `uvicorn`, host and port are its own options, and so is
+                --no-access-log, which the program has set
 Errors          {"detail": "one line"}: 400 no image, 408 slow upload, 413 too large, 415 neither JPEG nor
                 PNG, 503 busy (with Retry-After), 500 the engine failed, 501 metrics without prometheus_client
 How it ends     with status 1 where the engine fails or hangs, so that systemd or Docker start it again: see `watch`
 What was run    here, on x86-64 CPUs: the tests, in one process and over a socket. Not run: GPU engines
 What it gains   calls are shared where the network is what requests wait for. With Haar on two busy cores it is
                 not: 64 requests of 8 clients, one face each, made 62 calls
-What it leaves  to the proxy in front: TLS, who may ask, how often, and connections that never end their headers
+What it leaves  to the proxy in front: TLS, who may ask, how often, connections that never end their headers, and
+                uploads that stall, each of which holds one of `max_requests` places for `body_seconds`
 """
 
 from __future__ import annotations
@@ -371,4 +373,5 @@ def __getattr__(name: str) -> FastAPI:
 
 if __name__ == "__main__":
     app = app_or_exit()
-    uvicorn.run(app, host=app.state.settings.host, port=app.state.settings.port)
+    # a line a request would be most of a board's journal; what is asked, /metrics counts
+    uvicorn.run(app, host=app.state.settings.host, port=app.state.settings.port, access_log=False)

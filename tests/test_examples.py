@@ -378,7 +378,9 @@ def serving(*words: str, **environment: str) -> Iterator[str]:
     command = [sys.executable, *words] + (["--port", port] if "-m" in words else [])
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("KP_", "OPENCV_"))}
     given = inherited | {"KP_PORT": port} | environment
-    with subprocess.Popen(command, cwd=ROOT, env=given, stderr=subprocess.PIPE, text=True) as server:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, env=given, stdout=pipe, stderr=pipe, text=True) as server:
+        assert server.stdout is not None
         assert server.stderr is not None
         try:
             log = []
@@ -391,7 +393,9 @@ def serving(*words: str, **environment: str) -> Iterator[str]:
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
+            requests = server.stdout.read()
     assert server.returncode in (0, -signal.SIGTERM)
+    assert bool(requests) == ("-m" in words), "the program has no log of requests, uvicorn has one"
 
 
 def ask(url: str, data: bytes | None = None) -> tuple[int, dict[str, Any]]:
