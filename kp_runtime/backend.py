@@ -178,7 +178,8 @@ class Backend(ABC):
         as long as their call.
 
         Raises:
-            BackendError: `faces` is under 1, or the engine failed.
+            InputError: `faces` is under 1.
+            BackendError: the engine failed.
         """
         sizes, size = warmup_sizes(faces), self.spec.size
         crops = np.random.default_rng(0).integers(0, 256, (sizes[-1], 1, size, size), dtype=np.uint8)
@@ -251,16 +252,17 @@ def open_backend(
             `infer` (Linux). None: those that the calling thread may use.
 
     Raises:
-        InputError: cores that this thread may not use, or there is no choosing here; `public_key` is no key.
+        InputError: there is no such engine, precision or number of threads; cores that this thread may not use, or
+            there is no choosing here; `public_key` is no key.
         BundleError: the bundle or its files can't be used.
         SignatureError: the bundle is not signed by `public_key`.
         BackendError: the engine can't run the model, or its golden keypoints are wrong.
         MissingExtraError: the engine's package is not installed.
     """
     if backend not in ("auto", *BACKENDS):
-        raise BackendError(f"there is no backend {backend!r}; choose auto or {', '.join(BACKENDS)}")
+        raise InputError(f"there is no backend {backend!r}; choose auto or {', '.join(BACKENDS)}")
     if precision not in ("auto", *PRECISIONS):
-        raise BackendError(f"there is no precision {precision!r}; choose auto or {', '.join(PRECISIONS)}")
+        raise InputError(f"there is no precision {precision!r}; choose auto or {', '.join(PRECISIONS)}")
     chosen = None if cores is None else checked_cores(cores)
     most = usable_cores() if chosen is None else len(chosen)
     checked_threads(threads, most)
@@ -296,10 +298,10 @@ def warmup_sizes(faces: int) -> list[int]:
     """1, 2, 4, … and `faces`: the sizes of calls that a warm-up runs.
 
     Raises:
-        BackendError: `faces` is under 1, or no whole number.
+        InputError: `faces` is under 1, or no whole number.
     """
     if not isinstance(faces, SupportsIndex) or faces < 1:
-        raise BackendError(f"warmup needs the number of faces of a call, 1 or more; got {faces!r:.40}")
+        raise InputError(f"warmup needs the number of faces of a call, 1 or more; got {faces!r:.40}")
     faces = int(faces)  # it may be one of numpy's
     return [*(1 << i for i in range(faces.bit_length()) if 1 << i < faces), faces]
 

@@ -59,8 +59,8 @@ class CenterDetector:
     Raises:
         BundleError, IntegrityError: no detector's bundle there, or a file that is not the manifest's.
         SignatureError: it is not signed by `public_key`.
-        BackendError: ONNX Runtime refuses the file, or gives other cells than PyTorch did, or `threads` are not there.
-        InputError: `score` or `smallest` out of range, or `public_key` is no key.
+        BackendError: ONNX Runtime refuses the file, or gives other cells than PyTorch did.
+        InputError: `score` or `smallest` out of range, `threads` are not there, or `public_key` is no key.
         MissingExtraError: OpenCV or ONNX Runtime is not installed.
     """
 

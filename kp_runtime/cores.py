@@ -57,11 +57,12 @@ def checked_threads(threads: int | None, most: int | None = None) -> int:
     """How many threads: as many as there are usable cores, or `most`, when None.
 
     Raises:
-        BackendError: under 1, more than these, or no whole number.
+        InputError: under 1, more than these, or no whole number.
     """
     most = usable_cores() if most is None else most
-    if threads is not None and not (isinstance(threads, SupportsIndex) and 1 <= threads <= most):
-        raise BackendError(f"threads must be 1 to {most}, the cores that this process may use; got {threads!r:.40}")
+    whole = isinstance(threads, SupportsIndex) and not isinstance(threads, bool)
+    if threads is not None and not (whole and 1 <= threads <= most):
+        raise InputError(f"threads must be 1 to {most}, the cores that this process may use; got {threads!r:.40}")
     return most if threads is None else threads
 
 

@@ -46,7 +46,8 @@ def load_detector(
         One of the detectors of this page: `detector(image)` gives boxes.
 
     Raises:
-        InputError: there is no such detector, `smallest` is out of range, or `public_key` is no key.
+        InputError: there is no such detector, `smallest` is out of range, `threads` are not there, or `public_key` is
+            no key.
         BundleError: `own` was asked for and is nowhere, or its bundle is damaged.
         BackendError: the engine, OpenCV or the file can't be used.
         MissingExtraError: OpenCV or ONNX Runtime is not installed.

@@ -83,7 +83,8 @@ class Model:
         """Runs calls of 1, 2, 4, … up to `faces` faces, so that later ones find memory, ways and graphs ready.
 
         Raises:
-            BackendError: `faces` is under 1, the engine failed, or the model is closed.
+            InputError: `faces` is under 1.
+            BackendError: the engine failed, or the model is closed.
         """
         self._check_open()
         (self._gpu or self.backend).warmup(faces)
@@ -344,11 +345,11 @@ def load(
             where the bundle lies when none is given.
 
     Raises:
-        InputError: cores that this thread may not use, `public_key` is no key, or `tuned` can't be read or is given
-            beside settings of its own.
+        InputError: there is no such engine, precision or number of threads, cores that this thread may not use,
+            `public_key` is no key, or `tuned` can't be read or is given beside settings of its own.
         BundleError: there is no bundle, or it or its files can't be used.
         SignatureError: the bundle is not signed by `public_key`.
-        BackendError: there is no such engine, precision or number of threads here, the engine can't run the model, or
+        BackendError: the engine, or a file of that precision, is not here, the engine can't run the model, or
             its golden keypoints or the golden crop as it is cut here are wrong.
         MissingExtraError: the engine's package is not installed, or, for `public_key`, cryptography.
 

@@ -127,7 +127,8 @@ class CudaPipeline:
         """Opens all lanes with room for `faces`; captures graphs of the largest of 1, 2, 4, … and `faces` BGR faces.
 
         Raises:
-            BackendError: `faces` is under 1, or CUDA or the engine failed.
+            InputError: `faces` is under 1.
+            BackendError: CUDA or the engine failed.
         """
         sizes = warmup_sizes(faces)[::-1]  # a lane keeps the first graphs
         with self._warming, contextlib.ExitStack() as lanes:  # two that wait for each other's lanes would wait for ever

@@ -19,6 +19,7 @@ from typing import Any
 
 from kp_runtime.backend import BACKENDS, Backend, open_backend
 from kp_runtime.bench_compare import changes, machine_conditions
+from kp_runtime.cores import checked_cores
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, BundleError, InputError, MissingExtraError
 from kp_runtime.files import as_path, read_plain, writing
@@ -144,9 +145,10 @@ def open_tuned(
         cores: likewise.
 
     Raises:
-        InputError: the settings file can't be used, see `tuned_from_file`.
+        InputError: the settings file can't be read, see `tuned_from_file`; `public_key` is no key; or cores that this
+            thread may not use.
         BundleError: the bundle can't be used, or does not hold the model that was tuned.
-        BackendError: the engine can't run it here.
+        BackendError: the engine can't run it here, or there are fewer cores than it has threads.
 
     Warns:
         TunedWarning: this machine is not the one that was tuned on; says what differs.
@@ -161,12 +163,13 @@ def open_tuned(
             f"{path} was tuned for {tuned.file} with sha256 {tuned.sha256[:12]}…, but {folder} has {has}; {AGAIN}, or "
             "give the bundle that was tuned"
         )
+    chosen = None if cores is None else checked_cores(cores)
     try:
         backend = open_backend(folder / tuned.file, tuned.backend, "auto", tuned.threads, public_key, golden=golden,
-                               cores=cores)  # fmt: skip
+                               cores=chosen)  # fmt: skip
     except MissingExtraError:
         raise
-    except BackendError as error:
+    except (BackendError, InputError) as error:  # what is wrong with the caller's own is known by now
         raise BackendError(f"the settings of {path} can't be used here: {error}; {AGAIN}") from error
     if tuned.feeding is not None:
         backend.settle(tuned.faces, tuned.feeding)

@@ -21,7 +21,15 @@ import pytest
 from kp_runtime.backend import GOLDEN_NAME, Backend, BackendReport, golden_error, open_backend
 from kp_runtime.backend_ort import OrtCpuBackend, import_onnxruntime
 from kp_runtime.cores import usable_cores
-from kp_runtime.errors import BackendError, BundleError, IntegrityError, MissingExtraError, missing_or_broken, reason_of
+from kp_runtime.errors import (
+    BackendError,
+    BundleError,
+    InputError,
+    IntegrityError,
+    MissingExtraError,
+    missing_or_broken,
+    reason_of,
+)
 from kp_runtime.feeding import TRIES
 from kp_runtime.frame import Frame
 from kp_runtime.golden import Golden, check_golden_crop
@@ -123,20 +131,32 @@ def test_precision_that_is_asked_for_runs(asked: str, file: str, tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backend": "cuda"}, "no backend 'cuda'; choose auto or tensorrt, ort-tensorrt, ort-cuda, ort-cpu"),
         ({"backend": "tensorrt"}, re.escape(NO_DRIVER)),
         ({"backend": "ort-tensorrt"}, re.escape(NO_DRIVER)),
         ({"backend": "ort-cuda"}, re.escape(NO_DRIVER)),
-        ({"precision": "bf16"}, "no precision 'bf16'; choose auto or fp32, fp16, int8, int8-trt"),
         ({"precision": "int8"}, "has no int8 file, only fp32; kp export can add it"),
-        ({"threads": 0}, "threads must be 1 to .*, the cores that this process may use; got 0"),
-        ({"threads": usable_cores() + 1}, f"threads must be 1 to {usable_cores()}, .*got {usable_cores() + 1}"),
-        ({"threads": "1"}, "threads must be 1 to .*got '1'"),
-        ({"threads": 1.0}, "threads must be 1 to .*got 1.0"),
     ],
 )
 def test_what_is_not_there_is_refused(arguments: dict[str, Any], message: str, bundle: Path) -> None:
     with pytest.raises(BackendError, match=message):
+        open_backend(bundle, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "onnx-cpu"}, "no backend 'onnx-cpu'; choose auto or tensorrt, ort-tensorrt, ort-cuda, ort-cpu"),
+        ({"precision": "bf16"}, "no precision 'bf16'; choose auto or fp32, fp16, int8, int8-trt"),
+        ({"threads": 0}, "threads must be 1 to .*, the cores that this process may use; got 0"),
+        ({"threads": usable_cores() + 1}, f"threads must be 1 to {usable_cores()}, .*got {usable_cores() + 1}"),
+        ({"threads": "1"}, "threads must be 1 to .*got '1'"),
+        ({"threads": 1.0}, "threads must be 1 to .*got 1.0"),
+        ({"threads": True}, "threads must be 1 to .*got True"),
+    ],
+)
+def test_what_there_is_nowhere_is_the_caller_s_mistake(arguments: dict[str, Any], message: str, bundle: Path) -> None:
+    """No `BackendError`, after which a program takes another engine and goes on without a word."""
+    with pytest.raises(InputError, match=message):
         open_backend(bundle, **arguments)
 
 
@@ -428,7 +448,7 @@ def test_warmup_chooses_for_every_size_up_to_the_one_given(bundle: Path) -> None
     backend.warmup(np.int64(6))  # type: ignore[arg-type]
     assert list(backend.batch_times()) == [2, 4, 8]
     for faces in (0, "6", 1.5):
-        with pytest.raises(BackendError, match=f"warmup needs the number of faces of a call, 1 or more; got {faces!r}"):
+        with pytest.raises(InputError, match=f"warmup needs the number of faces of a call, 1 or more; got {faces!r}"):
             backend.warmup(faces)  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ import kp_runtime
 from kp_runtime.backend import open_backend
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.cores import checked_cores, cores_from_text, on_cores, usable_cores
-from kp_runtime.errors import BackendError, InputError
+from kp_runtime.errors import InputError
 from kp_runtime.spec import Manifest
 from tests.conftest import DETECTOR
 from tests.models import SIZE
@@ -86,7 +86,7 @@ def test_threads_run_on_the_chosen_core(
     model.backend.infer(rng.integers(0, 256, (1, 1, SIZE, SIZE), dtype=np.uint8))
     assert seen == [{core}]
     assert os.sched_getaffinity(0) == mine
-    with pytest.raises(BackendError, match="threads must be 1 to 1"):
+    with pytest.raises(InputError, match="threads must be 1 to 1"):
         open_backend(bundle, cores=[core], threads=2)
 
 

@@ -97,7 +97,7 @@ def test_an_empty_variable_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("threads", [0, -3, 9999])
 def test_threads_that_are_not_there(threads: int) -> None:
-    with pytest.raises(BackendError, match=f"threads must be 1 to .* got {threads}"):
+    with pytest.raises(InputError, match=f"threads must be 1 to .* got {threads}"):
         load_detector(f"own={SHIPPED}", threads=threads)
 
 

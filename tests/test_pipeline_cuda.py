@@ -192,7 +192,7 @@ def test_warmup_opens_lanes_and_captures(model: Model, cpu: Model, driver: Drive
     for n in (5, 1, 2):
         check(model, cpu, picture(n), boxes_of(n, n))
     assert made == [asked(driver, name) for name in names]
-    with pytest.raises(BackendError, match="warmup needs the number of faces of a call, 1 or more; got 0"):
+    with pytest.raises(InputError, match="warmup needs the number of faces of a call, 1 or more; got 0"):
         model.warmup(0)
 
 

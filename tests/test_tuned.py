@@ -90,6 +90,8 @@ def test_another_machine_is_warned_of(settings_of: Callable[..., Path]) -> None:
 def test_settings_that_cannot_be_used_here(settings_of: Callable[..., Path]) -> None:
     with pytest.raises(BackendError, match=r"the settings of .*tuned.json can't be used here: threads must be 1 to"):
         kp_runtime.load(tuned=settings_of(threads=usable_cores() + 1))
+    with pytest.raises(InputError, match=r"^cores "):  # the caller's own are no fault of the file
+        kp_runtime.load(tuned=settings_of(), cores=[9999])
     with pytest.raises(InputError, match="there is no way 'by hand' to feed a batch; choose from whole"):
         kp_runtime.load(tuned=settings_of(feeding="by hand"))
     for name, value in (("backend", "ort-cpu"), ("threads", 1), ("precision", "fp32")):
