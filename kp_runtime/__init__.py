@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         InputError,
         IntegrityError,
         KpError,
+        KpWarning,
         MissingExtraError,
         NotDrawnError,
         ParityError,
@@ -65,6 +66,7 @@ __all__ = [
     "IntegrityError",
     "Keypoints",
     "KpError",
+    "KpWarning",
     "Manifest",
     "MissingExtraError",
     "Model",
@@ -107,7 +109,7 @@ _HOME = {
     "track": ("Track", "Tracker", "TrackerSettings"),
     "tuned": ("TunedWarning",),
 }
-"""The module of each public name; the rest are errors. A module is imported when it is first used."""
+"""The module of each public name; the rest are in `errors`. A module is imported when it is first used."""
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
-from kp_runtime.errors import BackendError, KpError, missing_or_broken, reason_of
+from kp_runtime.errors import BackendError, KpError, KpWarning, missing_or_broken, reason_of
 from kp_runtime.feeding import WAYS, Feeder, Way
 from kp_runtime.spec import ModelSpec
 
@@ -80,7 +80,7 @@ class OrtCpuBackend(Backend):
                 session = open_session(self._model, self._read, 1)
             except KpError as error:  # the file was exchanged or removed since; the first session goes on
                 self._feeder.drop(way)
-                warnings.warn(f"faces are no longer fed side by side: {error}", RuntimeWarning, stacklevel=4)
+                warnings.warn(f"faces are no longer fed side by side: {error}", KpWarning, stacklevel=4)
                 return self._feeder.next(faces)
             self._beside = _SideBySide(_asker(session, self.spec), self.threads)
         return way

@@ -19,7 +19,7 @@ import numpy as np
 
 from kp_runtime.backend import Answer
 from kp_runtime.cuda_driver import CudaDriver
-from kp_runtime.errors import BackendError
+from kp_runtime.errors import BackendError, KpWarning
 
 __all__ = ["CANARY_PX", "GraphReport", "GraphSwitch", "GraphWarning", "canary_fault", "captured"]
 
@@ -31,7 +31,7 @@ CANARY_SCORE = 1e-4
 _RESTING = threading.Lock()
 
 
-class GraphWarning(UserWarning):
+class GraphWarning(KpWarning):
     """A graph could not be made or gave wrong keypoints: the model goes on without graphs, right and slower."""
 
 

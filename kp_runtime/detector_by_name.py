@@ -15,7 +15,7 @@ from pathlib import Path
 from kp_runtime.center_detector import CenterDetector
 from kp_runtime.default_model import default_detector
 from kp_runtime.detect import Detector, HaarDetector, YuNetDetector
-from kp_runtime.errors import BundleError, InputError
+from kp_runtime.errors import BundleError, InputError, KpWarning
 from kp_runtime.signing import PublicKey, is_signed
 
 __all__ = ["DETECTORS", "DETECTOR_VARIABLE", "DetectorWarning", "detector_name", "load_detector"]
@@ -25,7 +25,7 @@ DETECTORS = "auto, own, own=BUNDLE, haar, yunet=FILE"
 """What `load_detector` takes."""
 
 
-class DetectorWarning(UserWarning):
+class DetectorWarning(KpWarning):
     """`auto` took Haar; why, and what brings the better detector."""
 
 

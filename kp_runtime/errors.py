@@ -1,4 +1,4 @@
-"""The exception tree: every error that this project raises on purpose.
+"""The exception tree: every error that this project raises on purpose; and the root of its warnings.
 
     KpError                     the root; the command line prints it as one line and exits 1
     ├── InputError              what the caller gave can't be used
@@ -38,6 +38,7 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "KpError",
+    "KpWarning",
     "MissingExtraError",
     "NotDrawnError",
     "ParityError",
@@ -52,6 +53,10 @@ class KpError(Exception):
     def __reduce__(self) -> tuple[Any, ...]:
         """Passes between processes by its message: some are made of something else."""
         return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+
+
+class KpWarning(UserWarning):
+    """The root of all warnings of this project; those without a class of their own are this one."""
 
 
 class InputError(KpError, ValueError):

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kp_runtime.errors import InputError
+from kp_runtime.errors import InputError, KpWarning
 from kp_runtime.frame import Scratch, import_cv2
 
 __all__ = [
@@ -285,7 +285,7 @@ def way_to_sample() -> Callable[..., NDArray[np.uint8]]:
     warnings.warn(
         f"OpenCV {import_cv2().__version__} here samples otherwise than the models were trained with; crops are right, "
         "but cut in numpy, tens of times slower: the OpenCV of pip install opencv-python-headless is faster",
-        RuntimeWarning,
+        KpWarning,
         stacklevel=3,
     )
     return _by_numpy

@@ -21,7 +21,7 @@ from kp_runtime.backend import BACKENDS, Backend, open_backend
 from kp_runtime.bench_compare import changes, machine_conditions
 from kp_runtime.cores import checked_cores
 from kp_runtime.device_backend import DeviceBackend
-from kp_runtime.errors import BackendError, BundleError, InputError, MissingExtraError
+from kp_runtime.errors import BackendError, BundleError, InputError, KpWarning, MissingExtraError
 from kp_runtime.files import as_path, read_plain, writing
 from kp_runtime.machine import machine_from_system
 from kp_runtime.spec import Manifest
@@ -35,7 +35,7 @@ _LARGEST, _LONGEST, _MOST = 1 << 20, 1000, 1 << 20
 AGAIN = "run kp tune here"
 
 
-class TunedWarning(UserWarning):
+class TunedWarning(KpWarning):
     """Settings that were tuned on another machine than this."""
 
 

@@ -26,6 +26,7 @@ from kp_runtime.errors import (
     BundleError,
     InputError,
     IntegrityError,
+    KpWarning,
     MissingExtraError,
     missing_or_broken,
     reason_of,
@@ -419,7 +420,7 @@ def test_an_open_model_goes_on_when_its_bundle_is_gone(tmp_path: Path, crops: np
     backend = open_backend(tiny_bundle(tmp_path / "bundle"), threads=2)
     backend.settle(len(crops), "side by side")  # which needs the file once more
     shutil.rmtree(tmp_path / "bundle")
-    with pytest.warns(RuntimeWarning, match="no longer fed side by side: .*model.fp32.onnx stands in the manifest but"):
+    with pytest.warns(KpWarning, match="no longer fed side by side: .*model.fp32.onnx stands in the manifest but"):
         first = backend.infer(crops)
     for keypoints in (first, backend.infer(crops), backend.infer(crops)):  # later ones warn no more
         assert_close(keypoints, tiny_keypoints(crops), FP32_PX, "keypoints")

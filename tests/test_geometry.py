@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kp_runtime import geometry
-from kp_runtime.errors import InputError, MissingExtraError
+from kp_runtime.errors import InputError, KpWarning, MissingExtraError
 from kp_runtime.geometry import (
     CropPlan,
     apply_matrix,
@@ -142,7 +142,7 @@ def test_the_fastest_way_that_gives_the_bits_is_taken(monkeypatch: pytest.Monkey
     assert geometry.way_to_sample() is geometry._by_remap
     geometry.way_to_sample.cache_clear()
     monkeypatch.setattr(cv2, "remap", lambda source, pixels, *_, **__: np.zeros(pixels.shape[:2], np.uint8))
-    with pytest.warns(RuntimeWarning, match="samples otherwise than the models were trained with; crops are right"):
+    with pytest.warns(KpWarning, match="samples otherwise than the models were trained with; crops are right"):
         crop_from_luma(waves(60, 60, 20), one_matrix((5, 5, 40, 40)), SIZE)
     assert geometry.way_to_sample() is geometry._by_numpy
 

@@ -28,6 +28,7 @@ from kp_runtime.errors import (
     InputError,
     IntegrityError,
     KpError,
+    KpWarning,
     MissingExtraError,
     SignatureError,
 )
@@ -177,7 +178,7 @@ def test_a_second_session_is_made_of_the_same_file_or_not_at_all(signed: Path) -
     manifest = Manifest.read(signed)
     backend = OrtCpuBackend(signed / MODEL, manifest.spec, 2, read=lambda: manifest.read_file(signed, MODEL))
     (signed / MODEL).write_bytes(b"other")
-    with pytest.warns(RuntimeWarning, match=r"no longer fed side by side: .*model\.fp32\.onnx has 5 bytes"):
+    with pytest.warns(KpWarning, match=r"no longer fed side by side: .*model\.fp32\.onnx has 5 bytes"):
         backend.warmup(4)  # each way of feeding has its turn
     assert "side by side" not in backend.batch_times()[4]
 
