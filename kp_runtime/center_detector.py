@@ -23,7 +23,7 @@ from kp_runtime.frame import Frame, as_frame, import_cv2
 from kp_runtime.geometry import overlaps
 from kp_runtime.golden import GOLDEN_NAME, arrays_from_npz
 from kp_runtime.signing import PublicKey
-from kp_runtime.spec import DetectorManifest
+from kp_runtime.spec import DetectorManifest, DetectorSpec
 
 __all__ = ["CenterDetector", "Found", "merged"]
 
@@ -73,8 +73,8 @@ class CenterDetector:
         public_key: PublicKey | None = None,
     ) -> None:
         manifest = DetectorManifest.read(bundle, public_key)
-        self.spec = manifest.spec
-        self.score = self.spec.score if score is None else score
+        self.spec: DetectorSpec = manifest.spec
+        self.score: float = self.spec.score if score is None else score
         check_score(self.score)
         check_smallest(smallest)
         self._smallest, self._model = smallest, Path(bundle) / MODEL_NAME
@@ -82,7 +82,7 @@ class CenterDetector:
         self._session = open_session(self._model, lambda: manifest.read_file(bundle, MODEL_NAME), self._threads)
         self._check(manifest.read_file(bundle, GOLDEN_NAME), str(Path(bundle) / GOLDEN_NAME))
 
-    def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
+    def __call__(self, image: Frame | NDArray[Any], layout: str = "bgr") -> NDArray[np.float64]:
         """Finds the faces of an image.
 
         Args:

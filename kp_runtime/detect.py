@@ -79,7 +79,7 @@ def box_advice(spec: ModelSpec) -> str | None:
 class Detector(Protocol):
     """Finds the faces of an image. Those of this project may be shared between threads."""
 
-    def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
+    def __call__(self, image: Frame | NDArray[Any], layout: str = "bgr") -> NDArray[np.float64]:
         """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
         ...
 
@@ -93,7 +93,7 @@ class _OpenCvDetector(ABC):
         self._cv2 = import_cv2()
         self._turn = threading.Lock()
 
-    def __call__(self, image: Frame | NDArray[np.uint8], layout: str = "bgr") -> NDArray[np.float64]:
+    def __call__(self, image: Frame | NDArray[Any], layout: str = "bgr") -> NDArray[np.float64]:
         """Finds the faces of an image.
 
         Args:

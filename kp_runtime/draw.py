@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -16,7 +18,7 @@ _LINE, _POINT = (208, 224, 64), (255, 255, 255)
 
 
 def draw_keypoints(
-    image: Frame | NDArray[np.uint8], xy: ArrayLike, *, lines: bool = True, color: tuple[int, int, int] = _LINE
+    image: Frame | NDArray[Any], xy: ArrayLike, *, lines: bool = True, color: tuple[int, int, int] = _LINE
 ) -> NDArray[np.uint8]:
     """Draws contours and points on a copy of an image.
 

@@ -23,7 +23,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.errors import ImageError, InputError, MissingExtraError, reason_of
 from kp_runtime.files import as_path
-from kp_runtime.frame import bgr_copy, bytes_of_picture, import_cv2
+from kp_runtime.frame import Frame, bgr_copy, bytes_of_picture, import_cv2
 from kp_runtime.geometry import apply_matrix, invert_matrix
 from kp_runtime.point_maps import is_mirrored, mesh_positions, similarity_from_points, triangles_from_points
 from kp_runtime.scheme68 import CONTOURS, POINTS, REGIONS, mean_shape, point_names
@@ -60,7 +60,7 @@ _LEAST_CELL = 8  # pixels
 class Effect(Protocol):
     """Changes the faces of an image."""
 
-    def __call__(self, image: NDArray[np.uint8], xy: ArrayLike) -> NDArray[np.uint8]:
+    def __call__(self, image: Frame | NDArray[Any], xy: ArrayLike) -> NDArray[np.uint8]:
         """The image `(h, w, 3)` uint8 BGR with the effect on each face of `xy`, `(n, 68, 2)`; a new array."""
         ...
 
@@ -125,7 +125,7 @@ class Picture:
         self._triangles = triangles_from_points(self.picture_xy) if placed == "mesh" else None
         self._bgra, self._shrunk = bgra, dict[int, NDArray[np.float32]]()
 
-    def __call__(self, image: NDArray[np.uint8], xy: ArrayLike) -> NDArray[np.uint8]:
+    def __call__(self, image: Frame | NDArray[Any], xy: ArrayLike) -> NDArray[np.uint8]:
         """Puts the picture on each face; see `Effect`.
 
         Raises:
@@ -203,7 +203,7 @@ class Blur:
             raise InputError(f"a hidden face has one cell or more, got {cells}")
         self._cells = cells
 
-    def __call__(self, image: NDArray[np.uint8], xy: ArrayLike) -> NDArray[np.uint8]:
+    def __call__(self, image: Frame | NDArray[Any], xy: ArrayLike) -> NDArray[np.uint8]:
         """Hides each face; see `Effect`.
 
         Raises:

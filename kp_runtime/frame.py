@@ -109,7 +109,7 @@ class Frame:
         ImageError: an unknown layout or range, or data that the layout does not describe.
     """
 
-    data: NDArray[np.uint8]
+    data: NDArray[Any]
     layout: str
     range: str = "full"
 
@@ -180,7 +180,7 @@ def as_frame(image: Frame | NDArray[Any], layout: str = "bgr") -> Frame:
     raise ImageError(f"an image must be (h, w), (h, w, 3) or (h, w, 4), got shape {image.shape}")
 
 
-def bgr_copy(image: Frame | NDArray[np.uint8]) -> NDArray[np.uint8]:
+def bgr_copy(image: Frame | NDArray[Any]) -> NDArray[np.uint8]:
     """A copy of an image that `as_frame` takes, `(h, w, 3)` uint8 BGR; an array is BGR or grey, of video luma is kept.
 
     Raises:

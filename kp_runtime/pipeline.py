@@ -91,7 +91,7 @@ class Model:
 
     def __call__(
         self,
-        image: Frame | DeviceFrame | NDArray[np.uint8],
+        image: Frame | DeviceFrame | NDArray[Any],
         boxes_xyxy: ArrayLike,
         *,
         layout: str = "bgr",
@@ -159,7 +159,7 @@ class Model:
 
     def submit(
         self,
-        image: Frame | DeviceFrame | NDArray[np.uint8],
+        image: Frame | DeviceFrame | NDArray[Any],
         boxes_xyxy: ArrayLike,
         *,
         layout: str = "bgr",

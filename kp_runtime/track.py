@@ -48,8 +48,8 @@ class FindPoints(Protocol):
 class FindFaces(Protocol):
     """What a tracker needs of a `Detector`."""
 
-    def __call__(self, image: Any, /) -> NDArray[np.float64]:
-        """`(n, 4)` float64 boxes, tight around the 68 points; `image` is what the tracker was given."""
+    def __call__(self, image: Any, /) -> ArrayLike:
+        """`(n, 4)` boxes, tight around the 68 points; `image` is what the tracker was given."""
         ...
 
 
@@ -176,11 +176,11 @@ class Tracker:
         self._limit = own if self._settings.lost is None else self._settings.lost
         self._known: list[_Face] = []
         self._until_detection = 0
-        self.detector_runs = 0
-        self.faces = 0
-        self.lost = 0
+        self.detector_runs: int = 0
+        self.faces: int = 0
+        self.lost: int = 0
 
-    def __call__(self, image: Frame | NDArray[np.uint8], seconds: float) -> tuple[Track, ...]:
+    def __call__(self, image: Frame | NDArray[Any], seconds: float) -> tuple[Track, ...]:
         """Follows the faces to the next frame.
 
         Args:
