@@ -54,7 +54,7 @@ _ODD = "backslashreplace"
 """What becomes of names that are no text."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LabelledFace:
     """One face of one image.
 

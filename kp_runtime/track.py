@@ -53,7 +53,7 @@ class FindFaces(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Track:
     """One face on one frame.
 

@@ -39,7 +39,7 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
 _NETWORK_TIMEOUT_MS = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VideoFrame:
     """One frame.
 

@@ -5,12 +5,17 @@ import pickle
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import kp_runtime
 import kp_runtime.errors
+from kp_runtime.interchange import LabelledFace
+from kp_runtime.track import Track
+from kp_runtime.video_source import VideoFrame
 
 ROOT = Path(kp_runtime.__file__).parents[1]
 MODULES = sorted(module.name for module in pkgutil.iter_modules(kp_runtime.__path__, "kp_runtime."))
@@ -96,3 +101,18 @@ def test_every_warning_is_a_kp_warning() -> None:
     names = [name for name in kp_runtime.__all__ if name.endswith("Warning")]
     assert len(names) == 4
     assert all(issubclass(getattr(kp_runtime, name), kp_runtime.KpWarning) for name in names)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Track(1, np.zeros(4), np.zeros((68, 2), np.float32), 0.0),
+        lambda: VideoFrame(0, 0.0, np.zeros((4, 4, 3), np.uint8)),
+        lambda: LabelledFace("a.png", np.zeros((68, 2)), np.zeros(4)),
+    ],
+)
+def test_what_holds_arrays_is_equal_to_itself_alone(made: Callable[[], object]) -> None:
+    """Compared by their arrays, lists and sets of them end in an error of numpy's."""
+    one, other = made(), made()
+    assert [other, one].index(one) == 1
+    assert len({one, other}) == 2
