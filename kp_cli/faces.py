@@ -87,6 +87,8 @@ def predict(
     from kp_runtime.files import make_folder
     from kp_runtime.frame import import_cv2
     from kp_runtime.photos import (
+        FailedPhoto,
+        Photo,
         check_formats,
         photos_from_paths,
         predict_photo,
@@ -114,7 +116,8 @@ def predict(
     if finder is not None:
         note_boxes(opened.spec)
     make_folder(out)
-    results, failed, undrawn = [], [], []
+    results: list[Photo | FailedPhoto] = []
+    undrawn: list[str] = []
     stop = threading.Event()
     import_cv2()  # once: it is no part of the first photo's time
     for path, target in _until_stopped("predicting", list(zip(paths, targets, strict=True)), stop):
@@ -136,22 +139,24 @@ def predict(
             results.append(error.photo)
             undrawn.append(f"{error} (--drawn FILE)")
         except KpError as error:
-            failed.append(str(error))
+            results.append(FailedPhoto(path, str(error)))
             continue
         timer.add(call)
-    written, unwritten = _write(results, out, formats or ["json"]) if results else ([], [])
+    found = [photo for photo in results if isinstance(photo, Photo)]
+    failed = [photo.error for photo in results if isinstance(photo, FailedPhoto)]
+    written, unwritten = _write(results, out, formats or ["json"]) if found else ([], [])
     if as_json:
         print_json(results_json(results))
     else:
-        for photo in results:
+        for photo in found:
             tell(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}")
             _note_lost(photo, opened.spec.lost_limit)
         if times:
             print_times(timer.summaries())
-        for file in [*(p.drawn for p in results if p.drawn), *written][-8:]:
+        for file in [*(p.drawn for p in found if p.drawn), *written][-8:]:
             tell(file)
     if stop.is_set():
-        note(f"stopped after {len(results) + len(failed)} of {len(paths)} photos; what is written is of these")
+        note(f"stopped after {len(results)} of {len(paths)} photos; what is written is of these")
     if failed:
         failed = [f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(_in_a_line(failed))]
     if undrawn:
@@ -324,7 +329,7 @@ def put_effect(
     quiet_opencv()
     from kp_runtime.effects import open_effect
     from kp_runtime.files import make_folder
-    from kp_runtime.photos import photos_from_paths, predict_photo
+    from kp_runtime.photos import FailedPhoto, Photo, photos_from_paths, predict_photo
 
     put = open_effect(effect)
     paths = photos_from_paths(photos)
@@ -335,7 +340,7 @@ def put_effect(
     opened.check_looks(looks, mirror)
     finder = _finder(opened.spec, detector, threads, public_key)
     make_folder(out)
-    results, failed = [], []
+    results: list[Photo | FailedPhoto] = []
     stop = threading.Event()
     for path, target in _until_stopped("drawing", list(zip(paths, targets, strict=True)), stop):
         try:
@@ -343,16 +348,25 @@ def put_effect(
                 predict_photo(opened, path, detector=finder, drawn=target, draw=put, looks=looks, mirror=mirror)
             )
         except KpError as error:
-            failed.append(str(error))
+            results.append(FailedPhoto(path, str(error)))
+    found = [photo for photo in results if isinstance(photo, Photo)]
+    failed = [photo.error for photo in results if isinstance(photo, FailedPhoto)]
     if as_json:
-        print_json([{"image": p.path, "faces": len(p.keypoints), "drawn": p.drawn} for p in results])
-    for photo in results:
+        print_json(
+            [
+                {"image": p.path, "faces": len(p.keypoints), "drawn": p.drawn}
+                if isinstance(p, Photo)
+                else {"image": p.path, "error": p.error}
+                for p in results
+            ]
+        )
+    for photo in found:
         if not as_json:
             tell(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}: {photo.drawn}")
         if not len(photo.keypoints):
             note(f"{photo.path}: no face was found, so {photo.drawn} shows the photo as it is")
     if stop.is_set():
-        note(f"stopped after {len(results) + len(failed)} of {len(paths)} photos")
+        note(f"stopped after {len(results)} of {len(paths)} photos")
     if failed:
         raise KpError(f"{len(failed)} of {len(paths)} photos failed: " + "; ".join(_in_a_line(failed)))
     if stop.is_set():

@@ -24,7 +24,16 @@ from kp_runtime.results import Keypoints
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.timing import StageTimer
 
-__all__ = ["FORMATS", "Photo", "check_formats", "photos_from_paths", "predict_photo", "write_results"]
+__all__ = [
+    "FORMATS",
+    "FailedPhoto",
+    "Photo",
+    "check_formats",
+    "photos_from_paths",
+    "predict_photo",
+    "results_json",
+    "write_results",
+]
 
 _PLACES = {"csv": "keypoints.csv", "pts": ".", "coco": "keypoints.coco.json", "parquet": "keypoints.parquet"}
 FORMATS = ("json", *_PLACES)
@@ -37,6 +46,14 @@ class Photo:
     path: Path
     keypoints: Keypoints
     drawn: Path | None
+
+
+@dataclass(frozen=True)
+class FailedPhoto:
+    """A photo's path, and why it has no keypoints."""
+
+    path: Path
+    error: str
 
 
 def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
@@ -144,10 +161,10 @@ def check_formats(formats: Sequence[str], points: int = POINTS) -> None:
             check_format(name, points)
 
 
-def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) -> list[Path]:
+def write_results(photos: Sequence[Photo | FailedPhoto], out: Path, formats: Sequence[str]) -> list[Path]:
     """Writes `keypoints.json`, `.csv`, `.coco.json`, `.parquet`, or a `.pts` file a face into a folder.
 
-    Photos without a face are in `keypoints.json` alone.
+    Photos without a face, and those that failed, are in `keypoints.json` alone.
 
     Returns:
         The paths written.
@@ -161,6 +178,7 @@ def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) ->
     faces = [
         LabelledFace(str(photo.path), xy.astype(np.float64), box, photo.keypoints.size_hw)
         for photo in photos
+        if isinstance(photo, Photo)
         for xy, box in zip(photo.keypoints.xy, photo.keypoints.boxes_xyxy, strict=True)
     ]
     written: list[Path] = []
@@ -180,6 +198,9 @@ def write_results(photos: Sequence[Photo], out: Path, formats: Sequence[str]) ->
     return written
 
 
-def results_json(photos: Sequence[Photo]) -> list[dict[str, object]]:
-    """All photos' faces as plain data: path, size, boxes, keypoints."""
-    return [{"image": str(photo.path)} | photo.keypoints.to_json() for photo in photos]
+def results_json(photos: Sequence[Photo | FailedPhoto]) -> list[dict[str, Any]]:
+    """All photos' faces as plain data: path, size, boxes, keypoints; `error` in their place where one failed."""
+    return [
+        {"image": str(photo.path)} | (photo.keypoints.to_json() if isinstance(photo, Photo) else {"error": photo.error})
+        for photo in photos
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,9 @@ from kp_cli import report
 from kp_export.staging import alone
 from kp_runtime.doctor import Diagnosis
 from kp_runtime.errors import InputError
+from kp_runtime.ray_batches import BatchResult
 from kp_runtime.spec import Manifest
+from kp_runtime.video import VideoRun
 from tests.test_export import small_checkpoint
 
 COMMANDS = tuple(typer.main.get_command(kp_cli.app).commands)  # type: ignore[attr-defined]
@@ -169,6 +172,27 @@ def test_a_fault_is_one_line_and_exit_1(
     assert err.startswith("kp: ")
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_the_docs_name_the_keys_of_json(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `kp ([^`]+)` \| (.*) \|$", page, re.MULTILINE))
+    told = {command: set(re.findall("`(.*?)`", keys)) for command, keys in rows.items()}
+
+    (tmp_path / "torn.png").write_bytes(b"torn")
+    for words in (("predict",), ("filter", "--effect", "hat")):
+        photos = (astronaut, tmp_path / "torn.png", "--model", bundle, "--out", tmp_path / "out")
+        photo, torn = json.loads(kp(capsys, *words, *photos, "--json")[1])
+        assert photo.keys() | torn.keys() == told[words[0]]
+    faces = tmp_path / "faces.csv"
+    words = ("predict", astronaut, "--model", bundle, "--out", tmp_path, "--format", "csv")
+    assert kp(capsys, *words)[0] == 0
+    (tmp_path / "keypoints.csv").rename(faces)
+    assert json.loads(kp(capsys, "convert", faces, tmp_path / "b.csv", "--json")[1]).keys() == told["convert"]
+    assert {field.name for field in dataclasses.fields(VideoRun)} == told["run"]
+    assert {field.name for field in dataclasses.fields(BatchResult)} == told["predict --ray"]
 
 
 def test_pts_files_without_photos_are_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

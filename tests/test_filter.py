@@ -60,7 +60,9 @@ def test_an_effect_of_your_own_on_a_folder(
     assert "1 of 4 photos failed" in err
     assert "torn.png is no image" in err
     assert "empty.png: no face was found, so" in err
-    rows = json.loads(out)
+    *rows, torn = json.loads(out)
+    assert (torn.keys(), torn["image"]) == ({"image", "error"}, str(photos / "torn.png"))
+    assert torn["error"] in err
     assert [Path(row["drawn"]).name for row in rows] == ["a_red.jpg", "empty_red.jpg", "face_red.jpg"]
     assert [row["faces"] for row in rows][:2] == [1, 0]
     red = cv2.imread(rows[0]["drawn"])

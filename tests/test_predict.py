@@ -138,7 +138,10 @@ def test_a_photo_that_can_not_be_drawn_keeps_its_keypoints(
     assert err.endswith(" (--drawn FILE); the keypoints are kept\n")
     assert f"{photos / 'a.png'}: 1 face\n" in printed
     written = json.loads((out / "keypoints.json").read_text())
-    assert [(Path(photo["image"]).name, len(photo["faces"])) for photo in written] == [("a.png", 1), ("c.png", 1)]
+    a, torn, c = written
+    assert [(Path(photo["image"]).name, len(photo["faces"])) for photo in (a, c)] == [("a.png", 1), ("c.png", 1)]
+    assert (torn.keys(), torn["image"]) == ({"image", "error"}, str(photos / "b.jpg"))
+    assert torn["error"] in err
     assert (out / "c_keypoints.jpg").is_file()
 
 
