@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from typing import Annotated
 
 try:
     try:
@@ -13,7 +14,7 @@ try:
         sys.exit("kp: the command needs typer and rich, which are not installed; run: pip install 'kp-edge[cli]'")
 
     from kp_cli import bundles, faces, machines, training, video
-    from kp_cli.report import fail, one_line_errors
+    from kp_cli.report import fail, one_line_errors, tell
 except KeyboardInterrupt:  # typer does so too, once it runs the command
     sys.exit(130)
 
@@ -24,6 +25,27 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich takes half as long to import as a short command takes to run
     help="68 facial keypoints, from PyTorch to the edge, provably unchanged.",
 )
+
+
+def _say_version(asked: bool) -> None:
+    """Prints what `--version` asks for, and ends."""
+    if asked:
+        from kp_runtime import __version__
+        from kp_runtime.files import git_revision
+
+        revision = git_revision()
+        tell(f"kp {__version__}" + (f", revision {revision}" if revision else ""))
+        raise typer.Exit
+
+
+@app.callback()
+def _kp(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say which kp this is.")
+    ] = False,
+) -> None:
+    """The options of `kp` itself."""
+
 
 app.command()(training.train)
 app.command()(training.refit)

@@ -16,6 +16,7 @@ from kp_runtime.errors import InputError, KpError
 
 __all__ = [
     "as_path",
+    "git_revision",
     "make_folder",
     "open_plain",
     "read_plain",
@@ -133,3 +134,20 @@ def sha256_of_open_file(file: BufferedReader) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def git_revision() -> str | None:
+    """The revision of this source tree, `-dirty` where files differ; None outside a checkout."""
+    import subprocess
+
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():  # installed, maybe below somebody's own checkout
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+            cwd=here, capture_output=True, text=True, check=True, timeout=10,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kp_runtime.errors import DataError, KpError
+from kp_runtime.files import git_revision
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, Source, held_out_of, is_held_out, recorded_fraction
 
@@ -125,7 +125,7 @@ def _made_by() -> dict[str, Any]:
     import torchvision
 
     return {
-        "git_revision": _git_revision(),
+        "git_revision": git_revision(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -133,18 +133,3 @@ def _made_by() -> dict[str, Any]:
             "lightning": L.__version__,
         },
     }
-
-
-def _git_revision() -> str | None:
-    """The revision of this source tree, `-dirty` where files differ; None outside a checkout."""
-    here = Path(__file__).parent
-    if not (here.parent / ".git").exists():  # installed, maybe below somebody's own checkout
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=here, capture_output=True, text=True, check=True, timeout=10,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()

@@ -16,6 +16,7 @@ import pytest
 import typer.main
 
 import kp_cli
+import kp_runtime
 from kp_cli import report
 from kp_export.staging import alone
 from kp_runtime.doctor import Diagnosis
@@ -51,6 +52,14 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str], command: tu
     assert status == 0
     assert "Usage" in out
     assert "Example:" in out if command else all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(("revision", "told"), [("c0ffee", ", revision c0ffee"), (None, "")])
+def test_the_version_is_said_and_of_a_checkout_the_revision(
+    revision: str | None, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kp_runtime.files.git_revision", lambda: revision)
+    assert kp(capsys, "--version") == (0, f"kp {kp_runtime.__version__}{told}\n", "")
 
 
 def test_what_help_says_of_the_commands_is_not_cut(

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from kp_runtime.errors import KpError
+from kp_runtime.files import git_revision
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig, recipe
 from kp_train.data import read_source
 from kp_train.model import KeypointNet
-from kp_train.run_record import _git_revision, ancestry, run_record, split_by_person, stored_record
+from kp_train.run_record import ancestry, run_record, split_by_person, stored_record
 from kp_train.synthetic import write_csv_source
 from kp_train.train_detector import begun_config
 
@@ -24,14 +25,14 @@ from kp_train.train_detector import begun_config
 def test_the_revision_of_somebody_elses_checkout_is_not_this_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "venv" / "kp_train").mkdir(parents=True)
+    (tmp_path / "venv" / "kp_runtime").mkdir(parents=True)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.invalid"]
     for words in (["init"], ["commit", "--allow-empty", "-m", "theirs"]):
         subprocess.run([*git, *words], check=True, capture_output=True)
-    monkeypatch.setattr("kp_train.run_record.__file__", str(tmp_path / "venv" / "kp_train" / "train.py"))
-    assert _git_revision() is None
-    monkeypatch.setattr("kp_train.run_record.__file__", str(tmp_path / "venv" / "train.py"))
-    assert _git_revision(), "beside .git it is a checkout"
+    monkeypatch.setattr("kp_runtime.files.__file__", str(tmp_path / "venv" / "kp_runtime" / "files.py"))
+    assert git_revision() is None
+    monkeypatch.setattr("kp_runtime.files.__file__", str(tmp_path / "venv" / "files.py"))
+    assert git_revision(), "beside .git it is a checkout"
 
 
 def test_other_names_can_not_resume_a_run(tmp_path: Path) -> None:
