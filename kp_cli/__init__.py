@@ -24,6 +24,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # rich takes half as long to import as a short command takes to run
     help="68 facial keypoints, from PyTorch to the edge, provably unchanged.",
+    epilog="From train on, commands need kp-edge-tools beside kp-edge; a checkout has both.",
 )
 
 
@@ -47,6 +48,15 @@ def _kp(
     """The options of `kp` itself."""
 
 
+app.command()(faces.predict)
+app.command("filter")(faces.put_effect)
+app.command()(video.run)
+app.command()(faces.convert)
+app.command()(machines.bench)
+app.command()(machines.tune)
+app.command()(machines.doctor)
+app.command()(bundles.inspect)
+# from here on with kp-edge-tools alone, as the help's last line says
 app.command()(training.train)
 app.command()(training.refit)
 app.command()(training.train_detector)
@@ -55,15 +65,7 @@ app.command()(bundles.export)
 app.command()(bundles.verify)
 app.command()(bundles.plan)
 app.command()(bundles.pack)
-app.command()(faces.predict)
-app.command("filter")(faces.put_effect)
-app.command()(video.run)
-app.command()(machines.bench)
-app.command()(machines.tune)
-app.command()(bundles.inspect)
-app.command()(faces.convert)
 app.command()(bundles.sign)
-app.command()(machines.doctor)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -52,6 +53,14 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str], command: tu
     assert status == 0
     assert "Usage" in out
     assert "Example:" in out if command else all(name in out for name in COMMANDS)
+
+
+def test_help_lists_what_runs_without_the_tools_first() -> None:
+    commands = typer.main.get_command(kp_cli.app).commands  # type: ignore[attr-defined]
+    imports = re.compile(r"^ {4}from kp_(train|export)", re.MULTILINE)
+    need_tools = [bool(imports.search(inspect.getsource(commands[name].callback))) for name in COMMANDS]
+    first = COMMANDS.index("train")
+    assert need_tools == [False] * first + [True] * (len(COMMANDS) - first)
 
 
 @pytest.mark.parametrize(("revision", "told"), [("c0ffee", ", revision c0ffee"), (None, "")])
