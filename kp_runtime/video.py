@@ -271,7 +271,7 @@ def run_video(
     files = tuple(sink.path for sink in sinks if frames and id(sink) not in failed)
     if failed:
         first, *others = failed.values()
-        kept = f"; {came} frames are in {', '.join(map(str, files))}" if files else ""
+        kept = f"; {came} frame{'s are' if came > 1 else ' is'} in {', '.join(map(str, files))}" if files else ""
         first.args = (f"{'; '.join(map(str, (first, *others)))}{kept}",)
         raise first
     seconds = time.perf_counter() - begin

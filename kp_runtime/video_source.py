@@ -210,7 +210,7 @@ class FileSource:
         finally:
             self._capture.release()
         if self._is_here and ends_early(self._path):
-            raise ImageError(f"{self.name} is cut off: {index} frames could be read")
+            raise ImageError(f"{self.name} is cut off: {index} of its frames could be read")
         # some containers only estimate their number of frames, and of a trimmed one not all are shown
         is_short = self.count is not None and index < self.count - max(2, 0.02 * self.count)
         if is_short and last < self._seconds - max(1.0, 0.02 * self._seconds):

@@ -254,7 +254,7 @@ def test_a_cut_off_file_keeps_what_came_before(tmp_path: Path) -> None:
     path = video(tmp_path / "a.avi", 40)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     source = FileSource(path)
-    with pytest.raises(ImageError, match=r"a.avi is cut off: \d+ frames could be read; \d+ frames are in"):
+    with pytest.raises(ImageError, match=r"a.avi is cut off: \d+ of its frames could be read; \d+ frames are in"):
         run_video(source, one_face(), sinks_for(source, tmp_path, "avi", "jsonl"))
     written = levels(tmp_path / "a_keypoints.avi")
     assert 5 < len(written) < 30
@@ -270,13 +270,15 @@ def test_frames_that_change_their_size_end_the_run(tmp_path: Path) -> None:
     assert len(levels(tmp_path / "frames_keypoints.mp4")) == 4
 
 
-def test_a_broken_frame_of_a_folder_ends_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("whole", "told"), [(1, "1 frame is in"), (3, "3 frames are in")])
+def test_a_broken_frame_of_a_folder_ends_the_run(whole: int, told: str, tmp_path: Path) -> None:
     folder = folder_of_frames(tmp_path / "frames")
-    (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:-20])
+    broken = folder / f"00{whole}.png"
+    broken.write_bytes(broken.read_bytes()[:-20])
     source = FolderSource(folder)
-    with pytest.raises(ImageError, match=r"003.png is cut off.*; 3 frames are in"):
+    with pytest.raises(ImageError, match=rf"{broken.name} is cut off.*; {told}"):
         run_video(source, one_face(), sinks_for(source, tmp_path, "jsonl"))
-    assert len((tmp_path / "frames_keypoints.jsonl").read_text().splitlines()) == 3
+    assert len((tmp_path / "frames_keypoints.jsonl").read_text().splitlines()) == whole
 
 
 def test_stop_finishes_what_was_read(tmp_path: Path) -> None:
