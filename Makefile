@@ -95,7 +95,7 @@ INFERENCES ?= 1000000
 soak: $(STAMP)
 	$(BIN)/python -m benchmarks.soak --bundle engines/resnet18-68-lite --minutes $(MINUTES) --inferences $(INFERENCES)
 
-# what takes too long for every change
+# what takes too long for every change: hostile files, a soak, every Python and both ends of the packages' bounds
 nightly: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" MINUTES=$(MINUTES) scripts/nightly
 

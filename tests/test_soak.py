@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from tests.cuda_driver_double import DriverDouble
 
 LEAK = 4 << 20
 """Bytes a round."""
+
+NIGHTLY = Path(__file__).resolve().parents[1] / "scripts" / "nightly"
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc is read")
 
@@ -158,3 +161,17 @@ def test_a_single_step_is_no_leak() -> None:
 def test_a_clean_run_passes() -> None:
     clean = Soak(1, 80, 800, soak.Slope(1, -1, 3, False), 1, 1, 1, (), ())
     check(clean)
+
+
+@pytest.mark.parametrize("failing", ["scripts/fuzz.py", "benchmarks.soak", "nox", "none"])
+def test_a_night_has_all_its_parts_and_tells_which_failed(failing: str, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nfor word; do [ "$word" != "{failing}" ] || exit 3; done\n')
+    python.chmod(0o755)
+    place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEED": "5"}
+    done = subprocess.run([NIGHTLY], env=os.environ | place, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (int(failing != "none"), "")
+    *_, hostile, soaked, pythons = done.stdout.splitlines()
+    assert "== python scripts/fuzz.py --cases 2000 --seed 5\n" in done.stdout
+    told = {"scripts/fuzz.py": hostile, "benchmarks.soak": soaked, "nox": pythons}
+    assert [part for part, line in told.items() if not line.startswith("ok  ")] == [failing][: done.returncode]
