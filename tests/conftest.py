@@ -44,6 +44,22 @@ def bundle_with_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_bundle(tmp_path_factory.mktemp("bundles") / "tiny", image=True)
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of kp-edge."""
+    from wheels import build_project_wheel
+
+    return build_project_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def tools_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of kp-edge-tools."""
+    from wheels import build_tools_wheel
+
+    return build_tools_wheel(tmp_path_factory.mktemp("wheel"))
+
+
 @pytest.fixture
 def half_a_pixel_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on all crops are cut half a pixel to one side, on a CPU as on a GPU."""

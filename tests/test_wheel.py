@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from wheels import build_model_wheel, build_project_wheel, build_tools_wheel
+from wheels import build_model_wheel, build_project_wheel
 
 from kp_runtime.errors import BundleError, ExportError
 from kp_runtime.spec import any_manifest
@@ -56,16 +56,6 @@ for name in names:
 import kp_cli
 print(kp_runtime.__version__, len(names))
 """
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_project_wheel(tmp_path_factory.mktemp("wheel"))
-
-
-@pytest.fixture(scope="module")
-def tools_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tools_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import wheelhouse
 from wheelhouse import TARGETS, fill_wheelhouse, main
-from wheels import build_model_wheel, build_project_wheel, build_tools_wheel
+from wheels import build_model_wheel
 
 from kp_runtime.errors import ExportError, InputError
 from kp_runtime.spec import Manifest, file_entry
@@ -62,14 +62,14 @@ def offered(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+def own(wheel: Path, tools_wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
     """The project's wheels, and one of a bundle with a tiny int8 file."""
     out = tmp_path_factory.mktemp("own")
     bundle = tiny_bundle(out / "small")
     (bundle / "model.fp32.onnx").rename(bundle / "model.int8.onnx")
     entry = file_entry(bundle / "model.int8.onnx", "onnx", precision="int8")
     dataclasses.replace(Manifest.read(bundle), files={"model.int8.onnx": entry}).write(bundle)
-    return build_project_wheel(out), build_tools_wheel(out), build_model_wheel(bundle, out)
+    return wheel, tools_wheel, build_model_wheel(bundle, out)
 
 
 @pytest.fixture(autouse=True)
