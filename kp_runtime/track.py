@@ -8,6 +8,7 @@ box that is shifted and larger: on a face both looks find the same points, elsew
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -70,6 +71,19 @@ class Track:
     lost_score: float
 
 
+_EVERY, _FRAMES = ("1 or more", 1.0, math.inf), ("0 or more", 0.0, math.inf)
+_SHARE = ("over 0 and at most 1", math.ulp(0.0), 1.0)
+_RANGES = {
+    "lost": ("a number", -math.inf, math.inf),
+    "detect_every": _EVERY,
+    "search_every": _EVERY,
+    "again": _FRAMES,
+    "keep": _FRAMES,
+    "match": _SHARE,
+    "same": _SHARE,
+}
+
+
 @dataclass(frozen=True)
 class TrackerSettings:
     """How a `Tracker` decides.
@@ -87,7 +101,7 @@ class TrackerSettings:
             for hiding faces, where one too many is better than one too few.
 
     Raises:
-        InputError: a setting is no number.
+        InputError: a setting is no number, or one that can't be.
     """
 
     lost: float | None = None
@@ -104,6 +118,9 @@ class TrackerSettings:
         for name, value in ((each.name, getattr(self, each.name)) for each in fields(self)):
             if not isinstance(value, SupportsFloat) and (name, value) != ("lost", None):
                 raise InputError(f"a tracker's {name} must be a number, got {value!r:.40}")
+            what, least, most = _RANGES.get(name, ("", -math.inf, math.inf))
+            if value is not None and not least <= float(value) <= most:
+                raise InputError(f"a tracker's {name} must be {what}, got {value!r:.40}")
 
 
 @dataclass
@@ -176,6 +193,7 @@ class Tracker:
         self._limit = own if self._settings.lost is None else self._settings.lost
         self._known: list[_Face] = []
         self._until_detection = 0
+        self._seconds = -math.inf
         self.detector_runs: int = 0
         self.faces: int = 0
         self.lost: int = 0
@@ -186,15 +204,18 @@ class Tracker:
         Args:
             image: a `Frame`, or uint8 `(h, w, 3)` BGR or grey `(h, w)`; the same size as the frames before. The model
                 and the detector are given it as it is.
-            seconds: the frame's time, for the smoothing.
+            seconds: the frame's time, for the smoothing. Where it is not after the last frame's, this begins anew.
 
         Returns:
             A track a face in view, in order of their ids.
 
         Raises:
             ImageError: an image that is not taken.
+            InputError: a time that is not finite.
             KpError: what the model and the detector raise.
         """
+        if not math.isfinite(seconds):
+            raise InputError(f"a frame's time must be a finite number of seconds, got {seconds}")
         size_wh = as_frame(image).size_hw[::-1]
         asked = [face for face in self._known if face.away <= self._settings.again and _on_image(face.box, size_wh)]
         looks = zip(asked, self._look(image, size_wh, [face.box for face in asked]), strict=True)
@@ -212,6 +233,10 @@ class Tracker:
         self._known = [face for face in self._known if face.away <= self._settings.keep]
         if not found or any(face.away for face in self._known):
             self._until_detection = min(self._until_detection, self._settings.search_every)
+        if seconds <= self._seconds:  # what it says of speeds would be wrong, and the last answer is of another frame
+            for face in self._known:
+                face.smooth = OneEuro()
+        self._seconds = seconds
         return tuple(self._track(face, found[face.id], seconds) for face in self._known if face.id in found)
 
     def _look(self, image: Any, size_wh: tuple[int, ...], boxes: Sequence[NDArray[np.float64]]) -> list[_Look]:

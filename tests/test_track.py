@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,36 @@ def test_what_a_tracker_does_not_take() -> None:
     for wrong in ({"detect_every": "5"}, {"match": None}):
         with pytest.raises(InputError, match=f"a tracker's {next(iter(wrong))} must be a number, got "):
             TrackerSettings(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"lost": math.nan}, "a number"),
+        ({"detect_every": 0}, "1 or more"),
+        ({"search_every": 0}, "1 or more"),
+        ({"again": -1}, "0 or more"),
+        ({"keep": -1}, "0 or more"),
+        ({"match": -2}, "over 0 and at most 1"),
+        ({"match": math.nan}, "over 0 and at most 1"),
+        ({"same": 1.1}, "over 0 and at most 1"),
+    ],
+)
+def test_settings_that_would_find_nobody_or_never_end(wrong: dict[str, float], what: str) -> None:
+    (name, value) = next(iter(wrong.items()))
+    with pytest.raises(InputError, match=f"a tracker's {name} must be {what}, got {value}"):
+        TrackerSettings(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [0.0, -0.5], ids=["stands", "goes back"])
+def test_points_follow_a_face_while_time_does_not_go_on(step: float) -> None:
+    world = World(lambda t: (300 + 4 * t, 300))
+    tracker = world.tracker(smooth=True)
+    for world.now in range(25):
+        (track,) = tracker(IMAGE, 5 + step * world.now)
+        np.testing.assert_allclose(track.xy, world.faces()[0], atol=1e-3)
+    with pytest.raises(InputError, match="a frame's time must be a finite number of seconds, got nan"):
+        tracker(IMAGE, math.nan)
 
 
 def test_faces_of_a_frame_are_one_batch() -> None:
