@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, SupportsIndex
+from typing import NamedTuple, NoReturn, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,6 +136,13 @@ class Backend(ABC):
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
         self._process = os.getpid()
+
+    def __repr__(self) -> str:
+        report = getattr(self, "report", None)  # one that `open_backend` did not open has none
+        return f"{type(self).__name__}({self.spec.name!r}, {report.file if report else None!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise InputError("a model and its engine pass to no other process; load() the bundle in each of them")
 
     def infer(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The keypoints of `answer` alone: `(n, 68, 2)` float32, pixels of the crop, x then y."""

@@ -82,6 +82,9 @@ class CenterDetector:
         self._session = open_session(self._model, lambda: manifest.read_file(bundle, MODEL_NAME), self._threads)
         self._check(manifest.read_file(bundle, GOLDEN_NAME), str(Path(bundle) / GOLDEN_NAME))
 
+    def __repr__(self) -> str:
+        return f"CenterDetector({str(self._model.parent)!r}, {self.score}, {self._smallest})"
+
     def __call__(self, image: Frame | NDArray[Any], layout: str = "bgr") -> NDArray[np.float64]:
         """Finds the faces of an image.
 

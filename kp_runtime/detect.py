@@ -160,6 +160,9 @@ class HaarDetector(_OpenCvDetector):
         if self._cascade.empty():
             raise BackendError(f"OpenCV can't read the cascade {path}; install opencv-data or opencv-python-headless")
 
+    def __repr__(self) -> str:
+        return f"HaarDetector({self._scale}, {self._neighbors}, {self._smallest})"
+
     def raw(self, frame: Frame) -> NDArray[np.float64]:
         """The cascade's own boxes, `(n, 4)` x0, y0, x1, y1."""
         height, width = frame.size_hw
@@ -204,6 +207,9 @@ class YuNetDetector(_OpenCvDetector):
                 f"that docs/detectors.md names, such as yunet_n_640_640.onnx: {reason_of(error)}"
             ) from error
         self._model = model
+
+    def __repr__(self) -> str:
+        return f"YuNetDetector({str(self._model)!r})"
 
     def raw(self, frame: Frame) -> NDArray[np.float64]:
         """The network's own boxes, `(n, 4)` x0, y0, x1, y1."""

@@ -125,6 +125,10 @@ class Frame:
                 f"a {self.layout} frame must be uint8 {wanted}, not empty; got {self.data.dtype} {self.data.shape}"
             )
 
+    def __repr__(self) -> str:
+        height, width = self.size_hw
+        return f"Frame({width} x {height} px, {self.layout!r}, {self.range!r})"
+
     @property
     def size_hw(self) -> tuple[int, int]:
         """Height and width in pixels."""

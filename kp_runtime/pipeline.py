@@ -69,6 +69,9 @@ class Model:
         else:
             backend.check_crops()
 
+    def __repr__(self) -> str:
+        return f"Model({self.backend!r}{', closed' * self._closed})"
+
     @property
     def spec(self) -> ModelSpec:
         """The model's contract."""

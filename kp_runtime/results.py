@@ -37,6 +37,10 @@ class Keypoints:
     def __len__(self) -> int:
         return len(self.xy)
 
+    def __repr__(self) -> str:
+        height, width = self.size_hw
+        return f"Keypoints({len(self)} face(s) of {self.xy.shape[1]} points on {width} x {height} px)"
+
     def region(self, name: str) -> NDArray[np.float32]:
         """The points of a region (`jaw`, `brows`, `nose`, `eyes`, `mouth`), `(n, k, 2)`.
 

@@ -219,6 +219,9 @@ class Manifest:
     _TASK: ClassVar[str | None] = None
     """What the spec says of itself: the specs of keypoint models say nothing."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.spec.name!r}, files {list(self.files)!r:.200})"
+
     @classmethod
     def read(cls, bundle: str | os.PathLike[str], public_key: str | os.PathLike[str] | bytes | None = None) -> Self:
         """Reads and checks a bundle's manifest.
@@ -358,7 +361,7 @@ class Manifest:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DetectorManifest(Manifest):
     """`manifest.json` of a face detector's bundle: as a model's, with another contract."""
 

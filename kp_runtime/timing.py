@@ -79,6 +79,10 @@ class StageTimer:
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
 
+    def __repr__(self) -> str:
+        stages = (f"{stage}: {len(samples)} sample(s)" for stage, samples in self.seconds.items())
+        return f"StageTimer({', '.join(stages)})"
+
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Times the block as one sample of `stage`."""

@@ -14,6 +14,7 @@ import pytest
 import kp_runtime
 import kp_runtime.errors
 from kp_runtime.interchange import LabelledFace
+from kp_runtime.spec import DetectorManifest
 from kp_runtime.track import Track
 from kp_runtime.video_source import VideoFrame
 
@@ -116,3 +117,22 @@ def test_what_holds_arrays_is_equal_to_itself_alone(made: Callable[[], object]) 
     one, other = made(), made()
     assert [other, one].index(one) == 1
     assert len({one, other}) == 2
+
+
+def test_what_a_program_holds_is_shown_in_a_line_without_its_content() -> None:
+    engines, image = ROOT / "engines", kp_runtime.Frame(np.zeros((96, 128, 3), np.uint8), "bgr")
+    timer = kp_runtime.StageTimer()
+    with kp_runtime.load(engines / "resnet18-68-lite", threads=1) as model:
+        keypoints = model(image, [[0, 0, 90, 90]], timer=timer)
+    shown = [model, keypoints, timer, image, kp_runtime.CenterDetector(engines / "face-detector", threads=1)]
+    assert [repr(value) for value in shown] == [
+        "Model(OrtCpuBackend('resnet18-68-lite', 'model.int8.onnx'), closed)",
+        "Keypoints(1 face(s) of 68 points on 128 x 96 px)",
+        "StageTimer(crop: 1 sample(s), infer: 1 sample(s), map back: 1 sample(s))",
+        "Frame(128 x 96 px, 'bgr', 'full')",
+        f"CenterDetector('{engines / 'face-detector'}', 0.6, 0.05)",
+    ]
+    manifests = [kp_runtime.Manifest.read(engines / "resnet18-68"), DetectorManifest.read(engines / "face-detector")]
+    assert [len(repr(manifest)) < 250 for manifest in manifests] == [True, True]
+    with pytest.raises(kp_runtime.InputError, match=r"pass to no other process; load\(\) the bundle in each of them"):
+        pickle.dumps(model)
