@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,7 +46,9 @@ def build_project_wheel(out: Path) -> Path:
         ExportError: pip or setuptools failed.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        return _wheel_from(_copied(PROJECT, Path(temporary)), out)
+        source = _copied(PROJECT, Path(temporary))
+        _leave_the_checkout(source / "README.md")
+        return _wheel_from(source, out)
 
 
 def build_tools_wheel(out: Path) -> Path:
@@ -80,6 +83,12 @@ def build_model_wheel(bundle: Path, out: Path) -> Path:
         label = manifests.hexdigest()[:12]
         (source / "VERSION").write_text(f"{kp_runtime.__version__}+m{label}\n", encoding="utf-8")
         return _wheel_from(source, out)
+
+
+def _leave_the_checkout(readme: Path) -> None:
+    """Makes a README fit to be read without a checkout: no picture, and words in place of links to files."""
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", readme.read_text(encoding="utf-8"))
+    readme.write_text(re.sub(r"\[([^]]*)\]\((?!https?:)[^)]*\)", r"\1", text), encoding="utf-8")
 
 
 def _copied(names: Sequence[str], folder: Path) -> Path:

@@ -8,8 +8,10 @@ import hashlib
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_bytes
 from email.message import Message
@@ -104,6 +106,35 @@ def names(metadata: Message, extra: str = "", python: str = "3.12") -> set[str]:
 def test_wheel_is_small_and_pure(wheel: Path) -> None:
     assert wheel.name.endswith("-py3-none-any.whl")
     assert wheel.stat().st_size < 300_000
+
+
+def test_the_wheel_tells_its_pythons_and_links_to_no_file_of_a_checkout(metadata: Message) -> None:
+    prefix = "Programming Language :: Python :: "
+    told = [text.removeprefix(prefix) for text in metadata.get_all("Classifier") or [] if text.startswith(prefix)]
+    assert told == list(PYTHONS)
+    readme = str(metadata.get_payload())
+    assert "**The documentation** goes from a first picture to your own data" in readme
+    assert re.findall(r"\]\(.*?\)", readme) == []
+
+
+def test_a_source_distribution_holds_no_part_of_the_tests(tmp_path: Path) -> None:
+    """Which are of no use without the rest: doubles, models, scripts."""
+    for name in (
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "kp_runtime/__init__.py",
+        "tests/test_wheel.py",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    build = "from setuptools import build_meta; print(build_meta.build_sdist('.'))"
+    done = subprocess.run([sys.executable, "-c", build], cwd=tmp_path, capture_output=True, text=True, check=True)
+    with tarfile.open(tmp_path / done.stdout.splitlines()[-1]) as archive:
+        held = [name.partition("/")[2] for name in archive.getnames()]
+    assert "kp_runtime/__init__.py" in held
+    assert [name for name in held if name.startswith("tests")] == []
 
 
 def check_held(wheel: Path, packages: tuple[str, ...]) -> None:
@@ -208,7 +239,7 @@ def test_the_same_files_give_the_same_wheel(model_wheel: Path, tmp_path: Path) -
 def test_a_wheel_that_can_not_be_built_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BundleError, match="has no model of precision int8, only fp32"):
         build_model_wheel(tiny_bundle(tmp_path / "tiny"), tmp_path)
-    monkeypatch.setattr("wheels.PROJECT", ("LICENSE",))
+    monkeypatch.setattr("wheels.PROJECT", ("LICENSE", "README.md"))
     with pytest.raises(ExportError, match="pip can't build the wheel"):
         build_project_wheel(tmp_path)
     assert not list(tmp_path.glob("*.whl"))
