@@ -372,7 +372,9 @@ def _files(engine: str, asked: _Asked) -> tuple[list[str], list[str]]:
     if asked.file is not None:
         return [asked.file], []
     order = ORDER[engine] if wanted == "auto" else (wanted,)
-    names = [name for precision in order for name in of if of[name] == precision]
+    names = [name for name in of if of[name] in order]
+    # a plan for other TensorRTs or GPUs too is slower than one for these alone
+    names.sort(key=lambda name: (order.index(of[name]), ".newer." in name or ".ampere." in name))
     if not names:
         have = ", ".join(sorted(set(of.values())))
         raise BackendError(
