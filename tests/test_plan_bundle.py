@@ -161,11 +161,11 @@ def test_a_plan_of_another_tensorrt_stays_and_is_told_of(
     install("10.3.0")
     add_plan(copied, "fp16", PlanOptions(version_compatible=True))
     assert kp(capsys, "plan", copied)[2] == kp(capsys, "plan", copied)[2] == ""
-    install("10.16.1")
+    install("11.4.0")
     status, _, noted = kp(capsys, "plan", copied)
     assert (status, noted.count("\n")) == (0, 1)
     assert noted.startswith("model.fp16.sm87.trt10.3.0.plan stays for boards of that TensorRT")
-    assert open_backend(copied, "tensorrt").report.file == "model.fp16.sm87.trt10.16.1.plan"
+    assert open_backend(copied, "tensorrt").report.file == "model.fp16.sm87.trt11.4.0.106.plan"
     install("10.3.0")
     assert open_backend(copied, "tensorrt").report.file == "model.fp16.sm87.trt10.3.0.plan"
 
