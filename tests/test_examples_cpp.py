@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kp_runtime.signing import new_key, sign_bundle
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,17 +84,17 @@ def plan_bundle(golden: Path, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def run(program: Path, bundle: Path, **machine: object) -> tuple[int, str, str]:
+def run(program: Path, bundle: Path, *key: object, **machine: object) -> tuple[int, str, str]:
     """Status, output and error of the program on a machine; an Orin with JetPack 6 unless told otherwise."""
-    words = [program, bundle, bundle / "golden.crops", bundle / "golden.keypoints"]
+    words = [program, bundle, bundle / "golden.crops", bundle / "golden.keypoints", *key]
     settings = {f"STUB_{name}": str(value) for name, value in machine.items()}
     ended = subprocess.run([str(w) for w in words], env=os.environ | settings, capture_output=True, text=True)
     return ended.returncode, ended.stdout, ended.stderr
 
 
-def refusal(program: Path, bundle: Path, **machine: object) -> str:
+def refusal(program: Path, bundle: Path, *key: object, **machine: object) -> str:
     """The one line of a program that refuses; what TensorRT itself says stands above."""
-    status, _, err = run(program, bundle, **machine)
+    status, _, err = run(program, bundle, *key, **machine)
     *above, line = err.splitlines()
     assert status == 1
     assert all(text.startswith("TensorRT: ") for text in above)
@@ -238,9 +239,49 @@ def test_the_first_plan_that_fits_is_taken(program: Path, plan_bundle: Callable[
     assert refusal(program, bundle, CAPABILITY=75).count("this GPU is sm_75") == 2
 
 
+def test_of_plans_that_fit_the_one_that_python_prefers_is_taken(
+    program: Path, plan_bundle: Callable[..., Path]
+) -> None:
+    bundle = plan_bundle()
+    (plan,) = bundle.glob("*.plan")
+    manifest = Manifest.read(bundle)
+    files = {}
+    for precision in ("fp32", "fp16", "int8"):  # the worst first
+        other = plan.with_name(f"model.{precision}.plan")
+        other.write_text(plan.read_text())
+        files = files | {other.name: replace(entry_of(other), precision=precision)}
+        replace(manifest, files=files).write(bundle)
+        assert json.loads(run(program, bundle)[1])["plan"] == other.name
+
+
+def test_a_key_asks_for_a_signature(program: Path, plan_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    pytest.importorskip("cryptography", reason="cryptography, which signs bundles, is not installed")
+    key, other = (new_key(tmp_path / f"{name}.pem") for name in ("release", "other"))
+    bundle = plan_bundle()
+    assert refusal(program, bundle, key) == (
+        f"{bundle} is not signed, and a public key was given; get the signed bundle"
+    )
+    signature = sign_bundle(bundle, tmp_path / "release.pem")
+    assert run(program, bundle, key)[0] == 0
+    wrong = f"{signature} is no signature of this manifest by the public key that was given: the manifest was changed"
+    assert wrong in refusal(program, bundle, other)
+    for no_key in ("", tmp_path / "nowhere.pem", tmp_path / "release.pem", bundle / "manifest.json"):
+        no_key_in_pem = f"the key '{no_key}' is no Ed25519 public key in PEM: give the .pub.pem that kp sign --new-key"
+        assert no_key_in_pem in refusal(program, bundle, no_key)
+    signed = signature.read_bytes()
+    for changed in (b"", signed[:-1], signed + b"\n", bytes(64)):
+        signature.write_bytes(changed)
+        assert wrong in refusal(program, bundle, key)
+    # another plan, with its own sha256, under the signature that was there
+    plan_bundle(f"STUB 1 3 {SIZE}")
+    signature.write_bytes(signed)
+    assert run(program, bundle)[0] == 0
+    assert wrong in refusal(program, bundle, key)
+
+
 def test_usage(program: Path) -> None:
     ended = subprocess.run([program], capture_output=True, text=True)
-    assert (ended.returncode, ended.stderr) == (2, "usage: kp_host BUNDLE CROPS KEYPOINTS\n")
+    assert (ended.returncode, ended.stderr) == (2, "usage: kp_host BUNDLE CROPS KEYPOINTS [PUBLIC_KEY]\n")
 
 
 def test_the_host_compiles_with_cudas_own_headers() -> None:

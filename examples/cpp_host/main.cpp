@@ -1,11 +1,12 @@
 // A bundle's TensorRT plan from C++: checked first, then loaded, then asked for the golden keypoints.
 //
-// What it does    reads manifest.json, compares processor, GPU, TensorRT and sha256 before anything is
-//                 deserialised (preflight.cpp), runs crops, compares with keypoints that are known
+// What it does    reads manifest.json, compares signature, processor, GPU, TensorRT and sha256 before anything
+//                 is deserialised (preflight.cpp), runs crops, compares with keypoints that are known
+// What it leaves  to Python, or to you: a table in examples/README.md
 // What it needs   a plan that was built on this device (kp plan BUNDLE --precision fp16); TensorRT 10.3 or
 //                 newer, CUDA; nlohmann-json3-dev, libssl-dev. CMakeLists.txt has the two lines to build
-// How to run      kp_host BUNDLE golden.crops golden.keypoints
-//                 The two files are plain memory, this writes them:
+// How to run      kp_host BUNDLE golden.crops golden.keypoints [release.pub.pem]
+//                 With a key, its owner must have signed the bundle. The two files are plain memory, this writes them:
 //                 python3 -c "import numpy as np; g = np.load('BUNDLE/golden.npz'); g['crops'].tofile(
 //                 'golden.crops'); g['keypoints'].astype('<f4').tofile('golden.keypoints')"
 //                 crops: uint8 (n, 1, size, size); keypoints: float32 (n, points, 2), pixels of the crop
@@ -142,8 +143,9 @@ double tolerance_of(const kp::Plan& plan) {
     return at_224 * plan.size / 224;
 }
 
-void run(const char* bundle, const char* crops_path, const char* keypoints_path) {
-    const auto plan = kp::checked_plan(bundle, this_machine());
+void run(const char* bundle, const char* crops_path, const char* keypoints_path, const char* public_key) {
+    const auto key = public_key ? std::optional<std::filesystem::path>(public_key) : std::nullopt;
+    const auto plan = kp::checked_plan(bundle, this_machine(), key);
     Network network(plan);
     const auto crops = kp::bytes_of(crops_path), known = kp::bytes_of(keypoints_path);
     const auto n = crops.size() / network.crop_bytes();
@@ -168,12 +170,12 @@ void run(const char* bundle, const char* crops_path, const char* keypoints_path)
 }  // namespace
 
 int main(int count, char** words) {
-    if (count != 4) {
-        std::cerr << "usage: kp_host BUNDLE CROPS KEYPOINTS\n";
+    if (count != 4 && count != 5) {
+        std::cerr << "usage: kp_host BUNDLE CROPS KEYPOINTS [PUBLIC_KEY]\n";
         return 2;
     }
     try {
-        run(words[1], words[2], words[3]);
+        run(words[1], words[2], words[3], words[4]);  // without a key a null pointer ends the words
     } catch (const std::exception& error) {
         std::cerr << "error: " << error.what() << '\n';
         return 1;

@@ -1,10 +1,12 @@
 #include "preflight.h"
 
 #include <openssl/evp.h>
+#include <openssl/pem.h>
 
 #include <algorithm>
 #include <array>
 #include <fstream>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
@@ -15,6 +17,8 @@ using nlohmann::ordered_json;
 
 constexpr int kSchema = 1;
 constexpr std::uintmax_t kLargestFile = 2ull << 30;
+constexpr const char* kBestFirst[] = {"int8", "fp16", "fp32"};  // as kp_runtime/backend.py prefers plans
+constexpr char kSigned[] = "kp-edge bundle manifest, signature 1\n";  // stands before the manifest: docs/signing.md
 
 std::string sha256_of(const std::vector<char>& bytes) {
     std::array<unsigned char, EVP_MAX_MD_SIZE> digest{};
@@ -27,6 +31,29 @@ std::string sha256_of(const std::vector<char>& bytes) {
         text += {kDigits[digest[i] >> 4], kDigits[digest[i] & 15]};
     }
     return text;
+}
+
+// Throws Refused unless the key's owner signed a manifest of these bytes.
+void check_signature(const std::filesystem::path& bundle, const std::vector<char>& manifest,
+                     const std::filesystem::path& public_key) {
+    const std::unique_ptr<BIO, decltype(&BIO_free)> pem(BIO_new_file(public_key.c_str(), "rb"), BIO_free);
+    const std::unique_ptr<EVP_PKEY, decltype(&EVP_PKEY_free)> key(
+        pem ? PEM_read_bio_PUBKEY(pem.get(), nullptr, nullptr, nullptr) : nullptr, EVP_PKEY_free);
+    if (!key || EVP_PKEY_get_base_id(key.get()) != EVP_PKEY_ED25519)
+        throw Refused("the key '" + public_key.string() +
+                      "' is no Ed25519 public key in PEM: give the .pub.pem that kp sign --new-key wrote");
+    const auto path = bundle / "manifest.sig";
+    if (!std::filesystem::exists(path))
+        throw Refused(bundle.string() + " is not signed, and a public key was given; get the signed bundle");
+    const auto signature = bytes_of(path);
+    std::string text(kSigned);
+    text.append(manifest.begin(), manifest.end());
+    const std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> context(EVP_MD_CTX_new(), EVP_MD_CTX_free);
+    if (!context || EVP_DigestVerifyInit(context.get(), nullptr, nullptr, nullptr, key.get()) != 1 ||
+        EVP_DigestVerify(context.get(), reinterpret_cast<const unsigned char*>(signature.data()), signature.size(),
+                         reinterpret_cast<const unsigned char*>(text.data()), text.size()) != 1)
+        throw Refused(path.string() + " is no signature of this manifest by the public key that was given: the manifest "
+                      "was changed, or another key signed it; get the bundle again from whom you trust");
 }
 
 std::string text_of(const std::vector<int>& version) {
@@ -75,27 +102,30 @@ Plan plan_of(const std::filesystem::path& bundle, const ordered_json& manifest, 
     if (const auto schema = manifest.at("schema").get<int>(); schema != kSchema)
         throw Refused(bundle.string() + ": its schema is " + std::to_string(schema) + ", this program reads " + std::to_string(kSchema));
     std::string reasons, rebuild = "kp plan BUNDLE --precision fp16";
-    for (const auto& [name, entry] : manifest.at("files").items()) {
-        if (entry.at("kind") != "plan") continue;
-        if (name.find_first_of("/\\") != std::string::npos) throw Refused(bundle.string() + ": it names the file " + name);
-        const auto& made = entry.at("made");
-        std::string reason;
-        try {
-            reason = mismatch(made, machine);
-        } catch (const std::exception& error) {
-            reason = std::string("has an entry that does not say for which GPU and TensorRT it is (") + error.what() + ")";
+    for (const std::string precision : kBestFirst)
+        for (const auto& [name, entry] : manifest.at("files").items()) {
+            if (entry.at("kind") != "plan" || entry.at("precision") != precision) continue;
+            if (name.find_first_of("/\\") != std::string::npos)
+                throw Refused(bundle.string() + ": it names the file " + name);
+            const auto& made = entry.at("made");
+            std::string reason;
+            try {
+                reason = mismatch(made, machine);
+            } catch (const std::exception& error) {
+                reason = std::string("has an entry that does not say for which GPU and TensorRT it is (") +
+                         error.what() + ")";
+            }
+            if (reason.empty()) {
+                const auto& options = made.at("options");
+                const auto dla = options.value("dla_core", ordered_json());
+                const auto& spec = manifest.at("spec");
+                return {name, precision, checked_bytes(bundle / name, entry), spec.at("size"),
+                        spec.at("points"), options.at("version_compatible"), dla.is_null() ? -1 : dla.get<int>(),
+                        !spec.value("lost_limit", ordered_json()).is_null()};
+            }
+            if (reasons.empty()) rebuild = made.value("rebuild", rebuild);
+            reasons += (reasons.empty() ? "" : "; ") + name + " " + reason;
         }
-        if (reason.empty()) {
-            const auto& options = made.at("options");
-            const auto dla = options.value("dla_core", ordered_json());
-            const auto& spec = manifest.at("spec");
-            return {name, entry.at("precision"), checked_bytes(bundle / name, entry), spec.at("size"),
-                    spec.at("points"), options.at("version_compatible"), dla.is_null() ? -1 : dla.get<int>(),
-                    !spec.value("lost_limit", ordered_json()).is_null()};
-        }
-        if (reasons.empty()) rebuild = made.value("rebuild", rebuild);
-        reasons += (reasons.empty() ? "" : "; ") + name + " " + reason;
-    }
     throw Refused(bundle.string() + ": " + (reasons.empty() ? "it has no plan" : reasons) + "; build one here: " + rebuild);
 }
 
@@ -126,9 +156,11 @@ std::vector<int> numbers_of(const std::string& version) {
     return numbers;
 }
 
-Plan checked_plan(const std::filesystem::path& bundle, const Machine& machine) {
+Plan checked_plan(const std::filesystem::path& bundle, const Machine& machine,
+                  const std::optional<std::filesystem::path>& public_key) {
     const auto path = bundle / "manifest.json";
     const auto text = bytes_of(path);
+    if (public_key) check_signature(bundle, text, *public_key);
     try {
         return plan_of(bundle, ordered_json::parse(text.begin(), text.end()), machine);
     } catch (const ordered_json::exception& error) {

@@ -2,10 +2,11 @@
 //
 // A plan is machine code: one of another GPU or TensorRT version fails in strange ways, and one that
 // somebody changed can do anything. So the manifest is asked first, and the bytes that are loaded are
-// the bytes whose sha256 was compared.
+// the bytes whose sha256 was compared. Who can change a plan can change its sha256 too: take a public key.
 #pragma once
 
 #include <filesystem>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -34,9 +35,11 @@ struct Plan {
     bool has_score = false;  // whether it also says, in the output lost_score, that a box holds no face
 };
 
-// The bundle's first plan that fits this machine.
-// Throws Refused: no bundle, no plan that fits (with each one's reason), a file that is missing or changed.
-Plan checked_plan(const std::filesystem::path& bundle, const Machine& machine);
+// The bundle's plan that fits this machine: the first int8 one, else fp16, else fp32. With a public key, a PEM file,
+// its owner must have signed the bundle (docs/signing.md).
+// Throws Refused: no bundle, not signed so, no plan that fits (with each one's reason), a file that is missing or changed.
+Plan checked_plan(const std::filesystem::path& bundle, const Machine& machine,
+                  const std::optional<std::filesystem::path>& public_key = std::nullopt);
 
 // A whole file. Throws Refused.
 std::vector<char> bytes_of(const std::filesystem::path& path);
