@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.errors import InputError
 from kp_runtime.frame import Frame, bgr_copy, import_cv2
+from kp_runtime.geometry import point_array
 from kp_runtime.scheme68 import CONTOURS, POINTS
 
 __all__ = ["draw_keypoints", "put_boxes", "put_keypoints"]
@@ -45,7 +46,7 @@ def put_keypoints(
     canvas: NDArray[np.uint8], xy: ArrayLike, *, lines: bool = True, color: tuple[int, int, int] = _LINE
 ) -> None:
     """Draws contours and points on `(h, w, 3)` uint8 BGR itself; see `draw_keypoints`."""
-    cv2, points = import_cv2(), np.asarray(xy, np.float64)
+    cv2, points = import_cv2(), point_array(xy)
     if points.size == 0:
         return
     if points.ndim not in (2, 3) or points.shape[-1] != 2 or not np.isfinite(points).all():

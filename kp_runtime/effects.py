@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from kp_runtime.errors import ImageError, InputError, MissingExtraError, reason_of
 from kp_runtime.files import as_path
 from kp_runtime.frame import Frame, bgr_copy, bytes_of_picture, import_cv2
-from kp_runtime.geometry import apply_matrix, invert_matrix
+from kp_runtime.geometry import apply_matrix, invert_matrix, point_array
 from kp_runtime.point_maps import is_mirrored, mesh_positions, similarity_from_points, triangles_from_points
 from kp_runtime.scheme68 import CONTOURS, POINTS, REGIONS, mean_shape, point_names
 
@@ -327,7 +327,7 @@ def _check_spread(xy: NDArray[np.float64], origin: str) -> None:
 
 
 def _faces(xy: ArrayLike) -> NDArray[np.float64]:
-    faces = np.asarray(xy, np.float64)
+    faces = point_array(xy)
     if faces.size == 0:
         return faces.reshape(0, POINTS, 2)
     if faces.shape[1:] != (POINTS, 2) or not np.isfinite(faces).all():

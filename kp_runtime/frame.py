@@ -228,7 +228,7 @@ def bytes_of_picture(path: Path) -> bytes:
         raise ImageError(f"{str(path)[:1000]} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def image_from_bytes(data: bytes, origin: str = "the image") -> NDArray[np.uint8]:
+def image_from_bytes(data: bytes | bytearray | memoryview, origin: str = "the image") -> NDArray[np.uint8]:
     """Decodes an image file's bytes, turned upright by its EXIF orientation; `origin` stands in the messages.
 
     Returns:
@@ -238,6 +238,8 @@ def image_from_bytes(data: bytes, origin: str = "the image") -> NDArray[np.uint8
         ImageError: the image is cut off, 16 bits deep, or none.
         MissingExtraError: OpenCV is not installed.
     """
+    if isinstance(data, memoryview):
+        data = bytes(data)
     if not isinstance(data, bytes | bytearray):
         raise ImageError(f"{origin} must be given as bytes, got {type(data).__name__}; image_from_file takes a path")
     if _is_cut_off(data):
@@ -257,7 +259,7 @@ def image_from_bytes(data: bytes, origin: str = "the image") -> NDArray[np.uint8
     return image  # type: ignore[no-any-return]
 
 
-def _is_cut_off(data: bytes) -> bool:
+def _is_cut_off(data: bytes | bytearray) -> bool:
     """Whether a JPEG or PNG lacks its end; OpenCV would decode it and leave the rest grey."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return b"IEND" not in data

@@ -44,6 +44,7 @@ __all__ = [
     "matrices_from_boxes",
     "mirrored_matrices",
     "overlaps",
+    "point_array",
     "way_to_sample",
 ]
 
@@ -55,7 +56,21 @@ _FAR = 32767 << 10
 _SAME = 0.25  # overlap over which a detector's box is of the labelled face
 
 
-def boxes_from_points(xy: FloatArray) -> NDArray[np.float64]:
+def point_array(xy: ArrayLike) -> NDArray[np.float64]:
+    """Points as an array, of any shape.
+
+    Raises:
+        InputError: they are no numbers, or of several lengths.
+    """
+    try:
+        return np.asarray(xy, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"points must be an array of numbers, got {type(xy).__name__} ({error}); those of Keypoints are its xy"
+        ) from error
+
+
+def boxes_from_points(xy: ArrayLike) -> NDArray[np.float64]:
     """The tight boxes of point sets.
 
     Args:
@@ -65,12 +80,12 @@ def boxes_from_points(xy: FloatArray) -> NDArray[np.float64]:
         `(..., 4)` float64 `x0, y0, x1, y1` in the same frame.
 
     Raises:
-        InputError: another shape, or sets of no point.
+        InputError: no numbers, another shape, or sets of no point.
     """
-    xy = np.asarray(xy, np.float64)
-    if xy.ndim < 2 or xy.shape[-1] != 2 or xy.shape[-2] == 0:
-        raise InputError(f"points must be (..., p, 2) with x and y, one or more in each set; got shape {xy.shape}")
-    return np.concatenate([xy.min(axis=-2), xy.max(axis=-2)], axis=-1)
+    points = point_array(xy)
+    if points.ndim < 2 or points.shape[-1] != 2 or points.shape[-2] == 0:
+        raise InputError(f"points must be (..., p, 2) with x and y, one or more in each set; got shape {points.shape}")
+    return np.concatenate([points.min(axis=-2), points.max(axis=-2)], axis=-1)
 
 
 def frame_box(size_hw: tuple[int, int], fraction: float = 224 / 250) -> NDArray[np.float64]:

@@ -65,5 +65,12 @@ class Keypoints:
         return {"height": self.size_hw[0], "width": self.size_hw[1], "faces": faces}
 
     def to_pts(self, face: int) -> str:
-        """One face as an iBUG `.pts` text, which counts pixels from 1."""
-        return pts_text(self.xy[face])
+        """One face as an iBUG `.pts` text, which counts pixels from 1.
+
+        Raises:
+            InputError: no such face.
+        """
+        try:
+            return pts_text(self.xy[face])
+        except IndexError as error:
+            raise InputError(f"there is no face {face!r:.40} among {len(self)}, which are counted from 0") from error

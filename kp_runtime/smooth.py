@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import SupportsFloat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,14 +38,16 @@ class OneEuro:
             value: any shape, the same in each call, such as `(68, 2)` or `(n, 68, 2)`.
             seconds: when it was measured; a time that is not after the last one gives the last answer again, but one
                 that lies over a second before it is a new beginning.
-            unit: what speeds are counted in, in the value's own unit.
+            unit: what speeds are counted in, in the value's own unit; over 0.
 
         Returns:
             Float64, the shape of `value`.
 
         Raises:
-            InputError: `value` has another shape than before.
+            InputError: `value` has another shape than before, or `unit` is not over 0.
         """
+        if not (isinstance(unit, SupportsFloat) and unit > 0):
+            raise InputError(f"a OneEuro's unit must be over 0, got {unit!r:.40}")
         new, step = np.asarray(value, np.float64), seconds - self._seconds
         if math.isinf(step) or step < -1:
             self._value, self._speed, self._seconds = new.copy(), np.zeros(new.shape), seconds

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
 
+from kp_runtime.draw import draw_keypoints
+from kp_runtime.effects import open_effect
 from kp_runtime.errors import InputError
+from kp_runtime.geometry import boxes_from_points
 from kp_runtime.results import Keypoints
 from kp_runtime.scheme68 import REGIONS
 from tests.tolerances import MAP_PX, assert_close
@@ -48,6 +53,26 @@ def test_pts_counts_pixels_from_one() -> None:
     assert keypoints.to_pts(1).endswith("}\n")
     points = np.array([line.split(" ") for line in lines[3:-1]], float)
     assert_close(points - 1, keypoints.xy[1], MAP_PX, "points")
+
+
+def test_a_face_that_there_is_not() -> None:
+    assert made_up(2).to_pts(-1) == made_up(2).to_pts(1)
+    with pytest.raises(InputError, match="there is no face 2 among 2, which are counted from 0"):
+        made_up(2).to_pts(2)
+
+
+@pytest.mark.parametrize("wrong", [made_up(1), "abc", [[1, 2], [3]]])
+def test_points_that_are_no_array_of_numbers(wrong: Any) -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    for use in (
+        functools.partial(draw_keypoints, image),
+        functools.partial(open_effect("blur"), image),
+        boxes_from_points,
+    ):
+        with pytest.raises(
+            InputError, match=r"points must be an array of numbers, got .* those of Keypoints are its xy"
+        ):
+            use(wrong)
 
 
 def test_a_region_that_there_is_not() -> None:

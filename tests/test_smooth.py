@@ -88,6 +88,16 @@ def test_a_value_of_another_shape_is_refused() -> None:
         smooth(np.zeros((2, 68, 2)), 0.1)
 
 
+@pytest.mark.parametrize("unit", [0, -1.0, float("nan"), "1"])
+def test_a_unit_of_no_size_is_refused(unit: float) -> None:
+    """What was smoothed with it was no number ever after."""
+    smooth = OneEuro()
+    smooth(np.zeros(2), 0.0)
+    with pytest.raises(InputError, match="unit must be over 0, got "):
+        smooth(np.ones(2), 0.1, unit)
+    assert np.isfinite(smooth(np.ones(2), 0.1)).all()
+
+
 def test_answers_are_the_callers_own() -> None:
     smooth = OneEuro()
     first = smooth(np.zeros(2), 0.0)
