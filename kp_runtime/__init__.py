@@ -12,13 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kp_runtime.center_detector import CenterDetector
+    from kp_runtime.backend import Answer, Backend, BackendReport
+    from kp_runtime.center_detector import CenterDetector, Found
     from kp_runtime.cuda_graphs import GraphReport, GraphWarning
-    from kp_runtime.detect import HaarDetector, YuNetDetector
+    from kp_runtime.detect import Detector, HaarDetector, YuNetDetector
     from kp_runtime.detector_by_name import DetectorWarning, load_detector
     from kp_runtime.device_frame import DeviceFrame
     from kp_runtime.draw import draw_keypoints
-    from kp_runtime.effects import open_effect
+    from kp_runtime.effects import Effect, open_effect
     from kp_runtime.errors import (
         BackendError,
         BoxError,
@@ -41,22 +42,32 @@ if TYPE_CHECKING:
     from kp_runtime.pipeline import Model, load
     from kp_runtime.results import Keypoints
     from kp_runtime.smooth import OneEuro
-    from kp_runtime.spec import Manifest, ModelSpec
-    from kp_runtime.timing import StageTimer
-    from kp_runtime.track import Track, Tracker, TrackerSettings
+    from kp_runtime.spec import DetectorSpec, FileEntry, Manifest, ModelSpec
+    from kp_runtime.timing import StageTimer, TimeSummary
+    from kp_runtime.track import FindFaces, FindPoints, Track, Tracker, TrackerSettings
     from kp_runtime.tuned import TunedWarning
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Answer",
+    "Backend",
     "BackendError",
+    "BackendReport",
     "BoxError",
     "BundleError",
     "CenterDetector",
     "DataError",
+    "Detector",
+    "DetectorSpec",
     "DetectorWarning",
     "DeviceFrame",
+    "Effect",
     "ExportError",
+    "FileEntry",
+    "FindFaces",
+    "FindPoints",
+    "Found",
     "Frame",
     "GraphReport",
     "GraphWarning",
@@ -77,6 +88,7 @@ __all__ = [
     "SchemaError",
     "SignatureError",
     "StageTimer",
+    "TimeSummary",
     "Track",
     "Tracker",
     "TrackerSettings",
@@ -92,21 +104,22 @@ __all__ = [
 ]
 
 _HOME = {
-    "center_detector": ("CenterDetector",),
+    "backend": ("Answer", "Backend", "BackendReport"),
+    "center_detector": ("CenterDetector", "Found"),
     "cuda_graphs": ("GraphReport", "GraphWarning"),
-    "detect": ("HaarDetector", "YuNetDetector"),
+    "detect": ("Detector", "HaarDetector", "YuNetDetector"),
     "detector_by_name": ("DetectorWarning", "load_detector"),
     "device_frame": ("DeviceFrame",),
     "draw": ("draw_keypoints",),
-    "effects": ("open_effect",),
+    "effects": ("Effect", "open_effect"),
     "frame": ("Frame", "image_from_bytes", "image_from_file"),
     "geometry": ("boxes_from_points",),
     "pipeline": ("Model", "load"),
     "results": ("Keypoints",),
     "smooth": ("OneEuro",),
-    "spec": ("Manifest", "ModelSpec"),
-    "timing": ("StageTimer",),
-    "track": ("Track", "Tracker", "TrackerSettings"),
+    "spec": ("DetectorSpec", "FileEntry", "Manifest", "ModelSpec"),
+    "timing": ("StageTimer", "TimeSummary"),
+    "track": ("FindFaces", "FindPoints", "Track", "Tracker", "TrackerSettings"),
     "tuned": ("TunedWarning",),
 }
 """The module of each public name; the rest are in `errors`. A module is imported when it is first used."""

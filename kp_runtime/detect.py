@@ -80,7 +80,12 @@ class Detector(Protocol):
     """Finds the faces of an image. Those of this project may be shared between threads."""
 
     def __call__(self, image: Frame | NDArray[Any], layout: str = "bgr") -> NDArray[np.float64]:
-        """`(n, 4)` float64 boxes, tight around the 68 points, largest face first."""
+        """`(n, 4)` float64 boxes, tight around the 68 points, largest face first.
+
+        Args:
+            image: a `Frame`, or uint8 `(h, w, 3)`, `(h, w, 4)` or grey `(h, w)`.
+            layout: channel order of a colour array, `bgr` or `rgb`.
+        """
         ...
 
 

@@ -61,7 +61,16 @@ class Effect(Protocol):
     """Changes the faces of an image."""
 
     def __call__(self, image: Frame | NDArray[Any], xy: ArrayLike) -> NDArray[np.uint8]:
-        """The image `(h, w, 3)` uint8 BGR with the effect on each face of `xy`, `(n, 68, 2)`; a new array."""
+        """The image `(h, w, 3)` uint8 BGR with the effect on each face; a new array.
+
+        Args:
+            image: as `draw_keypoints` takes it.
+            xy: `(n, 68, 2)`, pixels of the image; `n` may be 0.
+
+        Raises:
+            ImageError: not an image.
+            InputError: not points, or points that are not finite.
+        """
         ...
 
 

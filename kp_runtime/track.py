@@ -23,7 +23,7 @@ from kp_runtime.geometry import boxes_from_points, overlaps
 from kp_runtime.results import Keypoints
 from kp_runtime.smooth import OneEuro
 
-__all__ = ["LOST", "Track", "Tracker", "TrackerSettings", "disagreement", "second_looks"]
+__all__ = ["LOST", "FindFaces", "FindPoints", "Track", "Tracker", "TrackerSettings", "disagreement", "second_looks"]
 
 LOST = 0.03
 """Above this `disagreement` there is no face; measured by `scripts/lost_faces.py`."""
@@ -42,7 +42,12 @@ class FindPoints(Protocol):
     """What a tracker needs of a `Model`."""
 
     def __call__(self, image: Any, boxes_xyxy: ArrayLike, /) -> Keypoints:
-        """The keypoints in each box; `image` is what the tracker was given."""
+        """The keypoints in each box.
+
+        Args:
+            image: a frame, as the tracker got it.
+            boxes_xyxy: `(n, 4)`, pixels of the frame.
+        """
         ...
 
 

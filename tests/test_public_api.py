@@ -3,10 +3,12 @@ from __future__ import annotations
 import importlib
 import pickle
 import pkgutil
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,6 +50,29 @@ def test_all_is_sorted_and_is_what_is_public() -> None:
     assert sorted(kp_runtime.__all__) == kp_runtime.__all__
     assert set(kp_runtime.__all__) == public
     assert {*kp_runtime.__all__, "__version__"} == set(dir(kp_runtime))
+
+
+def test_what_public_names_take_and_give_is_public() -> None:
+    """A program that annotates its own functions needs no other module."""
+    inside = {"BoxMap", "Golden", "Photo", "Scratch"}  # what their own modules make, and take back
+    private = {
+        name
+        for module in map(importlib.import_module, MODULES)
+        for name, value in vars(module).items()
+        if isinstance(value, type) and value.__module__.startswith("kp_runtime.")
+    } - {*kp_runtime.__all__, *inside}
+    said = {name: " ".join(_annotations(getattr(kp_runtime, name))) for name in kp_runtime.__all__}
+    assert {name: found for name, text in said.items() if (found := private & set(re.findall(r"\w+", text)))} == {}
+
+
+def _annotations(value: Any) -> Iterator[str]:
+    """Those of a function, or of what is public of a class and those that it is made of."""
+    yield from map(str, vars(value).get("__annotations__", {}).values())
+    for base in value.__mro__ if isinstance(value, type) else ():
+        for name, member in vars(base).items():
+            if base.__module__.startswith("kp_runtime.") and (name in ("__init__", "__call__") or name[0] != "_"):
+                function = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+                yield from map(str, getattr(function, "__annotations__", {}).values())
 
 
 def test_public_names_come_from_their_home() -> None:
