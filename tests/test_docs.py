@@ -393,6 +393,13 @@ def test_a_page_tells_what_is_in_each_format(page: str, formats: Collection[str]
     assert sorted(re.findall(r"`(\w+)`", " ".join(cells))) == sorted(formats)
 
 
+def test_the_variables_stand_in_one_table() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "kp_runtime").glob("*.py")]
+    read = set(re.findall(r"""(?:environ\.get\(|VARIABLE = )"(KP_\w+)\"""", "\n".join(sources)))
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(KP_\w+)` \|", page, re.MULTILINE)) == read
+
+
 def test_the_reference_shows_where_arguments_come_from() -> None:
     names = re.findall(r"^::: (\S+)\.(\w+)$", (ROOT / "docs" / "api_more.md").read_text(), re.MULTILINE)
     nodes = [
