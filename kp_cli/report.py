@@ -200,6 +200,7 @@ def print_accuracy(name: str, result: Any) -> None:
         ("missed by the detector", result.missed),
         *([] if result.given_up is None else [("taken for no face", f"{result.given_up:.2%}")]),
         ("NME", f"{measured.nme:.2%}"),
+        *([] if result.interval is None else [("its 95% interval", "{:.2%} to {:.2%}".format(*result.interval))]),
         ("NME median / p95", f"{measured.median:.2%} / {measured.p95:.2%}"),
         ("AUC at 8%", f"{measured.auc:.3f}"),
         ("failures over 8%", f"{measured.failures:.2%}"),

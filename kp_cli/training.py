@@ -332,6 +332,7 @@ def evaluate(
             "detector": named,
             "split": split.value,
             "missed": result.missed,
+            "nme_interval": result.interval,
             "given_up": result.given_up,
             "looks": looks,
             "mirror": mirror,
@@ -342,7 +343,8 @@ def evaluate(
         print_groups(more)
     # after the numbers were printed: a folder that can't be written does not lose them
     if record is not None:
-        shown: dict[str, Any] = {"missed": result.missed, "given_up": result.given_up, "looks": looks, "mirror": mirror}
+        shown: dict[str, Any] = {"missed": result.missed, "nme_interval": result.interval, "given_up": result.given_up}
+        shown |= {"looks": looks, "mirror": mirror}
         shown |= {"boxes": boxes.value, **(detector_record(named) if named else {})}
         if model.is_file() and (entry := opened.manifest.files[model.name]).kind != "checkpoint":
             shown |= {"precision": entry.precision, "sha256": entry.sha256}

@@ -32,7 +32,7 @@ from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import Manifest
 from kp_train.bar import Bar, no_bar
 from kp_train.data import Face, Source, evenly_spread, held_out_of, luma_of_face
-from kp_train.metrics import Accuracy, accuracy, point_errors
+from kp_train.metrics import Accuracy, accuracy, interval_over_people, point_errors
 from kp_train.run_record import ancestry, least_held_out
 
 __all__ = ["Evaluation", "OpenModel", "answer_in_frames", "evaluate", "held_out_faces", "measured_rise", "open_model"]
@@ -60,9 +60,10 @@ class Evaluation:
         predicted: `(n, points, 2)` float64, pixels of each image.
         boxes_xyxy: `(n, 4)`, the boxes that the crops were cut from.
         errors: `(n,)`, NME of each face as a fraction.
-        missed: faces that the detector did not find; they are not in `faces` and not in the
-            accuracy, so this number belongs beside it.
-        accuracy: over `faces`.
+        missed: faces that the detector did not find; they are not in `faces`, and in the accuracy they count
+            as failures alone.
+        accuracy: over `faces`, its AUC and failures over the missed ones, too.
+        interval: the 95% interval of the NME, a fraction, had other people been drawn; None of one person's faces.
         given_up: share of `faces` whose lost score is over the model's limit; None of a model that gives none.
     """
 
@@ -72,6 +73,7 @@ class Evaluation:
     errors: NDArray[np.float64]
     missed: int
     accuracy: Accuracy
+    interval: tuple[float, float] | None
     given_up: float | None
 
 
@@ -181,13 +183,15 @@ def evaluate(
     points, truth = np.concatenate(predicted), np.stack([face.xy for face in kept])
     if broken := int((~np.isfinite(points)).any(axis=(1, 2)).sum()):
         raise BackendError(f"{model.name} answers points that are not finite on {broken} of {len(kept)} faces")
+    errors, missed = point_errors(points, truth).mean(axis=1), len(faces) - len(kept)
     return Evaluation(
         faces=tuple(kept),
         predicted=points,
         boxes_xyxy=np.stack(boxes),
-        errors=point_errors(points, truth).mean(axis=1),
-        missed=len(faces) - len(kept),
-        accuracy=accuracy(points, truth, np.array(sizes)),
+        errors=errors,
+        missed=missed,
+        accuracy=accuracy(points, truth, np.array(sizes), missed),
+        interval=interval_over_people(errors, [face.person for face in kept]),
         given_up=float((np.concatenate(scores) > spec.lost_limit).mean()) if scores and spec.lost_limit else None,
     )
 

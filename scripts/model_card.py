@@ -39,7 +39,9 @@ def _accuracy(manifest: Manifest) -> Iterator[str]:
                "SmoothL1 as the original", *REGIONS]  # fmt: skip
     rows = []
     for name, a in manifest.accuracy.items():
-        share = [f"{a[key]:.2%}" for key in ("nme", "median", "p95")]
+        nme, interval = f"{a['nme']:.2%}", a.get("nme_interval")
+        share = [nme + " ({:.2f} to {:.2f})".format(*(100 * end for end in interval)) if interval else nme]
+        share += [f"{a[key]:.2%}" for key in ("median", "p95")]
         rest = [f"{a['auc']:.3f}", f"{a['failures']:.2%}", f"{a['smooth_l1']:.5f}"]
         regions = [f"{a['regions'][region]:.2%}" for region in REGIONS]
         rows.append([name, a["faces"], a["missed"], *share, *rest, *regions])

@@ -173,6 +173,9 @@ def test_a_detectors_boxes_and_misses(source: Source) -> None:
     assert result.missed == 2
     assert result.accuracy.faces == 22
     assert result.accuracy.nme < 1e-6
+    assert result.accuracy.failures == 2 / 24
+    assert result.accuracy.auc == pytest.approx(22 / 24)
+    assert result.interval == pytest.approx((0, 0), abs=1e-6)
     with pytest.raises(DataError, match="found none of the 24 faces"):
         evaluate(oracle(source, spec), source.faces, lambda image, layout="bgr": np.empty((0, 4)))  # type: ignore[arg-type]
 

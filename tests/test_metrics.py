@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kp_train.metrics import accuracy, point_errors, smooth_l1_original
+from kp_train.metrics import accuracy, interval_over_people, point_errors, smooth_l1_original
 from kp_train.synthetic import mean_shape
 
 TRUTH = (mean_shape() * 50 + 100)[None].repeat(4, axis=0)
@@ -37,6 +37,32 @@ def test_accuracy_by_hand() -> None:
     assert measured.failures == 0.25
     assert measured.auc == pytest.approx((1 + 0.75 + 0.0125 + 0) / 4)
     assert measured.regions == pytest.approx(dict.fromkeys(("jaw", "brows", "nose", "eyes", "mouth"), 0.045))
+
+
+def test_missed_faces_are_failures_and_no_more() -> None:
+    predicted = TRUTH.copy()
+    predicted[0, :, 0] += 0.02 * EYES
+    found, with_missed = accuracy(predicted, TRUTH, SIZES), accuracy(predicted, TRUTH, SIZES, missed=4)
+    assert with_missed.failures == 0.5
+    assert with_missed.auc == pytest.approx(found.auc / 2)
+    assert (with_missed.nme, with_missed.p95, with_missed.faces) == (found.nme, found.p95, 4)
+
+
+def test_the_interval_is_that_of_a_mean_over_people(rng: np.random.Generator) -> None:
+    values = rng.normal(0.04, 0.01, 400)
+    people = [f"p{i}" for i in range(400)]
+    found = interval_over_people(values, people)
+    half = 1.96 * values.std() / 20  # by the normal distribution
+    assert found == pytest.approx((values.mean() - half, values.mean() + half), abs=half / 10)
+    assert interval_over_people(values, people) == found
+    # nine more frames of each person are no news of other people
+    assert interval_over_people(values.repeat(10), np.repeat(people, 10).tolist()) == pytest.approx(found)
+    assert interval_over_people(values, ["one"] * 400) is None
+
+
+def test_a_person_of_more_faces_weighs_more_in_the_interval() -> None:
+    # both drawn twice, or one of each: means of 0, 1 and 9 / 10
+    assert interval_over_people(np.array([0.0] + [1.0] * 9), ["a"] + ["b"] * 9) == (0.0, 1.0)
 
 
 def test_a_region_feels_its_own_points_alone() -> None:

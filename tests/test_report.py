@@ -40,12 +40,14 @@ def test_measures_of_an_evaluation_are_printed_by_their_names(capsys: pytest.Cap
         smooth_l1=0.00456,
         regions={"jaw": 0.04},
     )
-    shown = cells(capsys, report.print_accuracy, "x", SimpleNamespace(accuracy=measured, missed=2, given_up=0.005))
+    found = SimpleNamespace(accuracy=measured, missed=2, given_up=0.005, interval=(0.029, 0.0333))
+    shown = cells(capsys, report.print_accuracy, "x", found)
     assert shown[2:] == [
         ["faces", "7"],
         ["missed by the detector", "2"],
         ["taken for no face", "0.50%"],
         ["NME", "3.10%"],
+        ["its 95% interval", "2.90% to 3.33%"],
         ["NME median / p95", "2.50% / 6.00%"],
         ["AUC at 8%", "0.457"],
         ["failures over 8%", "1.23%"],

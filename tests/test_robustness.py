@@ -116,7 +116,7 @@ def turned(turn: float, eyes: float) -> Face:
 def test_groups_by_size_and_turn() -> None:
     faces = (turned(0.0, 20), turned(0.2, 50), turned(-0.2, 55), turned(0.9, 200))
     errors = np.array([0.01, 0.02, 0.04, 0.08])
-    result = Evaluation(faces, np.empty(0), np.empty(0), errors, 0, None, None)  # type: ignore[arg-type]
+    result = Evaluation(faces, np.empty(0), np.empty(0), errors, 0, None, None, None)  # type: ignore[arg-type]
     found = {(g.by, g.low, g.high): (g.faces, g.nme) for g in groups(result)}
     assert found == {
         ("eye distance px", 0, 30): (1, 0.01),
@@ -130,7 +130,7 @@ def test_groups_by_size_and_turn() -> None:
 
 def test_own_points_have_no_groups() -> None:
     faces = (Face(Path("a.jpg"), np.array([[20, 20], [40, 20], [30, 40]], np.float32)),)
-    result = Evaluation(faces, np.empty(0), np.empty(0), np.array([0.01]), 0, None, None)  # type: ignore[arg-type]
+    result = Evaluation(faces, np.empty(0), np.empty(0), np.array([0.01]), 0, None, None, None)  # type: ignore[arg-type]
     assert groups(result) == []
 
 
