@@ -31,14 +31,14 @@ _TURNED = ((0.0, 0.15, "frontal"), (0.15, 0.5, "turned"), (0.5, np.inf, "turned 
 
 
 def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
-    """Writes the cumulative error curve as a PNG: share of faces against NME.
+    """Writes the cumulative error curve as a PNG: share of faces, the missed ones among them, against NME.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
     measured = evaluation.accuracy
     errors = np.sort(evaluation.errors) * 100
-    share = np.arange(1, len(errors) + 1) / len(errors) * 100
+    share = np.arange(1, len(errors) + 1) / (len(errors) + evaluation.missed) * 100
     figure = _figure(7, 4.2)
     axes = figure.subplots()
     axes.step(np.concatenate([[0], errors]), np.concatenate([[0], share]), where="post", color="#1f6f8b", linewidth=2)

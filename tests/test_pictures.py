@@ -50,6 +50,9 @@ def test_the_curve_is_the_share_of_faces_up_to_each_error(source: Source, monkey
     np.testing.assert_allclose(curve.get_xydata(), [[0, 0], [1, 25], [2, 50], [4, 75], [5, 100]])
     assert curve.get_drawstyle() == "steps-post"  # level up to the next error
     np.testing.assert_allclose([line.get_xdata()[0] for line in upright], [8, 100 * result.accuracy.nme])
+    drawn.clear()
+    error_curve(dataclasses.replace(result, errors=np.array([0.04]), missed=1), "a model", Path("x"))
+    np.testing.assert_allclose(drawn[0].get_xydata(), [[0, 0], [4, 50]])
 
 
 def test_the_worst_faces_come_first_with_green_labels_and_red_predictions(source: Source, tmp_path: Path) -> None:
