@@ -39,11 +39,14 @@ class Target:
     constraints: tuple[str, ...]
 
 
+EXTRAS = ("cli", "ort", "serve", "metrics", "sign", "model")
+"""What a board runs on whatever its CUDA: `kp`, the service with its metrics, and signatures."""
+
 # numpy: 1.26.4 is Ubuntu 24.04's own, which then stays. Ubuntu 22.04's 1.21.5 is too old for onnxruntime, and the
 # system's OpenCV can't be imported with numpy 2.
 TARGETS = {
-    "jetpack6": Target("3.10", 35, ("cli", "ort", "cuda12", "serve", "model"), ("numpy==1.26.4",)),
-    "jetpack7": Target("3.12", 39, ("cli", "ort", "cuda13", "serve", "model"), ("numpy==1.26.4",)),
+    "jetpack6": Target("3.10", 35, (*EXTRAS, "cuda12"), ("numpy==1.26.4",)),
+    "jetpack7": Target("3.12", 39, (*EXTRAS, "cuda13"), ("numpy==1.26.4",)),
 }
 OF_THE_BOARD = re.compile(r"(opencv|tensorrt|nvidia|torch|onnxruntime-gpu)\b")
 """Names of packages that JetPack brings, or that have no code for a Jetson's GPU."""
