@@ -68,7 +68,9 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Most epochs.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Faces a step, on each device.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate, the schedule's peak.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Decay of the weight averaging; 0 turns it off.")] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of the weight averaging, by the run's length when left out; 0: off.")
+    ] = None,
     keep: Annotated[
         str | None,
         typer.Option(help="Take the weights of the best epoch by held-out loss, or of the last.", metavar="best|last"),

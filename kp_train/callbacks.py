@@ -124,9 +124,10 @@ class FacesPicture(Callback):
 class EpochLines(Callback):
     """One line an epoch, for logs: what the progress bar shows on a terminal."""
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Prints the loss and the NME of the held-out faces."""
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prints the loss of the training faces, and the loss and the NME of the held-out ones."""
         if trainer.is_global_zero:
-            loss, nme = (float(trainer.callback_metrics[name]) for name in ("val_loss", "val_nme"))
+            names = ("train_loss", "val_loss", "val_nme")
+            train_loss, loss, nme = (float(trainer.callback_metrics[name]) for name in names)
             place = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            print(f"{place}  held-out loss {loss:.5f}, NME {nme:.2%}", flush=True)
+            print(f"{place}  train loss {train_loss:.5f}, held-out loss {loss:.5f}, NME {nme:.2%}", flush=True)

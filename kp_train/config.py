@@ -40,7 +40,7 @@ class TrainConfig:
         lr: learning rate, the peak of the schedule where there is one.
         warmup: share of the steps in which the one-cycle schedule rises.
         beta: of the SmoothL1 loss, in units of 50 px of a 224 px crop.
-        ema: decay of the weight averaging a step; 0 turns it off.
+        ema: decay of the weight averaging a step; 0 turns it off, None is by the run's length (`resolved`).
         keep: which epoch's weights the run ends with: `best`, of the lowest held-out loss, or `last`, as suits a
             schedule that falls to nothing, and a run that begins at weights which the held-out faces chose.
         patience: epochs without a better validation loss before the run stops; 0 never stops.
@@ -66,7 +66,7 @@ class TrainConfig:
     warmup: float = 0.15
     weight_decay: float = 0.02
     beta: float = 0.05
-    ema: float = 0.998
+    ema: float | None = None
     keep: str = "best"
     patience: int = 0
     augment: str = "faces"
@@ -87,7 +87,7 @@ class TrainConfig:
         _check(0 < self.warmup < 1, "warmup", self.warmup, "over 0 and under 1")
         _check(0 <= self.weight_decay < 1, "weight_decay", self.weight_decay, "0 to under 1")
         _check(0 < self.beta < 100, "beta", self.beta, "over 0 and under 100")
-        _check(0 <= self.ema < 1, "ema", self.ema, "0 (off) to under 1")
+        _check(self.ema is None or 0 <= self.ema < 1, "ema", self.ema, "0 (off) to under 1")
         _check(self.keep in ("best", "last"), "keep", self.keep, "best or last")
         _check(self.patience >= 0, "patience", self.patience, "0 (off) or more")
         _check(self.augment in AUGMENTS, "augment", self.augment, f"one of {', '.join(AUGMENTS)}")
@@ -98,6 +98,14 @@ class TrainConfig:
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")
         _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         _check(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+
+    def resolved(self, steps: int) -> TrainConfig:
+        """With a decay that suits a run of so many steps, where none is given.
+
+        Most of the average is of the last tenth of the steps then, of 500 at most; what the run began at counts
+        `exp(-10)` or less.
+        """
+        return self if self.ema is not None else dataclasses.replace(self, ema=max(0.0, min(0.998, 1 - 10 / steps)))
 
     def to_json(self) -> dict[str, Any]:
         """All fields, ready for JSON."""

@@ -71,6 +71,8 @@ def stored_record(
 ) -> dict[str, Any]:
     """The record that a run began with; a resumed one must have its settings, but for the `free` ones, and its data.
 
+    A setting that is None now is left to the record.
+
     Where it goes on by another revision or other versions than it began with, `resumed_by` says which.
 
     Raises:
@@ -84,7 +86,8 @@ def stored_record(
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
     wanted = config.to_json()
-    differ = [key for key in wanted if key not in free and before.get(key) != wanted[key]]
+    given = [key for key in wanted if wanted[key] is not None and key not in free]
+    differ = [key for key in given if before.get(key) != wanted[key]]
     if changed := [f"{key} {before.get(key)} -> {wanted[key]}" for key in differ]:
         raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones")
     names = _sha256_of_names(held_out_of(sources, config.val_fraction))

@@ -177,12 +177,14 @@ def train(
     module = KeypointModule(config, taught)
     if resume:
         record = stored_record(run, sources, config)
+        config = dataclasses.replace(config, ema=record["config"].get("ema"))
         _check_resumed(run, record, name, weights, init, taught, trainer.world_size)
         if (run / MANIFEST_NAME).exists():  # written last
             if trainer.is_global_zero:
                 print(f"the run in {run} is finished", flush=True)
             return run / CHECKPOINT_NAME
     else:
+        config = config.resolved(config.epochs * max(1, len(sampler) // trainer.world_size // config.batch_size))
         start, before = _start_weights(module.net, train_set, weights, init)
         record = {"name": name, "devices": trainer.world_size}
         record |= run_record(sources, training, held_out, config, start)
@@ -206,9 +208,13 @@ def train(
     biases = [None if bias is None else np.array(bias) for bias in noted]
     train_set.faces = [f for part, bias in zip(training, biases, strict=True) for f in with_bias(part, bias)]
     if trainer.is_global_zero:
+        people = f"{len(held_out)} faces of {len({face.person for face in held_out})} people held out"
+        print(f"{people}; decay of the weight averaging {config.ema or 0:.4g}", flush=True)
         _print_biases(sources, biases, "mirrored faces keep to that")
-    # before the weight averaging, which takes its weights out again when validation ends
-    trainer.callbacks.insert(0, FacesPicture(val_set, run / "pictures", picture_every))  # type: ignore[attr-defined]
+    callbacks: list[Callback] = [FacesPicture(val_set, run / "pictures", picture_every)]
+    if config.ema:  # behind the pictures, as it takes its weights out again when validation ends
+        callbacks.append(EMAWeightAveraging(decay=config.ema))
+    trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
     data = [(source.sha256, source.weight) for source in sources]
     beginning = {"settings": config.to_json(), "data": data, "teachers": taught.records, "state": resume}
     together = Together(beginning, resume)
@@ -255,8 +261,6 @@ def _trainer(
     callbacks: list[Callback] = [best, newest, LearningRateMonitor("step")]
     if not progress:
         callbacks.append(EpochLines())
-    if config.ema:
-        callbacks.append(EMAWeightAveraging(decay=config.ema))
     if config.patience:
         callbacks.append(EarlyStopping("val_loss", patience=config.patience))
     try:

@@ -112,11 +112,11 @@ def test_a_worker_that_begins_otherwise_than_the_first_is_told() -> None:
         other.setup(trainer, torch.nn.Module(), "fit")  # type: ignore[arg-type]
 
 
-def test_a_line_tells_the_loss_and_the_nme_of_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
-    measured = {"val_loss": 0.0123, "val_nme": 0.045}
+def test_a_line_tells_the_losses_and_the_nme_of_an_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    measured = {"train_loss": 0.0234, "val_loss": 0.0123, "val_nme": 0.045}
     trainer = SimpleNamespace(is_global_zero=True, current_epoch=1, max_epochs=3, callback_metrics=measured)
-    EpochLines().on_validation_end(trainer, torch.nn.Module())  # type: ignore[arg-type]
-    assert capsys.readouterr().out == "epoch 2/3  held-out loss 0.01230, NME 4.50%\n"
+    EpochLines().on_train_epoch_end(trainer, torch.nn.Module())  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "epoch 2/3  train loss 0.02340, held-out loss 0.01230, NME 4.50%\n"
 
 
 def test_a_run_learns(trained: Path, faces: Path) -> None:
@@ -224,12 +224,36 @@ def test_what_a_start_began_at_may_have_seen_held_out_people(
     assert asked == [0.01, 0.01]
 
 
+@pytest.mark.parametrize(
+    ("ema", "steps", "averaged"),
+    [(None, 100, 0.9), (None, 8000, 0.998), (None, 5, 0.0), (0.998, 100, 0.998), (0.0, 100, 0.0)],
+)
+def test_the_weight_averaging_goes_by_the_length_of_the_run_unless_given(
+    ema: float | None, steps: int, averaged: float
+) -> None:
+    assert recipe("default", ema=ema).resolved(steps).ema == pytest.approx(averaged)
+
+
+def test_what_the_weight_averaging_came_to_is_said_and_kept(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run(faces, tmp_path / "r", ema=None, batch_size=8)
+    record = load_checkpoint(path)[1].training
+    steps = 2 * (record["sources"][0]["trained_on"] // 8)
+    assert record["config"]["ema"] == 1 - 10 / steps
+    held_out = record["held_out"]["faces"]
+    line = f"{held_out} faces of {held_out // 2} people held out; decay of the weight averaging {1 - 10 / steps:.4g}\n"
+    assert line in capsys.readouterr().out
+    assert "averaging_state" in SafetensorsIO().load_checkpoint(path.parent / LAST_STATE)
+
+
 def test_the_original_recipe_trains_on_whole_photos(faces: Path, tmp_path: Path) -> None:
-    path = run(faces, tmp_path / "r", recipe="seed", size=64, epochs=1, ema=0)
+    path = run(faces, tmp_path / "r", recipe="seed", size=64, epochs=1, ema=None)
     _, manifest = load_checkpoint(path)
     assert (manifest.spec.box, manifest.spec.margin) == ("frame", 1.0)
     config = manifest.training["config"]
     assert (config["optimizer"], config["lr"], config["beta"], config["patience"]) == ("adam", 1e-3, 1.0, 10)
+    assert config["ema"] == 0
 
 
 def test_a_model_that_sees_another_part_of_a_photo_is_not_asked_how_labels_lie(faces: Path, tmp_path: Path) -> None:

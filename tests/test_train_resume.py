@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from kp_runtime.errors import BundleError, InputError, KpError
 from kp_runtime.files import sha256_of_file
@@ -129,12 +129,32 @@ def test_other_data_can_not_resume_a_run(trained: Path, faces: Path, tmp_path: P
             train([source], same, trained, resume=True, accelerator="cpu", progress=False)
 
 
-def begun(faces: Path, run: Path, state: dict[str, Any], **record: object) -> None:
+def begun(faces: Path, run: Path, state: dict[str, Any], ema: float = 0, **record: object) -> None:
     """A run that was killed: its record and its state."""
-    config, source = recipe("default", size=64, epochs=2, batch_size=16, ema=0, lr=1e-3), read_source(faces)
+    config, source = recipe("default", size=64, epochs=2, batch_size=16, ema=ema, lr=1e-3), read_source(faces)
     kept = {"config": config.to_json(), "sources": [{"sha256": source.sha256, "weight": 1.0}], "start": {}} | record
     SafetensorsIO().save_checkpoint(state, run / LAST_STATE)
     (run / "run.json").write_text(json.dumps(kept))
+
+
+def test_a_run_goes_on_with_the_averaging_that_it_began_with(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier release had another default than one by the run's length."""
+    decays: list[float] = []
+
+    class Noted(EMAWeightAveraging):
+        def __init__(self, decay: float) -> None:
+            decays.append(decay)
+            super().__init__(decay=decay)
+
+    monkeypatch.setattr("kp_train.train.EMAWeightAveraging", Noted)
+    begun(faces, tmp_path, {}, ema=0.998)
+    with pytest.raises(KpError, match=r"ema 0\.998 -> 0\.9\)"):
+        run(faces, tmp_path, ema=0.9, resume=True)
+    with pytest.raises(KpError, match="does not fit this release"):  # its state is of nothing
+        run(faces, tmp_path, ema=None, resume=True)
+    assert decays == [0.998]
 
 
 def test_another_number_of_devices_can_not_resume_a_run(faces: Path, tmp_path: Path) -> None:
@@ -180,7 +200,7 @@ ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 def _six_epochs(faces: Path, out: Path) -> list[str]:
     return [
         sys.executable, "-m", "kp_cli", "train", "--data", str(faces), "--out", str(out), "--size", "64",
-        "--epochs", "6", "--batch-size", "8", "--ema", "0.9", "--weights", "none", "--workers", "0",
+        "--epochs", "6", "--batch-size", "8", "--weights", "none", "--workers", "0",
         "--accelerator", "cpu",
     ]  # fmt: skip
 
