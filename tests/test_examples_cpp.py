@@ -246,8 +246,9 @@ def test_of_plans_that_fit_the_one_that_python_prefers_is_taken(
     (plan,) = bundle.glob("*.plan")
     manifest = Manifest.read(bundle)
     files = {}
-    for precision in ("fp32", "fp16", "int8"):  # the worst first
-        other = plan.with_name(f"model.{precision}.plan")
+    for name in ("fp32", "fp16.newer", "fp16", "int8.ampere", "int8"):  # the worst first
+        precision = name.partition(".")[0]
+        other = plan.with_name(f"model.{name}.plan")
         other.write_text(plan.read_text())
         files = files | {other.name: replace(entry_of(other), precision=precision)}
         replace(manifest, files=files).write(bundle)

@@ -102,9 +102,12 @@ Plan plan_of(const std::filesystem::path& bundle, const ordered_json& manifest, 
     if (const auto schema = manifest.at("schema").get<int>(); schema != kSchema)
         throw Refused(bundle.string() + ": its schema is " + std::to_string(schema) + ", this program reads " + std::to_string(kSchema));
     std::string reasons, rebuild = "kp plan BUNDLE --precision fp16";
-    for (const std::string precision : kBestFirst)
+    std::vector<std::pair<std::string, bool>> places;  // one for other TensorRTs or GPUs too is slower, and comes behind
+    for (const std::string precision : kBestFirst) places.insert(places.end(), {{precision, false}, {precision, true}});
+    for (const auto& [precision, wide] : places)
         for (const auto& [name, entry] : manifest.at("files").items()) {
             if (entry.at("kind") != "plan" || entry.at("precision") != precision) continue;
+            if (wide != (name.find(".newer.") != name.npos || name.find(".ampere.") != name.npos)) continue;
             if (name.find_first_of("/\\") != std::string::npos)
                 throw Refused(bundle.string() + ": it names the file " + name);
             const auto& made = entry.at("made");
