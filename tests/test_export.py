@@ -23,7 +23,7 @@ from kp_export.evaluate import open_model
 from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
 from kp_export.parity import LIMITS, Limit, bundled_faces
 from kp_runtime.backend import GOLDEN_TOLERANCE_PX, open_backend
-from kp_runtime.errors import BackendError, BundleError, ExportError, ParityError
+from kp_runtime.errors import BundleError, ExportError, InputError, ParityError
 from kp_runtime.pipeline import load
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
@@ -372,5 +372,5 @@ def test_a_checkpoint_is_measured_on_as_many_threads_as_were_asked_for(
         assert open_model(path, 1).name == f"small {CHECKPOINT_NAME} (PyTorch)"
         open_model(path)
     assert asked == [1, 1]
-    with pytest.raises(BackendError, match="threads must be 1 to"):
+    with pytest.raises(InputError, match="threads must be 1 to"):
         open_model(tmp_path, 0)
