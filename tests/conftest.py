@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import threading
 import typing
 from pathlib import Path
@@ -15,6 +16,10 @@ import pytest
 from tests.models import tiny_bundle
 
 if typing.TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from kp_runtime import Model
+    from tests.cuda_driver_double import DriverDouble
     from tests.emulation import EmulatedKernel
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -78,6 +83,39 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> EmulatedKernel:
     from tests.emulation import EmulatedKernel
 
     return EmulatedKernel(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernel: EmulatedKernel) -> DriverDouble:
+    """A double of the GPU that engines are opened on, whose crop kernel is the emulated one."""
+    from tests.cuda_driver_double import DriverDouble
+
+    double = DriverDouble(kernel)
+    (tmp_path / "kernel").write_bytes(b"cubin")
+    monkeypatch.setenv("KP_CUBIN", str(tmp_path / "kernel"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", double)
+    return double
+
+
+@pytest.fixture(scope="module")
+def cpu(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model on the CPU with the graph that `model` computes."""
+    from kp_runtime import load
+
+    return load(tiny_bundle(tmp_path_factory.mktemp("bundle")), threads=1)
+
+
+@pytest.fixture
+def model(driver: DriverDouble) -> Iterator[Model]:
+    """A model on the double of a GPU, which gets all its memory back."""
+    from kp_runtime import Model
+    from tests.device_double import DeviceDouble
+
+    with Model(DeviceDouble()) as opened:
+        yield opened
+    assert not driver.memory, "memory was not freed"
+    assert not driver.events, "events were not freed"
+    assert not driver.graphs, "graphs were not freed"
 
 
 @pytest.fixture
