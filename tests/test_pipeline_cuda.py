@@ -1,4 +1,4 @@
-"""The whole way on a GPU, a call at a time, against doubles of the driver and of an engine; the crop kernel runs emulated."""
+"""The whole way on a GPU, a call at a time, against doubles of driver and engine; the crop kernel runs emulated."""
 
 from __future__ import annotations
 
