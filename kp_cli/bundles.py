@@ -38,7 +38,9 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The bundle to fill; the checkpoint's own when left out.")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="Your labelled faces for the parity check; scikit-image's when left out."),
+        typer.Option(
+            metavar="PATH", help="Your labelled faces for the parity check; scikit-image's when left out. Repeatable."
+        ),
     ] = None,
     engine: Annotated[
         Engine, typer.Option(help="Build TensorRT plans too: if possible, or fail, or not.")

@@ -42,7 +42,7 @@ _IN_A_LINE = 5
 
 
 def predict(
-    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them.")],
+    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them, without their subfolders.")],
     model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
     out: Annotated[Path, typer.Option(help="Folder for the drawn photos and the results.")] = Path("out"),
     drawn: Annotated[Path | None, typer.Option(help="File for the drawn photo, when there is one photo.")] = None,
@@ -308,7 +308,7 @@ def _predict_on_ray(
 
 
 def put_effect(
-    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them.")],
+    photos: Annotated[list[Path], typer.Argument(help="Photos, or folders of them, without their subfolders.")],
     effect: Annotated[str, typer.Option(metavar="NAME", help=EFFECT_NAMES)],
     out: Annotated[Path, typer.Option(help="Folder for the new pictures.")] = Path("out"),
     model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,

@@ -144,7 +144,9 @@ def tune(
     alone: Annotated[bool, typer.Option("--alone", help="Try no other bundle.")] = False,
     data: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATH", help="Labelled faces to measure the NME on, instead of what the bundles record."),
+        typer.Option(
+            metavar="PATH", help="Labelled faces to measure the NME on, instead of what the bundles record. Repeatable."
+        ),
     ] = None,
     unknown: Annotated[
         bool, typer.Option("--allow-unknown", help="Take files too of which nobody knows how far the NME rises.")

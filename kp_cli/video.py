@@ -56,7 +56,8 @@ def run(
         int | None, typer.Option(min=1, help="Frames between two looks for new faces; 1 with blur, else 30.")
     ] = None,
     rate: Annotated[
-        float | None, typer.Option("--fps", help="Frames a second of the source; what it says when left out.")
+        float | None,
+        typer.Option("--fps", help="Frames a second of the source; what it says when left out, of a folder 30."),
     ] = None,
     patience: Annotated[
         float, typer.Option(min=0.0, help="Seconds that a camera or stream which went away is opened anew.")
