@@ -116,7 +116,8 @@ def faces_from_file(path: Path, kind: str | None = None, points: int = POINTS) -
 
     Raises:
         InputError: no such format.
-        DataError: the file can't be read, or a face in it has not that many finite points.
+        DataError: the file can't be read, a face in it has not that many finite points, or one is at 0, 0 or -1, -1,
+            as data sets write what is not labelled.
         MissingExtraError: Parquet without pyarrow.
     """
     kind = kind or format_of(path)
@@ -187,7 +188,13 @@ def _points(numbers: Any, where: str, points: int) -> NDArray[np.float64]:
         raise DataError(f"{where}: expected {points} points, got {len(values) / 2:g}; is the file cut off?")
     if not np.isfinite(values).all():
         raise DataError(f"{where}: a coordinate is not finite; correct it or remove the face")
-    return values.reshape(points, 2)
+    xy = values.reshape(points, 2)
+    for mark in (0, -1):
+        if len(found := np.flatnonzero((xy == mark).all(axis=1))):
+            raise DataError(
+                f"{where}: point {found[0]} is not labelled ({mark}, {mark}); all {points} are needed, hidden ones too"
+            )
+    return xy
 
 
 def _box(numbers: Any, where: str) -> NDArray[np.float64]:

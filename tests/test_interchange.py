@@ -261,6 +261,18 @@ def test_a_name_of_two_lines_stays_one_and_lines_are_counted_as_an_editor_does(t
         faces_from_file(path)
 
 
+@pytest.mark.parametrize("mark", [0.0, -1.0])
+def test_a_point_that_is_marked_as_not_labelled_is_no_label(kind: str, mark: float, tmp_path: Path) -> None:
+    xy = FACES[0].xy.copy()
+    xy[7] = mark - (kind == "pts")  # its files count from 1
+    faces_to_file([replace(FACES[0], xy=xy)], tmp_path / PLACES[kind])
+    with pytest.raises(DataError, match=rf"point 7 is not labelled \({mark:g}, {mark:g}\); all 68 are needed, hidden"):
+        faces_from_file(tmp_path / PLACES[kind])
+    xy[7] = mark, 12  # a label may lie beside the image
+    faces_to_file([replace(FACES[0], xy=xy)], tmp_path / PLACES[kind])
+    assert faces_from_file(tmp_path / PLACES[kind])[0].xy[7].tolist() == [mark, 12]
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_what_is_read_is_never_all_in_memory_beside_its_faces(suffix: str, tmp_path: Path) -> None:
     if suffix == "parquet":
