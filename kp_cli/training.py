@@ -99,8 +99,6 @@ def train(
 
     On several devices or machines: torchrun --nproc-per-node gpu --no-python kp train … (docs/training.md)
     """
-    if pairs and points is None:
-        raise InputError("--pairs goes with --points; the pairs of the 68 points are known")
     from kp_train.config import recipe as settings
 
     config = settings(

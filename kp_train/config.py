@@ -50,7 +50,8 @@ class TrainConfig:
         val_fraction: share of the people that are held out.
         seed: of weights, order and augmentation.
         points: of each face; another number than 68 is a mark-up of one's own.
-        pairs: of points that change places in a mirrored face, such as `0-1,3-4`; see `mirror_from_pairs`.
+        pairs: of points that change places in a mirrored face, such as `0-1,3-4`; none with 68 points, whose pairs are
+            known. See `mirror_from_pairs`.
         precision: `32-true`, `bf16-mixed`, or, on a GPU alone, `16-mixed`.
     """
 
@@ -97,6 +98,10 @@ class TrainConfig:
         )  # fmt: skip
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")
         _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+        _check(
+            self.points != 68 or not self.pairs, "pairs", self.pairs,
+            "left out with 68 points: they must be in iBUG's order, whose pairs are known",
+        )  # fmt: skip
         _check(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
 
     def resolved(self, steps: int) -> TrainConfig:
