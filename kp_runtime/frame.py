@@ -171,7 +171,8 @@ def as_frame(image: Frame | NDArray[Any], layout: str = "bgr") -> Frame:
     if not isinstance(image, np.ndarray):
         raise ImageError(f"an image must be a numpy array, got {type(image).__name__}; cv2.imread gives one")
     if image.dtype != np.uint8:
-        hint = "; scale it down first: (image >> 8).astype(np.uint8)" if image.dtype == np.uint16 else ""
+        deep = "; scale it down first, the camera's own white to 255: (image >> 8).astype(np.uint8), of 12 bits >> 4"
+        hint = deep if image.dtype == np.uint16 else ""
         raise ImageError(f"an image must be uint8 (0 to 255), got {image.dtype}{hint}")
     if image.size == 0:
         raise ImageError(f"the image is empty: its shape is {image.shape}")
@@ -255,7 +256,10 @@ def image_from_bytes(data: bytes | bytearray | memoryview, origin: str = "the im
     if image is None:
         raise ImageError(f"{origin} is no image that OpenCV can decode (JPEG, PNG, BMP, TIFF, WebP)")
     if image.dtype != np.uint8:
-        raise ImageError(f"{origin} has {image.dtype} samples; save it with 8 bits a channel (convert IN -depth 8 OUT)")
+        raise ImageError(
+            f"{origin} has {image.dtype} samples; save it with 8 bits a channel, "
+            "the camera's own white, such as 4095 of 12 bits, as 255"
+        )
     return image  # type: ignore[no-any-return]
 
 

@@ -35,7 +35,7 @@ def picture() -> np.ndarray:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((5, 5, 3), np.uint16), r"must be uint8.*got uint16; scale it down first"),
+        (np.zeros((5, 5, 3), np.uint16), r"must be uint8.*got uint16; scale it down first, the camera's own white"),
         (np.zeros((5, 5, 3), np.float32), r"must be uint8.*got float32$"),
         (np.zeros((5, 5, 2), np.uint8), r"got shape \(5, 5, 2\)"),
         (np.zeros((5, 5, 5), np.uint8), r"got shape \(5, 5, 5\)"),
@@ -210,7 +210,7 @@ def test_bytes_need_no_file(picture: np.ndarray) -> None:
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
 def test_sixteen_bit_files(suffix: str, tmp_path: Path) -> None:
     (tmp_path / f"a{suffix}").write_bytes(encoded(np.full((8, 8, 3), 40000, np.uint16), suffix))
-    with pytest.raises(ImageError, match="has uint16 samples; save it with 8 bits a channel"):
+    with pytest.raises(ImageError, match="uint16 samples; save it with 8 bits a channel, the camera's own white"):
         image_from_file(tmp_path / f"a{suffix}")
 
 
