@@ -60,7 +60,7 @@ class LabelledFace:
 
     Attributes:
         image: the image's path as the file names it; of a `.pts` file, the photo of that stem beside
-            it, or the stem where there is none.
+            it (`a.jpg` of `a_0.pts`, `a_1.pts` … too), or the stem where there is none.
         xy: `(68, 2)` float64 or as many as there are, pixels of the image from 0, an integer is a pixel's centre.
         box_xyxy: `(4,)` float64 in the same pixels, or None where the file has none.
         size_hw: the image's height and width, or None where the file has none.
@@ -235,21 +235,35 @@ def pts_files(folder: Path) -> list[Path]:
 
 
 def _image_beside(label: Path) -> Path | None:
-    """The photo that a `.pts` file is about: of its stem, in its folder; None where there is none."""
-    places = (label.with_suffix(s) for suffix in IMAGE_SUFFIXES for s in (suffix, suffix.upper()))
+    """The photo that a `.pts` file is about: of its stem, in its folder; None where there is none.
+
+    Several faces of `a.jpg` are written as `a_0.pts`, `a_1.pts` and so on. So they are taken where none of them has a
+    photo of its own, and there is no `a.pts`.
+    """
+    stem, whole = label.with_suffix(""), label.with_name(label.stem.rpartition("_")[0] or label.stem)
+    photo = _photo_of(stem)
+    if photo or not (shared := _photo_of(whole)) or Path(f"{whole}.pts").exists():
+        return photo
+    numbered = (Path(f"{whole}_{i}") for i in itertools.count())
+    faces = list(itertools.takewhile(lambda face: Path(f"{face}.pts").is_file(), numbered))
+    return shared if len(faces) > 1 and stem in faces and not any(map(_photo_of, faces)) else None
+
+
+def _photo_of(stem: Path) -> Path | None:
+    places = (Path(f"{stem}{s}") for suffix in IMAGE_SUFFIXES for s in (suffix, suffix.upper()))
     return next((place for place in places if place.is_file()), None)
 
 
 def _read_pts(path: Path, points: int) -> list[LabelledFace]:
     if path.is_file():
-        return [_pts_face(path, path.stem, points)]
-    return [_pts_face(file, file.relative_to(path).with_suffix("").as_posix(), points) for file in pts_files(path)]
+        return [_pts_face(path, path.parent, points)]
+    return [_pts_face(file, path, points) for file in pts_files(path)]
 
 
-def _pts_face(file: Path, name: str, points: int) -> LabelledFace:
-    image, where = _image_beside(file), str(file)
+def _pts_face(file: Path, folder: Path, points: int) -> LabelledFace:
+    image, where = _image_beside(file) or file.with_suffix(""), str(file)
     xy = _points_of_pts(_text(file), where, points)
-    return LabelledFace(name + (image.suffix if image else ""), xy, where=where)
+    return LabelledFace(image.relative_to(folder).as_posix(), xy, where=where)
 
 
 def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:

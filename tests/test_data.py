@@ -20,7 +20,7 @@ from kp_export.parity import faces_from_sources
 from kp_runtime.errors import DataError
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
-from kp_runtime.interchange import faces_from_file, faces_to_file, with_sizes
+from kp_runtime.interchange import LabelledFace, faces_from_file, faces_to_file, with_sizes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import augment_from_name
@@ -245,6 +245,24 @@ def test_a_bad_pts_file_is_named(tmp_path: Path, text: str, message: str) -> Non
 def test_a_pts_file_without_its_photo_is_named(tmp_path: Path, rng: np.random.Generator) -> None:
     (tmp_path / "x.pts").write_text(pts_text(drawn_face(rng)[1]))
     with pytest.raises(DataError, match=r"has no image beside it .*; put the photos there"):
+        read_source(tmp_path)
+
+
+def test_several_faces_of_a_photo_come_back_from_their_pts_files(tmp_path: Path) -> None:
+    source = read_source(write_csv_source(tmp_path / "drawn", people=1, each=1))
+    image, (xy,) = source.faces[0].image, [face.xy.astype(float) for face in source.faces]
+    shutil.copy(image, tmp_path / "v.2_1.png")
+    faces_to_file([LabelledFace("v.2_1.png", xy), LabelledFace("v.2_1.png", xy + 1)], tmp_path, "pts")
+    faces = read_source(tmp_path).faces
+    assert [(face.image.name, face.person) for face in faces] == [("v.2_1.png", "v.2")] * 2
+    np.testing.assert_allclose(faces[1].xy - faces[0].xy, 1, atol=1e-3)
+
+    shutil.copy(image, tmp_path / "v.2_1_1.png")  # a photo of its own, so v.2_1_0 has lost its
+    with pytest.raises(DataError, match=r"v\.2_1_0\.pts has no image beside it"):
+        read_source(tmp_path)
+    (tmp_path / "v.2_1_1.png").unlink()
+    shutil.copy(tmp_path / "v.2_1_0.pts", tmp_path / "v.2_1.pts")  # the photo has one face, and this is it
+    with pytest.raises(DataError, match=r"v\.2_1_0\.pts has no image beside it"):
         read_source(tmp_path)
 
 
