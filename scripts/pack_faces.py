@@ -23,6 +23,7 @@ from kp_runtime.errors import InputError, KpError
 from kp_runtime.files import writing
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.interchange import LabelledFace, faces_to_file
+from kp_runtime.scheme68 import POINTS
 from kp_train.data import Face, Source, luma_from_file, read_source
 
 CUT, FACE, QUALITY = 2.2, 190, 92
@@ -104,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", nargs="+", type=Path, help="as kp train --data takes them, without weights")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--points", type=int, default=POINTS, help="of a face, as for kp train (%(default)s)")
     parser.add_argument(
         "--cut", type=float, default=CUT, help="what is kept, in longer sides of the face (%(default)s)"
     )
@@ -112,7 +114,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.cut >= 1 and args.face >= 1 and 1 <= args.quality <= 100):
         raise InputError("--cut and --face must be 1 or more, --quality 1 to 100")
-    for source in map(read_source, args.data):
+    for source in (read_source(data, points=args.points) for data in args.data):
         path = pack(source, args.out, args.cut, args.face, args.quality)
         size = sum(file.stat().st_size for file in path.with_suffix("").rglob("*.webp"))
         print(f"{path}: {len(source.faces)} faces, {size / 1e6:.1f} MB of pictures")

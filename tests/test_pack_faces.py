@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pack_faces
 import pytest
 
 from kp_runtime.errors import InputError
+from kp_runtime.interchange import faces_from_file, faces_to_file
 from kp_runtime.spec import ModelSpec
 from kp_train.data import read_source
 from kp_train.dataset import FaceDataset
@@ -32,6 +34,15 @@ def test_training_sees_the_same_faces(tmp_path: Path, monkeypatch: pytest.Monkey
     for old, new in zip(FaceDataset(before.faces, spec), FaceDataset(after.faces, spec), strict=True):
         assert np.abs(old[0].numpy().astype(float) - new[0].numpy()).mean() < PACKED_LEVELS
         np.testing.assert_allclose(new[1], old[1], atol=PACKED_PX)
+
+
+def test_faces_of_another_number_of_points(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = write_csv_source(tmp_path, people=1, each=1)
+    faces = [replace(face, xy=face.xy[30:35]) for face in faces_from_file(data)]
+    data = faces_to_file(faces, data.with_name("training_five.csv"))[0]
+    pack(monkeypatch, data, "--out", tmp_path / "packed", "--points", 5)
+    (face,) = read_source(tmp_path / "packed" / data.name, points=5).faces
+    np.testing.assert_allclose(np.diff(face.xy, axis=0), np.diff(faces[0].xy, axis=0), atol=2e-3)
 
 
 def test_large_faces_are_shrunk_and_their_points_with_them() -> None:
