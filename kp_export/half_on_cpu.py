@@ -1,4 +1,4 @@
-"""A float16 graph that a CPU computes as a GPU does: ONNX Runtime's CPU provider does not by itself.
+"""A float16 graph that a CPU computes as PyTorch does on a GPU: ONNX Runtime's CPU provider does not by itself.
 
 It has no float16 convolution. It computes such a graph in float32 from end to end and takes the rounding
 between the layers out, so that only the weights are float16: what overflows there stays finite here.
@@ -18,8 +18,9 @@ __all__ = ["half_on_cpu"]
 def half_on_cpu(path: Path) -> bytes:
     """The same graph in float32, each result of a float16 layer rounded to float16 where the layer ends.
 
-    A layer's sums are float32, as in a GPU's matrix units, and its result has 11 bits. A value beyond 65504
-    becomes infinite. The casts are the graph's own, and these ONNX Runtime keeps.
+    A layer's sums are float32, as PyTorch and cuDNN have them, and its result has 11 bits. A value beyond 65504
+    becomes infinite. TensorRT may choose kernels that sum in float16, which nothing here sees: `kp eval` of the plan
+    does. The casts are the graph's own, and these ONNX Runtime keeps.
 
     Args:
         path: an ONNX file whose tensors have their types by shape inference.

@@ -121,6 +121,9 @@ def write_onnx(
 def check_fits_half(net: KeypointNet, crops: NDArray[np.uint8]) -> None:
     """Fails where weights, or activations on these crops, do not fit float16.
 
+    Within a layer sums are float32, as in PyTorch and cuDNN; TensorRT may choose kernels that sum in float16, which
+    nothing here sees.
+
     Args:
         net: the network, float32.
         crops: `(n, 1, size, size)` uint8, real faces.
