@@ -24,7 +24,7 @@ from typing import Any
 
 from kp_export.pack import pack_bundle
 from kp_export.staging import locked, mend
-from kp_runtime.backend import CPU_ORDER, GOLDEN_NAME, ORDER
+from kp_runtime.backend import CPU_ORDER, GOLDEN_NAME, ORDER, best_first
 from kp_runtime.errors import BundleError, ExportError
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 from kp_runtime.triton_model import DETECTOR_FOLDER, PROBE
@@ -192,17 +192,19 @@ def _onnx(stem: str, bundle: Path, manifest: Manifest, file: str) -> _Wanted:
 
 
 def _plans(stem: str, bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], list[str]]:
-    """Crops -> keypoints in the tensorrt backend: the best precision for each GPU and TensorRT."""
+    """Crops -> keypoints in the tensorrt backend: the best plan for each GPU and TensorRT.
+
+    One that the server loads as it is goes before a version-compatible one, which it loads by a flag alone.
+    """
     order = ORDER["tensorrt"]
-    plans = [(name, entry) for name, entry in manifest.files.items() if entry.kind == "plan"]
+    plans = {name: str(entry.precision) for name, entry in manifest.files.items() if entry.kind == "plan"}
     wanted: dict[str, _Wanted] = {}
     left_out = []
-    for file, entry in plans:
-        if entry.precision not in order:
-            left_out.append(f"{file}: no plan can have precision {entry.precision}, only {', '.join(order)}")
-    known = [plan for plan in plans if plan[1].precision in order]
-    for file, entry in sorted(known, key=lambda plan: order.index(str(plan[1].precision))):
-        least, most, where, is_for_dla = _plan_facts(bundle, file, entry)
+    for file, precision in plans.items():
+        if precision not in order:
+            left_out.append(f"{file}: no plan can have precision {precision}, only {', '.join(order)}")
+    for file in sorted(best_first(plans, order), key=lambda name: ".newer." in name):
+        least, most, where, is_for_dla = _plan_facts(bundle, file, manifest.files[file])
         name = f"{stem}-crops-{where}"
         if is_for_dla:
             left_out.append(f"{file}: it runs on a DLA core, and Triton loads plans for the GPU")
@@ -213,6 +215,11 @@ def _plans(stem: str, bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], 
         else:
             config = _crops_config(name, "tensorrt", "model.plan", manifest.spec, most, Word("KIND_GPU"))
             wanted[name] = _crops(bundle, manifest, file, config)
+            if ".newer." in file:
+                left_out.append(
+                    f"a plan without --version-compatible, as the bundle has none for {name}: the server loads {file} "
+                    "by --backend-config=tensorrt,version-compatible=true alone"
+                )
     return list(wanted.values()), left_out
 
 

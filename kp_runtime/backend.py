@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, NoReturn, SupportsIndex
@@ -33,6 +33,7 @@ __all__ = [
     "Answer",
     "Backend",
     "BackendReport",
+    "best_first",
     "golden_error",
     "kind_of",
     "open_backend",
@@ -372,15 +373,22 @@ def _files(engine: str, asked: _Asked) -> tuple[list[str], list[str]]:
     if asked.file is not None:
         return [asked.file], []
     order = ORDER[engine] if wanted == "auto" else (wanted,)
-    names = [name for name in of if of[name] in order]
-    # a plan for other TensorRTs or GPUs too is slower than one for these alone
-    names.sort(key=lambda name: (order.index(of[name]), ".newer." in name or ".ampere." in name))
+    names = best_first(of, order)
     if not names:
         have = ", ".join(sorted(set(of.values())))
         raise BackendError(
             f"the bundle {asked.folder} has no {' or '.join(order)} file, only {have}; {make} can add it"
         )
     return names, [f"{precision}: not in the bundle" for precision in order[: order.index(of[names[0]])]]
+
+
+def best_first(precisions: Mapping[str, str], order: Sequence[str]) -> list[str]:
+    """The names of a bundle's files that have a precision of `order`, best first.
+
+    A plan for other TensorRTs or GPUs too is slower than one for these alone.
+    """
+    names = [name for name in precisions if precisions[name] in order]
+    return sorted(names, key=lambda name: (order.index(precisions[name]), ".newer." in name or ".ampere." in name))
 
 
 def _open(engine: str, asked: _Asked, names: list[str], passed_over: list[str]) -> tuple[str, Backend]:

@@ -74,6 +74,29 @@ def test_a_repository_holds_what_the_bundle_can(own: Path, tmp_path: Path) -> No
     assert not list(repo.rglob(".*"))
 
 
+@pytest.mark.parametrize("newer_first", [True, False])
+def test_a_plan_that_wants_a_flag_of_the_server_gives_way_to_one_that_does_not(
+    newer_first: bool, own: Path, tmp_path: Path
+) -> None:
+    plans = [("model.fp16.sm87.trt10.3.0.newer.plan", "fp16"), ("model.fp16.sm87.trt10.3.0.plan", "fp16")]
+    plans += [("model.int8.sm87.trt10.3.0.newer.plan", "int8"), ("model.fp16.sm87.trt10.3.0.ampere.plan", "fp16")]
+    for name, precision in plans if newer_first else reversed(plans):
+        with_plan(own, name, (1, 8, 16), precision)
+    report = write_repository(own, tmp_path / "repo")
+    assert report.models[-1].file == "model.fp16.sm87.trt10.3.0.plan"
+    assert not any("--backend-config" in reason for reason in report.left_out)
+
+
+def test_the_flag_that_a_version_compatible_plan_wants_is_told(own: Path, tmp_path: Path) -> None:
+    with_plan(own, name := "model.fp16.sm87.trt10.3.0.newer.plan", (1, 8, 16))
+    report = write_repository(own, tmp_path / "repo")
+    assert report.models[-1].file == name
+    assert report.left_out == (
+        "a plan without --version-compatible, as the bundle has none for tiny-crops-sm87-trt10.3.0: the server loads "
+        f"{name} by --backend-config=tensorrt,version-compatible=true alone",
+    )
+
+
 def test_of_several_onnx_files_the_best_one_for_a_cpu_runs_there(own: Path, tmp_path: Path) -> None:
     assert write_repository(own, tmp_path / "one").left_out == ()
     manifest = Manifest.read(own)
