@@ -32,7 +32,7 @@ _RESTING = threading.Lock()
 
 
 class GraphWarning(KpWarning):
-    """A graph could not be made or gave wrong keypoints: the model goes on without graphs, right and slower."""
+    """A graph could not be made or gave wrong keypoints: the model goes on without it or any, right and slower."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,25 @@ class GraphReport:
 
 
 class GraphSwitch:
-    """Whether a model uses graphs. Shared between its lanes and threads."""
+    """Whether a model uses graphs, and which are not tried again. Shared between its lanes and threads."""
 
     def __init__(self) -> None:
         self.off: str | None = None
+        self.given_up: set[tuple[int, int]] = set()
         self._lock = threading.Lock()
+
+    def give_up(self, key: tuple[int, int], reason: str) -> None:
+        """Has no more graphs made of so many faces, for which there was no room, and warns once; others stay."""
+        with self._lock:
+            if key in self.given_up:
+                return
+            self.given_up.add(key)
+        warnings.warn(
+            f"calls of {key[1]} faces have no CUDA graph, and take longer: {reason}; keypoints stay right. Each graph "
+            "has memory of its own: where it is short, a plan with a smaller --max-batch takes less",
+            GraphWarning,
+            stacklevel=2,
+        )
 
     def turn_off(self, reason: str, warn: bool = True) -> None:
         """Turns graphs off for good; the first reason stays, and is warned of."""

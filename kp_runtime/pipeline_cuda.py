@@ -294,8 +294,7 @@ class _Lane:
         self._closed = True
         self._driver.make_current()
         self._driver.call("cuStreamSynchronize", self._stream)
-        while self._graphs:
-            self._graphs.popitem()[1].close(self._driver)
+        self._close_graphs()
         self._owned.close()
 
     def __del__(self) -> None:
@@ -303,6 +302,10 @@ class _Lane:
         if hasattr(self, "_owned"):
             with contextlib.suppress(Exception):
                 self.close()
+
+    def _close_graphs(self) -> None:
+        while self._graphs:
+            self._graphs.popitem()[1].close(self._driver)
 
     def _settle(self) -> None:
         """After an error: waits until the stream uses nothing any more."""
@@ -357,11 +360,13 @@ class _Lane:
     def _graph(self, bytes_a_pixel: int, n: int) -> _Graph | None:
         """The graph of so many faces, captured at their second call; None where there is none."""
         key = bytes_a_pixel, n
-        if self._switch.off is not None or n > self._lane.at_once:
+        if self._switch.off is not None:
+            self._close_graphs()
+        elif n > self._lane.at_once:
             return None
-        if key not in self._seen:
+        elif key not in self._seen:
             self._seen.add(key)
-        elif key not in self._graphs and len(self._graphs) < GRAPHS:
+        elif key not in self._graphs and len(self._graphs) < GRAPHS and key not in self._switch.given_up:
             self._prove(key)
         return self._graphs.get(key)
 
@@ -369,9 +374,14 @@ class _Lane:
         """Captures a graph, and keeps it when it answers as plain calls do for two pictures."""
         canaries = self._canaries(*key)
         plain = [self._answer_to(canary) for canary in canaries]
+        try:
+            lane = self._lane_of_graph(*key)
+        except BackendError as error:  # most often for want of memory, which speaks against no other graph
+            self._switch.give_up(key, str(error))
+            return
         graph = fault = None
         try:
-            graph = self._captured(*key)
+            graph = self._captured(lane, *key)
             fault = canary_fault(plain, [self._answer_to(canary, graph) for canary in canaries])
         except BackendError as error:
             fault = str(error)
@@ -384,14 +394,22 @@ class _Lane:
                 graph.close(self._driver)
         self._switch.turn_off(str(fault))
 
-    def _captured(self, bytes_a_pixel: int, n: int) -> _Graph:
-        """A graph on a lane of its own."""
+    def _lane_of_graph(self, bytes_a_pixel: int, n: int) -> Lane:
+        """A lane that nothing else runs on, with what a capture needs ready."""
         lane = self._backend.open_lane(n)
         try:
-            stream = self._driver.api.CUstream(lane.stream)
             for _ in range(lane.runs_before_capture):  # engines make ready what a capture may not
                 self._enqueue(lane, bytes_a_pixel, n)
-                self._driver.call("cuStreamSynchronize", stream)
+                self._driver.call("cuStreamSynchronize", self._driver.api.CUstream(lane.stream))
+        except BaseException:
+            lane.close()
+            raise
+        return lane
+
+    def _captured(self, lane: Lane, bytes_a_pixel: int, n: int) -> _Graph:
+        """A graph on a lane, which is closed where there is none."""
+        try:
+            stream = self._driver.api.CUstream(lane.stream)
             return _Graph(lane, captured(self._driver, stream, lambda: self._enqueue(lane, bytes_a_pixel, n)))
         except BaseException:
             lane.close()
