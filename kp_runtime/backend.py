@@ -49,11 +49,12 @@ CPU_ORDER = ("int8", "fp32", "fp16")
 
 ORDER = {
     "tensorrt": ("int8", "fp16", "fp32"),
-    "ort-tensorrt": ("int8-trt", "fp16", "fp32"),
+    "ort-tensorrt": ("int8-trt", "fp16"),
     "ort-cuda": ("fp16", "fp32"),
     "ort-cpu": CPU_ORDER,
 }
-"""The precisions of the files that each engine runs, best first."""
+"""The precisions of the files that each engine runs, best first. ONNX Runtime's TensorRT provider computes float32 in
+TF32, which no option of it turns off: an fp32 file would be none there."""
 
 GOLDEN_TOLERANCE_PX = {"fp32": 0.02, "fp16": 0.5, "int8": 2.0, "int8-trt": 2.0}
 """Largest distance of a golden keypoint from PyTorch's answer, in pixels of a crop of 224; of others in proportion, as
@@ -369,7 +370,9 @@ def _files(engine: str, asked: _Asked) -> tuple[list[str], list[str]]:
         raise BackendError(f"the bundle {asked.folder} holds no {what}; make one with: {make} {asked.folder}")
     wanted = asked.precision if asked.file is None else of[asked.file]
     if wanted not in ("auto", *runs):
-        raise BackendError(f"{engine} runs files of precision {', '.join(runs)}, not {wanted}")
+        raise BackendError(
+            f"{engine} runs files of precision {', '.join(runs)}, not {wanted}; take one of these, or another backend"
+        )
     if asked.file is not None:
         return [asked.file], []
     order = ORDER[engine] if wanted == "auto" else (wanted,)

@@ -83,13 +83,17 @@ def tiny_bundle(
     margin: float = 1.3,
     box: str = "keypoints",
     lost_limit: float | None = LOST_LIMIT,
+    precision: str = "fp32",
 ) -> Path:
-    """Writes a bundle with `model.fp32.onnx` and, unless told otherwise, a golden crop: of noise, or of an image."""
+    """Writes a bundle with `model.fp32.onnx` and, unless told otherwise, a golden crop: of noise, or of an image.
+
+    A file of another precision holds the same graph.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     spec = ModelSpec("tiny", size=size, margin=margin, box=box, lost_limit=lost_limit)
-    model = folder / "model.fp32.onnx"
+    model = folder / f"model.{precision}.onnx"
     model.write_bytes(tiny_graph(size, scores=lost_limit is not None).SerializeToString())
-    files = {model.name: file_entry(model, "onnx", precision="fp32")}
+    files = {model.name: file_entry(model, "onnx", precision=precision)}
     if golden:
         crops = np.random.default_rng(0).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
         source = {}

@@ -171,6 +171,12 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DriverDouble:
     return double
 
 
+@pytest.fixture
+def half_bundle(tmp_path: Path) -> Path:
+    """A bundle that both providers run."""
+    return tiny_bundle(tmp_path / "half", precision="fp16")
+
+
 def opened(bundle: Path, backend: str = "ort-cuda", **more: Any) -> DeviceBackend:
     found = open_backend(bundle, backend, **more)
     assert isinstance(found, DeviceBackend)
@@ -182,8 +188,8 @@ def some_crops(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("backend", NAMES)
-def test_keypoints_of_every_number_of_crops(backend: str, driver: DriverDouble, bundle: Path, rng: Any) -> None:
-    engine = opened(bundle, backend)
+def test_keypoints_of_every_number_of_crops(backend: str, driver: DriverDouble, half_bundle: Path, rng: Any) -> None:
+    engine = opened(half_bundle, backend)
     for n in (3, 1, 70, 0, 32, 3):
         crops = some_crops(rng, n)
         answer = engine.answer(crops)
@@ -243,9 +249,9 @@ def check(model: Model, cpu: Model, seed: int, n: int) -> None:
 
 @pytest.mark.usefixtures("cutting")
 @pytest.mark.parametrize("backend", NAMES)
-def test_graphs_go_the_whole_way(backend: str, driver: DriverDouble, bundle: Path) -> None:
-    cpu = load(bundle, "ort-cpu")
-    with load(bundle, backend) as model:
+def test_graphs_go_the_whole_way(backend: str, driver: DriverDouble, half_bundle: Path) -> None:
+    cpu = load(half_bundle, "ort-cpu")
+    with load(half_bundle, backend) as model:
         for i, n in enumerate((1, 2, 2, 1, 2, 1)):
             check(model, cpu, i, n)
         assert (model.graphs.captured, model.graphs.off) == (((3, 1), (3, 2)), None)
@@ -316,9 +322,9 @@ def test_threads_share_a_model(driver: DriverDouble, bundle: Path) -> None:
 
 
 @pytest.mark.usefixtures("cutting")
-def test_faces_that_are_fed_in_parts_have_no_graph(bundle: Path) -> None:
-    cpu = load(bundle, "ort-cpu")
-    with load(bundle, "ort-tensorrt") as model:  # 32 at once
+def test_faces_that_are_fed_in_parts_have_no_graph(half_bundle: Path) -> None:
+    cpu = load(half_bundle, "ort-cpu")
+    with load(half_bundle, "ort-tensorrt") as model:  # 32 at once
         for i in range(3):
             check(model, cpu, i, 40)
             check(model, cpu, i, 3)
@@ -529,8 +535,11 @@ def test_files_that_an_engine_does_not_run(driver: DriverDouble, tmp_path: Path)
     manifest = Manifest.read(bundle)
     manifest.files["model.int8.onnx"] = file_entry(bundle / "model.int8.onnx", "onnx", precision="int8")
     manifest.write(bundle)
-    with pytest.raises(BackendError, match="ort-cuda runs files of precision fp16, fp32, not int8"):
+    told = "ort-cuda runs files of precision fp16, fp32, not int8; take one of these, or another backend"
+    with pytest.raises(BackendError, match=told):
         open_backend(bundle, "ort-cuda", "int8")
+    with pytest.raises(BackendError, match="has no int8-trt or fp16 file, only fp32, int8; kp export can add it"):
+        open_backend(bundle, "ort-tensorrt")  # it would compute float32 in TF32
     with pytest.raises(BackendError, match=r"model\.int8\.onnx is no TensorRT plan, and tensorrt runs nothing else"):
         open_backend(bundle / "model.int8.onnx", "tensorrt")
 

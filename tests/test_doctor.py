@@ -24,6 +24,7 @@ from kp_runtime.geometry import way_to_sample
 from kp_runtime.probes import Outcome, ask
 from kp_runtime.spec import FileEntry, Manifest, file_entry
 from tests.conftest import DETECTOR
+from tests.models import tiny_bundle
 
 CPU = ["CPUExecutionProvider"]
 GPU = ["TensorrtExecutionProvider", "CUDAExecutionProvider", *CPU]
@@ -69,10 +70,9 @@ FOUR = ("tensorrt", "ort-tensorrt", "ort-cuda", "ort-cpu")
 
 
 @pytest.fixture
-def planned(bundle: Path, tmp_path: Path) -> Path:
-    """A bundle with a plan."""
-    folder = tmp_path / "planned"
-    shutil.copytree(bundle, folder)
+def planned(tmp_path: Path) -> Path:
+    """A bundle with a plan and a file that every provider runs."""
+    folder = tiny_bundle(tmp_path / "planned", precision="fp16")
     (folder / "model.plan").write_bytes(b"plan")
     manifest = Manifest.read(folder)
     plan: dict[str, FileEntry] = {"model.plan": file_entry(folder / "model.plan", "plan", precision="fp16")}
@@ -391,7 +391,8 @@ def test_damaged_records_of_packages_are_passed_over(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("all_backends")
-def test_backends_that_do_not_claim_to_work_are_not_tried(bundle: Path, tmp_path: Path) -> None:
+def test_backends_that_do_not_claim_to_work_are_not_tried(tmp_path: Path) -> None:
+    bundle = tiny_bundle(tmp_path / "half", precision="fp16")
     answers = WITH_GPU | {"module tensorrt": ABSENT}
     answers = {name: answer for name, answer in answers.items() if "backend" not in name} | {
         "backend ort-cuda": WITH_GPU["backend ort-cuda"],
@@ -415,7 +416,7 @@ def test_a_bundle_without_a_file_for_the_gpu_is_no_fault_of_the_machine(bundle: 
     answers = {name: answer for name, answer in WITH_GPU.items() if "backend" not in name}
     diagnosis = looked(tmp_path / "packed", tmp_path, answers | {"backend ort-cpu": PLAIN["backend ort-cpu"]})
     assert diagnosis.healthy
-    for name, kinds in (("ort-cuda", "fp16 or fp32"), ("ort-tensorrt", "int8-trt or fp16 or fp32")):
+    for name, kinds in (("ort-cuda", "fp16 or fp32"), ("ort-tensorrt", "int8-trt or fp16")):
         finding = about(diagnosis, name)
         told = f"the bundle has no {kinds} file; kp export BUNDLE --fp16 --out FOLDER makes one"
         assert (finding.status, finding.found) == ("absent", told)

@@ -32,7 +32,7 @@ def engine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         CudaDriver()
     except BackendError as error:
         pytest.skip(str(error))
-    bundle = tiny_bundle(tmp_path_factory.mktemp(name))
+    bundle = tiny_bundle(tmp_path_factory.mktemp(name), precision="fp16" if name == "ort-tensorrt" else "fp32")
     if name == "tensorrt":
         add_plan_for_eight(bundle)
     else:
@@ -100,7 +100,7 @@ def test_more_faces_than_the_memory_holds(engine: DeviceBackend) -> None:
 
 def test_time_of_the_golden_check(engine: DeviceBackend, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It should be under 50 ms; printed, as nothing here may fail for a busy machine."""
-    bundle = tiny_bundle(tmp_path)
+    bundle = tiny_bundle(tmp_path, precision="fp16" if engine.name == "ort-tensorrt" else "fp32")
     if engine.name == "tensorrt":
         add_plan_for_eight(bundle)
     seconds = {}
