@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,10 @@ _LARGEST_PICTURE = (1 << 31) - 1  # bytes of a file; OpenCV counts them in 31 bi
 
 _LUMA_PLANES = ("gray", "nv12", "i420")
 _VIDEO = ("nv12", "i420")
+
+_MARKER = re.compile(rb"\xff+")  # how one begins: a JPEG may have any number of fill bytes (ISO/IEC 10918-1, B.1.1.2)
+_ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length of their own: TEM, restarts (B.1.1.3)
+_MOST_MARKERS = 10_000  # in front of a JPEG's scan; an upload of markers alone would keep all threads waiting
 
 # ITU-T H.273, 8.3, VideoFullRangeFlag 0: 16 is black, 235 is white
 _STRETCHED = np.clip((np.arange(256) - 16) * 255 / 219 + 0.5, 0, 255).astype(np.uint8)
@@ -270,10 +275,13 @@ def _is_cut_off(data: bytes | bytearray) -> bool:
     if not data.startswith(b"\xff\xd8"):
         return False
     at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
-        # markers without a length of their own: fill bytes, restarts (ISO/IEC 10918-1, B.1.1.3)
-        alone = data[at + 1] == 0xFF or data[at + 1] == 0x01 or 0xD0 <= data[at + 1] <= 0xD8
-        at += 1 if data[at + 1] == 0xFF else 2 if alone else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    for _ in range(_MOST_MARKERS):
+        marker = _MARKER.match(data, at)
+        if marker is None or marker.end() + 3 > len(data) or data[marker.end()] == 0xDA:
+            break
+        at = marker.end() + 1
+        if data[at - 1] not in _ALONE:
+            at += int.from_bytes(data[at : at + 2], "big")
     return data.find(b"\xff\xd9", at) < 0
 
 

@@ -4,13 +4,14 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 
 from kp_runtime.errors import ImageError, InputError, MissingExtraError
-from kp_runtime.frame import Frame, as_frame, image_from_bytes, image_from_file
+from kp_runtime.frame import Frame, _is_cut_off, as_frame, image_from_bytes, image_from_file
 
 # a TIFF header and one tag, 0x0112: turn by 90 degrees clockwise to see the picture upright
 EXIF_TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
@@ -196,6 +197,26 @@ def test_markers_without_a_length_are_passed_over(before: bytes, picture: np.nda
     assert image_from_bytes(whole).size == picture.size
     with pytest.raises(ImageError, match="is cut off"):
         image_from_bytes(whole[:-20])
+
+
+@pytest.mark.parametrize("repeated", [b"\xff", b"\xff\xd0", b"\xff\xe0\0\2"], ids=["fill", "RST0", "APP0"])
+def test_an_upload_of_markers_alone_takes_few_steps(repeated: bytes) -> None:
+    """Each holds Python's lock, for which all other threads wait."""
+    steps = 0
+
+    def step(*_: object) -> Any:
+        nonlocal steps
+        steps += 1
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(step)
+    try:
+        cut_off = _is_cut_off(b"\xff\xd8" + 100_000 * repeated)
+    finally:
+        sys.settrace(before)
+    assert cut_off
+    assert steps < 100_000
 
 
 def test_bytes_need_no_file(picture: np.ndarray) -> None:
