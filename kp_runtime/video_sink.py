@@ -12,6 +12,7 @@ import contextlib
 import glob
 import json
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,15 +93,15 @@ def open_sinks(
 
 
 def _temporary(path: Path) -> Path:
-    """Beside the target, with its suffix, which tells OpenCV the container."""
-    return path.with_name(f".{short_name(path.stem)}.{os.getpid()}.tmp{path.suffix}")
+    """Beside the target, with its suffix, which tells OpenCV the container; in containers, processes share numbers."""
+    return path.with_name(f".{short_name(path.stem)}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
 
 
 def _clear_of_the_dead(path: Path) -> None:
     """Removes temporary files of the same target whose processes were killed and are gone."""
     name = short_name(path.stem)
     for left in path.parent.glob(f".{glob.escape(name)}.*.tmp{path.suffix}"):
-        number = left.name.removeprefix(f".{name}.").removesuffix(f".tmp{path.suffix}")
+        number = left.name.removeprefix(f".{name}.").partition(".")[0]
         if os.name == "posix" and number.isascii() and number.isdigit() and not _is_alive(int(number)):
             with contextlib.suppress(OSError):
                 left.unlink()

@@ -7,6 +7,7 @@ pipelines) go on until they are stopped, and are opened anew when they go away.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import math
 import re
 import shlex
@@ -118,8 +119,8 @@ def open_source(
             )
         return FileSource(path, rate, say=say)
 
-    def live(name: str, opener: Callable[[], Any]) -> LiveSource:
-        return LiveSource(name, opener, rate=rate, patience=patience, stop=stop or threading.Event(), say=say)
+    def live(name: str, stem: str, opener: Callable[[], Any]) -> LiveSource:
+        return LiveSource(name, stem, opener, rate=rate, patience=patience, stop=stop or threading.Event(), say=say)
 
     cv2, text = import_cv2(), cv2_name(text)
     text = text.removeprefix("/dev/video") or text
@@ -127,22 +128,23 @@ def open_source(
         digits = text.lstrip("0") or "0"  # Python refuses to read thousands of them
         if len(digits) > 2:
             raise InputError(f"there is no camera {text}; cameras are counted from 0 (on Linux: ls /dev/video*)")
-        return live(f"camera {text}", lambda: cv2.VideoCapture(int(digits)))
+        return live(f"camera {text}", f"camera_{text}", lambda: cv2.VideoCapture(int(digits)))
     if _ADDRESS.match(text):
         limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _NETWORK_TIMEOUT_MS]
         limits += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, _NETWORK_TIMEOUT_MS]
         opened, name = [cv2.VideoCapture(text, cv2.CAP_FFMPEG, limits)], _without_password(text)
+        stem = _stem(name, text.partition("://")[2].rpartition("@")[2])
         if _FILE_ADDRESS.match(text) and _count(opened[0]):
-            return FileSource(Path(text), rate, opened.pop(), name)
+            return FileSource(Path(text), rate, opened.pop(), name, stem)
         # the connection that is there is used: some cameras serve one at a time
-        return live(name, lambda: opened.pop() if opened else cv2.VideoCapture(text, cv2.CAP_FFMPEG, limits))
+        return live(name, stem, lambda: opened.pop() if opened else cv2.VideoCapture(text, cv2.CAP_FFMPEG, limits))
     if "!" in text:
         if not cv2.videoio_registry.hasBackend(cv2.CAP_GSTREAMER):
             raise BackendError(
                 f"OpenCV {cv2.__version__} is built without GStreamer (PyPI's wheels are); "
                 "use the system's OpenCV (JetPack's and Debian's have it), a camera's index, or an rtsp:// address"
             )
-        return live("the pipeline", lambda: cv2.VideoCapture(text, cv2.CAP_GSTREAMER))
+        return live("the pipeline", _stem("the pipeline", text), lambda: cv2.VideoCapture(text, cv2.CAP_GSTREAMER))
     if is_other:
         raise InputError(f"{text} is a pipe or a device; give a video file, or a camera by its index")
     raise InputError(f"there is no video, folder, camera index, address (rtsp://…) or GStreamer pipeline {text!r}")
@@ -156,6 +158,7 @@ class FileSource:
         rate: frames a second, instead of what the file says.
         capture: the file, opened; opened by the path when None.
         name: for messages; the path when None.
+        stem: for the names of result files; the path's when None.
         say: is told that fewer frames could be read than the file counts, of one that is not cut off.
 
     Raises:
@@ -170,12 +173,13 @@ class FileSource:
         rate: float | None = None,
         capture: Any = None,
         name: str | None = None,
+        stem: str | None = None,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         cv2 = import_cv2()
         self._path, self._is_here, self._say = path, capture is None, say
         self.name = str(path) if name is None else name
-        self.stem = path.stem if name is None else _stem(name)
+        self.stem = path.stem if stem is None else stem
         self._cv2, self._rate_given = cv2, rate is not None
         self._capture = cv2.VideoCapture(cv2_name(path.absolute())) if self._is_here else capture
         read, image = self._capture.read()
@@ -252,6 +256,7 @@ class LiveSource:
 
     Args:
         name: for messages.
+        stem: for the names of result files.
         opener: gives a new `cv2.VideoCapture`.
         rate: frames a second, instead of what the source says.
         patience: for how many seconds it is opened anew; 0 takes the first missing frame as the end.
@@ -268,6 +273,7 @@ class LiveSource:
     def __init__(
         self,
         name: str,
+        stem: str,
         opener: Callable[[], Any],
         *,
         rate: float | None = None,
@@ -275,7 +281,7 @@ class LiveSource:
         stop: threading.Event,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.name, self.stem = name, _stem(name)
+        self.name, self.stem = name, stem
         self._opener, self._patience, self._stop, self._say = opener, patience, stop, say
         self._capture = opener()
         read, image = self._capture.read()
@@ -330,9 +336,9 @@ def _with_numbers(path: Path) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(re.split("([0-9]+)", path.name))]
 
 
-def _stem(name: str) -> str:
-    """Of what is no file on this machine: its name as one of a file."""
-    return re.sub(r"\W+", "_", name).strip("_")
+def _stem(name: str, whole: str) -> str:
+    """Of an address or a pipeline: its name as one of a file, and digits that tell it from others of that name."""
+    return re.sub(r"\W+", "_", name).strip("_") + "_" + hashlib.sha256(whole.encode()).hexdigest()[:8]
 
 
 def _count(capture: Any) -> int | None:

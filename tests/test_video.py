@@ -91,7 +91,7 @@ def live(*cameras: Camera, patience: float = 60.0, say: list[str] | None = None)
     waiting = list(cameras)
     told = [] if say is None else say
     opener = lambda: waiting.pop(0) if waiting else Camera()  # noqa: E731
-    return LiveSource("camera 3", opener, patience=patience, stop=threading.Event(), say=told.append)
+    return LiveSource("camera 3", "camera_3", opener, patience=patience, stop=threading.Event(), say=told.append)
 
 
 def take(items: Iterable[T], into: list[T]) -> None:

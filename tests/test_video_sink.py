@@ -62,12 +62,24 @@ def test_what_killed_runs_left_beside_the_target_is_cleared(tmp_path: Path) -> N
     kept = [
         f"{stem}.{os.getppid()}.tmp.mp4", f"{stem}.x.tmp.mp4", f"{stem}.{child.pid}.tmp.avi",
         f".b{stem}.{child.pid}.tmp.mp4", f"{stem}.{'9' * 30}.tmp.mp4",
+        f"{stem}.{os.getppid()}.0badcafe.tmp.mp4",
     ]  # fmt: skip
-    for name in (*kept, f"{stem}.{child.pid}.tmp.mp4", f"{stem}.{child.pid}.tmp.jsonl"):
+    for name in (*kept, f"{stem}.{child.pid}.tmp.mp4", f"{stem}.{child.pid}.0badcafe.tmp.jsonl"):
         (tmp_path / name).touch()
     for sink in open_sinks(["mp4", "jsonl"], tmp_path, "a[1]", rate=25, size_hw=SIZE_HW, live=False):
         sink.close(keep=False)
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
+
+
+def test_two_runs_of_one_process_number_share_no_temporary_file(tmp_path: Path) -> None:
+    """As in two containers, each of whose programs is process 1: the file is of the one that ends last, and whole."""
+    sinks = [open_sinks(["jsonl"], tmp_path, "a", rate=25, size_hw=SIZE_HW, live=True)[0] for _ in range(2)]
+    track = Track(1, np.zeros(4), np.zeros((68, 2), np.float32), 0.1)
+    for sink, frames in zip(sinks, (5, 2), strict=True):
+        for index in range(frames):
+            sink.write(VideoFrame(index, 0, picture(1)), (track,), None)
+        sink.close()
+        assert len((tmp_path / "a_keypoints.jsonl").read_text().splitlines()) == frames
 
 
 def test_a_name_as_long_as_a_file_can_have(tmp_path: Path) -> None:
