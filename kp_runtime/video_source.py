@@ -122,7 +122,8 @@ def open_source(
     def live(name: str, stem: str, opener: Callable[[], Any]) -> LiveSource:
         return LiveSource(name, stem, opener, rate=rate, patience=patience, stop=stop or threading.Event(), say=say)
 
-    cv2, text = import_cv2(), cv2_name(text)
+    shown = "of that name (left out here: it may hold a password)" if {"@", "?"} & set(text) else repr(text)
+    cv2, text = import_cv2(), cv2_name(text).strip()
     text = text.removeprefix("/dev/video") or text
     if text.isascii() and text.isdigit():
         digits = text.lstrip("0") or "0"  # Python refuses to read thousands of them
@@ -147,7 +148,7 @@ def open_source(
         return live("the pipeline", _stem("the pipeline", text), lambda: cv2.VideoCapture(text, cv2.CAP_GSTREAMER))
     if is_other:
         raise InputError(f"{text} is a pipe or a device; give a video file, or a camera by its index")
-    raise InputError(f"there is no video, folder, camera index, address (rtsp://…) or GStreamer pipeline {text!r}")
+    raise InputError(f"there is no video, folder, camera index, address (rtsp://…) or GStreamer pipeline {shown}")
 
 
 class FileSource:

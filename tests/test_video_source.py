@@ -275,6 +275,7 @@ def test_frames_of_a_pipeline_are_bgr_or_grey(shape: tuple[int, ...]) -> None:
         ),
         ("rtsp://camera.local?user=me&password=secret", "rtsp://camera.local", "rtsp_camera_local_6a8a7a8f"),
         ("rtsp://camera.local/live", "rtsp://camera.local/live", "rtsp_camera_local_live_5729c351"),
+        (" rtsp://me:secret@camera.local/live ", "rtsp://camera.local/live", "rtsp_camera_local_live_5729c351"),
         ("rtsp://me:sec?ret@camera.local/live", "rtsp://…", "rtsp_5729c351"),
         ("rtsp://me:sec/ret@camera.local/live", "rtsp://…", "rtsp_5729c351"),
         ("rtsp://camera.local?password=sec@ret", "rtsp://…", "rtsp_85e4aea1"),
@@ -299,6 +300,15 @@ def test_two_sources_share_no_files(one: str, other: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(cv2, "VideoCapture", lambda *words: Camera(5))
     monkeypatch.setattr(cv2.videoio_registry, "hasBackend", lambda backend: True)
     assert open_source(one).stem != open_source(other).stem == open_source(other).stem
+
+
+@pytest.mark.parametrize(
+    "text", ["rtsp:/admin:SECRET@cam1/live", "'rtsp://me:SECRET@cam'", "rtsp:/cam?password=SECRET"]
+)
+def test_a_mistyped_address_stays_out_of_messages(text: str) -> None:
+    with pytest.raises(InputError, match=r"address .* of that name \(left out here: it may hold a password\)$") as told:
+        open_source(text)
+    assert "SECRET" not in str(told.value)
 
 
 def test_a_file_behind_an_address_is_a_file(tmp_path: Path) -> None:
