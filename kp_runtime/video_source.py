@@ -260,7 +260,8 @@ class LiveSource:
         stem: for the names of result files.
         opener: gives a new `cv2.VideoCapture`.
         rate: frames a second, instead of what the source says.
-        patience: for how many seconds it is opened anew; 0 takes the first missing frame as the end.
+        patience: for how many seconds it is opened anew; 0 takes the first missing frame as the end. They and the waits
+            go on where it gives frames for no longer than the next wait, and begin anew where it does.
         stop: ends it.
         say: is told that it went away and came back.
 
@@ -284,6 +285,7 @@ class LiveSource:
     ) -> None:
         self.name, self.stem = name, stem
         self._opener, self._patience, self._stop, self._say = opener, patience, stop, say
+        self._away_since, self._back_at, self._wait = 0.0, -math.inf, _FIRST_WAIT
         self._capture = opener()
         read, image = self._capture.read()
         if not read:
@@ -305,31 +307,37 @@ class LiveSource:
         begin, index, image = time.monotonic(), 0, self._first
         try:
             while not self._stop.is_set():
-                yield VideoFrame(index, time.monotonic() - begin, image)
+                seen = time.monotonic()
+                yield VideoFrame(index, seen - begin, image)
                 index += 1
                 read, image = self._capture.read()
                 if not read:
                     if self._patience == 0:
                         return
-                    image = self._opened_anew()
+                    image = self._opened_anew(seen)
         finally:
             self._capture.release()
 
-    def _opened_anew(self) -> NDArray[np.uint8]:
+    def _opened_anew(self, seen: float) -> NDArray[np.uint8]:
         """The first frame after a gap; any one, which nobody will see, when it is stopped meanwhile."""
-        self._say(f"{self.name} went away; trying again for {self._patience:g} s")
-        begin, wait = time.monotonic(), _FIRST_WAIT
-        while time.monotonic() - begin < self._patience:
+        begin = time.monotonic()
+        if seen - self._back_at > self._wait:
+            self._away_since, self._wait = begin, _FIRST_WAIT
+        end = self._away_since + self._patience
+        if end > begin:
+            self._say(f"{self.name} went away; trying again for {round(end - begin, 1):g} s")
+        while (left := end - time.monotonic()) > 0:
             self._capture.release()
-            if self._stop.wait(min(wait, max(0.0, begin + self._patience - time.monotonic()))):
+            if self._stop.wait(min(self._wait, left)):
                 return self._first
+            self._wait = min(2 * self._wait, _LONGEST_WAIT)
             self._capture = self._opener()
             read, image = self._capture.read()
             if read:
-                self._say(f"{self.name} is back after {time.monotonic() - begin:.1f} s")
+                self._back_at = time.monotonic()
+                self._say(f"{self.name} is back after {self._back_at - begin:.1f} s")
                 return image  # type: ignore[no-any-return]
-            wait = min(2 * wait, _LONGEST_WAIT)
-        raise ImageError(f"{self.name} went away and was not back within {self._patience:g} s (--patience)")
+        raise ImageError(f"{self.name} went away and was not back for good within {self._patience:g} s (--patience)")
 
 
 def _with_numbers(path: Path) -> list[str | int]:

@@ -35,6 +35,18 @@ def no_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waits
 
 
+class Steady(Camera):
+    """One that gives a frame each 4 s of that clock."""
+
+    def __init__(self, clock: list[float], *script: int) -> None:
+        super().__init__(*script)
+        self.clock = clock
+
+    def read(self) -> tuple[bool, np.ndarray | None]:
+        self.clock += [4] if self.script else []
+        return super().read()
+
+
 def test_a_file_gives_every_frame_with_its_time(tmp_path: Path) -> None:
     source = open_source(str(video(tmp_path / "a.avi")))
     assert (source.live, source.rate, source.count, source.size_hw) == (False, 25.0, 20, SIZE_HW)
@@ -342,23 +354,34 @@ def test_a_stream_without_an_end_keeps_its_first_connection(monkeypatch: pytest.
 
 def test_a_camera_that_went_away_is_opened_anew(no_waits: list[float]) -> None:
     say: list[str] = []
-    first, broken, back = Camera(1, 2, rate=15.0), Camera(), Camera(3, 4)
+    first, broken, back = Camera(1, 2, rate=15.0), Camera(), Steady(no_waits, 3, 4)
     source = live(first, broken, back, say=say, patience=8)
     assert source.rate == 15.0
     shown: list[VideoFrame] = []
-    with pytest.raises(ImageError, match=r"camera 3 went away and was not back within 8 s \(--patience\)"):
+    with pytest.raises(ImageError, match=r"camera 3 went away and was not back for good within 8 s \(--patience\)"):
         take(source, shown)
     assert [(f.index, int(f.image[0, 0, 0])) for f in shown] == [(0, 1), (1, 2), (2, 3), (3, 4)]
-    assert [frame.seconds for frame in shown] == [0, 0, 1.5, 1.5]
+    assert [frame.seconds for frame in shown] == [0, 0, 5.5, 9.5]
     assert say == [
         "camera 3 went away; trying again for 8 s",
-        "camera 3 is back after 1.5 s",
+        "camera 3 is back after 5.5 s",
         "camera 3 went away; trying again for 8 s",
     ]
-    assert no_waits == [0.5, 1, 0.5, 1, 2, 4, 0.5]  # the last try is at the end of the patience
+    assert no_waits == [0.5, 1, 4, 4, 0.5, 1, 2, 4, 0.5]  # the last try is at the end of the patience
     assert first.released
     assert broken.released
     assert back.released
+
+
+def test_a_camera_that_gives_a_frame_each_time_uses_its_patience_up(no_waits: list[float]) -> None:
+    """And the waits grow: otherwise it said two lines each half a second, for ever."""
+    say: list[str] = []
+    source = live(*(Camera(7) for _ in range(99)), say=say, patience=30)
+    with pytest.raises(ImageError, match="camera 3 went away and was not back for good within 30 s"):
+        list(source)
+    assert no_waits == [0.5, 1, 2, 4, 8, 8, 6.5]
+    assert say[-2:] == ["camera 3 went away; trying again for 6.5 s", "camera 3 is back after 6.5 s"]
+    assert len(say) == 14
 
 
 def test_a_live_source_without_patience_ends(no_waits: list[float]) -> None:
@@ -401,7 +424,7 @@ def test_each_connection_to_a_stream_gives_up_when_nothing_comes(
         return Camera(5) if len(asked) == 1 else Camera()
 
     monkeypatch.setattr(cv2, "VideoCapture", opened)
-    with pytest.raises(ImageError, match="went away and was not back within 1 s"):
+    with pytest.raises(ImageError, match="went away and was not back for good within 1 s"):
         list(open_source("rtsp://camera.local/live", patience=1))
     limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, 10_000, cv2.CAP_PROP_READ_TIMEOUT_MSEC, 10_000]
     assert asked == [("rtsp://camera.local/live", cv2.CAP_FFMPEG, limits)] * 3
