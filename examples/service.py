@@ -322,6 +322,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings, app.state.service = settings, service
     metrics = service.metrics
     if metrics:
+        metrics.errors_may_be("request", "400", "408", "413", "415", "503", "BackendError", "ImageError")
         metrics.queues({"requests": lambda: door.inside, "crops": lambda: service.batching.waiting})
 
     @app.post("/keypoints")

@@ -74,6 +74,7 @@ class Metrics:
         """
         from kp_runtime import __version__
 
+        self.errors_may_be("model", "BackendError", "BoxError", "ImageError")
         report = model.backend.report
         self._backend.labels(model.spec.name).info(
             {"backend": report.backend, "file": report.file, "precision": report.precision, "version": __version__}
@@ -82,6 +83,7 @@ class Metrics:
 
     def detector(self, detector: Detector) -> FindFaces:
         """A function that calls the detector: stage `detect`, and its errors."""
+        self.errors_may_be("detector", "BackendError", "ImageError")
 
         def watched(image: Any, /, **rest: Any) -> NDArray[np.float64]:
             with self.errors("detector"), self.timer("detect"):
@@ -103,6 +105,11 @@ class Metrics:
         except Exception as error:
             self._errors.labels(where, kind(error)).inc()
             raise
+
+    def errors_may_be(self, where: str, *kinds: str) -> None:
+        """Shows errors of these kinds as 0 before the first one, which Prometheus' `increase` misses otherwise."""
+        for kind in kinds:
+            self._errors.labels(where, kind)
 
     def queues(self, lengths: Mapping[str, Callable[[], int]]) -> None:
         """Shows the length of each queue, asked for when the page is read; a name given again is the new one."""

@@ -278,6 +278,7 @@ def test_metrics_of_the_service(service: Any, bundle: Path, astronaut: Path) -> 
         'kp_stage_seconds_count{stage="detect"} 2.0',
         'kp_errors_total{kind="ImageError",where="request"} 1.0',
         'kp_errors_total{kind="415",where="request"} 1.0',
+        'kp_errors_total{kind="503",where="request"} 0.0',
         'kp_queue_length{queue="requests"} 0.0',
         'kp_queue_length{queue="crops"} 0.0',
     }

@@ -63,14 +63,18 @@ def test_a_callers_timer_and_options_are_the_callers(model: Any) -> None:
 
 def test_errors_are_counted_and_pass(model: Any) -> None:
     metrics = Metrics()
+    watched = metrics.model(model)
+    assert value(metrics, "kp_errors_total", where="model", kind="BoxError") == 0
     with pytest.raises(BoxError, match="not finite"):
-        metrics.model(model)(IMAGE, [[0.0, 0, np.nan, 9]])
+        watched(IMAGE, [[0.0, 0, np.nan, 9]])
 
     def broken(image: Any) -> Any:
         raise BackendError("no detector")
 
+    detector = metrics.detector(broken)
+    assert value(metrics, "kp_errors_total", where="detector", kind="BackendError") == 0
     with pytest.raises(BackendError, match="no detector"):
-        metrics.detector(broken)(IMAGE)
+        detector(IMAGE)
     assert value(metrics, "kp_errors_total", where="model", kind="BoxError") == 1
     assert value(metrics, "kp_errors_total", where="detector", kind="BackendError") == 1
     assert value(metrics, "kp_calls_total") == 0
