@@ -6,11 +6,12 @@ What it does    POST an image (JPEG or PNG, as the body) to /keypoints -> JSON w
 What it needs   pip install 'kp-edge[image,ort,serve,metrics]'; a bundle
 How to run      KP_MODEL=BUNDLE uvicorn examples.service:app, or KP_MODEL=BUNDLE python examples/service.py
 How to ask      curl --data-binary @photo.jpg http://127.0.0.1:8000/keypoints
-Settings        environment variables, see `Settings`; with `uvicorn`, host and port are its own options, and so is
-                --no-access-log, which the program has set
+Settings        environment variables, see `Settings`; with `uvicorn`, host and port are its own options, and so are
+                --no-access-log and --timeout-graceful-shutdown, which the program has set
 Errors          {"detail": "one line"}: 400 no image, 408 slow upload, 413 too large, 415 neither JPEG nor
-                PNG, 503 busy (with Retry-After), 500 the engine failed, 501 metrics without prometheus_client
-How it ends     with status 1 where the engine fails or hangs, so that systemd or Docker start it again: see `watch`
+                PNG, 503 busy or ending (with Retry-After), 500 the engine failed, 501 metrics without prometheus_client
+How it ends     with status 1 where the engine fails or hangs, so that systemd or Docker start it again: see `watch`;
+                at SIGTERM when what it has let in is answered, or `body_seconds` and 5 s have passed
 What was run    here, on x86-64 CPUs: the tests, in one process and over a socket. Not run: GPU engines
 What it gains   calls are shared where the network is what requests wait for. With Haar on two busy cores it is
                 not: 64 requests of 8 clients, one face each, made 62 calls
@@ -331,7 +332,10 @@ def create_app(settings: Settings) -> FastAPI:
             data = await body_of(request, settings)
             if not data.startswith(MAGIC):
                 raise HTTPException(415, "the body is neither a JPEG nor a PNG; send the image's bytes as they are")
-            return JSONResponse(await asyncio.get_running_loop().run_in_executor(threads, service.answer, data))
+            try:
+                return JSONResponse(await asyncio.get_running_loop().run_in_executor(threads, service.answer, data))
+            except asyncio.CancelledError as error:  # uvicorn waits no longer
+                raise HTTPException(503, "the service ends; try again in a second", {"Retry-After": "1"}) from error
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -374,5 +378,9 @@ def __getattr__(name: str) -> FastAPI:
 
 if __name__ == "__main__":
     app = app_or_exit()
+    settings = app.state.settings
     # a line a request would be most of a board's journal; what is asked, /metrics counts
-    uvicorn.run(app, host=app.state.settings.host, port=app.state.settings.port, access_log=False)
+    uvicorn.run(
+        app, host=settings.host, port=settings.port, access_log=False,
+        timeout_graceful_shutdown=settings.body_seconds + 5,
+    )  # fmt: skip

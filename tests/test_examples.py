@@ -436,6 +436,23 @@ def test_requests_over_a_socket_share_one_call(
     assert too_large == (413, {"detail": "an image may have 3 megapixels; send a smaller one"})
 
 
+def test_a_service_that_is_ended_waits_for_no_request_for_ever(service: Any, bundle: Path, astronaut: Path) -> None:
+    pytest.importorskip(
+        "prometheus_client", reason="prometheus_client, which the metrics are made with, is not installed"
+    )
+
+    def waits(url: str) -> bool:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as page:
+            return b'kp_queue_length{queue="crops"} 1.0' in page.read()
+
+    settings = {"KP_WAIT_MS": "50000", "KP_BODY_SECONDS": "1"}  # the one face waits for others
+    with ThreadPoolExecutor(1) as thread:
+        with serving("examples/service.py", KP_MODEL=str(bundle), **settings) as url:
+            posted = thread.submit(ask, f"{url}/keypoints", astronaut.read_bytes())
+            until(lambda: waits(url))
+        assert posted.result() == (503, {"detail": "the service ends; try again in a second"})
+
+
 @pytest.mark.parametrize("words", [("examples/service.py",), ("-m", "uvicorn", "examples.service:app")])
 def test_a_service_without_its_model_ends_with_one_line(service: Any, words: tuple[str, ...]) -> None:
     ended = subprocess.run(
