@@ -88,7 +88,7 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     devices: Annotated[str, typer.Option(help="Number of devices, or auto.")] = "auto",
-    accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu.")] = "auto",
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu; on Apple silicon cpu.")] = "auto",
     strategy: Annotated[str, typer.Option(help="Lightning's strategy, such as ddp.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that make crops, for each device.")] = 1,
     picture_every: Annotated[int, typer.Option(min=1, help="Epochs between two pictures of held-out faces.")] = 5,

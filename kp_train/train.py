@@ -134,7 +134,7 @@ def train(
         resume: go on from `run/state/last`. Below torchrun a run that has begun always goes on. A run that is
             finished is left as it is, with what was exported and measured since.
         devices: as Lightning takes them: `auto`, a number, a list. torchrun says it by its processes.
-        accelerator: `auto`, `cpu`, `gpu`.
+        accelerator: `auto`, `cpu`, `gpu`; on Apple silicon `cpu` alone.
         strategy: Lightning's, such as `ddp`.
         workers: processes that make crops, for each device.
         picture_every: epochs between two pictures of held-out faces.
@@ -154,7 +154,10 @@ def train(
     if init is not None and weights not in ("auto", "none"):
         raise InputError(f"a run begins at --init {init} or at --weights {weights}; leave one out")
     trainer = _trainer(config, run, devices, accelerator, strategy, progress)
-    on_cpu = trainer.strategy.root_device.type == "cpu"
+    device = trainer.strategy.root_device.type
+    if device == "mps":  # pytorch/pytorch#175189: BatchNorm's gradients in channels_last, as here, were silently wrong
+        raise InputError("training was not tried on Apple's GPU; give --accelerator cpu")
+    on_cpu = device == "cpu"
     if on_cpu and config.precision == "16-mixed":  # Lightning would take bf16-mixed, and the record would not say so
         raise InputError("--precision 16-mixed is for GPUs; on this processor give bf16-mixed or 32-true")
     if on_cpu and config.precision.startswith("bf16") and has_bfloat16() is False and trainer.is_global_zero:

@@ -69,6 +69,14 @@ def test_fp16_is_refused_where_lightning_would_take_bfloat16(tmp_path: Path) -> 
         train([], recipe("default", precision="16-mixed"), tmp_path / "r", accelerator="cpu", progress=False)
 
 
+@pytest.mark.parametrize("accelerator", ["auto", "gpu"])
+def test_apple_s_gpu_is_refused(accelerator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for part in ("fabric", "pytorch"):
+        monkeypatch.setattr(f"lightning.{part}.accelerators.mps.MPSAccelerator.is_available", lambda: True)
+    with pytest.raises(InputError, match="training was not tried on Apple's GPU; give --accelerator cpu"):
+        train([], recipe("default"), tmp_path / "r", accelerator=accelerator, progress=False)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e30])
 def test_faces_of_a_run_that_leaves_all_measure_are_drawn(faces: Path, tmp_path: Path, value: float) -> None:
     """Its end says what is wrong (`check_finite`), or it comes back."""
