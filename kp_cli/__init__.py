@@ -77,6 +77,8 @@ def main() -> None:
         with one_line_errors("kp"):
             app()
     except ImportError as error:
+        if error.name == "fcntl":
+            fail("kp", "this command needs Linux or macOS, as it locks bundles by fcntl; on Windows use WSL")
         tools = "kp-edge-tools " if (error.name or "").partition(".")[0] in ("kp_train", "kp_export") else ""
         wanted = f"pip install {tools}'kp-edge[export]'"
         fail("kp", f"this command needs a package that is not here ({error}); run: {wanted}")

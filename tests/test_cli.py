@@ -482,6 +482,17 @@ def test_a_model_file_is_measured_without_torch(
     assert json.loads(lean(*words, "--out", tmp_path / "tuned.json"))["trials"][0]["rise"]["points"] == 0
 
 
+def test_a_system_that_locks_files_otherwise_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+) -> None:
+    for name in ("kp_export.pack", "kp_export.staging"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows has none
+    status, _, err = kp(capsys, "pack", bundle, "--precision", "fp32", "--out", tmp_path / "p")
+    assert status == 1
+    assert err == "kp: this command needs Linux or macOS, as it locks bundles by fcntl; on Windows use WSL\n"
+
+
 def test_a_shell_in_a_replaced_bundle_is_told(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
 ) -> None:
