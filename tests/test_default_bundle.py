@@ -37,6 +37,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundle
 
 
+@pytest.mark.skipif(not (ENGINES.parent / ".git").exists(), reason="this is no checkout")
+def test_a_checkout_on_windows_changes_no_line_end(tmp_path: Path) -> None:
+    """There core.autocrlf is true as a rule, and the files' hashes would hold no longer."""
+    names = ["engines/resnet18-68/parity.json", "scripts/check"]
+    git = ["git", "-C", str(ENGINES.parent), "-c", "core.autocrlf=true"]
+    subprocess.run([*git, "checkout-index", f"--prefix={tmp_path}/", "--", *names], check=True)
+    assert [name for name in names if b"\r" in (tmp_path / name).read_bytes()] == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_real_portrait(exported: Path, astronaut: Path, precision: str) -> None:
