@@ -331,6 +331,13 @@ def test_wrong_blocks_are_found(text: str, title: str | None, wrong: str) -> Non
         (_run_shell if block.is_run else test_what_is_not_run_has_a_reason_and_exists)(block)
 
 
+@pytest.mark.parametrize(("name", "count"), [("README.md", 2), ("docs/index.md", 2), ("docs/quickstart.md", 1)])
+def test_what_is_typed_first_has_no_comment(name: str, count: int) -> None:
+    """zsh, the shell of Macs, hands what stands behind a `#` to the command."""
+    shell = [block for block in blocks_of(ROOT / name) if block.language == "sh"]
+    assert [block.where for block in shell[:count] if "#" in block.text] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=ids)
 def test_fences_are_of_a_known_kind(page: Path) -> None:
     blocks = blocks_of(page)
