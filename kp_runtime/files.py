@@ -8,7 +8,7 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from kp_runtime.errors import InputError, KpError
 
 __all__ = [
     "as_path",
+    "files_with_suffix",
     "git_revision",
     "make_folder",
     "open_plain",
@@ -62,6 +63,16 @@ def writing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def files_with_suffix(paths: Iterable[Path], suffixes: Collection[str]) -> list[Path]:
+    """The files among some paths with one of these suffixes, in small letters or capitals, in order.
+
+    Without those that a Mac leaves beside files on other systems' disks and in archives: `._photo.jpg` is no photo.
+    """
+    return sorted(
+        path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith("._") and path.is_file()
+    )
 
 
 def make_folder(out: Path) -> None:

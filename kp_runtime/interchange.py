@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import DataError, InputError, MissingExtraError, reason_of
-from kp_runtime.files import writing
+from kp_runtime.files import files_with_suffix, writing
 from kp_runtime.frame import IMAGE_SUFFIXES, image_from_file
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.scheme68 import CONTOURS, POINTS, point_names
@@ -231,7 +231,7 @@ def pts_text(xy: NDArray[np.floating]) -> str:
 
 def pts_files(folder: Path) -> list[Path]:
     """The `.pts` files of a folder and of those in it, in order; cameras write suffixes in capitals."""
-    return sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".pts" and file.is_file())
+    return files_with_suffix(folder.rglob("*"), (".pts",))
 
 
 def _image_beside(label: Path) -> Path | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kp_runtime.detect import Detector
 from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.errors import ImageError, InputError, KpError, NotDrawnError
-from kp_runtime.files import writing
+from kp_runtime.files import files_with_suffix, writing
 from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, cv2_name, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
 from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
@@ -65,7 +65,7 @@ def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
     photos: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            inside = files_with_suffix(path.iterdir(), IMAGE_SUFFIXES)
             if not inside:
                 raise ImageError(f"{path} holds no photos ({', '.join(IMAGE_SUFFIXES)})")
             photos += inside

@@ -203,6 +203,14 @@ def test_suffixes_in_capitals_as_cameras_write_them(tmp_path: Path) -> None:
     assert [face.image for face in faces_from_file(tmp_path, "pts")] == ["a.JPG", "b"]
 
 
+def test_what_a_mac_leaves_beside_files_is_no_label(tmp_path: Path) -> None:
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "a.pts").write_text(pts_text(FACES[0].xy))
+    for name in ("._a.pts", "__MACOSX/._a.pts"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert [face.image for face in faces_from_file(tmp_path, "pts")] == ["a"]
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_a_file_name_that_is_no_text(tmp_path: Path, kind: str) -> None:
     if kind == "parquet":

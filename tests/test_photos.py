@@ -49,6 +49,7 @@ def test_photos_of_a_folder_and_by_name(tmp_path: Path) -> None:
     inside = [write_picture(folder / name) for name in ("b.JPG", "a.png", "c.webp")]
     (folder / "notes.txt").write_text("")
     (folder / "folder.jpg").mkdir()
+    (folder / "._a.png").write_bytes(b"left by a Mac")
     assert photos_from_paths([inside[2], folder]) == [inside[2], inside[1], inside[0], inside[2]]
 
 

@@ -141,6 +141,7 @@ def test_pictures_without_faces(tmp_path: Path, source: Path) -> None:
         read_pictures([tmp_path])
     (tmp_path / "more").mkdir()
     cv2.imwrite(str(tmp_path / "more" / "A.PNG"), np.full((50, 60), 77, np.uint8))
+    (tmp_path / "more" / "._A.PNG").write_bytes(b"left by a Mac")
     pictures = read_pictures([tmp_path])
     assert [luma.shape for luma in pictures.lumas] == [(50, 60)]
     assert len(pictures.sha256) == 64
