@@ -176,7 +176,7 @@ def write_results(photos: Sequence[Photo | FailedPhoto], out: Path, formats: Seq
     """
     check_formats(formats)
     faces = [
-        LabelledFace(str(photo.path), xy.astype(np.float64), box, photo.keypoints.size_hw)
+        LabelledFace(photo.path.as_posix(), xy.astype(np.float64), box, photo.keypoints.size_hw)
         for photo in photos
         if isinstance(photo, Photo)
         for xy, box in zip(photo.keypoints.xy, photo.keypoints.boxes_xyxy, strict=True)
@@ -201,6 +201,7 @@ def write_results(photos: Sequence[Photo | FailedPhoto], out: Path, formats: Seq
 def results_json(photos: Sequence[Photo | FailedPhoto]) -> list[dict[str, Any]]:
     """All photos' faces as plain data: path, size, boxes, keypoints; `error` in their place where one failed."""
     return [
-        {"image": str(photo.path)} | (photo.keypoints.to_json() if isinstance(photo, Photo) else {"error": photo.error})
+        {"image": photo.path.as_posix()}
+        | (photo.keypoints.to_json() if isinstance(photo, Photo) else {"error": photo.error})
         for photo in photos
     ]

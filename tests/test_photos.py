@@ -3,7 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import cv2
@@ -173,6 +173,14 @@ def test_csv_there_and_back(tmp_path: Path) -> None:
         read = [[float(row[f"{name}_{axis}"]) for axis in "xy"] for name in point_names()]
         assert_close(read, xy, MAP_PX, "points")
     assert [float(rows[1][name]) for name in ("x0", "y0", "x1", "y1")] == [4, 5, 6, 7]
+
+
+def test_paths_of_windows_are_written_with_slashes(tmp_path: Path) -> None:
+    """So that a file can be read on another system."""
+    path: Any = PureWindowsPath("x") / "a.jpg"
+    table, document = write_results([Photo(path, made_up("", 1).keypoints, None)], tmp_path, ["csv", "json"])
+    assert table.read_text(encoding="utf-8").splitlines()[1].startswith("x/a.jpg,")
+    assert json.loads(document.read_text(encoding="utf-8"))[0]["image"] == "x/a.jpg"
 
 
 def test_pts_there_and_back(tmp_path: Path) -> None:
