@@ -26,6 +26,7 @@ from kp_export.pack import pack_bundle
 from kp_export.staging import locked, mend
 from kp_runtime.backend import CPU_ORDER, GOLDEN_NAME, ORDER, best_first
 from kp_runtime.errors import BundleError, ExportError
+from kp_runtime.files import sync
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 from kp_runtime.triton_model import DETECTOR_FOLDER, PROBE
 
@@ -384,5 +385,4 @@ def _sync(folder: Path) -> None:
     """Waits until all files are on the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+            sync(path)

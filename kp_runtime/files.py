@@ -24,6 +24,7 @@ __all__ = [
     "sha256_of_file",
     "sha256_of_open_file",
     "short_name",
+    "sync",
     "writing",
 ]
 
@@ -55,14 +56,19 @@ def writing(path: Path) -> Iterator[Path]:
             raise KpError(f"can't write {path}: it is a folder, device or pipe; name a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise KpError(f"can't write {path}: {error.strerror or error}; what was there before is unchanged") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file that was written is on its disk."""
+    with open(path, "r+b") as file:  # Windows refuses to sync what is open for reading alone
+        os.fsync(file.fileno())
 
 
 def files_with_suffix(paths: Iterable[Path], suffixes: Collection[str]) -> list[Path]:

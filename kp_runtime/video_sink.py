@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import InputError, KpError
-from kp_runtime.files import make_folder, short_name
+from kp_runtime.files import make_folder, short_name, sync
 from kp_runtime.frame import cv2_name, import_cv2
 from kp_runtime.interchange import import_pyarrow
 from kp_runtime.track import Track
@@ -299,8 +299,7 @@ def _end(temporary: Path, path: Path, keep: bool) -> None:
         if not keep:
             temporary.unlink(missing_ok=True)
             return
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         os.replace(temporary, path)
     except OSError as error:
         raise KpError(f"can't write {path}: {error.strerror or error}; what was written is {temporary}") from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -195,6 +196,16 @@ def test_a_full_disk_keeps_the_old_file(place: str, tmp_path: Path, monkeypatch:
         temporary.write_text("new")
     assert path.read_text() == "old"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_file_is_synced_as_windows_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sync(descriptor: int) -> None:
+        assert fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with writing(tmp_path / "a.txt") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "a.txt").read_text() == "new"
 
 
 def test_writing_under_a_file(tmp_path: Path) -> None:
