@@ -36,6 +36,7 @@ __all__ = [
     "apply_matrix",
     "box_of_face",
     "boxes_from_points",
+    "boxes_to_compare",
     "crop_from_luma",
     "crop_from_window",
     "crop_plan",
@@ -54,6 +55,7 @@ _FAR = 32767 << 10
 """The farthest position that `remap` takes, in 1024ths of a pixel; all beyond it has the edge's grey level, as this."""
 
 _SAME = 0.25  # overlap over which a detector's box is of the labelled face
+_FLATTEST = 1 / 3  # least shorter side of a box that is compared, in longer ones
 
 
 def point_array(xy: ArrayLike) -> NDArray[np.float64]:
@@ -86,6 +88,18 @@ def boxes_from_points(xy: ArrayLike) -> NDArray[np.float64]:
     if points.ndim < 2 or points.shape[-1] != 2 or points.shape[-2] == 0:
         raise InputError(f"points must be (..., p, 2) with x and y, one or more in each set; got shape {points.shape}")
     return np.concatenate([points.min(axis=-2), points.max(axis=-2)], axis=-1)
+
+
+def boxes_to_compare(xy: ArrayLike) -> NDArray[np.float64]:
+    """As `boxes_from_points`, but flat boxes are thicker: those of closed eyes or a line overlap with next to nothing.
+
+    Their middle and their longer side stay, and with them the crop.
+    """
+    boxes = boxes_from_points(xy)
+    size = boxes[..., 2:] - boxes[..., :2]
+    more = np.maximum(_FLATTEST * size.max(axis=-1, keepdims=True) - size, 0) / 2
+    thicker: NDArray[np.float64] = boxes + np.concatenate([-more, more], axis=-1)
+    return thicker
 
 
 def frame_box(size_hw: tuple[int, int], fraction: float = 224 / 250) -> NDArray[np.float64]:

@@ -412,8 +412,8 @@ def _box_fault(box: list[float], size_hw: tuple[int, int]) -> str | None:
     height, width = size_hw
     if not all(map(math.isfinite, box)):
         return "is not finite"
-    if not (x1 - x0 >= 1 and y1 - y0 >= 1):
-        return "is under one pixel wide or high (the order is x0, y0, x1, y1)"
+    if min(x1 - x0, y1 - y0) < 0 or max(x1 - x0, y1 - y0) < 1:  # a flat box of points has a crop, by its longer side
+        return "is under one pixel wide and high, or ends before it begins (the order is x0, y0, x1, y1)"
     if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
         return f"lies outside the {width} x {height} image"
     if max(x1 - x0, y1 - y0) > 100 * max(height, width):

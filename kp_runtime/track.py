@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.errors import InputError
 from kp_runtime.frame import Frame, as_frame
-from kp_runtime.geometry import boxes_from_points, overlaps
+from kp_runtime.geometry import boxes_to_compare, overlaps
 from kp_runtime.results import Keypoints
 from kp_runtime.smooth import OneEuro
 
@@ -32,7 +32,7 @@ _SHIFT, _ENLARGED = 0.07, 1.12
 """The second look's box: right and down by this share of the longer side, and this much larger."""
 
 _SMALLEST = 4.0
-"""Least side of a face's box in pixels."""
+"""Least longer side of a face's box in pixels."""
 
 _COVERED = 5
 """Frames on which the box of a face that something begins to cover may slide along with it, until the face is lost."""
@@ -257,7 +257,7 @@ class Tracker:
             both = self._model(image, np.concatenate([searched, second_boxes])).xy
             xy, second = both[: len(boxes)], both[len(boxes) :]
             scores = disagreement(xy, second, searched)
-        return [_Look(*look) for look in zip(searched, xy, boxes_from_points(xy), scores.tolist(), strict=True)]
+        return [_Look(*look) for look in zip(searched, xy, boxes_to_compare(xy), scores.tolist(), strict=True)]
 
     def _is_face(self, look: _Look, size_wh: tuple[int, ...]) -> bool:
         """Whether it is a face that can be followed."""
@@ -286,7 +286,7 @@ class Tracker:
             return
         # a detector's box is rough: what is judged is the box of the points in it
         points = self._model(image, boxes[free]).xy
-        around, is_there = boxes_from_points(points), _touches if trust else _on_image
+        around, is_there = boxes_to_compare(points), _touches if trust else _on_image
         there = [row for row, box in enumerate(around) if is_there(box, size_wh)]
         for row, look in zip(there, self._look(image, size_wh, [around[row] for row in there]), strict=True):
             others = [other.box for other in found.values()]
@@ -348,13 +348,13 @@ def disagreement(
 def _on_image(box: NDArray[np.float64], size_wh: tuple[int, ...]) -> bool:
     """Whether a box has its centre on the image and some size."""
     centre, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
-    return bool((centre >= 0).all() and (centre < size_wh).all() and (size >= _SMALLEST).all())
+    return bool((centre >= 0).all() and (centre < size_wh).all() and size.max() >= _SMALLEST)
 
 
 def _touches(box: NDArray[np.float64], size_wh: tuple[int, ...]) -> bool:
     """Whether any of a box is on the image, and it has some size."""
     on_it = (box[2:] > 0).all() and (box[:2] < size_wh).all()
-    return bool(on_it and (box[2:] - box[:2] >= _SMALLEST).all())
+    return bool(on_it and (box[2:] - box[:2]).max() >= _SMALLEST)
 
 
 def _overlap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

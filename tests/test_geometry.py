@@ -16,6 +16,7 @@ from kp_runtime.geometry import (
     apply_matrix,
     box_of_face,
     boxes_from_points,
+    boxes_to_compare,
     crop_from_luma,
     crop_from_window,
     crop_plan,
@@ -280,3 +281,9 @@ def test_a_detectors_box_of_a_face_overlaps_most_and_by_over_a_quarter() -> None
     assert box_of_face(boxes, truth).tolist() == [0, 0, 8, 7]
     assert box_of_face(boxes[[0, 3]], truth) is None
     assert box_of_face(np.empty((0, 4)), truth) is None
+
+
+def test_flat_boxes_are_compared_thicker_with_the_same_crop() -> None:
+    level, usual = np.array([[10.0, 20], [70, 20]]), np.array([[10.0, 20], [70, 40]])
+    assert boxes_to_compare(np.stack([level, usual])).tolist() == [[10, 10, 70, 30], [10, 20, 70, 40]]
+    assert boxes_to_compare(level[:, ::-1]).tolist() == [10, 10, 30, 70]

@@ -14,7 +14,7 @@ from kp_runtime import BackendError, BoxError, Frame, ImageError, InputError, Mi
 from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
 from kp_runtime.geometry import boxes_from_points
-from kp_runtime.pipeline import checked_boxes
+from kp_runtime.pipeline import boxes_of_next_look, checked_boxes
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
 from tests.conftest import no_thread_at
@@ -104,9 +104,10 @@ def test_grey_rgb_and_rgba_images(model: Model, rng: np.random.Generator) -> Non
         ([[0, 0, np.nan, 9]], r"box 0 \[0\.0, 0\.0, nan, 9\.0\] is not finite"),
         ([BOX, [np.inf, 0, np.inf, 9]], "box 1 .* is not finite"),
         ([[-np.inf, 0, 9, 9]], "is not finite"),
-        ([[10, 10, 10, 40]], "is under one pixel wide or high"),
-        ([[10, 10, 10.9, 40]], "is under one pixel wide or high"),
-        ([[40, 40, 10, 10]], r"under one pixel.*\(the order is x0, y0, x1, y1\)"),
+        ([[10, 10, 10, 10]], "is under one pixel wide and high"),
+        ([[10, 10, 10.9, 10.9]], "is under one pixel wide and high"),
+        ([[40, 40, 10, 10]], r"ends before it begins \(the order is x0, y0, x1, y1\)"),
+        ([[40, 10, 39, 40]], "ends before it begins"),
         ([[320, 10, 400, 40]], "lies outside the 320 x 240 image"),
         ([[-50, 10, 0, 40]], "lies outside the 320 x 240 image"),
         ([[10, -50, 40, 0]], "lies outside the 320 x 240 image"),
@@ -127,7 +128,9 @@ def test_bad_boxes(boxes: object, message: str) -> None:
         checked_boxes(boxes, (240, 320))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("box", [[-60, -60, 1, 1], [319, 239, 400, 400], [5, 5, 6, 6], [-5000, -5000, 5000, 5000]])
+@pytest.mark.parametrize(
+    "box", [[-60, -60, 1, 1], [319, 239, 400, 400], [5, 5, 6, 6], [5, 5, 5, 6], [-5000, -5000, 5000, 5000]]
+)
 def test_boxes_at_the_limits_work(box: list[float], model: Model, image: np.ndarray) -> None:
     assert np.isfinite(model(image, [box]).xy).all()
 
@@ -202,6 +205,11 @@ class OneSpot(Backend):
 def test_a_second_look_that_has_no_box_leaves_the_first(image: np.ndarray) -> None:
     model = Model(OneSpot(ModelSpec("x", SIZE)))
     assert np.array_equal(model(image, [[20, 30, 80, 100]], looks=2).xy, model(image, [[20, 30, 80, 100]]).xy)
+
+
+def test_a_second_look_at_points_on_one_line_goes_by_their_length() -> None:
+    boxes = boxes_of_next_look(np.array([[[30.0, 40], [70, 40]]]), np.array([[10.0, 10, 90, 90]]), [(100, 100)])
+    assert checked_boxes(boxes, (100, 100)).tolist() == [[30, 40, 70, 40]]
 
 
 def test_a_look_at_the_mirror_image_counts_as_much_as_the_plain_one(model: Model, image: np.ndarray) -> None:

@@ -44,9 +44,11 @@ class World:
         self.batches: list[int] = []
         self._rng = np.random.default_rng(1)
 
+    def places(self) -> list[tuple[float, float]]:
+        return [place for way in self.ways if (place := way(self.now)) is not None]
+
     def faces(self) -> list[np.ndarray]:
-        places = [way(self.now) for way in self.ways]
-        return [mean_shape() * 50 + place for place in places if place is not None]
+        return [mean_shape() * 50 + place for place in self.places()]
 
     def detect(self, image: np.ndarray) -> np.ndarray:
         boxes = [boxes_from_points(face) + 6 for face in self.faces()] + [np.array(box) for box in self.false_boxes]
@@ -326,6 +328,22 @@ def test_a_face_that_shrinks_to_a_spot_is_lost(trust: bool) -> None:
     world = Shrinking()
     found = world.run(world.tracker(trust_detector=trust, detect_every=1), range(15))
     assert [len(tracks) for tracks in found] == [1] * 10 + [0] * 5
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_points_on_a_line_are_followed(trust: bool) -> None:
+    """Two pupils, or eyes that are closed: the longer side counts, and a pixel up or down is no other face."""
+
+    class Pupils(World):
+        def faces(self) -> list[np.ndarray]:
+            return [np.array([[x - 30, y], [x + 30, y + self.now // 2 % 2]]) for x, y in self.places()]
+
+        def detect(self, image: np.ndarray) -> np.ndarray:
+            return np.array([[x - 60, y - 45, x + 60, y + 75] for x, y in self.places()])
+
+    world = Pupils(lambda t: (300 + t, 300 + t % 2), lambda _: (700, 300))
+    found = world.run(world.tracker(trust_detector=trust, detect_every=5), range(40))
+    assert [ids(tracks) for tracks in found] == [[1, 2]] * 40
 
 
 def test_a_second_look_stays_on_the_image() -> None:
