@@ -276,5 +276,4 @@ def answer_in_frames(
 
 
 def _box(face: Face, frame: Frame, detector: Detector | None) -> NDArray[np.float64] | None:
-    truth = boxes_from_points(face.xy)
-    return truth if detector is None else box_of_face(detector(frame), truth)
+    return boxes_from_points(face.xy) if detector is None else box_of_face(detector(frame), face.xy)

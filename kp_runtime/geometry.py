@@ -30,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.errors import InputError, KpWarning
 from kp_runtime.frame import Scratch, import_cv2
+from kp_runtime.scheme68 import POINTS
 
 __all__ = [
     "CropPlan",
@@ -55,6 +56,7 @@ _FAR = 32767 << 10
 """The farthest position that `remap` takes, in 1024ths of a pixel; all beyond it has the edge's grey level, as this."""
 
 _SAME = 0.25  # overlap over which a detector's box is of the labelled face
+_COVERED = 0.5  # the same of other points than the 68, in the smaller of both boxes: they may span less of a face
 _FLATTEST = 1 / 3  # least shorter side of a box that is compared, in longer ones
 
 
@@ -198,16 +200,17 @@ def overlaps(boxes_xyxy: FloatArray, others_xyxy: FloatArray, of_smaller: bool =
     return shares
 
 
-def box_of_face(boxes_xyxy: NDArray[np.float64], truth_xyxy: FloatArray) -> NDArray[np.float64] | None:
+def box_of_face(boxes_xyxy: NDArray[np.float64], xy: FloatArray) -> NDArray[np.float64] | None:
     """The one of a detector's boxes `(n, 4)` that is of a labelled face, `(4,)`: it overlaps most with the face's own.
 
     None where there is none: a box of somebody else's face, or of no face, is the detector's miss.
     """
     if not len(boxes_xyxy):
         return None
-    shares = overlaps(boxes_xyxy, truth_xyxy[None])[:, 0]
+    own = len(xy) != POINTS
+    shares = overlaps(boxes_xyxy, boxes_to_compare(xy)[None], of_smaller=own)[:, 0]
     best = int(shares.argmax())
-    return boxes_xyxy[best] if shares[best] > _SAME else None
+    return boxes_xyxy[best] if shares[best] > (_COVERED if own else _SAME) else None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import box_of_face, boxes_from_points
+from kp_runtime.geometry import box_of_face
 from kp_runtime.spec import Manifest
 from kp_train.augment import face_augment, mirror_from_pairs
 from kp_train.bar import Bar, no_bar
@@ -308,7 +308,7 @@ class _Looker:
     def _found(self, faces: Sequence[tuple[Face, float]], detector: Boxes) -> _Seen:
         kept, boxes = [], []
         for face, weight in self._bar("finding faces")(faces):
-            box = box_of_face(detector(Frame(luma_of_face(face), "gray")), boxes_from_points(face.xy))
+            box = box_of_face(detector(Frame(luma_of_face(face), "gray")), face.xy)
             if box is not None:
                 kept.append((face, weight))
                 boxes.append(box)

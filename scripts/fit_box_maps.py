@@ -25,11 +25,10 @@ def pairs(detector: HaarDetector | YuNetDetector, faces: list[Face]) -> tuple[np
     """Matched boxes: the detector's and the keypoints'."""
     found, wanted = [], []
     for face in track(faces, type(detector).__name__):
-        box = boxes_from_points(face.xy)
-        raw = box_of_face(detector.raw(Frame(luma_from_file(face.image), "gray")), box)
+        raw = box_of_face(detector.raw(Frame(luma_from_file(face.image), "gray")), face.xy)
         if raw is not None:
             found.append(raw)
-            wanted.append(box)
+            wanted.append(boxes_from_points(face.xy))
     if not found:
         raise DataError(f"{type(detector).__name__} found none of {len(faces)} faces; name other data")
     return np.array(found), np.array(wanted)

@@ -276,11 +276,19 @@ def test_without_opencv_the_error_has_the_pip_line(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_detectors_box_of_a_face_overlaps_most_and_by_over_a_quarter() -> None:
-    truth, quarter = np.array([0.0, 0, 8, 8]), np.array([0.0, 0, 4, 4])
+    truth, quarter = np.repeat([[0.0, 0], [8, 8]], 34, axis=0), np.array([0.0, 0, 4, 4])
     boxes = np.array([quarter, [0, 0, 8, 5], [0, 0, 8, 7], [50, 50, 90, 90]])
     assert box_of_face(boxes, truth).tolist() == [0, 0, 8, 7]
     assert box_of_face(boxes[[0, 3]], truth) is None
     assert box_of_face(np.empty((0, 4)), truth) is None
+
+
+@pytest.mark.parametrize("height", [0.0, 1.0, 40.0])
+def test_a_box_of_the_68_is_of_a_face_whose_own_points_span_less(height: float) -> None:
+    eyes = np.array([[30.0, 40], [70, 40 + height]])
+    of_it, neighbour, in_it = [0.0, 0, 100, 100], [65.0, 0, 165, 100], [45.0, 35, 55, 45]
+    assert box_of_face(np.array([neighbour, of_it, in_it]), eyes).tolist() == of_it
+    assert box_of_face(np.array([neighbour]), eyes) is None
 
 
 def test_flat_boxes_are_compared_thicker_with_the_same_crop() -> None:
