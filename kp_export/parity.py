@@ -1,8 +1,8 @@
 """Proof that a file predicts what PyTorch predicts: distances on real faces, and their limits.
 
 Distances are between the same crops' keypoints, in pixels of the crop. "NME" here is the mean
-distance over PyTorch's own outer eye corner distance, in percent: how far the file is from
-PyTorch, not from the truth.
+distance over PyTorch's own outer eye corner distance, in percent, or over what `nme_unit` counts other points in:
+how far the file is from PyTorch, not from the truth.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Parity:
         faces: number of faces compared.
         origin: where the faces are from.
         mean_px, p50_px, p99_px, max_px: over all points of all faces.
-        nme: the same distances in percent of the distance of PyTorch's outer eye corners, mean over faces.
+        nme: the same distances in percent of the distance of PyTorch's outer eye corners, mean over faces; see above.
         rise: percentage points by which the NME against the labels is over PyTorch's; None
             without labels.
         regions_px: mean distance of jaw, brows, nose, eyes, mouth.

@@ -48,7 +48,7 @@ def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
     axes.axvline(measured.nme * 100, color="#c8553d", linewidth=1)
     at = np.clip(measured.nme * 100, 1.8, 10)  # left of the line, where a curve seldom is
     axes.text(at, 96, f"mean {measured.nme:.2%} ", color="#c8553d", va="top", ha="right")
-    unit = "outer eye corner distance" if evaluation.predicted.shape[1] == POINTS else "box size"
+    unit = "outer eye corner distance" if evaluation.predicted.shape[1] == POINTS else "longer side of the points' box"
     axes.set(xlim=(0, 10), ylim=(0, 100), xlabel=f"NME, % of the {unit}", ylabel="faces, %")
     axes.set_title(f"{title}: {measured.faces} faces, AUC at 8% {measured.auc:.3f}", fontsize=10)
     axes.grid(alpha=0.25)

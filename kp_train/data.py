@@ -175,8 +175,8 @@ def _checked(face: LabelledFace) -> NDArray[np.float32]:
     if np.ptp(xy, axis=0).max() < 1:
         raise DataError(f"{where}: all points lie on one spot; correct them or remove the face")
     if nme_unit(xy[None])[0] < 1:
-        what = "outer eye corners lie on one spot" if len(xy) == POINTS else "points lie on one level or upright line"
-        raise DataError(f"{where}: its {what}, so there is no size to count its NME in; correct or remove the face")
+        what = "its outer eye corners lie on one spot, so there is no size to count its NME in"
+        raise DataError(f"{where}: {what}; correct or remove the face")
     return xy
 
 

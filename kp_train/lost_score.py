@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import boxes_from_points, overlaps
+from kp_runtime.geometry import boxes_from_points, boxes_to_compare, overlaps
 from kp_train.augment import Augment, grey_levels
 from kp_train.data import Face, luma_of_face
 from kp_train.metrics import FAILURE
@@ -75,7 +75,7 @@ def elsewhere(
     rng, kept, boxes = np.random.default_rng(68), [], []
     shown = defaultdict(list)
     for face in labelled:
-        shown[face.image].append(boxes_from_points(face.xy))
+        shown[face.image].append(boxes_to_compare(face.xy))
     for face in faces:
         luma, box = luma_of_face(face), boxes_from_points(face.xy)
         found = [] if detector is None else [detector(Frame(luma, "gray"))]

@@ -1,7 +1,7 @@
 """Accuracy measures of faces, in numpy; all take `(n, 68, 2)` pixels of the image, or another number of points.
 
 NME: mean point error over the distance of the outer eye corners (Sagonas et al. 2013); with another number of points
-than 68, over the square root of the area of the points' tight box (Bulat and Tzimiropoulos 2017).
+than 68, over the longer side of the points' tight box, by which the crop goes, too.
 AUC and failure rate at 8%: area under the cumulative error curve up to 0.08, divided by 0.08,
 and the share of faces over 0.08 (Yang et al. 2015). Faces that a detector missed count as worse than that.
 The interval of the NME: a bootstrap over people, as frames of one person are no independent faces.
@@ -50,13 +50,13 @@ class Accuracy:
 
 
 def nme_unit(xy: NDArray[np.floating]) -> NDArray[np.float64]:
-    """What the NME of each face is counted in, `(n,)`: the eyes' distance, or the box's size."""
+    """What the NME of each face is counted in, `(n,)`: the eyes' distance, or the box's longer side."""
     xy = np.asarray(xy, np.float64)
     if xy.shape[1] == POINTS:
         eyes: NDArray[np.float64] = np.linalg.norm(xy[:, EYE_CORNERS[0]] - xy[:, EYE_CORNERS[1]], axis=-1)
         return eyes
-    size: NDArray[np.float64] = np.sqrt(np.ptp(xy, axis=1).prod(axis=-1))
-    return size
+    side: NDArray[np.float64] = np.ptp(xy, axis=1).max(axis=-1)
+    return side
 
 
 def point_errors(predicted: NDArray[np.floating], truth: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -341,7 +341,7 @@ class _Looker:
             points.append(torch.stack([xy for _, xy in batch]).double())
         seen, xy = torch.cat(features), torch.cat(points)
         labels = np.stack([faces.faces[key if isinstance(key, int) else key[0]].xy for key in keys])
-        # by the label's own size and the view's scale: a box's size would change with the turn
+        # by the label's own size and the view's scale: a box would change with the turn
         unit = torch.from_numpy(nme_unit(labels) * _spread(xy.numpy()) / _spread(labels))
         ones = torch.ones(len(seen), 1, dtype=torch.float64)
         return _Seen(torch.cat([seen, ones], dim=1), xy, unit, torch.tensor(weights, dtype=torch.float64))

@@ -98,6 +98,14 @@ def test_a_place_holds_no_other_labelled_face_of_its_photo(faces: list[Face]) ->
         assert overlaps(boxes_from_points(other.xy)[None], boxes).max() < 0.02
 
 
+def test_a_place_holds_no_points_on_one_line(faces: list[Face]) -> None:
+    pupils = np.array([[120, 100], [180, 100]], np.float32)
+    face = dataclasses.replace(faces[0], xy=pupils)
+    of, boxes = elsewhere([face] * 50, [face], None)
+    assert len(of) > 10
+    assert not ((boxes[:, :2] < pupils.min(axis=0)) & (boxes[:, 2:] > pupils.max(axis=0))).all(axis=1).any()
+
+
 def test_a_place_lies_in_its_photo(tmp_path: Path) -> None:
     """There is none where the photo is narrower than the face, however long it is."""
     cv2.imwrite(str(tmp_path / "strip.png"), np.zeros((400, 40), np.uint8))

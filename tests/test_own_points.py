@@ -50,10 +50,13 @@ def test_labels_have_the_number_that_was_asked_for(tmp_path: Path) -> None:
             read_source(source, points=98)
 
 
-def test_points_on_one_line_have_no_size_and_are_refused(tmp_path: Path) -> None:
+def test_points_on_one_line_have_a_size_and_on_one_spot_none(tmp_path: Path) -> None:
     cv2.imwrite(str(tmp_path / "a_0.png"), np.zeros((90, 90), np.uint8))
     (tmp_path / "a_0.pts").write_text(pts_text(np.array([[20.0, 30], [44, 30]])))
-    with pytest.raises(DataError, match=r"a_0\.pts: its points lie on one level or upright line, so there is no size"):
+    (face,) = read_source(tmp_path, points=2).faces
+    assert nme_unit(face.xy[None]).tolist() == [24]
+    (tmp_path / "a_0.pts").write_text(pts_text(np.array([[20.0, 30], [20, 30]])))
+    with pytest.raises(DataError, match=r"a_0\.pts: all points lie on one spot"):
         read_source(tmp_path, points=2)
 
 
@@ -70,11 +73,11 @@ def test_pairs_say_how_a_face_is_mirrored() -> None:
             mirror_from_pairs(wrong, 5)
 
 
-def test_the_error_is_counted_in_the_size_of_the_box() -> None:
+def test_the_error_is_counted_in_the_longer_side_of_the_box() -> None:
     truth = FIVE[None]
-    assert nme_unit(truth).tolist() == [np.sqrt(20 * 30)]
+    assert nme_unit(truth).tolist() == [30]
     found = accuracy(truth + np.array([3, 4]), truth, np.array([[90, 90]]))
-    assert found.nme == pytest.approx(5 / np.sqrt(600))
+    assert found.nme == pytest.approx(5 / 30)
     assert found.regions == {}
 
 

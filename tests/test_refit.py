@@ -133,7 +133,7 @@ def test_it_is_the_mean_nme_that_falls(count: int, low: float, high: float) -> N
 
 @pytest.mark.parametrize("points", [5, 68])
 def test_a_turned_face_counts_as_an_upright_one(tmp_path: Path, points: int) -> None:
-    """Own points' NME is counted in their box's size, which changes with the turn."""
+    """Own points' NME is counted in their box's longer side, which changes with the turn."""
     torch.manual_seed(0)
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((200, 200), np.uint8))
     xy = (mean_shape() * 60 + 100)[np.linspace(0, 67, points).astype(int)].astype(np.float32)
