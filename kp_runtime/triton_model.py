@@ -7,6 +7,7 @@ hands over together share one call of the network. `docs/triton.md` has the cont
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,9 @@ DETECTOR_FOLDER = "detector"
 
 FACES = 8
 """Of a call, for which everything is made ready at the start."""
+
+PIXELS = 40_000_000
+"""Of an image at most, where the server's environment does not say otherwise: a small file can be a huge image."""
 
 Faces = tuple[NDArray[np.float32], ...]
 """Boxes `(n, 4)` and keypoints `(n, points, 2)` of an image, float32, pixels of the image; behind them the lost scores
@@ -163,6 +167,7 @@ class TritonPythonModel:
         import triton_python_backend_utils as triton
 
         self._triton = triton
+        os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(PIXELS))  # OpenCV reads it once, when it is imported
         given = json.loads(args["model_config"])["parameters"]
         settings = {name: value["string_value"] for name, value in given.items()}
         version = Path(args["model_repository"]) / args["model_version"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -41,6 +42,7 @@ def test_an_instance_is_what_the_config_asks_for(
     monkeypatch.setattr(triton_model, "check_numpy", lambda: None)
     warmed: list[int] = []
     monkeypatch.setattr(OrtCpuBackend, "warmup", lambda backend, faces: warmed.append(faces))
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", "7")  # so that what the model sets is undone
     shutil.copytree(bundle, tmp_path / "1" / "bundle")
 
     def instance(**asked: str) -> ImagesModel:
@@ -52,6 +54,10 @@ def test_an_instance_is_what_the_config_asks_for(
     images = instance(threads="1")
     assert (said, warmed) == ([images.report], [triton_model.FACES])
     assert (images._backend.threads, images._detector._threads) == (1, 1)  # type: ignore[attr-defined]
+    assert os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] == "7"
+    monkeypatch.delenv("OPENCV_IO_MAX_IMAGE_PIXELS")
+    instance()
+    assert os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] == "40000000"
     for name, wrong in (("threads", "all"), ("backend", "none"), ("detector", "none")):
         with pytest.raises(RuntimeError, match=wrong):
             instance(**{name: wrong})

@@ -225,6 +225,12 @@ def test_a_bad_image_is_one_line_and_the_next_is_answered(server: Server, pictur
     assert server.ask(protocol, pictures[:1])["faces"].tolist() == [[1]]
 
 
+def test_an_image_of_too_many_pixels_is_refused(server: Server) -> None:
+    huge = cv2.imencode(".png", np.zeros((6400, 6400), np.uint8))[1].tobytes()
+    with pytest.raises(Exception, match="image 0 has more pixels than are taken; OPENCV_IO_MAX_IMAGE_PIXELS sets it"):
+        server.ask("http", [huge])
+
+
 def test_a_wrong_shape_or_type_is_refused(server: Server, pictures: list[bytes]) -> None:
     three = http_client.InferInput("image", [1, 3], "BYTES")
     three.set_data_from_numpy(np.array([pictures[:3]], object))
