@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import socket
@@ -22,8 +23,17 @@ def server() -> Iterator[Any]:
     """An HTTP server that answers with `status` and `body`, and keeps what it was asked."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            stats = {"inference_stats": {"success": {"count": next(self.server.answered, None)}}}  # type: ignore[attr-defined]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"model_stats": [stats]}).encode())
+
         def do_POST(self) -> None:
             self.server.asked = self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))  # type: ignore[attr-defined]
+            if self.server.hang:  # type: ignore[attr-defined]
+                self.server.hang.wait()  # type: ignore[attr-defined]
+                return
             self.send_response(self.server.status)  # type: ignore[attr-defined]
             self.end_headers()
             self.wfile.write(self.server.body)  # type: ignore[attr-defined]
@@ -31,7 +41,9 @@ def server() -> Iterator[Any]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as listening:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        listening.answered = iter([])  # type: ignore[attr-defined]
+        listening.hang = None  # type: ignore[attr-defined]
         listening.url = f"http://127.0.0.1:{listening.server_port}"  # type: ignore[attr-defined]
         thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -68,14 +80,25 @@ def test_a_server_that_is_not_well(
     assert capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.parametrize(("answered", "is_well"), [([7, 8], True), ([7, 7], False), ([7], False), ([], False)])
+def test_a_model_that_answers_others_while_the_probe_waits_is_busy(
+    server: Any, answered: list[int], is_well: bool
+) -> None:
+    server.answered, server.hang = iter(answered), threading.Event()
+    with contextlib.nullcontext() if is_well else pytest.raises(BackendError, match=r"no answer of .* within 0.2 s"):
+        check_triton(server.url, "m", 0.2)
+    server.hang.set()
+
+
 def test_a_server_that_speaks_something_else(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def answer() -> None:
-            caller, _ = listening.accept()
-            with caller:
-                caller.recv(4096)
-                caller.sendall(b"\0\0\x18\4")
+            for _ in range(2):  # what it has answered, and the probe
+                caller = listening.accept()[0]
+                with caller:
+                    caller.recv(4096)
+                    caller.sendall(b"\0\0\x18\4")
 
         thread = threading.Thread(target=answer)
         thread.start()

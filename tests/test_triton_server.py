@@ -7,6 +7,7 @@ schema of configs; their backends are not in the wheel.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import re
 import shutil
@@ -292,6 +293,23 @@ def test_a_dead_process_is_seen_by_the_health_check_alone(server: Server) -> Non
     server.http.unload_model(MODEL)
     server.http.load_model(MODEL)
     check_triton(server.url, MODEL)
+
+
+def test_a_flood_is_no_illness(server: Server, pictures: list[bytes]) -> None:
+    given = http_client.InferInput("image", [8, 1], "BYTES")
+    given.set_data_from_numpy(np.array(pictures, object)[:, None])
+    body, length = http_client.InferenceServerClient.generate_request_body([given])
+    start, flood = time.monotonic(), []
+    server.ask("http", pictures)
+    seconds = 8 * (time.monotonic() - start)  # answers some of the flood, not all
+    for _ in range(40):
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=300)
+        connection.request("POST", f"/v2/models/{MODEL}/infer", body, {"Inference-Header-Content-Length": str(length)})
+        flood.append(connection)
+    check_triton(server.url, MODEL, seconds)
+    for connection in flood:
+        assert connection.getresponse().status == 200
+        connection.close()
 
 
 def test_a_new_version_is_served_when_it_is_loaded(server: Server, pictures: list[bytes]) -> None:
