@@ -30,9 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import DataError, InputError, MissingExtraError, reason_of
-from kp_runtime.files import files_with_suffix, writing
+from kp_runtime.files import writing
 from kp_runtime.frame import IMAGE_SUFFIXES, image_from_file
 from kp_runtime.geometry import boxes_from_points
+from kp_runtime.pts import image_beside, numbers_of_pts, pts_files, pts_text
 from kp_runtime.scheme68 import CONTOURS, POINTS, point_names
 
 __all__ = [
@@ -45,8 +46,6 @@ __all__ = [
     "format_of",
     "import_pyarrow",
     "parquet_table",
-    "pts_files",
-    "pts_text",
     "with_sizes",
 ]
 
@@ -215,45 +214,6 @@ def _rounded(values: NDArray[np.floating]) -> list[float]:
 # .pts
 
 
-def _points_of_pts(text: str, where: str, points: int) -> NDArray[np.float64]:
-    """The points of an iBUG `.pts` text, `(points, 2)`, moved from 1-based to 0-based pixels."""
-    head, brace, rest = text.partition("{")
-    if "n_points" not in head or not brace:
-        raise DataError(f"{where} has no .pts header (version, n_points, then the points between braces)")
-    return _points(rest.partition("}")[0].split(), where, points) - 1
-
-
-def pts_text(xy: NDArray[np.floating]) -> str:
-    """An iBUG `.pts` text of `(k, 2)` 0-based points, which counts pixels from 1."""
-    lines = [f"{x + 1:.3f} {y + 1:.3f}" for x, y in np.asarray(xy, np.float64)]
-    return "\n".join(["version: 1", f"n_points: {len(lines)}", "{", *lines, "}", ""])
-
-
-def pts_files(folder: Path) -> list[Path]:
-    """The `.pts` files of a folder and of those in it, in order; cameras write suffixes in capitals."""
-    return files_with_suffix(folder.rglob("*"), (".pts",))
-
-
-def _image_beside(label: Path) -> Path | None:
-    """The photo that a `.pts` file is about: of its stem, in its folder; None where there is none.
-
-    Several faces of `a.jpg` are written as `a_0.pts`, `a_1.pts` and so on. So they are taken where none of them has a
-    photo of its own, and there is no `a.pts`.
-    """
-    stem, whole = label.with_suffix(""), label.with_name(label.stem.rpartition("_")[0] or label.stem)
-    photo = _photo_of(stem)
-    if photo or not (shared := _photo_of(whole)) or Path(f"{whole}.pts").exists():
-        return photo
-    numbered = (Path(f"{whole}_{i}") for i in itertools.count())
-    faces = list(itertools.takewhile(lambda face: Path(f"{face}.pts").is_file(), numbered))
-    return shared if len(faces) > 1 and stem in faces and not any(map(_photo_of, faces)) else None
-
-
-def _photo_of(stem: Path) -> Path | None:
-    places = (Path(f"{stem}{s}") for suffix in IMAGE_SUFFIXES for s in (suffix, suffix.upper()))
-    return next((place for place in places if place.is_file()), None)
-
-
 def _read_pts(path: Path, points: int) -> list[LabelledFace]:
     if path.is_file():
         return [_pts_face(path, path.parent, points)]
@@ -261,8 +221,8 @@ def _read_pts(path: Path, points: int) -> list[LabelledFace]:
 
 
 def _pts_face(file: Path, folder: Path, points: int) -> LabelledFace:
-    image, where = _image_beside(file) or file.with_suffix(""), str(file)
-    xy = _points_of_pts(_text(file), where, points)
+    image, where = image_beside(file) or file.with_suffix(""), str(file)
+    xy = _points(numbers_of_pts(_text(file), where), where, points) - 1
     return LabelledFace(image.relative_to(folder).as_posix(), xy, where=where)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import InputError
-from kp_runtime.interchange import pts_text
+from kp_runtime.pts import pts_text
 from kp_runtime.scheme68 import regions_of
 
 __all__ = ["Keypoints"]

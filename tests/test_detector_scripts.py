@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from kp_cli.report import one_line_errors
-from kp_runtime.interchange import pts_text
+from kp_runtime.pts import pts_text
 from kp_runtime.scheme68 import mean_shape
 from scripts import fit_box_maps, lost_faces, measure_detectors, measure_video
 from tests.test_detect import FACE

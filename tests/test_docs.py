@@ -44,7 +44,7 @@ from markdown_it import MarkdownIt
 import kp_runtime
 from kp_cli import app
 from kp_runtime import photos, probes, video_sink
-from kp_runtime.interchange import pts_text
+from kp_runtime.pts import pts_text
 from kp_train.synthetic import drawn_face, write_csv_source
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-ALLOWED = {"errors", "files", "frame", "geometry", "interchange", "scheme68", "spec"}
+ALLOWED = {"errors", "files", "frame", "geometry", "interchange", "pts", "scheme68", "spec"}
 TRAINING = Path(__file__).resolve().parents[1] / "kp_train"
 
 

@@ -20,9 +20,9 @@ from kp_runtime.interchange import (
     faces_from_file,
     faces_to_file,
     format_of,
-    pts_text,
     with_sizes,
 )
+from kp_runtime.pts import pts_text
 
 PLACES = {"pts": "out", "coco": "faces.json", "csv": "faces.csv", "parquet": "faces.parquet"}
 
