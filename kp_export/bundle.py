@@ -39,7 +39,7 @@ from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, DataError, ExportError, ParityError
 from kp_runtime.files import read_plain, writing
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import boxes_from_points, matrices_from_boxes
+from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.pipeline import load
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.recorded_rise import PARITY_NAME
@@ -47,7 +47,7 @@ from kp_runtime.spec import MANIFEST_NAME, PRECISIONS, FileEntry, Manifest, Mode
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Source, is_held_out
 from kp_train.model import KeypointNet
-from kp_train.synthetic import coloured, drawn_face
+from kp_train.synthetic import golden_face
 
 __all__ = ["ExportReport", "answer_from_net", "export_bundle"]
 
@@ -257,8 +257,8 @@ def _check_opens(path: Path) -> None:
 
 def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntry:
     """A drawn face with its box, its crop, and PyTorch's keypoints of that, which every backend has to repeat."""
-    image, xy = drawn_face(np.random.default_rng(68), (300, 300))
-    image, box, spec = coloured(image[:, :, 0]), boxes_from_points(xy), manifest.spec
+    spec = manifest.spec
+    image, box = golden_face(spec.size, spec.margin)
     crops = crops_from_frame(Frame(image, "bgr"), matrices_from_boxes(box[None], spec.size, spec.margin), spec.size)
     with writing(stage / GOLDEN_NAME) as temporary, open(temporary, "wb") as file:
         outputs = dict(zip(spec.outputs, answer_from_net(net)(crops).outputs(), strict=True))

@@ -11,9 +11,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from kp_runtime.geometry import boxes_from_points
 from kp_runtime.scheme68 import CONTOURS, POINTS, mean_shape
 
-__all__ = ["coloured", "drawn_face", "mean_shape", "write_csv_source"]
+__all__ = ["coloured", "drawn_face", "golden_face", "mean_shape", "write_csv_source"]
 
 
 def drawn_face(
@@ -66,6 +67,25 @@ def coloured(luma: NDArray[np.uint8]) -> NDArray[np.uint8]:
     # OpenCV's BGR2GRAY: the three weights are in 1/32768, their sum is rounded
     green = -((3735 * blue + 9798 * red + 16384 - 32768 * level) // 19235)
     return np.stack([blue, green, red], axis=1).astype(np.uint8)[luma]
+
+
+def golden_face(size: int, margin: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """A drawn face that all of the crop rule is needed for.
+
+    Its square is over three crops wide, so that blocks of 3 x 3 pixels are averaged, and lies over all four edges.
+
+    Args:
+        size: side of the crop in pixels.
+        margin: side of the square, in longer sides of the box.
+
+    Returns:
+        The image, `(h, w, 3)` uint8 BGR, cut off at the box, and the box, `(4,)` float64.
+    """
+    side = round(5.15 * size / margin)  # at which the square is 3.2 crops wide
+    image, xy = drawn_face(np.random.default_rng(68), (side, side))
+    box = boxes_from_points(xy)
+    x0, y0, x1, y1 = (int(edge) for edge in box)
+    return coloured(image[y0 : y1 + 2, x0 : x1 + 2, 0]), box - (x0, y0, x0, y0)
 
 
 def write_csv_source(folder: Path, people: int, each: int = 2, seed: int = 0, turn_deg: float = 15.0) -> Path:

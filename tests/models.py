@@ -15,10 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from kp_runtime.backend import GOLDEN_NAME
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import boxes_from_points, matrices_from_boxes
+from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
-from kp_train.synthetic import coloured, drawn_face, mean_shape
+from kp_train.synthetic import golden_face, mean_shape
 
 SIZE, LOST_LIMIT = 64, 0.5
 
@@ -98,8 +98,7 @@ def tiny_bundle(
         crops = np.random.default_rng(0).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
         source = {}
         if image:
-            face, xy = drawn_face(np.random.default_rng(68), (300, 300))
-            source = {"image": coloured(face[:, :, 0]), "box_xyxy": boxes_from_points(xy)}
+            source = dict(zip(("image", "box_xyxy"), golden_face(size, margin), strict=True))
             matrices = matrices_from_boxes(source["box_xyxy"][None], size, margin)
             crops = crops_from_frame(Frame(source["image"], "bgr"), matrices, size)
         outputs = dict(zip(spec.outputs, tiny_outputs(crops), strict=False))

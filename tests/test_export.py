@@ -24,6 +24,7 @@ from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
 from kp_export.parity import LIMITS, Limit, bundled_faces
 from kp_runtime.backend import GOLDEN_TOLERANCE_PX, open_backend
 from kp_runtime.errors import BundleError, ExportError, InputError, ParityError
+from kp_runtime.geometry import apply_matrix, crop_plan, invert_matrix, matrices_from_boxes
 from kp_runtime.pipeline import load
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
@@ -83,7 +84,17 @@ def test_a_bundle_holds_what_its_manifest_names(exported: Path) -> None:
         manifest.check_file(exported, name)
     checkpoint = manifest.files[CHECKPOINT_NAME].sha256
     assert manifest.files["model.fp16.onnx"].parent_sha256 == checkpoint
-    assert load(exported, threads=1).backend.check_crops() == 0
+    backend = load(exported, threads=1).backend
+    assert backend.check_crops() == 0
+    golden, spec = backend.golden, backend.spec
+    assert golden is not None
+    assert golden.image is not None
+    assert golden.box_xyxy is not None
+    (matrix,) = matrices_from_boxes(golden.box_xyxy[None], spec.size, spec.margin)
+    assert crop_plan(matrix, spec.size, golden.image.shape[:2]).block == 3
+    first, last = apply_matrix(invert_matrix(matrix), np.array([[0, 0], [1, 1]]) * (spec.size - 1))
+    assert first.max() < -9, "edges are repeated on all sides"
+    assert (last - golden.image.shape[1::-1]).min() > 9
     assert [p.name for p in exported.parent.iterdir() if p.name.startswith(".")] == []
 
 
