@@ -10,8 +10,9 @@ bilinear, edge pixels repeated. Where the square is larger than 2 x `size`, the 
 averaged in whole k x k blocks, k = floor(side / size), counted from the image's top-left
 pixel; the last block of a row or column repeats the edge where the image ends inside it.
 
-Bilinear means `warpAffine` of OpenCV 4: positions to 1/32 px, grey levels rounded; a float path, as OpenCV 5's, may
-differ by one level on a smooth picture. So whichever OpenCV is installed is asked once whether it gives these bits.
+Bilinear means `warpAffine` of OpenCV 4: positions to 1/32 px, grey levels rounded; all of it in integers stands at
+the head of `preprocess.cu`. A float path, as OpenCV 5's, is up to 5 levels off (docs/parity.md), so whichever OpenCV
+is installed is asked once whether it gives these bits.
 
 Training and every run-time path read their crops through this file or are tested against it.
 """

@@ -1,15 +1,17 @@
 // All faces of a frame, cropped into the network's input by one launch. Compiled by NVRTC or nvcc for a
 // GPU (preprocess_cuda.py), and by a C++ compiler for the tests (tests/cuda_shim.h).
 //
-// What it computes is geometry.py's crop rule, to the bit what preprocess_cpu.py computes with OpenCV:
-//   luma      OpenCV's BGR2GRAY in 15-bit integers; a luma plane as it is, or stretched where its range is limited
+// What it computes is geometry.py's crop rule, to the bit what preprocess_cpu.py computes with OpenCV, in this order:
+//   luma      OpenCV's BGR2GRAY: (3735 B + 19235 G + 9798 R + 2^14) >> 15; a luma plane as it is, or stretched where
+//             its range is limited
 //   means     of k x k pixels, rounded half up; the image's last row and column count again beyond its end
 //   sampling  OpenCV's warpAffine for uint8, INTER_LINEAR | WARP_INVERSE_MAP, BORDER_REPLICATE (4.x,
 //             modules/imgproc/src/imgwarp.cpp, found by experiment to hold for every bit):
 //                 X = round(1024 m0 u) + round(1024 (m1 v + m2)) + 16        round: to nearest, ties to even
 //                 X >> 10 is the left pixel, (X >> 5) & 31 the weight of the right one in 32nds; Y likewise
 //                 grey = (sum of four pixels times their 10-bit weights + 512) >> 10
-//             m is in float64 and may not be fused into multiply-adds; all else is integer arithmetic.
+//             m, row by row the map from pixels of the crop to blocks (CropPlan.source_from_crop), is in float64 and
+//             may not be fused into multiply-adds; all else is integer arithmetic.
 //
 // How. One thread block of 256 threads makes a tile of 32 x 32 pixels of one crop, in phases:
 //   1. The 32 column and 32 row terms of X and Y, once a tile: float64 runs at 1/64 of the speed of
