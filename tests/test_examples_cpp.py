@@ -61,12 +61,10 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("golden")
     crops = np.random.default_rng(3).integers(0, 256, (5, 1, SIZE, SIZE), dtype=np.uint8)
     first_two = crops[:, 0, :1, :2].astype("<f4")  # what the stub's network answers 68 times
-    np.savez_compressed(folder / "golden.npz", crops=crops, keypoints=np.broadcast_to(first_two, (5, 68, 2)))
-    line = (
-        f"import numpy as np; g = np.load('{folder}/golden.npz'); g['crops'].tofile('golden.crops'); "
-        "g['keypoints'].astype('<f4').tofile('golden.keypoints')"
-    )
-    subprocess.run([sys.executable, "-c", line], cwd=folder, check=True)
+    keypoints, scores = np.broadcast_to(first_two, (5, 68, 2)), crops[:, 0, 0, 2:3] / 256
+    np.savez_compressed(folder / "golden.npz", crops=crops, keypoints=keypoints, lost_score=scores)
+    head = (HOST / "main.cpp").read_text().replace("\n//", "\n").replace("BUNDLE/", "")
+    subprocess.run([sys.executable, "-c", head.split('python3 -c "')[1].split('"')[0]], cwd=folder, check=True)
     return folder
 
 
@@ -111,8 +109,9 @@ def test_golden_crops_in_batches_of_the_profile(program: Path, plan_bundle: Call
 
 def test_a_plan_with_a_lost_score(program: Path, plan_bundle: Callable[..., Path]) -> None:
     """Each output needs a place on the device: the stub, as TensorRT, fails without one."""
-    status, _, err = run(program, plan_bundle(f"STUB 1 2 {SIZE} 1", lost_limit=0.5))
+    status, out, err = run(program, plan_bundle(f"STUB 1 2 {SIZE} 1", lost_limit=0.5))
     assert (status, err) == (0, "")
+    assert json.loads(out)["worst_score"] == 0
     assert "the plan's tensor lost_score is not the contract's" in refusal(program, plan_bundle(lost_limit=0.5))
     assert "TensorRT failed on 2 crops" in refusal(program, plan_bundle(f"STUB 1 2 {SIZE} 1"))
 
@@ -126,6 +125,26 @@ def test_wrong_keypoints_are_an_error(program: Path, plan_bundle: Callable[..., 
     assert "a golden keypoint is further than 0.0714" in refusal(program, bundle)
     (bundle / "golden.keypoints").write_bytes(b"")
     assert "are not n crops of 32 px and their keypoints" in refusal(program, bundle)
+
+
+@pytest.mark.parametrize("wrong", [0.021, float("nan")])
+def test_a_wrong_lost_score_is_an_error(program: Path, plan_bundle: Callable[..., Path], wrong: float) -> None:
+    bundle = plan_bundle(f"STUB 1 2 {SIZE} 1", lost_limit=0.5)
+    known = bundle / "golden.lost_score"
+    scores = np.fromfile(known, "<f4")
+    (scores + np.float32(0.019)).tofile(known)
+    assert run(program, bundle)[0] == 0
+    scores[-1] += wrong
+    scores.tofile(known)
+    assert "a golden lost score is further than 0.0200" in refusal(program, bundle)
+    known.write_bytes(known.read_bytes()[:-1])
+    missing = f"{known} is missing, or has not the lost score of each crop, which this model gives; main.cpp's head has"
+    assert missing in refusal(program, bundle)
+    known.unlink()
+    assert missing in refusal(program, bundle)
+    bundle = plan_bundle()  # of a model that gives none
+    known.unlink()
+    assert run(program, bundle)[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@
 // What it needs   a plan that was built on this device (kp plan BUNDLE --precision fp16); TensorRT 10.3 or
 //                 newer, CUDA; nlohmann-json3-dev, libssl-dev. CMakeLists.txt has the two lines to build
 // How to run      kp_host BUNDLE golden.crops golden.keypoints [release.pub.pem]
-//                 With a key, its owner must have signed the bundle. The two files are plain memory, this writes them:
+//                 With a key, its owner must have signed the bundle. The files are plain memory, this writes them:
 //                 python3 -c "import numpy as np; g = np.load('BUNDLE/golden.npz'); g['crops'].tofile(
-//                 'golden.crops'); g['keypoints'].astype('<f4').tofile('golden.keypoints')"
-//                 crops: uint8 (n, 1, size, size); keypoints: float32 (n, points, 2), pixels of the crop
+//                 'golden.crops'); [g[k].astype('<f4').tofile('golden.' + k) for k in g if k in (
+//                 'keypoints', 'lost_score')]"
+//                 crops: uint8 (n, 1, size, size); keypoints: float32 (n, points, 2), pixels of the crop;
+//                 lost_score: float32 (n, 1), of a model that gives one, looked for beside the keypoints
 //                 A host that cuts crops itself is tested with g['image'] and g['box_xyxy'], which the first
 //                 crop was cut from (docs/export.md)
 // What was run    the preflight as it is, with g++ 12. This file was compiled with CUDA's real headers and a
@@ -22,7 +24,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <iostream>
 #include <memory>
 
@@ -68,6 +69,11 @@ DeviceMemory device_memory(std::size_t bytes) {
     return DeviceMemory(memory);
 }
 
+struct Answer {
+    std::vector<float> keypoints;  // (n, points, 2), pixels of the crop
+    std::vector<float> scores;     // (n), whether there is no face; empty of a model that does not say
+};
+
 class Network {
   public:
     explicit Network(const kp::Plan& plan) : size_(plan.size), points_(plan.points) {
@@ -97,9 +103,9 @@ class Network {
     std::size_t crop_bytes() const { return static_cast<std::size_t>(size_) * size_; }
     std::size_t result_bytes() const { return static_cast<std::size_t>(points_) * 2 * sizeof(float); }
 
-    // crops: n of uint8 (1, size, size). Returns n of (points, 2), pixels of the crop.
-    std::vector<float> operator()(const char* crops, int n) {
-        std::vector<float> keypoints(n * result_bytes() / sizeof(float));
+    // crops: n of uint8 (1, size, size).
+    Answer operator()(const char* crops, int n) {
+        std::vector<float> keypoints(n * result_bytes() / sizeof(float)), scores(score_ ? n : 0);
         for (int start = 0; start < n; start += most_) {
             const int count = std::min(n - start, most_);
             auto* answer = reinterpret_cast<char*>(keypoints.data()) + start * result_bytes();
@@ -113,9 +119,12 @@ class Network {
                 throw Refused("TensorRT failed on " + std::to_string(count) + " crops; its message is above");
             check(cudaMemcpyAsync(answer, output_.get(), count * result_bytes(), cudaMemcpyDeviceToHost, stream_),
                   "copy keypoints");
+            if (score_)
+                check(cudaMemcpyAsync(scores.data() + start, score_.get(), count * sizeof(float),
+                                      cudaMemcpyDeviceToHost, stream_), "copy scores");
             check(cudaStreamSynchronize(stream_), "run the network");
         }
-        return keypoints;
+        return {keypoints, scores};
     }
 
   private:
@@ -133,7 +142,7 @@ class Network {
     std::unique_ptr<nvinfer1::IRuntime> runtime_;
     std::unique_ptr<nvinfer1::ICudaEngine> engine_;
     std::unique_ptr<nvinfer1::IExecutionContext> context_;
-    DeviceMemory input_, output_, score_;  // the score tells whether a face is there; it stays on the device here
+    DeviceMemory input_, output_, score_;
     cudaStream_t stream_ = nullptr;
 };
 
@@ -142,6 +151,20 @@ double tolerance_of(const kp::Plan& plan) {
     const double at_224 = plan.precision == "fp32" ? 0.02 : plan.precision == "fp16" ? 0.5 : 2.0;
     return at_224 * plan.size / 224;
 }
+
+// and of the lost score
+double score_tolerance_of(const kp::Plan& plan) {
+    return plan.precision == "fp32" ? 0.002 : plan.precision == "fp16" ? 0.02 : 0.2;
+}
+
+std::vector<float> floats_of(const std::vector<char>& bytes) {
+    std::vector<float> numbers(bytes.size() / sizeof(float));
+    std::copy_n(bytes.data(), bytes.size(), reinterpret_cast<char*>(numbers.data()));
+    return numbers;
+}
+
+// The larger one, or the NaN.
+double worse(double worst, double off) { return std::isnan(worst) || off <= worst ? worst : off; }
 
 void run(const char* bundle, const char* crops_path, const char* keypoints_path, const char* public_key) {
     const auto key = public_key ? std::optional<std::filesystem::path>(public_key) : std::nullopt;
@@ -152,19 +175,28 @@ void run(const char* bundle, const char* crops_path, const char* keypoints_path,
     if (n == 0 || crops.size() != n * network.crop_bytes() || known.size() != n * network.result_bytes())
         throw Refused(std::string(crops_path) + " and " + keypoints_path + " are not n crops of " +
                       std::to_string(plan.size) + " px and their keypoints; main.cpp's head has the line that writes them");
+    const auto scores_path = std::filesystem::path(keypoints_path).replace_extension("lost_score");
+    const bool is_there = plan.has_score && std::filesystem::exists(scores_path);
+    const auto known_scores = is_there ? kp::bytes_of(scores_path) : std::vector<char>();
+    if (known_scores.size() != (plan.has_score ? n * sizeof(float) : 0))
+        throw Refused(scores_path.string() + " is missing, or has not the lost score of each crop, which this model "
+                      "gives; main.cpp's head has the line that writes it");
     const auto found = network(crops.data(), static_cast<int>(n));
-    std::vector<float> wanted(found.size());
-    std::memcpy(wanted.data(), known.data(), known.size());
-    double worst = 0;
-    for (std::size_t i = 0; i < found.size(); i += 2) {
-        const double distance = std::hypot(found[i] - wanted[i], found[i + 1] - wanted[i + 1]);
-        if (!(distance <= worst)) worst = distance;  // takes a NaN too, and keeps it
-        if (std::isnan(worst)) break;
-    }
-    std::printf("{\"plan\": \"%s\", \"crops\": %zu, \"worst_px\": %.4f}\n", plan.name.c_str(), n, worst);
-    if (!(worst <= tolerance_of(plan)))
-        throw Refused("a golden keypoint is further than " + std::to_string(tolerance_of(plan)) +
-                      " px from PyTorch's: this machine computes the model wrongly; build the plan again");
+    const auto wanted = floats_of(known), wanted_scores = floats_of(known_scores);
+    double worst = 0, worst_score = 0;
+    for (std::size_t i = 0; i < wanted.size(); i += 2)
+        worst = worse(worst, std::hypot(found.keypoints[i] - wanted[i], found.keypoints[i + 1] - wanted[i + 1]));
+    for (std::size_t i = 0; i < wanted_scores.size(); ++i)
+        worst_score = worse(worst_score, std::abs(found.scores[i] - wanted_scores[i]));
+    std::printf("{\"plan\": \"%s\", \"crops\": %zu, \"worst_px\": %.4f", plan.name.c_str(), n, worst);
+    if (plan.has_score) std::printf(", \"worst_score\": %.4f", worst_score);
+    std::printf("}\n");
+    const bool points_are_right = worst <= tolerance_of(plan);
+    if (!points_are_right || !(worst_score <= score_tolerance_of(plan)))
+        throw Refused((points_are_right
+                           ? "a golden lost score is further than " + std::to_string(score_tolerance_of(plan))
+                           : "a golden keypoint is further than " + std::to_string(tolerance_of(plan)) + " px") +
+                      " from PyTorch's: this machine computes the model wrongly; build the plan again");
 }
 
 }  // namespace
