@@ -20,19 +20,38 @@ from kp_train.data import Face, Source, held_out_of, is_held_out, recorded_fract
 __all__ = ["ancestry", "least_held_out", "run_record", "split_by_person", "stored_record"]
 
 
+_NAMES = "a person is a file's name up to its last underscore: name the files so that each differs, as anna_001.jpg"
+
+
 def split_by_person(
     sources: Sequence[Source], config: TrainConfig | DetectorConfig
 ) -> tuple[list[list[Face]], list[Face]]:
-    """Each source's faces to train on, and all held-out ones together, by person."""
+    """Each source's faces to train on, and all held-out ones together, by person.
+
+    Raises:
+        DataError: a source gives no face to train on, or all together give none to validate on.
+    """
     training = [[f for f in s.faces if not is_held_out(f.person, config.val_fraction)] for s in sources]
+    for source, part in zip(sources, training, strict=True):
+        if not part:
+            raise DataError(
+                f"{source.path} gives no face to train on: its {_whose(source.faces)} are held out; {_NAMES}, or leave "
+                "the source out"
+            )
     held_out = held_out_of(sources, config.val_fraction)
-    if not held_out or not any(training):
+    if not held_out:
         raise DataError(
-            f"{sum(len(s.faces) for s in sources)} faces give none to "
-            f"{'validate' if not held_out else 'train'} on at val_fraction {config.val_fraction:g}; "
-            "add faces of more people (a person is a file name up to its last underscore)"
+            f"{_whose([face for source in sources for face in source.faces])} give none to validate on at val_fraction "
+            f"{config.val_fraction:g}; {_NAMES}, or add faces of more people"
         )
     return training, held_out
+
+
+def _whose(faces: Sequence[Face]) -> str:
+    """How many faces of how many people, and who these are."""
+    people = sorted({face.person for face in faces})
+    named = f"{', '.join(people[:3])}{' …' if people[3:] else ''}"
+    return f"{len(faces)} faces of {len(people)} {'person' if len(people) == 1 else 'people'} ({named})"
 
 
 def run_record(

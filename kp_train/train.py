@@ -211,8 +211,11 @@ def train(
     biases = [None if bias is None else np.array(bias) for bias in noted]
     train_set.faces = [f for part, bias in zip(training, biases, strict=True) for f in with_bias(part, bias)]
     if trainer.is_global_zero:
-        people = f"{len(held_out)} faces of {len({face.person for face in held_out})} people held out"
-        print(f"{people}; decay of the weight averaging {config.ema or 0:.4g}", flush=True)
+        seen, others = (
+            f"{len(faces)} faces of {len({face.person for face in faces})} people"
+            for faces in (train_set.faces, held_out)
+        )
+        print(f"{seen} to train on, {others} held out; decay of the weight averaging {config.ema or 0:.4g}", flush=True)
         _print_biases(sources, biases, "mirrored faces keep to that")
     callbacks: list[Callback] = [FacesPicture(val_set, run / "pictures", picture_every)]
     if config.ema:  # behind the pictures, as it takes its weights out again when validation ends
@@ -338,7 +341,7 @@ def _check_draws(
             "give larger ones behind --data, or more faces"
         )
     for source, part, draws in zip(sources, training, sampler.draws, strict=True):
-        if part and not draws:
+        if not draws:
             raise DataError(
                 f"{source.path} has {len(part)} faces to train on, of which the weight {source.weight:g} draws none; "
                 "give a larger one, or leave it out"

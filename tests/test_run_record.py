@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kp_runtime.errors import KpError
+from kp_runtime.errors import DataError, KpError
 from kp_runtime.files import git_revision
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import load_checkpoint, save_checkpoint
@@ -43,6 +43,18 @@ def test_other_names_can_not_resume_a_run(tmp_path: Path) -> None:
     renamed = [dataclasses.replace(f, image=f.image.with_name("x" + f.image.name)) for f in source.faces]
     with pytest.raises(KpError, match="began with other data"):
         stored_record(tmp_path, [dataclasses.replace(source, faces=tuple(renamed))], config)
+
+
+def test_a_source_that_is_held_out_whole_is_said(tmp_path: Path) -> None:
+    """All photos of one 'person', whose name's hash lies under a tenth."""
+    many, config = read_source(write_csv_source(tmp_path, people=40)), recipe("default")
+    faces = tuple(dataclasses.replace(f, image=Path(f"face_{i}.png")) for i, f in enumerate(many.faces[:5]))
+    mine = dataclasses.replace(many, path=Path("mine.csv"), faces=faces)
+    message = (
+        r"^mine\.csv gives no face to train on: its 5 faces of 1 person \(face\) are held out; .* as anna_001\.jpg"
+    )
+    with pytest.raises(DataError, match=message):
+        split_by_person([many, mine], config)
 
 
 def test_a_run_that_goes_on_by_other_versions_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
