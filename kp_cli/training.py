@@ -310,8 +310,9 @@ def evaluate(
         raise InputError("--robustness mirrors faces of the 68 points; this model's are others: leave it out")
     sources = [parse_source(text, spec.points) for text in data]
     if split is Split.person:
-        sources = [held_out_faces(source, opened.manifest) for source in sources]
-    faces = [face for source in sources for face in source.faces]
+        faces = held_out_faces(sources, opened.manifest)
+    else:
+        faces = [face for source in sources for face in source.faces]
     named = whole_detector_name(detector) if boxes is Boxes.detector else None
     finder = None
     if named:

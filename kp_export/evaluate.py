@@ -113,11 +113,11 @@ def _open_checkpoint(path: Path, threads: int | None) -> OpenModel:
     return OpenModel(f"{manifest.spec.name} {CHECKPOINT_NAME} (PyTorch)", manifest, answer_from_net(net))
 
 
-def held_out_faces(source: Source, manifest: Manifest) -> Source:
+def held_out_faces(sources: Sequence[Source], manifest: Manifest) -> list[Face]:
     """The faces of people that neither the model nor what it began at was trained on, by the rule in its manifest.
 
     Raises:
-        DataError: the manifest does not say, or no such face is in the source.
+        DataError: the manifest does not say, or no such face is in any of the sources.
     """
     fraction = least_held_out(ancestry(manifest.training))
     if not fraction:
@@ -125,10 +125,11 @@ def held_out_faces(source: Source, manifest: Manifest) -> Source:
             f"the manifest of {manifest.spec.name} does not say which people were held out, of it and of all that it "
             "began at; take a model of kp train, or leave out --split person"
         )
-    faces = tuple(held_out_of([source], fraction))
+    faces = held_out_of(sources, fraction)
     if not faces:
-        raise DataError(f"{source.path} has no face of a person that was held out of training")
-    return Source(source.path, source.weight, faces, source.sha256)
+        paths = ", ".join(str(source.path) for source in sources)
+        raise DataError(f"there is no face of a person that was held out of training in {paths}")
+    return faces
 
 
 def evaluate(

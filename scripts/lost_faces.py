@@ -233,7 +233,7 @@ def main() -> None:
     model, manifest = load(args.bundle, threads=1), Manifest.read(args.bundle)
     views, others, faces = views_of_things(rng), [], []
     for source in map(parse_source, args.data):
-        held_out = held_out_faces(source, manifest).faces
+        held_out = held_out_faces([source], manifest)
         people = {face.person for face in held_out}
         others += [face.xy for face in source.faces if face.person not in people]
         faces += [held_out[i] for i in evenly_spread(len(held_out), args.most)]

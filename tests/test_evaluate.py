@@ -200,19 +200,20 @@ def test_a_frame_model_sees_the_original_projects_view(source: Source) -> None:
 
 def test_the_person_split_takes_people_never_trained_on(source: Source) -> None:
     manifest = oracle(source, ModelSpec("x", SIZE)).manifest
-    held = held_out_faces(source, manifest)
-    assert 0 < len(held.faces) < len(source.faces)
-    assert all(is_held_out(face.person, 0.3) for face in held.faces)
+    held = held_out_faces([source], manifest)
+    assert 0 < len(held) < len(source.faces)
+    assert all(is_held_out(face.person, 0.3) for face in held)
     for training in ({}, {"held_out": 5}, {"held_out": {"val_fraction": "x"}}):
         for unclear in (training, manifest.training | {"start": {"training": training}}):
             with pytest.raises(DataError, match="does not say which people"):
-                held_out_faces(source, dataclasses.replace(manifest, training=unclear))
+                held_out_faces([source], dataclasses.replace(manifest, training=unclear))
     for start in ({"training": manifest.training, "before": 5}, {"before": [manifest.training]}):
         later = {"held_out": {"val_fraction": 0.9}, "start": start}
-        assert held_out_faces(source, dataclasses.replace(manifest, training=later)).faces == held.faces
-    none = dataclasses.replace(source, faces=tuple(f for f in source.faces if f not in held.faces))
+        assert held_out_faces([source], dataclasses.replace(manifest, training=later)) == held
+    none = dataclasses.replace(source, faces=tuple(f for f in source.faces if f not in held))
+    assert held_out_faces([none, source], manifest) == held
     with pytest.raises(DataError, match="no face of a person that was held out"):
-        held_out_faces(none, manifest)
+        held_out_faces([none], manifest)
 
 
 def test_a_bundles_files_can_be_opened_by_path(bundle: Path) -> None:
