@@ -292,7 +292,7 @@ def evaluate(
     Example: kp eval runs/first --data faces.csv --split person --out out/first
     """
     from kp_export.evaluate import evaluate as measure
-    from kp_export.evaluate import held_out_faces, open_model
+    from kp_export.evaluate import held_out_faces, open_model, trained_on
     from kp_export.robustness import groups, robustness
     from kp_export.staging import alone
     from kp_runtime.spec import Manifest
@@ -313,6 +313,8 @@ def evaluate(
         faces = held_out_faces(sources, opened.manifest)
     else:
         faces = [face for source in sources for face in source.faces]
+        if seen := trained_on(sources, opened.manifest):
+            note(f"{seen} of these {len(faces)} faces were trained on; --split person measures the others")
     named = whole_detector_name(detector) if boxes is Boxes.detector else None
     finder = None
     if named:
@@ -347,6 +349,7 @@ def evaluate(
         shown: dict[str, Any] = {"missed": result.missed, "nme_interval": result.interval, "given_up": result.given_up}
         shown |= {"looks": looks, "mirror": mirror}
         shown |= {"boxes": boxes.value, **(detector_record(named) if named else {})}
+        shown |= {"split": split.value, "sources": [{"name": one.name, "sha256": one.sha256} for one in sources]}
         if model.is_file() and (entry := opened.manifest.files[model.name]).kind != "checkpoint":
             shown |= {"precision": entry.precision, "sha256": entry.sha256}
         kept = {record: dataclasses.asdict(result.accuracy) | shown | more}

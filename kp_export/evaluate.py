@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +36,16 @@ from kp_train.data import Face, Source, evenly_spread, held_out_of, luma_of_face
 from kp_train.metrics import Accuracy, accuracy, interval_over_people, point_errors
 from kp_train.run_record import ancestry, least_held_out
 
-__all__ = ["Evaluation", "OpenModel", "answer_in_frames", "evaluate", "held_out_faces", "measured_rise", "open_model"]
+__all__ = [
+    "Evaluation",
+    "OpenModel",
+    "answer_in_frames",
+    "evaluate",
+    "held_out_faces",
+    "measured_rise",
+    "open_model",
+    "trained_on",
+]
 
 BATCH = 32
 MOST = 512
@@ -130,6 +140,22 @@ def held_out_faces(sources: Sequence[Source], manifest: Manifest) -> list[Face]:
         paths = ", ".join(str(source.path) for source in sources)
         raise DataError(f"there is no face of a person that was held out of training in {paths}")
     return faces
+
+
+def trained_on(sources: Sequence[Source], manifest: Manifest) -> int:
+    """How many of the sources' faces the model or what it began at was trained on, as far as its manifest tells."""
+    count = 0
+    for source in sources:
+        told = [record for record in ancestry(manifest.training) if source.sha256 in _label_files(record)]
+        if told:
+            count += len(source.faces) - len(held_out_of([source], least_held_out(told)))
+    return count
+
+
+def _label_files(record: dict[str, Any]) -> list[Any]:
+    """The sha256 of the label files that a run read."""
+    sources = record.get("sources")
+    return [each.get("sha256") for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
 
 
 def evaluate(

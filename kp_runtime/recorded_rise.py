@@ -111,7 +111,7 @@ def _is_of_weights(measured: Any) -> bool:
 
 def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two records are of the same faces seen in the same way, as far as both tell; older ones tell less."""
-    how = ("faces", "missed", "looks", "mirror", "boxes", "detector", "detector_sha256")
+    how = ("faces", "missed", "looks", "mirror", "boxes", "detector", "detector_sha256", "split", "sources")
     return all(one[key] == other[key] for key in how if key in one and key in other)
 
 

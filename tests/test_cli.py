@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import inspect
 import json
 import os
@@ -448,8 +449,12 @@ def test_eval_prints_json(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_
     assert (status, err.count("\n")) == (1, 1)
     assert "SmoothL1 as the original" in out
     assert "mine" not in Manifest.read(copy).accuracy
-    assert kp(capsys, *words)[0] == 0
-    assert "mine" in Manifest.read(copy).accuracy
+    record = {"sources": [{"sha256": hashlib.sha256(data.read_bytes()).hexdigest()}]}
+    dataclasses.replace(Manifest.read(copy), training=record).write(copy)
+    status, _, err = kp(capsys, *words)
+    assert (status, err) == (0, "8 of these 8 faces were trained on; --split person measures the others\n")
+    kept = Manifest.read(copy).accuracy["mine"]
+    assert (kept["split"], kept["sources"]) == ("rows", [{"name": data.name, **record["sources"][0]}])
     status, _, err = kp(capsys, *words, "--split", "person")
     assert "does not say which people" in err
 

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_export.evaluate import OpenModel, evaluate, held_out_faces, open_model
+from kp_export.evaluate import OpenModel, evaluate, held_out_faces, open_model, trained_on
 from kp_runtime.backend import Answer
 from kp_runtime.errors import BackendError, BundleError, DataError, InputError, MissingExtraError
 from kp_runtime.frame import Frame
@@ -214,6 +214,18 @@ def test_the_person_split_takes_people_never_trained_on(source: Source) -> None:
     assert held_out_faces([none, source], manifest) == held
     with pytest.raises(DataError, match="no face of a person that was held out"):
         held_out_faces([none], manifest)
+
+
+def test_faces_that_were_trained_on_are_counted(source: Source) -> None:
+    manifest = oracle(source, ModelSpec("x", SIZE)).manifest
+    run = {"held_out": {"val_fraction": 0.3}, "sources": [5, {"sha256": source.sha256}]}
+    seen = len(source.faces) - len(held_out_faces([source], manifest))
+    other = dataclasses.replace(source, sha256="of another file")
+    for training, count in (
+        (run, seen), (run | {"held_out": {}}, len(source.faces)), (run | {"sources": 5}, 0), ({}, 0),
+        ({"held_out": {"val_fraction": 0.01}, "start": {"training": run}}, seen),
+    ):  # fmt: skip
+        assert trained_on([source, other], dataclasses.replace(manifest, training=training)) == count
 
 
 def test_a_bundles_files_can_be_opened_by_path(bundle: Path) -> None:

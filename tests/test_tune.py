@@ -474,6 +474,7 @@ def test_recorded_rises_between_bundles(tmp_path: Path) -> None:
         ({}, {"precision": "int8"}),
         ({"looks": 1}, {"looks": 2}), ({"missed": 0}, {"missed": 9}), ({"detector": "own"}, {"detector": "haar"}),
         ({"detector": "own", "detector_sha256": "a"}, {"detector": "own", "detector_sha256": "b"}),
+        ({"split": "rows"}, {"split": "person"}), ({"sources": [{"sha256": "a"}]}, {"sources": [{"sha256": "b"}]}),
     ):  # fmt: skip
         pair = []
         for folder, record in ((tmp_path / "one", before), (tmp_path / "another", after)):
