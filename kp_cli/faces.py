@@ -403,7 +403,7 @@ def convert(
     bare = sum(not Path(face.image).suffix for face in faces)
     if bare and write_as != "pts" and (read_as or format_of(source)) == "pts":
         note(f"no photo lies beside {bare} of the .pts files, so the names of their images have no suffix")
-    written = faces_to_file(faces, out, write_as)
+    written = faces_to_file(faces, out, write_as, as_labels=True)
     if as_json:
         print_json({"faces": len(faces), "written": [str(path) for path in written]})
         return

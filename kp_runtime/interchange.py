@@ -19,6 +19,7 @@ import csv
 import importlib
 import itertools
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -131,24 +132,30 @@ def faces_from_file(path: Path, kind: str | None = None, points: int = POINTS) -
     return faces
 
 
-def faces_to_file(faces: Sequence[LabelledFace], path: Path, kind: str | None = None) -> list[Path]:
+def faces_to_file(
+    faces: Sequence[LabelledFace], path: Path, kind: str | None = None, as_labels: bool = False
+) -> list[Path]:
     """Writes labelled faces; what lies there is kept whole until the new file is.
 
     Args:
         faces: none make a file without rows, and no `.pts` file.
         path: the file; for `pts` a folder, or a `.pts` file where there is one face.
         kind: one of `FORMATS`; by the suffix when None.
+        as_labels: `.pts` files lie in the folders of their images' names below `path`, where training looks for the
+            images, and replace none, which may be a label made by hand.
 
     Returns:
         The paths written.
 
     Raises:
-        InputError: no such format, two faces that would be one `.pts` file, or an image of unknown size for COCO.
+        InputError: no such format, two faces that would be one `.pts` file, one that is there already with `as_labels`,
+            or an image of unknown size for COCO.
         KpError: the file can't be written.
         MissingExtraError: Parquet without pyarrow.
     """
-    _, write = _format(kind or format_of(path))
-    return write(faces, path)
+    kind = kind or format_of(path)
+    _, write = _format(kind)
+    return _write_pts(faces, path, as_labels) if kind == "pts" else write(faces, path)
 
 
 def with_sizes(faces: Sequence[LabelledFace], images: Path) -> list[LabelledFace]:
@@ -226,23 +233,32 @@ def _pts_face(file: Path, folder: Path, points: int) -> LabelledFace:
     return LabelledFace(image.relative_to(folder).as_posix(), xy, where=where)
 
 
-def _write_pts(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
+def _write_pts(faces: Sequence[LabelledFace], path: Path, as_labels: bool = False) -> list[Path]:
+    texts = _pts_texts(faces, path, as_labels)
+    if as_labels and (there := [str(place) for place in texts if os.path.lexists(place)]):
+        raise InputError(f"{there[0]} is there already and may be a label made by hand; name another place")
+    return [_write(place, text) for place, text in texts.items()]
+
+
+def _pts_texts(faces: Sequence[LabelledFace], path: Path, folders: bool) -> dict[Path, str]:
+    """Each file's place and text; with `folders` those of the images' names are kept, where they lie below `path`."""
     if not faces:
-        return []
+        return {}
     if path.suffix.lower() == ".pts" and not path.is_dir():
         if len(faces) > 1:
             raise InputError(f"{path} can hold one face, not {len(faces)}; name a folder")
-        return [_write(path, pts_text(faces[0].xy))]
+        return {path: pts_text(faces[0].xy)}
     many = Counter(face.image for face in faces)
-    texts: dict[str, str] = {}
+    texts: dict[Path, str] = {}
     for face, number in zip(faces, _face_numbers(faces), strict=True):
         image = Path(face.image)  # of frame.0001 and photo.v2 all is the name
         stem = image.stem if re.fullmatch(r"\.[A-Za-z][A-Za-z0-9]{2,3}", image.suffix) else image.name
-        name = stem + (f"_{number}" if many[face.image] > 1 else "") + ".pts"
-        if name in texts:
+        folder = image.parent if folders and not image.anchor and ".." not in image.parts else Path()
+        name = folder / (stem + (f"_{number}" if many[face.image] > 1 else "") + ".pts")
+        if path / name in texts:
             raise InputError(f"{face.image} and a photo before it would both be {name}; write json or csv instead")
-        texts[name] = pts_text(face.xy)
-    return [_write(path / name, text) for name, text in texts.items()]
+        texts[path / name] = pts_text(face.xy)
+    return texts
 
 
 # COCO keypoints: https://cocodataset.org/#format-data

@@ -223,6 +223,9 @@ def test_pts_files_without_photos_are_said(capsys: pytest.CaptureFixture[str], t
     status, _, err = kp(capsys, "convert", tmp_path / "alone", tmp_path / "b.csv")
     assert status == 0
     assert err == "no photo lies beside 4 of the .pts files, so the names of their images have no suffix\n"
+    status, _, err = kp(capsys, "convert", data, tmp_path / "alone")
+    assert status == 1
+    assert "person0_0.pts is there already" in err
 
 
 @pytest.mark.parametrize(

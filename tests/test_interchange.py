@@ -73,6 +73,18 @@ def test_pts_names_and_pixels_from_one(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_pts_files_that_are_labels_lie_beside_their_photos_and_replace_none(tmp_path: Path) -> None:
+    names = ["anna/1.png", "ben/1.png", "../up.png", "/abs/whole.png"]
+    faces = [made_up(name, i) for i, name in enumerate(names)]
+    written = faces_to_file(faces, tmp_path, as_labels=True)
+    assert written == [tmp_path / name for name in ("anna/1.pts", "ben/1.pts", "up.pts", "whole.pts")]
+    before = written[1].read_bytes()
+    for place, one in ((tmp_path, [faces[2], faces[1]]), (written[1], faces[:1])):
+        with pytest.raises(InputError, match=r"(up|1)\.pts is there already and may be a label made by hand"):
+            faces_to_file(one, place, as_labels=True)
+    assert written[1].read_bytes() == before
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize(
     "header",
