@@ -73,7 +73,8 @@ class Evaluation:
         missed: faces that the detector did not find; they are not in `faces`, and in the accuracy they count
             as failures alone.
         accuracy: over `faces`, its AUC and failures over the missed ones, too.
-        interval: the 95% interval of the NME, a fraction, had other people been drawn; None of one person's faces.
+        interval: the 95% interval of the NME, a fraction, had other people been drawn; None of fewer than
+            eight people's faces.
         given_up: share of `faces` whose lost score is over the model's limit; None of a model that gives none.
     """
 

@@ -24,12 +24,12 @@ from kp_runtime.spec import ModelSpec
 from kp_train.bar import Bar, no_bar
 from kp_train.data import Face, Source, held_out_of
 from kp_train.dataset import FaceDataset
+from kp_train.metrics import FEWEST_PEOPLE
 from kp_train.model import KeypointNet
 
 __all__ = ["bias_of", "from_both_sides", "measured_bias", "source_biases", "with_bias"]
 
 _BATCH = 64
-_FEWEST = 8  # people that a bias is told from
 _SURE = 3  # standard errors from zero under which the points' mean may be chance
 
 
@@ -90,7 +90,7 @@ def measured_bias(
         the person's frames.
     """
     people = [face.person for face in faces]
-    if len(set(people)) < _FEWEST:
+    if len(set(people)) < FEWEST_PEOPLE:
         return None
     labels, seen = from_both_sides(net, faces, spec, order, bar)
     return bias_of(labels - seen, people, order)
@@ -103,7 +103,7 @@ def bias_of(off: Tensor, people: Sequence[str], order: NDArray[np.intp]) -> NDAr
     """
     _, person = np.unique(people, return_inverse=True)
     sideways = np.bincount(person, off[..., 0].mean(dim=1).numpy()) / np.bincount(person)
-    if len(sideways) < _FEWEST or abs(sideways.mean()) <= _SURE * sideways.std(ddof=1) / len(sideways) ** 0.5:
+    if len(sideways) < FEWEST_PEOPLE or abs(sideways.mean()) <= _SURE * sideways.std(ddof=1) / len(sideways) ** 0.5:
         return None
     bias = np.median(off.numpy(), axis=0)  # torch's is the lower of two middle ones
     return np.asarray((bias - bias[order] * [-1, 1]) / 2).round(4)

@@ -20,6 +20,8 @@ from kp_runtime.scheme68 import EYE_CORNERS, POINTS, regions_of
 __all__ = ["Accuracy", "accuracy", "interval_over_people", "nme_unit", "point_errors", "smooth_l1_original"]
 
 FAILURE = 0.08
+FEWEST_PEOPLE = 8
+"""Under so many a mean says too little of other people: a bootstrap's interval over two or three is far too narrow."""
 DRAWS = 2000
 """Of people, for an interval: its ends then hold still to a fiftieth of its width."""
 
@@ -89,11 +91,11 @@ def interval_over_people(values: NDArray[np.floating], people: Sequence[str]) ->
         people: whose each face is.
 
     Returns:
-        Its ends, the same each time; None of one person's faces alone, which tell nothing about other people.
+        Its ends, the same each time; None of fewer than eight people's faces, which tell too little about others.
     """
     names, index = np.unique(np.asarray(people, object).astype(str), return_inverse=True)
     count = len(names)
-    if count < 2:
+    if count < FEWEST_PEOPLE:
         return None
     sums, faces = np.bincount(index, values), np.bincount(index)
     draws = np.random.default_rng(0)

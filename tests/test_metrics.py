@@ -57,12 +57,14 @@ def test_the_interval_is_that_of_a_mean_over_people(rng: np.random.Generator) ->
     assert interval_over_people(values, people) == found
     # nine more frames of each person are no news of other people
     assert interval_over_people(values.repeat(10), np.repeat(people, 10).tolist()) == pytest.approx(found)
-    assert interval_over_people(values, ["one"] * 400) is None
+    assert interval_over_people(values, [f"p{i % 7}" for i in range(400)]) is None
+    assert interval_over_people(values, [f"p{i % 8}" for i in range(400)]) is not None
 
 
 def test_a_person_of_more_faces_weighs_more_in_the_interval() -> None:
-    # both drawn twice, or one of each: means of 0, 1 and 9 / 10
-    assert interval_over_people(np.array([0.0] + [1.0] * 9), ["a"] + ["b"] * 9) == (0.0, 1.0)
+    # the person of nine faces is among the eight drawn up to thrice, in all but one of 89 draws
+    people = [*"abcdefg"] + ["h"] * 9
+    assert interval_over_people(np.array([0.0] * 7 + [1.0] * 9), people) == (0.0, 27 / 32)
 
 
 def test_a_region_feels_its_own_points_alone() -> None:
