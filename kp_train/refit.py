@@ -313,7 +313,10 @@ class _Looker:
                 kept.append((face, weight))
                 boxes.append(box)
         if not kept:
-            raise DataError(f"the detector found none of {len(faces)} faces; take another one")
+            raise DataError(
+                f"the detector found none of {len(faces)} faces; take another one, or leave it out: --boxes keypoints "
+                "--boxes jittered"
+            )
         shown = FaceDataset([face for face, _ in kept], self._spec, boxes_xyxy=np.stack(boxes))
         return self._features(shown, range(len(kept)), [weight for _, weight in kept], FOUND)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from kp_runtime.errors import DataError, KpError
 from kp_runtime.files import git_revision
+from kp_runtime.spec import MANIFEST_NAME
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, Source, held_out_of, is_held_out, recorded_fraction
 
@@ -108,7 +109,9 @@ def stored_record(
     given = [key for key in wanted if wanted[key] is not None and key not in free]
     differ = [key for key in given if before.get(key) != wanted[key]]
     if changed := [f"{key} {before.get(key)} -> {wanted[key]}" for key in differ]:
-        raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones")
+        more = isinstance(config, TrainConfig) and (run / MANIFEST_NAME).exists()  # finished, so it has weights
+        how = f", or begin another at its weights: --init {run} --out OTHER" if more else ""
+        raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones{how}")
     names = _sha256_of_names(held_out_of(sources, config.val_fraction))
     if data != [(s.sha256, s.weight) for s in sources] or named not in (None, names):
         raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
