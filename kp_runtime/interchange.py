@@ -352,7 +352,12 @@ def _read_csv(path: Path, points: int) -> list[LabelledFace]:
             lines = csv.reader(file)
             for i, row in enumerate(row for row in lines if row):
                 if i == 0 and _is_header(row):
+                    _check_order(row[-2 * points :], points, path)
                     continue
+                for mark, name in ((";", "semicolons"), ("\t", "tabs")):
+                    if mark in row[0] and ",".join(row).count(mark) >= 2 * points:
+                        what = f"its columns are separated by {name}; save it with commas, and points in the numbers"
+                        raise DataError(f"{path}: {what}")
                 where = f"{path}, line {lines.line_num} ({row[0][:200]})"
                 first = len(row) - 2 * points
                 if first not in (1, 6):
@@ -376,6 +381,22 @@ def _is_header(row: Sequence[str]) -> bool:
         return False
     counted = all(text == str(i) for i, text in enumerate(row[1:]))
     return not row[0].strip() or counted or not any(map(_is_number, row[1:]))
+
+
+def _check_order(columns: Sequence[str], points: int, path: Path) -> None:
+    """Refuses columns whose names say, all of them and as often, x or y as their first or last word, in another order.
+
+    `x_0`, `nose_3_y` and `y1` say it.
+    """
+    axes = [
+        {words[0], words[-1]} & {"x", "y"} if (words := re.findall("[a-z]+", column.lower())) else set()
+        for column in columns
+    ]
+    if axes.count({"x"}) == axes.count({"y"}) == points and axes != [{"x"}, {"y"}] * points:
+        raise DataError(
+            f"{path}: its header's columns begin with {columns[0][:80]}, {columns[1][:80]}; wanted are x and y of each "
+            "point in turn: x0, y0, x1, y1 …"
+        )
 
 
 def _is_number(text: str) -> bool:

@@ -174,7 +174,8 @@ def _checked(face: LabelledFace) -> NDArray[np.float32]:
     if not np.isfinite(xy).all():
         raise DataError(f"{where}: a coordinate is over what float32 holds; correct it or remove the face")
     if np.ptp(xy, axis=0).max() < 1:
-        raise DataError(f"{where}: all points lie on one spot; correct them or remove the face")
+        what = "all points lie within one pixel (fractions of the image? pixels are needed)"
+        raise DataError(f"{where}: {what}; correct them or remove the face")
     if nme_unit(xy[None])[0] < 1:
         what = "its outer eye corners lie on one spot, so there is no size to count its NME in"
         raise DataError(f"{where}: {what}; correct or remove the face")
@@ -182,14 +183,17 @@ def _checked(face: LabelledFace) -> NDArray[np.float32]:
 
 
 def _image_folder(path: Path, name: str) -> Path:
-    """Beside `training_frames_keypoints.csv` the photos lie in a folder of that name, in `training/`, or in its own."""
+    """Beside `training_frames_keypoints.csv` the photos lie in a folder of that name, in `training/`, or in its own.
+
+    Those that `kp predict` names lie in the working folder.
+    """
     names = dict.fromkeys((path.stem, path.stem.split("_")[0], ""))
     places = [path.parent / name for name in names]
     with contextlib.suppress(OSError):  # of a name that is longer than any file's
-        if found := [place for place in places if (place / name).is_file()]:
+        if found := [place for place in (*places, Path()) if (place / name).is_file()]:
             return found[0]
     raise DataError(
-        f"{path} names the image {name[:200]}, which is in none of: {', '.join(map(str, places))}; "
+        f"{path} names the image {name[:200]}, which is in none of: {', '.join(map(str, places))}, the working folder; "
         "put the photos into one of these folders"
     )
 

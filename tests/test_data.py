@@ -89,7 +89,10 @@ def break_row(path: Path, change: object) -> None:
         (lambda cells: [*cells[:5], "left", *cells[6:]], r"line 3 .*not a number"),
         (lambda cells: [*cells[:5], "nan", *cells[6:]], r"line 3 .*not finite"),
         (lambda cells: [*cells[:5], "1e39", *cells[6:]], r"line 3 .*over what float32 holds"),
-        (lambda cells: [cells[0], *["7"] * 136], r"line 3 .*all points lie on one spot"),
+        (
+            lambda cells: [cells[0], *[f"0.{i}" for i in range(136)]],
+            r"line 3 .*within one pixel \(fractions of the image\? pixels are needed\)",
+        ),
         (lambda cells: [*cells[:91], *cells[73:75], *cells[93:]], r"line 3 .*outer eye corners lie on one spot"),
     ],
 )
@@ -103,6 +106,21 @@ def test_a_csv_without_its_images_says_where_it_looked(csv_source: Path) -> None
     (csv_source.parent / "training").rename(csv_source.parent / "elsewhere")
     with pytest.raises(DataError, match=r"person0_0.png, which is in none of: .*training.*; put the photos into one"):
         read_source(csv_source)
+
+
+def test_photos_that_a_csv_names_from_the_working_folder_are_found(
+    csv_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `kp predict photos --format csv` names them in `out/keypoints.csv`."""
+    (tmp_path / "training").rename(tmp_path / "shots")
+    (tmp_path / "out").mkdir()
+    csv_source.rename(tmp_path / "out" / "keypoints.csv")
+    path = tmp_path / "out" / "keypoints.csv"
+    path.write_text(path.read_text().replace("person", "shots/person"))
+    with pytest.raises(DataError, match=r"is in none of: .*, the working folder; put the photos"):
+        read_source(path)
+    monkeypatch.chdir(tmp_path)
+    assert all(face.image.is_file() for face in read_source(path).faces)
 
 
 def test_photos_of_another_csv_are_not_taken(tmp_path: Path) -> None:

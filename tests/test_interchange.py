@@ -99,6 +99,36 @@ def test_every_header_line_of_a_csv_is_none_of_its_faces(tmp_path: Path, header:
     assert [face.image for face in faces_from_file(tmp_path / "f.csv")] == ["a.jpg", "a.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("columns", "refused"),
+    [
+        ([f"{axis}_{i}" for axis in "xy" for i in range(68)], True),
+        ([f"nose_{i}_{axis}" for i in range(68) for axis in "YX"], True),
+        ([f"{axis}{i}" for i in range(68) for axis in "xy"], False),
+        ([f"y{i} (x)" for i in range(136)], False),
+        ([f"x{i}" for i in range(136)], False),
+        ([f"lefteye{axis}" for axis in "xy"] * 68, False),
+    ],
+)
+@pytest.mark.parametrize("between", ["", "face,x0,y0,x1,y1,"])
+def test_a_header_of_another_order_is_refused(tmp_path: Path, columns: list[str], refused: bool, between: str) -> None:
+    row = f"a.jpg,{'0,1,2,3,4,' if between else ''}" + ",".join(map(str, FACES[0].xy.ravel()))
+    (tmp_path / "f.csv").write_text(f"image,{between}{','.join(columns)}\n{row}\n")
+    if not refused:
+        assert len(faces_from_file(tmp_path / "f.csv")) == 1
+        return
+    with pytest.raises(DataError, match=rf"begin with {columns[0]}, {columns[1]}; wanted are x and y of each point in"):
+        faces_from_file(tmp_path / "f.csv")
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_columns_that_no_commas_separate_are_said(tmp_path: Path, mark: str, name: str) -> None:
+    for point in ".,":  # the latter as a spreadsheet has it in many countries
+        (tmp_path / "f.csv").write_text(mark.join(["a.jpg", *(f"{x}".replace(".", point) for x in FACES[0].xy.flat)]))
+        with pytest.raises(DataError, match=f"separated by {name}; save it with commas"):
+            faces_from_file(tmp_path / "f.csv")
+
+
 def test_a_first_face_with_a_blank_number_is_no_header(tmp_path: Path) -> None:
     row = "frame0001," + ",".join(map(str, FACES[0].xy.ravel()))
     (tmp_path / "f.csv").write_text(row.rpartition(",")[0] + ",\n" + row + "\n")

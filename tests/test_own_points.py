@@ -57,7 +57,7 @@ def test_points_on_one_line_have_a_size_and_on_one_spot_none(tmp_path: Path) -> 
     (face,) = read_source(tmp_path, points=2).faces
     assert nme_unit(face.xy[None]).tolist() == [24]
     (tmp_path / "a_0.pts").write_text(pts_text(np.array([[20.0, 30], [20, 30]])))
-    with pytest.raises(DataError, match=r"a_0\.pts: all points lie on one spot"):
+    with pytest.raises(DataError, match=r"a_0\.pts: all points lie within one pixel"):
         read_source(tmp_path, points=2)
 
 
