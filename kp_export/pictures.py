@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -28,6 +29,8 @@ __all__ = ["error_curve", "point_error_map", "worst_faces"]
 
 _TURNED = ((0.0, 0.15, "frontal"), (0.15, 0.5, "turned"), (0.5, np.inf, "turned far"))
 """Turns of the head from, up to, and their name."""
+_TITLE: dict[str, Any] = {"fontsize": 10, "parse_math": False}  # dollars in a model's name are no formula
+_LINE = 60  # letters of a title that stand side by side in the narrowest picture
 
 
 def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
@@ -50,7 +53,8 @@ def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
     axes.text(at, 96, f"mean {measured.nme:.2%} ", color="#c8553d", va="top", ha="right")
     unit = "outer eye corner distance" if evaluation.predicted.shape[1] == POINTS else "longer side of the points' box"
     axes.set(xlim=(0, 10), ylim=(0, 100), xlabel=f"NME, % of the {unit}", ylabel="faces, %")
-    axes.set_title(f"{title}: {measured.faces} faces, AUC at 8% {measured.auc:.3f}", fontsize=10)
+    told = f"{title}: {measured.faces} faces, AUC at 8% {measured.auc:.3f}"
+    axes.set_title(textwrap.fill(told, _LINE), **_TITLE)
     axes.grid(alpha=0.25)
     return _saved(figure, path)
 
@@ -94,7 +98,7 @@ def point_error_map(evaluation: Evaluation, title: str, path: Path) -> Path:
         axes.set_axis_off()
         axes.set_title(text, fontsize=10)
     figure.colorbar(circles, ax=figure.axes, shrink=0.8, label="mean error, % of the outer eye corner distance")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, _LINE), **_TITLE)
     return _saved(figure, path)
 
 
@@ -122,7 +126,7 @@ def _saved(figure: Figure, path: Path) -> Path:
 
 
 def worst_faces(evaluation: Evaluation, path: Path, most: int = 24, cell: int = 224) -> Path:
-    """Writes a sheet of the worst faces as a PNG: truth in green, prediction in red, NME below."""
+    """Writes a sheet of the worst faces as a PNG: truth in green, the smaller prediction in red on top, NME below."""
     order = np.argsort(-evaluation.errors)[:most]
     cells = []
     for i in order.tolist():
@@ -131,11 +135,12 @@ def worst_faces(evaluation: Evaluation, path: Path, most: int = 24, cell: int = 
         matrix = matrices_from_boxes(box[None], cell, 1.5)
         crop = crops_from_frame(Frame(luma_of_face(face), "gray"), matrix, cell)[0, 0]
         canvas = cv2.cvtColor(crop, cv2.COLOR_GRAY2BGR)
-        for xy, color in ((face.xy, (90, 220, 90)), (evaluation.predicted[i], (70, 70, 250))):
+        for xy, color, radius in ((face.xy, (90, 220, 90), 40), (evaluation.predicted[i], (70, 70, 250), 20)):
             for x, y in np.clip(np.rint(apply_matrix(matrix[0], xy) * 16), -(2**20), 2**20).astype(int).tolist():
-                cv2.circle(canvas, (x, y), 24, color, -1, cv2.LINE_AA, 4)
+                cv2.circle(canvas, (x, y), radius, color, -1, cv2.LINE_AA, 4)
         label = f"{evaluation.errors[i]:.1%} {as_text(face.image.stem)[:24]}"  # OpenCV ends the process at no text
-        cv2.putText(canvas, label, (4, cell - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
+        for grey, width in ((0, 3), (255, 1)):  # edged in black, as the photo may be white
+            cv2.putText(canvas, label, (4, cell - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (grey,) * 3, width, cv2.LINE_AA)
         cells.append(canvas)
     columns = min(6, len(cells))
     cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)

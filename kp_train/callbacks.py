@@ -92,7 +92,7 @@ class StateKeeper(ModelCheckpoint):
 
 
 class FacesPicture(Callback):
-    """Every few epochs, a sheet of held-out faces with truth (green) and prediction (red)."""
+    """Every few epochs, a sheet of held-out faces with truth (green) and the smaller prediction (red) on top."""
 
     def __init__(self, faces: FaceDataset, folder: Path, every: int) -> None:
         self.folder, self.every = folder, every
@@ -112,8 +112,8 @@ class FacesPicture(Callback):
         crops = self.crops.repeat_interleave(times, 2).repeat_interleave(times, 3)
         truths, guesses = ((xy + 0.5) * times - 0.5 for xy in (self.xy, predicted))
         for crop, truth, guess in zip(crops, truths, guesses, strict=True):
-            cell = draw_keypoints(crop.expand(3, -1, -1), truth[None], colors="lime", radius=2)
-            cells.append(draw_keypoints(cell, guess[None], colors="red", radius=2))
+            cell = draw_keypoints(crop.expand(3, -1, -1), truth[None], colors="lime", radius=3)
+            cells.append(draw_keypoints(cell, guess[None], colors="red", radius=1))
         sheet = make_grid(torch.stack(cells), nrow=8)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_image(sheet.float() / 255, self.folder / f"faces_epoch_{epoch:03d}.png")

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 
-from kp_export.evaluate import evaluate
+from kp_export.evaluate import Evaluation, evaluate
 from kp_export.pictures import error_curve, point_error_map, worst_faces
 from kp_export.robustness import turns
 from kp_runtime.errors import MissingExtraError
@@ -66,6 +67,37 @@ def test_the_worst_faces_come_first_with_green_labels_and_red_predictions(source
     labels, predictions = ((place.min(axis=0) + place.max(axis=0)) / 2 for place in places)
     assert labels == pytest.approx([111.5, 111.5], abs=3)  # the middle of the sheet's one cell
     assert (predictions > labels + 20).all()
+    right = dataclasses.replace(result, predicted=np.stack([face.xy for face in result.faces]))
+    blue, green, red = cv2.imread(str(worst_faces(right, tmp_path / "c.png", most=1))).astype(int).transpose(2, 0, 1)
+    assert (red - np.maximum(blue, green) > 60).any()
+    assert (green - np.maximum(blue, red) > 60).any()  # labels are seen under predictions
+
+
+def test_the_names_of_the_worst_faces_are_read_on_white(source: Source, tmp_path: Path) -> None:
+    result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
+    white = tmp_path / "white.png"
+    white.write_bytes(cv2.imencode(".png", np.full((SIZE, SIZE, 3), 255, np.uint8))[1].tobytes())
+    faces = tuple(dataclasses.replace(face, image=white) for face in result.faces)
+    sheet = cv2.imread(str(worst_faces(dataclasses.replace(result, faces=faces), tmp_path / "worst.png", most=1)), 0)
+    assert (sheet[-20:, :60] == 0).sum() > 20
+
+
+@pytest.mark.parametrize("draw", [error_curve, point_error_map])
+@pytest.mark.parametrize("name", ["run_$a$_$b_{$", "a_long_name_" * 12])
+def test_a_name_stands_in_a_picture_as_it_is(
+    draw: Callable[[Evaluation, str, Path], Path], name: str, source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr("kp_export.pictures._saved", lambda figure, path: figures.append(figure))
+    draw(evaluate(oracle(source, ModelSpec("x", SIZE), error_px=2.0), source.faces), name, Path("x"))
+    (figure,) = figures
+    figure.draw_without_rendering()
+    title = figure.axes[0].title if draw is error_curve else figure.findobj(lambda part: part is figure._suptitle)[0]
+    assert title.get_text().replace("\n", "").startswith(name)
+    box = title.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert box.y1 <= figure.bbox.y1
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names of files are bytes on POSIX alone")

@@ -107,7 +107,7 @@ def test_faces_are_drawn_every_few_epochs_and_by_the_first_worker(faces: Path, t
     _, green, red = sheet[2:258, 2:258].transpose(2, 0, 1)
     labels, predictions = np.argwhere((green > 200) & (red < 90)), np.argwhere((red > 200) & (green < 90))
     place = (np.stack([picture.xy[0].amin(dim=0), picture.xy[0].amax(dim=0)]) + 0.5) * 4 - 0.5
-    np.testing.assert_allclose([labels.min(axis=0) + 2, labels.max(axis=0) - 2], place[:, ::-1], atol=1)
+    np.testing.assert_allclose([labels.min(axis=0) + 3, labels.max(axis=0) - 3], place[:, ::-1], atol=1)
     assert predictions.max() < 5  # at the first pixel of each
 
 
