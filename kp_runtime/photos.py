@@ -98,7 +98,8 @@ def predict_photo(
         detector: finds the boxes when `boxes_xyxy` is None.
         boxes_xyxy: `(n, 4)` boxes in pixels of the photo, in the keypoint convention.
         drawn: where to write the drawn copy; not drawn when None.
-        draw: draws on the image the points `(n, 68, 2)`, such as an `effects.Effect`; boxes and points when None.
+        draw: draws on the image the points `(n, 68, 2)`, such as an `effects.Effect`; when None,
+            boxes, and the points of those in which the model sees a face.
         timer: collects the stages read, detect, crop, infer, map back; on a GPU it slows each call.
         looks: see `Model.__call__`.
         mirror: likewise.
@@ -124,7 +125,8 @@ def predict_photo(
         if draw is None:
             picture = bgr_copy(image)
             put_boxes(picture, keypoints.boxes_xyxy)
-            put_keypoints(picture, keypoints.xy)
+            scores, limit = keypoints.lost_score, model.spec.lost_limit
+            put_keypoints(picture, keypoints.xy if scores is None or limit is None else keypoints.xy[scores <= limit])
         else:
             picture = draw(image, keypoints.xy)
         try:

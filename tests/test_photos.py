@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 from pathlib import Path, PureWindowsPath
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 
 from kp_runtime import ImageError, InputError, Keypoints, Model, StageTimer, load
+from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.errors import NotDrawnError
 from kp_runtime.frame import image_from_file
 from kp_runtime.geometry import frame_box
 from kp_runtime.photos import Photo, photos_from_paths, predict_photo, write_results
 from kp_runtime.scheme68 import point_names
+from kp_runtime.spec import ModelSpec
 from tests.models import tiny_bundle
 from tests.reference import waves
 from tests.tolerances import MAP_PX, assert_close
@@ -79,6 +82,20 @@ def test_drawn_copy(suffix: str, model: Model, photo: Path, tmp_path: Path) -> N
     assert not np.array_equal(drawn, source)
     assert photo.read_bytes() == before
     assert [p.name for p in (tmp_path / "out").iterdir()] == [f"d{suffix}"]
+
+
+def test_a_box_that_holds_no_face_is_drawn_without_points(photo: Path, tmp_path: Path) -> None:
+    found = dataclasses.replace(made_up("", 2).keypoints, boxes_xyxy=BOXES, lost_score=np.float32([0.1, 0.9]))
+
+    def model(*_: object, **__: object) -> Keypoints:
+        return found
+
+    model.spec = ModelSpec("x", 64, lost_limit=0.5)  # type: ignore[attr-defined]
+    expected = image_from_file(photo)
+    put_boxes(expected, BOXES)
+    put_keypoints(expected, found.xy[:1])
+    predict_photo(model, photo, boxes_xyxy=BOXES, drawn=tmp_path / "d.png")  # type: ignore[arg-type]
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "d.png")), expected)
 
 
 def test_drawn_copy_with_a_name_as_long_as_a_file_can_have(model: Model, photo: Path, tmp_path: Path) -> None:
