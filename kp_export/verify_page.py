@@ -69,7 +69,8 @@ def _hashes(verification: Verification) -> str:
     rows = [("PyTorch's checkpoint", verification.checkpoint_sha256)]
     rows += [(file.file, file.entry.sha256) for file in verification.files]
     cells = [f"<tr><td>{clean(name)}</td><td class='text hash'>{clean(digest)}</td></tr>" for name, digest in rows]
-    return f"<div class=wide><table><tr><th>file</th><th class=text>sha256</th></tr>{''.join(cells)}</table></div>\n"
+    head = "<th scope=col>file</th><th scope=col class=text>sha256</th>"
+    return f"<div class=wide tabindex=0><table><tr>{head}</tr>{''.join(cells)}</table></div>\n"
 
 
 def _table(verification: Verification) -> str:
@@ -84,12 +85,12 @@ def _table(verification: Verification) -> str:
         "lost score",
         *(f"{r} px" for r in regions),
     )
-    start = f"<th>file</th>{_cells('th class=text', ('verdict', 'precision'))}"
-    head = f"<tr>{start}{_cells('th', ('faces', *columns))}</tr>"
+    start = f"<th scope=col>file</th>{_cells('th scope=col class=text', ('verdict', 'precision'))}"
+    head = f"<tr>{start}{_cells('th scope=col', ('faces', *columns))}</tr>"
     precisions = dict.fromkeys(file.parity.precision for file in verification.files if file.parity)
     limits = "; ".join(f"{name}: {_limit(LIMITS[name])}" for name in precisions)
     return (
-        f"<h2>Distance to PyTorch, in pixels of the crop</h2>\n<div class=wide><table>{head}"
+        f"<h2>Distance to PyTorch, in pixels of the crop</h2>\n<div class=wide tabindex=0><table>{head}"
         f"{''.join(_row(file, regions) for file in verification.files)}</table></div>\n"
         + (f"<p class=soft>Limits, pixels for a crop of 224 px: {clean(limits)}.</p>\n" if limits else "")
     )
@@ -141,14 +142,14 @@ def _worst_faces(verification: Verification, file: FileVerdict) -> str:
     left_out = len(distance) - file.parity.faces
     order = (left_out + np.argsort(-distance[left_out:].max(axis=1), kind="stable")[:WORST]).tolist()
     figures = []
-    for i in order:
+    for rank, i in enumerate(order, 1):
         point = int(distance[i].argmax())
         picture = _picture(verification.faces.crops[i, 0], verification.reference[i], file.keypoints[i], point)
-        name = verification.faces.names[i]
+        seen = f"worst face {rank} of {file.file}: crop with both sets of points, point {point + 1} ringed"
         figures.append(
-            f'<figure><img alt="crop with both sets of points" src="data:image/jpeg;base64,{picture}">'
+            f'<figure><img alt="{clean(seen)}" src="data:image/jpeg;base64,{picture}">'
             f"<figcaption>point {point + 1}: {distance[i, point]:.5f} px<br>mean: {distance[i].mean():.5f} px<br>"
-            f'<span title="{clean(name)}">{clean(Path(name).name)}</span></figcaption></figure>\n'
+            f"{clean(verification.faces.names[i])}</figcaption></figure>\n"
         )
     legend = "PyTorch green, the file red on top of it, the worst point ringed (numbered from 1, as iBUG does)"
     return (

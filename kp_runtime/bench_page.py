@@ -24,8 +24,10 @@ body { max-width: 1240px } h2 { margin: 2.4rem 0 .3rem } th, td { padding: .3rem
 .files th { white-space: normal; max-width: 6.5em }
 .machine td { white-space: normal; overflow-wrap: anywhere; text-align: left }
 .faster { color: var(--2); font-weight: 600 } .slower { color: var(--5); font-weight: 600 }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(310px, 1fr)); gap: 1.4rem; margin-top: 1rem }
-figure { margin: .8rem 0; overflow-x: auto } .plot svg { min-width: 640px } .cards figure { margin: 0 }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 1.4rem;
+  margin-top: 1rem }
+figure { margin: .8rem 0; overflow-x: auto } .cards figure { margin: 0 }
+@media screen { .plot svg { min-width: 860px } }
 figcaption b { color: var(--ink) } .swatch { display: inline-block; width: .7em; height: .7em; margin-right: .5em;
   border-radius: 2px; background: var(--c) }
 svg { width: 100%; height: auto; display: block; font-size: 13px; font-variant-numeric: tabular-nums }
@@ -100,7 +102,7 @@ def _curves(bench: Bench) -> str:
     # the files in the order of the first table, so that a file has one colour everywhere
     curves = {file.file: curves[file.file] for file in bench.files if file.file in curves}
     return (
-        f"<h2>The network alone, by batch size</h2>\n<figure class=plot>{batch_curves(curves)}</figure>\n"
+        f"<h2>The network alone, by batch size</h2>\n<figure class=plot tabindex=0>{batch_curves(curves)}</figure>\n"
         if curves
         else ""
     )
@@ -114,7 +116,7 @@ def _stages(bench: Bench) -> str:
     note = "The stages are of other calls than the whole one; their medians need not add up to its."
     return (
         f"<h2>From the photo's file to its keypoints, with {clean(photo.file)}</h2>\n"
-        f"<figure class=plot>{stage_bar(medians)}</figure>\n"
+        f"<figure class=plot tabindex=0>{stage_bar(medians)}</figure>\n"
         f"{_table(head, rows, swatches=len(medians))}<p class=soft>{note}</p>\n"
     )
 
@@ -169,7 +171,7 @@ def _comparison(comparison: Comparison | None) -> str:
 
 
 def _machine(bench: Bench) -> str:
-    return f"<h2>Machine and settings</h2>\n<div class=machine>{_table(['', ''], list(_facts(bench)))}</div>\n"
+    return f"<h2>Machine and settings</h2>\n<div class=machine>{_table([], list(_facts(bench)))}</div>\n"
 
 
 def _facts(bench: Bench) -> Iterable[list[str]]:
@@ -220,14 +222,15 @@ def _hashes(bench: Bench) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1, swatches: int = 0) -> str:
     """A table whose first `text` columns are no numbers; the first `swatches` rows begin with their colour."""
-    lines = ["<tr>" + "".join(_cell("th", word, i < text) for i, word in enumerate(head)) + "</tr>"]
+    first = "".join(_cell("th scope=col", word, i < text) for i, word in enumerate(head))
+    lines = [f"<tr>{first}</tr>"] if head else []
     for number, row in enumerate(rows):
         swatch = f'<span class="swatch c{number % SERIES}"></span>' if number < swatches else ""
         lines.append(
             "<tr>" + "".join(_cell("td", w, i < text, "" if i else swatch) for i, w in enumerate(row)) + "</tr>"
         )
-    return f"<div class=wide><table>{''.join(lines)}</table></div>\n"
+    return f"<div class=wide tabindex=0><table>{''.join(lines)}</table></div>\n"
 
 
 def _cell(tag: str, word: str, text: bool, before: str = "") -> str:
-    return f"<{tag}{' class=text' if text else ''}>{before}{clean(word)}</{tag}>"
+    return f"<{tag}{' class=text' if text else ''}>{before}{clean(word)}</{tag.split()[0]}>"

@@ -25,6 +25,11 @@ th { font-weight: 600; color: var(--soft) }
 figcaption { font-size: 13px; overflow-wrap: anywhere }
 """
 
+_PRINTED = """
+@media print { .wide, figure { overflow: visible } th, td { white-space: normal }
+  * { -webkit-print-color-adjust: exact; print-color-adjust: exact } }
+"""
+
 
 def clean(text: str) -> str:
     """Escaped for HTML and XML; characters that neither may hold become U+FFFD."""
@@ -32,14 +37,14 @@ def clean(text: str) -> str:
 
 
 def write_page(path: Path, title: str, style: str, body: Iterable[str]) -> Path:
-    """Writes a page: the title is text, the style follows the shared one, the body is HTML of escaped texts."""
+    """Writes a page: the title is text, the style goes between the shared ones, the body is HTML of escaped texts."""
     page = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{clean(title)}</title>
-<style>{_STYLE}{style}</style>
+<style>{_STYLE}{style}{_PRINTED}</style>
 </head>
 <body>
 {"".join(body)}</body>

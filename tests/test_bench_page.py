@@ -106,6 +106,10 @@ def test_the_page_is_whole_and_asks_for_nothing(bench: Bench, tmp_path: Path) ->
     assert "script" not in checker.tags
     assert not re.search(r"https?:|url\(|@import|//", page)
     assert "prefers-color-scheme: dark" in page
+    assert page.index("figure { overflow: visible }") > page.index("overflow-x: auto }", page.index("figure {"))
+    assert page.count("<th") == page.count("<th scope=col")
+    assert "<th scope=col></th>" not in page
+    assert "<th scope=col class=text></th>" not in page
     svgs = SVG.findall(page)
     assert len(svgs) == 2 + 6 + 1
     for svg in svgs:

@@ -306,7 +306,7 @@ def test_the_page_stands_alone(copied: Path, faces: FaceSet, tmp_path: Path) -> 
     page = path.read_text(encoding="utf-8")
     for nasty in ("<script", "<img src=x", "<a source>"):
         assert nasty not in page
-    assert "&lt;img src=x onerror=alert(1)&gt;&amp;&quot;face&quot;&#x27;" in page
+    assert "<br>photos/&lt;img src=x onerror=alert(1)&gt;&amp;&quot;face&quot;&#x27;" in page
     assert "&lt;script&gt;x&lt;/script&gt;" in page
     assert "&lt;a source&gt; &amp; another\ufffd\ufffd" in page
     for file in result.files:
@@ -322,6 +322,10 @@ def test_the_page_stands_alone(copied: Path, faces: FaceSet, tmp_path: Path) -> 
     )
     images = [attributes["src"] or "" for tag, attributes in tags.found if "src" in attributes]
     assert len(images) == sum(tag == "img" for tag, _ in tags.found) == 24  # 12 of each ONNX file, none of the plan
+    told = {attributes["alt"] for tag, attributes in tags.found if tag == "img"}
+    assert len(told) == 24
+    assert "title" not in {key for _, attributes in tags.found for key in attributes}  # which a finger does not show
+    assert {attributes.get("scope") for tag, attributes in tags.found if tag == "th"} == {"col"}
     for image in images:
         assert image.startswith("data:image/jpeg;base64,")
     encoded = np.frombuffer(base64.b64decode(images[0].partition(",")[2]), np.uint8)
