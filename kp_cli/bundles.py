@@ -58,7 +58,7 @@ def export(
     A file that does not predict what PyTorch does fails the export and changes nothing. Where TensorRT is
     installed, plans are built too.
 
-    Example: kp export runs/first --fp16 --int8 --calibration faces.csv --out out/first
+    Example: kp export runs/first --int8 --calibration faces.csv --out out/first
     """
     own = checkpoint.parent if checkpoint.is_file() else checkpoint
     if triton and not (fp16 or int8 or calibration or out or data or engine is not Engine.auto):
@@ -292,7 +292,9 @@ def sign(
 
     Devices can then refuse any other.
 
-    Example: kp sign --new-key release.pem, then kp sign out/resnet18-68 --key release.pem
+    Example: kp sign --new-key release.pem
+
+    Example: kp sign out/resnet18-68 --key release.pem
     """
     from kp_export.staging import alone
     from kp_runtime.signing import new_key, sign_bundle

@@ -72,7 +72,9 @@ def predict(
 ) -> None:
     """Find the keypoints of all faces on photos.
 
-    Draws them and writes them down. Example: kp predict photo.jpg --format json --format pts
+    Draws them and writes them down.
+
+    Example: kp predict photo.jpg --format json --format pts
     """
     if ray is not None:
         if box or drawn or times or tuned or public_key or set(formats or []) - {"parquet"}:

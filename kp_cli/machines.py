@@ -78,7 +78,7 @@ def bench(
     dropped. It takes minutes on a small board: --samples 50 and --precision make it shorter. docs/bench.md
     explains the numbers.
 
-    Example: kp bench out/resnet18-68 --batch 1 --batch 8 --out new.json --compare old.json --html bench.html
+    Example: kp bench out/resnet18-68 --compare old.json --html bench.html
     """
     from kp_runtime.bench import run_bench
     from kp_runtime.bench_compare import check_alike, compared

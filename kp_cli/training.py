@@ -95,7 +95,7 @@ def train(
 ) -> None:
     """Train on photos with 68 points; go on after a kill.
 
-    Example: kp train --data training_frames_keypoints.csv --data photos_68=1.5 --out runs/first
+    Example: kp train --data faces.csv --data photos_68=1.5 --out runs/first
 
     On several devices or machines: torchrun --nproc-per-node gpu --no-python kp train … (docs/training.md)
     """
@@ -163,7 +163,7 @@ def refit(
     kinds. People who were held out choose how strongly, and show what came of it. The new model also gives a lost
     score, which tells whether a box holds a face.
 
-    Example: kp refit runs/first --data faces.csv --data photos_68 --out runs/refitted
+    Example: kp refit runs/first --data faces.csv --out runs/refitted
     """
     import torch
 
@@ -236,7 +236,7 @@ def train_detector(
 
     On photos with 68 points; goes on after a kill.
 
-    Example: kp train-detector --data faces.csv --data photos_68 --no-faces textures --out runs/detector
+    Example: kp train-detector --data faces.csv --out runs/detector
     """
     from kp_export.detector_bundle import export_detector
     from kp_runtime.spec import DetectorSpec

@@ -85,6 +85,7 @@ def run(
     """Follow the faces of a video, a camera or a stream.
 
     Writes an annotated video and a row a face and frame. Ctrl-C ends it; what was written stays whole.
+
     Example: kp run talk.mp4 --format mp4 --format parquet
     """
     stop = threading.Event()

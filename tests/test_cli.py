@@ -49,11 +49,20 @@ def kp(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, st
 
 
 @pytest.mark.parametrize("command", [(), *((c,) for c in COMMANDS)])
-def test_help_names_every_option(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
+def test_help_names_every_option(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, _ = kp(capsys, *command, "--help")
     assert status == 0
     assert "Usage" in out
-    assert "Example:" in out if command else all(name in out for name in COMMANDS)
+    if not command:
+        assert all(name in out for name in COMMANDS)
+        return
+    said = typer.main.get_command(kp_cli.app).commands[command[0]].help  # type: ignore[attr-defined]
+    examples = {line.strip() for line in said.splitlines() if "Example:" in line}
+    assert examples
+    assert examples <= {line.strip() for line in out.splitlines()}  # whole lines, to be pasted
 
 
 def test_help_lists_what_runs_without_the_tools_first() -> None:
