@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -117,7 +118,7 @@ def share_progress() -> Iterator[Callable[[str, float], None]]:
 
 def tell_subject(subject: str) -> None:
     """Says on stderr what is looked at, where somebody looks; an empty one wipes it away."""
-    if is_terminal(sys.stderr):
+    if is_terminal(sys.stderr) and os.environ.get("TERM") != "dumb":  # which does not know how to wipe a line
         print(f"\r{harmless(subject)}\033[K", end="", file=sys.stderr, flush=True)
 
 
@@ -183,7 +184,9 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    if title:
+        tell(title)
+    table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:

@@ -106,8 +106,9 @@ def test_no_cell_of_a_table_is_cut_on_a_narrow_terminal(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the output for a terminal
-    report.print_table("t", ("file", "p99"), [("a" * 300, "0.123456789")])
+    report.print_table("\x1btitle", ("file", "p99"), [("a" * 300, "0.123456789")])
     assert "a" * 300 in (out := capsys.readouterr().out)
+    assert out.splitlines()[0] == r"\x1btitle"  # without spaces up to the table's end
     assert "0.123456789" in out
 
 

@@ -161,6 +161,7 @@ def test_a_terminal_sees_bars(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_line_of_a_build_is_wiped_away_at_its_end_and_at_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", terminal)
     with contextlib.suppress(InputError), report.build_progress() as step:
         assert step is not None
@@ -169,3 +170,6 @@ def test_the_line_of_a_build_is_wiped_away_at_its_end_and_at_an_error(monkeypatc
         raise InputError
     lines = [r"Building\x1b[2J engine 51%", r"Building\x1b[2J engine 100%", ""]
     assert terminal.getvalue() == "".join(f"\r{line}\033[K" for line in lines)
+    monkeypatch.setenv("TERM", "dumb")  # knows of no such codes
+    report.tell_subject("GPU")
+    assert "GPU" not in terminal.getvalue()
