@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import re
 import shlex
 import threading
@@ -36,6 +37,7 @@ _FILE_ADDRESS = re.compile("(https?|ftp|file)://", re.IGNORECASE)
 """Where a video file may lie; what `rtsp://` and its like give comes by the clock, even where its length is known."""
 
 _LEAST_STEP_S = 0.001  # between two frames of a file
+_FAR_BEHIND_S = 0.5  # a stamp that is so much earlier is of a clock that began anew, as where files were joined
 _FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
 _NETWORK_TIMEOUT_MS = 10_000
 
@@ -90,8 +92,9 @@ def open_source(
     """Opens what a person would name.
 
     Args:
-        text: a file, a folder of frames, a camera's index, a network address (`rtsp://…`; by `http://…`, what has
-            an end is a file), or a GStreamer pipeline (`v4l2src ! videoconvert ! appsink`).
+        text: a file, a folder of frames, a camera's index or its name in /dev (`/dev/v4l/by-id/…`), a network
+            address (`rtsp://…`; by `http://…`, what has an end is a file), or a GStreamer pipeline
+            (`v4l2src ! videoconvert ! appsink`).
         rate: frames a second, instead of what the source says.
         patience: for how many seconds a live source that went away is opened anew.
         stop: ends a live source.
@@ -124,12 +127,14 @@ def open_source(
 
     shown = "of that name (left out here: it may hold a password)" if {"@", "?"} & set(text) else repr(text)
     cv2, text = import_cv2(), cv2_name(text).strip()
-    text = text.removeprefix("/dev/video") or text
-    if text.isascii() and text.isdigit():
-        digits = text.lstrip("0") or "0"  # Python refuses to read thousands of them
+    index = text.removeprefix("/dev/video")
+    if index.isascii() and index.isdigit():
+        digits = index.lstrip("0") or "0"  # Python refuses to read thousands of them
         if len(digits) > 2:
-            raise InputError(f"there is no camera {text}; cameras are counted from 0 (on Linux: ls /dev/video*)")
-        return live(f"camera {text}", f"camera_{text}", lambda: cv2.VideoCapture(int(digits)))
+            raise InputError(f"there is no camera {index}; cameras are counted from 0 (on Linux: ls /dev/video*)")
+        return live(f"camera {index}", f"camera_{index}", lambda: cv2.VideoCapture(int(digits)))
+    if is_other and re.fullmatch("/dev/video[0-9]+", os.path.realpath(text)):  # a name that stays, whatever the index
+        return live(f"camera {text}", path.name, lambda: cv2.VideoCapture(text, cv2.CAP_V4L2))
     if _ADDRESS.match(text):
         limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, _NETWORK_TIMEOUT_MS]
         limits += [cv2.CAP_PROP_READ_TIMEOUT_MSEC, _NETWORK_TIMEOUT_MS]
@@ -198,27 +203,32 @@ class FileSource:
         if self._is_read:
             raise InputError(f"{self.name} can be read once; open it again")
         self._is_read = True
-        read, image, index, seconds, last = True, self._first, 0, 0.0, 0.0
+        image, index, seconds, last = self._first, 0, 0.0, 0.0
         try:
-            while read:
+            while True:
                 yield VideoFrame(index, seconds, image)
                 index += 1
                 read, image = self._capture.read()
+                if not read:
+                    break
                 stamp = self._stamp() - self._begin
                 if self._rate_given:
                     seconds = index / self.rate
-                elif stamp > last:  # after two of one time it takes a few frames until the stamps are ahead again
-                    seconds = max(stamp, seconds + _LEAST_STEP_S)
-                else:
+                elif stamp <= last:
                     seconds += 1 / self.rate
-                last = stamp if read else last
+                elif stamp < seconds - _FAR_BEHIND_S:
+                    seconds += max(stamp - last, _LEAST_STEP_S)
+                else:  # after two of one time it takes a few frames until the stamps are ahead again
+                    seconds = max(stamp, seconds + _LEAST_STEP_S)
+                last = stamp
         finally:
             self._capture.release()
         if self._is_here and ends_early(self._path):
             raise ImageError(f"{self.name} is cut off: {index} of its frames could be read")
         # some containers only estimate their number of frames, and of a trimmed one not all are shown
         is_short = self.count is not None and index < self.count - max(2, 0.02 * self.count)
-        if is_short and last < self._seconds - max(1.0, 0.02 * self._seconds):
+        shown = last if self._rate_given else seconds
+        if is_short and shown < self._seconds - max(1.0, 0.02 * self._seconds):
             told = f"{index} of the {self.count} frames that it counts could be read"
             if not self._is_here:
                 raise ImageError(f"{self.name} broke off: {told}")

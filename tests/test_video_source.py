@@ -204,6 +204,26 @@ def test_two_frames_of_one_time_do_not_take_the_rest_along() -> None:
     np.testing.assert_allclose(seconds, [0, 0.01, 0.02, 0.06, 0.061, 0.062, 0.063, 0.064, 0.07])
 
 
+def test_a_clock_that_begins_anew_goes_on() -> None:
+    """As where two transport streams were joined. Its container tells the length of the second one."""
+
+    class Joined(Shown):
+        def get(self, what: int) -> float:
+            return 80.0 * ((self.at - 1) % 50) if what == cv2.CAP_PROP_POS_MSEC else super().get(what)
+
+    seconds = [frame.seconds for frame in FileSource(Path("a.ts"), capture=Joined(100, 150), name="a")]
+    np.testing.assert_allclose(np.diff(seconds), [*[0.08] * 49, 0.04, *[0.08] * 49])
+
+
+def test_one_wrong_stamp_is_passed_over() -> None:
+    class Wrong(Shown):
+        def get(self, what: int) -> float:
+            return 0.0 if what == cv2.CAP_PROP_POS_MSEC and self.at == 50 else super().get(what)
+
+    seconds = [frame.seconds for frame in FileSource(Path("a.ts"), capture=Wrong(99, 99), name="a")]
+    np.testing.assert_allclose(seconds, np.arange(99) / 25)
+
+
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no video, folder, camera index, address .* 'nothing.mp4'"):
         open_source("nothing.mp4")
@@ -412,6 +432,16 @@ def test_a_camera_is_opened_by_its_index(text: str, monkeypatch: pytest.MonkeyPa
     leaving = iter(open_source(text, patience=1, say=said.append))
     next(leaving), next(leaving)
     assert said[0].endswith("went away; trying again for 1 s")
+
+
+def test_a_camera_is_opened_by_a_name_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as udev's in /dev/v4l/by-id; it is followed anew each time, as the index changes."""
+    name = tmp_path / "usb-Cam_left"
+    os.mkfifo(name)  # in place of a device
+    monkeypatch.setattr(os.path, "realpath", lambda path: "/dev/video2")
+    monkeypatch.setattr(cv2, "VideoCapture", lambda *words: Camera(5) if words == (str(name), cv2.CAP_V4L2) else None)
+    source = open_source(str(name))
+    assert (source.live, source.name, source.stem) == (True, f"camera {name}", "usb-Cam_left")
 
 
 def test_each_connection_to_a_stream_gives_up_when_nothing_comes(
