@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +239,7 @@ class CropRecords:
 
 @dataclass
 class _Slot:
-    """Records of one launch, the event behind it, and the frame that it reads, kept alive until then."""
+    """Records of one launch, the event behind it, and the frame that it reads, kept alive until the slot's next one."""
 
     records: CropRecords
     done: Any
@@ -263,7 +262,6 @@ class CudaCropper:
         self._driver = driver = CudaDriver(device_id)
         self.kernels = CropKernels(driver, cubin)
         self._slots = [_Slot(CropRecords(driver, 64), driver.call("cuEventCreate", 2)) for _ in range(4)]  # 2: no times
-        self._turns = itertools.cycle(self._slots)
         self._ready = driver.call("cuEventCreate", 2)
 
     def crops_from_frame(
@@ -271,8 +269,10 @@ class CudaCropper:
     ) -> None:
         """Cuts all faces of a frame by the crop rule (`geometry`), asynchronously.
 
-        The crops are the same bits as `preprocess_cpu.crops_from_frame` gives. The frame and `out`
-        must live until the stream has come so far; a call can't be captured into a CUDA graph.
+        The crops are the same bits as `preprocess_cpu.crops_from_frame` gives. `out` must live, and the frame's pixels
+        stay as they are, until the stream has come so far. The frames of the last four calls, and so what their `owner`
+        keeps, live on in here until others take their place or `close`: a decoder needs so many surfaces more. A call
+        can't be captured into a CUDA graph.
 
         Args:
             frame: the image, on the device of this cropper.
@@ -296,7 +296,8 @@ class CudaCropper:
             return
         handle = self._driver.api.CUstream(stream_handle(stream))
         self._driver.wait_for(frame.stream, handle, self._ready)
-        slot = next(self._turns)  # the one that was used longest ago
+        slot = self._slots.pop(0)  # the one that was used longest ago
+        self._slots.append(slot)
         call("cuEventSynchronize", slot.done)
         slot.records.reserve(len(faces))
         slot.frame = frame

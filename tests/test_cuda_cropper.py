@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,25 @@ def test_crops_wait_for_the_frame_s_own_stream(driver: DriverDouble, rng: np.ran
     assert wait[1:3] == (5, ready[1])
     assert done[2] == 5
     assert done[1] != ready[1]
+
+
+class Surface:
+    """What owns a frame's memory, which goes to a next picture when nobody holds it."""
+
+
+def test_a_frame_s_owner_lives_as_long_as_its_launch(driver: DriverDouble, rng: np.random.Generator) -> None:
+    data, matrices = rng.integers(0, 256, (300, 401), dtype=np.uint8), some_matrices(rng, 1)
+    driver.lend(data)
+    driver.failing["cuLaunchKernel"] = Result.CUDA_SUCCESS
+    surfaces: list[weakref.ref[Surface]] = []
+    with CudaCropper(cubin=b"cubin") as cropper:
+        for _ in range(6):
+            frame = DeviceFrame(data.ctypes.data, data.shape, 401, "gray", owner=Surface())
+            surfaces.append(weakref.ref(frame.owner))
+            cropper.crops_from_frame(frame, matrices, SIZE, 1, 5)
+            del frame
+        assert [surface() is not None for surface in surfaces] == [False] * 2 + [True] * 4
+    assert not any(surface() for surface in surfaces)
 
 
 class Stream:
