@@ -56,10 +56,11 @@ kp-edge for {name}: Python {python} on aarch64 with glibc 2.{glibc} or newer
 
 Copy this folder to the board. There, in this folder:
 
-    python3 -m venv --system-site-packages ~/kp
+    python3 -m venv --clear --system-site-packages ~/kp
     ~/kp/bin/pip install --no-index --find-links wheels --require-hashes -r requirements.txt
     ~/kp/bin/kp predict photo.jpg
 
+--clear empties an environment that is there: releases may have one version, and pip would keep the older code.
 --system-site-packages lets the environment see the board's own OpenCV and TensorRT: they are not in here and
 stay as they are. Numpy is held at {numpy}, which works with them.
 

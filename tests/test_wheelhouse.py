@@ -24,6 +24,7 @@ from tests.models import tiny_bundle
 pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("pip", "setuptools", "uv"))), reason="needs pip, setuptools and uv"
 )
+ROOT = Path(__file__).resolve().parents[1]
 PURE = "py3-none-any"
 OFFERED = [
     ("annotated-doc", "1.0", PURE, []),
@@ -104,6 +105,9 @@ def test_a_wheelhouse_is_whole_and_for_its_board(offered: Path, tmp_path: Path) 
     readme = (out / "README.txt").read_text()
     assert all(wheel.name in readme for wheel in wheels)
     assert "not commercial" in readme
+    commands = re.findall("^    (.+)", readme, re.MULTILINE)[:3]
+    assert "venv --clear " in commands[0], "pip keeps the code that is there of a release of the same version"
+    assert "\n".join(commands) in (ROOT / "docs" / "jetson.md").read_text(encoding="utf-8")
     assert install(out).returncode == 0
     # a wheel that was changed on the way is refused
     (numpy,) = [wheel for wheel in wheels if wheel.name.startswith("numpy")]
