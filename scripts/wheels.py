@@ -5,6 +5,7 @@
 Needs pip and setuptools, not torch. kp-edge is what runs a model, kp-edge-tools what trains, exports and builds
 plans: a checkout has both. The model's wheel holds the int8 files of a full bundle and the face detector's, packed.
 Its version is the project's with the sha256 of both packed manifests as label, so other weights are another version.
+Such labels have no order, and pip would take the largest of them: the folder keeps the new wheel alone.
 All are built from copies: setuptools leaves files in the folder, and takes old ones from it.
 """
 
@@ -67,6 +68,8 @@ def build_tools_wheel(out: Path) -> Path:
 def build_model_wheel(bundle: Path, out: Path) -> Path:
     """Builds `kp-edge-model` into the folder `out`, from the int8 files of a full bundle and the face detector's.
 
+    Others of the name are removed there.
+
     Raises:
         BundleError: the bundle has no int8 file, or a file is not the manifest's.
         ExportError: pip or setuptools failed.
@@ -82,7 +85,10 @@ def build_model_wheel(bundle: Path, out: Path) -> Path:
             manifests.update((source / package / MANIFEST_NAME).read_bytes())
         label = manifests.hexdigest()[:12]
         (source / "VERSION").write_text(f"{kp_runtime.__version__}+m{label}\n", encoding="utf-8")
-        return _wheel_from(source, out)
+        wheel = _wheel_from(source, out)
+    for other in set(out.glob("kp_edge_model-*.whl")) - {wheel}:
+        other.unlink()
+    return wheel
 
 
 def _leave_the_checkout(readme: Path) -> None:
