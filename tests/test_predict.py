@@ -17,6 +17,8 @@ import pytest
 
 import kp_runtime.photos
 from kp_cli import faces, options
+from kp_runtime.errors import MissingExtraError
+from kp_runtime.ray_batches import _ray
 from tests.models import tiny_bundle
 from tests.test_backend_trt import with_plan
 from tests.test_cli import kp
@@ -261,6 +263,16 @@ def test_ray_that_is_not_installed_is_one_line(
     assert "predicting on Ray needs the package ray[data]" in err
     assert "pip install 'kp-edge[ray]'" in err
     assert err.count("\n") == 1
+
+
+def test_a_cluster_is_asked_by_who_has_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose user is a mere number; the token is looked for in a home alone."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match="predicting on Ray needs"):
+        _ray("auto")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="cores are chosen on Linux alone")
