@@ -167,12 +167,12 @@ def open_tuned(
     try:
         backend = open_backend(folder / tuned.file, tuned.backend, "auto", tuned.threads, public_key, golden=golden,
                                cores=chosen)  # fmt: skip
+        if tuned.feeding is not None:
+            backend.settle(tuned.faces, tuned.feeding)
     except MissingExtraError:
         raise
     except (BackendError, InputError) as error:  # what is wrong with the caller's own is known by now
         raise BackendError(f"the settings of {path} can't be used here: {error}; {AGAIN}") from error
-    if tuned.feeding is not None:
-        backend.settle(tuned.faces, tuned.feeding)
     if differs := changes(tuned.machine, tuned_conditions(backend)):
         warnings.warn(
             f"{path} was tuned on another machine ({'; '.join(differs):.500}): it need not be the fastest here; "
