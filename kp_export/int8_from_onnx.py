@@ -218,14 +218,14 @@ class _Reader:
 
 @contextlib.contextmanager
 def _temporary_folder() -> Iterator[Path]:
-    """For what the quantiser writes; where that does not fit, the error names this folder and not the bundle's."""
+    """For what the quantiser writes; where that does not fit, the error is not of the bundle's folder."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
     except OSError as error:
         raise ExportError(
-            f"can't write the quantiser's files into {tempfile.gettempdir()}: {error.strerror or error}; make room, or "
-            "name another folder in TMPDIR"
+            f"can't write the quantiser's temporary files: {error.strerror or error}; make room, or name another "
+            "folder in TMPDIR"
         ) from error
 
 

@@ -198,10 +198,19 @@ def test_no_room_for_the_quantiser_is_not_the_bundle_s_fault(
 
     monkeypatch.setattr("onnxruntime.quantization.quantize_static", full)
     level = logging.getLogger().level
-    told = f"can't write the quantiser's files into {tempfile.gettempdir()}: No space left on device; .*TMPDIR"
+    told = "can't write the quantiser's temporary files: No space left on device; .*TMPDIR"
     with pytest.raises(ExportError, match=told):
         export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), calibration=[source])
     assert logging.getLogger().level == level  # the quantiser alone is to be quiet
+
+
+def test_no_folder_for_the_quantiser(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(ExportError, match=r"temporary files: No usable temporary directory found; .*TMPDIR"):
+        module._temporary_folder().__enter__()
 
 
 @pytest.mark.parametrize(
