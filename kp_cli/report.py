@@ -333,7 +333,10 @@ def print_comparison(comparison: Any) -> None:
 
 def print_tuning(result: Any) -> None:
     """A `Tuning`, a trial a line, what did not open, and what was chosen."""
+    from kp_runtime.timing import FEW_TURNS
+
     machine, settings = result.machine, result.settings
+    few = any(trial.times is not None and len(trial.times.turns_ms) < FEW_TURNS for trial in result.trials)
     tell(f"{machine.cpu}, {machine.cores_usable} cores, {settings.faces} face(s) on {result.photo}")
     rows = []
     is_one_name = len({Path(bundle).name for bundle in result.bundles}) == len(result.bundles)
@@ -343,7 +346,7 @@ def print_tuning(result: Any) -> None:
         p50, p95 = f"{times.p50_ms:.2f}", f"{times.p95_ms:.2f}"
         rise = "?" if trial.rise.points is None else f"{trial.rise.points:+.3f}"
         how = trial.backend, trial.threads or "", trial.feeding or ""
-        interval = "" if trial.times is None else _interval(times)  # of a first look's two turns there is none
+        interval = "" if few or trial.times is None else _interval(times)  # a first look has two turns alone
         rows.append((name, *how, rise, times.samples, p50, interval, p95, trial.verdict))
     columns = ("file", "engine", "threads", "fed", "NME rise", "samples", "p50 ms", "95% interval", "p95", "verdict")
     print_table("what was tried", columns, rows)
@@ -356,8 +359,10 @@ def print_tuning(result: Any) -> None:
     if result.chosen is not None:
         tell(f"chosen: {result.trials[result.chosen]}")
     if (ratio := result.over_default) is not None:
-        interval = f"{ratio.low:.2f} to {ratio.high:.2f}"
-        tell(f"its time over that of what load() takes by itself: {ratio.value:.2f} ({interval})")
+        interval = "" if few else f" ({ratio.low:.2f} to {ratio.high:.2f})"
+        tell(f"its time over that of what load() takes by itself: {ratio.value:.2f}{interval}")
+    if few:
+        tell(f"under {FEW_TURNS} turns, so a 95% interval would be too narrow; measure for longer (--seconds)")
 
 
 def print_diagnosis(diagnosis: Any) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from kp_runtime.bench_results import Bench, Setup
 from kp_runtime.errors import InputError
 from kp_runtime.machine import Machine
-from kp_runtime.timing import Ratio, ratio_of_medians
+from kp_runtime.timing import FEW_TURNS, Ratio, ratio_of_medians
 
 __all__ = [
     "CaseComparison",
@@ -57,10 +57,6 @@ class Comparison:
     alone: tuple[str, ...]
     obstacles: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-FEW_TURNS = 6
-"""Under so many turns of a case, its 95% interval holds the truth in under nine of ten runs (docs/bench.md)."""
 
 
 def compared(old: Bench, new: Bench, *, anyway: bool = False) -> Comparison:

@@ -65,8 +65,8 @@ def _rise_of_file(bundle: Path, manifest: Manifest, file: str) -> Rise:
     rise, nme = (_number(row.get(name)) for name in ("rise", "nme"))
     if rise is not None:
         return Rise(rise, f"recorded on {row.get('faces')} labelled faces")
-    if nme is not None:  # no point is further from the truth than PyTorch's by more than its distance to it
-        return Rise(nme, "at most: the recorded distance to PyTorch, on faces without labels")
+    if nme is not None:  # about: it is counted in PyTorch's own eye distances, and a rise in the labels'
+        return Rise(nme, "about at most: the recorded distance to PyTorch, on faces without labels")
     return Rise(None, f"{PARITY_NAME} records nothing of it")
 
 

@@ -20,12 +20,23 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Ratio", "StageTimer", "TimeSummary", "measure_in_turns", "ratio_of_medians", "summary_from_turns"]
+__all__ = [
+    "FEW_TURNS",
+    "Ratio",
+    "StageTimer",
+    "TimeSummary",
+    "measure_in_turns",
+    "ratio_of_medians",
+    "summary_from_turns",
+]
 
 Turns = list[list[float]]
 """Seconds, a list of samples for each turn."""
 
 RESAMPLES = 2000
+
+FEW_TURNS = 6
+"""Under so many turns of a case, its 95% interval holds the truth in under nine of ten runs (docs/bench.md)."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 from kp_runtime.recorded_rise import Rise, recorded_rise
 from kp_runtime.spec import PRECISIONS, FileEntry, Manifest
-from kp_runtime.timing import measure_in_turns, ratio_of_medians
+from kp_runtime.timing import FEW_TURNS, measure_in_turns, ratio_of_medians
 from kp_runtime.tune_results import Trial, TuneSettings, Tuning
 from kp_runtime.tuned import Tuned, tuned_conditions
 
@@ -336,8 +336,9 @@ def _against(candidate: _Candidate, settings: TuneSettings, chosen: _Candidate |
     if settings.budget_ms is not None and _percentile(candidate.final, 95) * 1e3 > settings.budget_ms:
         return f"p95 over {settings.budget_ms:g} ms"
     assert chosen is not None  # it fits itself
-    alike = ratio_of_medians(candidate.final, chosen.final)
-    return "as fast, but less accurate or of more threads" if alike.low <= 1 else "slower"
+    if ratio_of_medians(candidate.final, chosen.final).low <= 1:
+        return "as fast, but less accurate or of more threads"
+    return "longer median" if len(candidate.final) < FEW_TURNS else "slower"
 
 
 def _ways(backend: Backend, faces: int) -> dict[str, float]:

@@ -16,10 +16,12 @@ import pytest
 from kp_cli import report
 from kp_export.parity import Parity
 from kp_runtime.bench_compare import CaseComparison, Comparison
-from kp_runtime.bench_results import ColdStart
+from kp_runtime.bench_results import ColdStart, times_from_turns
 from kp_runtime.errors import InputError
+from kp_runtime.recorded_rise import Rise
 from kp_runtime.spec import Manifest, ModelSpec
-from kp_runtime.timing import Ratio, TimeSummary
+from kp_runtime.timing import FEW_TURNS, Ratio, TimeSummary
+from kp_runtime.tune_results import Trial
 from kp_runtime.video import VideoRun
 
 
@@ -113,6 +115,20 @@ def test_comparisons_are_printed_by_their_names(capsys: pytest.CaptureFixture[st
     assert shown[0] == ["a CPU, 2 cores, 1 face(s) on a.jpg"]
     by_itself = "its time over that of what load() takes by itself: 0.50 (0.40 to 0.60)"
     assert shown[-2:] == [["left out: a.plan: no GPU"], [by_itself]]
+
+
+@pytest.mark.parametrize("turns", [FEW_TURNS - 1, FEW_TURNS])
+def test_a_tuning_of_few_turns_shows_no_interval(turns: int, capsys: pytest.CaptureFixture[str]) -> None:
+    times = times_from_turns([[0.001]] * turns)
+    trial = Trial("b", "a.onnx", "fp32", "ort-cpu", 1, None, {}, Rise(0.0, "fp32"), times, times, "chosen")
+    tuned = SimpleNamespace(
+        machine=SimpleNamespace(cpu="a CPU", cores_usable=2), settings=SimpleNamespace(faces=1), photo="a.jpg",
+        bundles=["b"], trials=[trial], left_out={}, chosen=0, over_default=Ratio(0.5, 0.4, 0.6),
+    )  # fmt: skip
+    report.print_tuning(tuned)
+    shown = capsys.readouterr().out
+    assert [text in shown for text in ("1.00 to 1.00", "(0.40 to 0.60)")] == [turns == FEW_TURNS] * 2
+    assert ("under 6 turns, so a 95% interval would be too narrow" in shown) is (turns < FEW_TURNS)
 
 
 def test_a_run_over_a_video_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:

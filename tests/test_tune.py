@@ -241,6 +241,19 @@ def test_of_two_that_are_as_fast_the_more_accurate(tmp_path: Path, tuned_by: Cal
     assert tuned_by([bundle], ms | {"model.fp32.onnx": 5.0}, spread=0.1).tuned.file == "model.int8.onnx"  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize(("turns", "verdict"), [(5, "longer median"), (6, "slower")])
+def test_of_few_turns_none_is_called_slower(
+    turns: int, verdict: str, tmp_path: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(cases: dict[str, Any], **_: object) -> dict[str, list[list[float]]]:
+        return {name: found[:turns] for name, found in made_up(MS)(cases).items()}
+
+    monkeypatch.setattr(tune, "measure_in_turns", measure)
+    bundle = make_bundle(tmp_path / "b", {"fp32": 0.0, "int8": 0.05})
+    result = run_tune([bundle], astronaut, astronaut_box, TuneSettings(threads=(1,)))
+    assert [trial.verdict for trial in result.trials] == ["chosen", verdict]
+
+
 def test_of_two_that_are_as_fast_and_accurate_fewer_threads(
     tmp_path: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -439,7 +452,7 @@ def test_recorded_rises(tmp_path: Path) -> None:
     known = {p: recorded_rise(first, first, f"model.{p}.onnx") for p in ("fp32", "fp16", "int8", "int8-trt")}
     assert {p: rise.points for p, rise in known.items()} == {"fp32": 0.0, "fp16": 0.21, "int8": 0.05, "int8-trt": None}
     assert known["int8"].how == "recorded on 512 labelled faces"
-    assert known["fp16"].how.startswith("at most: the recorded distance")
+    assert known["fp16"].how.startswith("about at most: the recorded distance")
     assert "parity.json records nothing" in known["int8-trt"].how
 
 
