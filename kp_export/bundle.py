@@ -118,7 +118,7 @@ def export_bundle(
         faces, calibrating = _face_sets(manifest.spec, sources, calibration)
         if calibrating is not None:
             check_calibration(calibrating, answer_from_net(net))
-        wanted = answers_to(answer_from_net(net), faces.crops)
+        wanted = answers_to(answer_from_net(net), faces.shown)
         export = _Export(net, manifest, stage, faces, calibrating, step, wanted)
         try:
             for precision in ("fp32", *(p for p in precisions if p != "fp32")):
@@ -206,7 +206,7 @@ class _Export:
 
     def _measure(self, path: Path, precision: str) -> Parity:
         read = (lambda: half_on_cpu(path)) if precision == "fp16" else None
-        got = answers_to(OrtCpuBackend(path, self.manifest.spec, read=read).answer, self.faces.crops)
+        got = answers_to(OrtCpuBackend(path, self.manifest.spec, read=read).answer, self.faces.shown)
         return parity(self.wanted, got, self.faces, file=path.name, precision=precision)
 
 

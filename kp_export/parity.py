@@ -50,7 +50,8 @@ class Limit:
             by twice as much.
         max_px: the worst point's distance to PyTorch's.
         p99_px: the 99th percentile of the distance to PyTorch's.
-        score: the largest distance of a lost score to PyTorch's; what is no face has about 1.
+        score: the largest distance of a lost score to PyTorch's, on faces and where one takes for a face what the other
+            does not; what is no face has about 1.
     """
 
     rise: float
@@ -81,6 +82,9 @@ class FaceSet:
         xy_crop: `(n, 68, 2)` float64, the true points in pixels of the crop, where there are labels.
         tiny: the first so many are faces of few pixels, much enlarged. The limits of int8 are for photos, and such
             a file is not judged by these.
+        beside: `(m, 1, size, size)` uint8, places beside the faces, where lost scores alone are compared; None for a
+            model that gives none.
+        lost_limit: of the model; beside a face a score counts where the file is on the other side of it than PyTorch.
     """
 
     names: tuple[str, ...]
@@ -88,6 +92,13 @@ class FaceSet:
     origin: str
     xy_crop: NDArray[np.float64] | None = None
     tiny: int = 0
+    beside: NDArray[np.uint8] | None = None
+    lost_limit: float | None = None
+
+    @property
+    def shown(self) -> NDArray[np.uint8]:
+        """What both networks are asked: the faces, then the places beside them."""
+        return self.crops if self.beside is None else np.concatenate([self.crops, self.beside])
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,8 @@ class Parity:
             without labels.
         regions_px: mean distance of jaw, brows, nose, eyes, mouth.
         worst_face: name of the face that holds the worst point.
-        score: largest distance of a lost score; None of a model that gives none.
+        score: largest distance of a lost score, on the faces, and beside them where the file decides otherwise; None of
+            a model that gives none.
         regions_rise: as `rise`, of jaw, brows, nose, eyes, mouth; None without labels.
     """
 
@@ -143,7 +155,7 @@ def bundled_faces(spec: ModelSpec) -> FaceSet:
 
     small = (np.clip(data.lfw_subset()[:100], 0, 1) * 255).round().astype(np.uint8)
     portrait = cv2.cvtColor(data.astronaut(), cv2.COLOR_RGB2GRAY)
-    names, crops = [], []
+    names, crops, beside = [], [], []
     for i, luma in enumerate(small):
         names.append(f"lfw_{i}")
         crops.append(_crop(luma, np.array([3.0, 5.0, 21.0, 23.0]), spec))
@@ -152,8 +164,11 @@ def bundled_faces(spec: ModelSpec) -> FaceSet:
         angle, shift = np.radians(-21 + 1.5 * i), (0.08 * np.cos(i), 0.08 * np.sin(i))
         names.append(f"astronaut_{i}")
         crops.append(_crop(portrait, face, spec, angle=angle, shift=shift, zoom=0.85 + 0.012 * i))
+        if spec.lost_limit is not None:
+            beside.append(_crop(portrait, face, spec, angle=angle, shift=(np.cos(i), np.sin(i))))
     origin = "scikit-image: 100 of LFW (not for int8), 28 views of the astronaut"
-    return FaceSet(tuple(names), np.stack(crops)[:, None], origin, tiny=len(small))
+    places = np.stack(beside)[:, None] if beside else None
+    return FaceSet(tuple(names), np.stack(crops)[:, None], origin, None, len(small), places, spec.lost_limit)
 
 
 def faces_from_sources(sources: Sequence[Source], spec: ModelSpec, most: int = 512) -> FaceSet:
@@ -164,20 +179,31 @@ def faces_from_sources(sources: Sequence[Source], spec: ModelSpec, most: int = 5
     """
     faces = [face for source in sources for face in source.faces]
     chosen = [faces[i] for i in evenly_spread(len(faces), most)]
-    crops, points = [], []
+    crops, points, beside = [], [], []
     for face in chosen:
         luma = luma_of_face(face)
         box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(face.xy)
         matrix = matrices_from_boxes(box[None], spec.size, spec.margin)[0]
         crops.append(crop_from_luma(luma, matrix, spec.size))
         points.append(apply_matrix(matrix, face.xy))
+        if spec.lost_limit is not None:
+            beside.append(_crop(luma, box, spec, shift=_way_out(luma, box)))
     origin = ", ".join(source.name for source in sources)
     return FaceSet(
         tuple(as_text(f"{face.image.parent.name}/{face.image.name}") for face in chosen),
         np.stack(crops)[:, None],
         origin,
         np.stack(points),
+        beside=np.stack(beside)[:, None] if beside else None,
+        lost_limit=spec.lost_limit,
     )
+
+
+def _way_out(luma: NDArray[np.uint8], box: NDArray[np.floating]) -> tuple[float, float]:
+    """To where the photo goes on farthest beyond a face's box, by one side of its square."""
+    (height, width), (x0, y0, x1, y1) = luma.shape, box.tolist()
+    ways = {(-1.0, 0.0): x0, (1.0, 0.0): width - x1, (0.0, -1.0): y0, (0.0, 1.0): height - y1}
+    return max(ways, key=ways.__getitem__)
 
 
 def _crop(luma: NDArray[np.uint8], box: NDArray[np.floating], spec: ModelSpec, **jitter: object) -> NDArray[np.uint8]:
@@ -193,17 +219,17 @@ def answers_to(ask: Ask, crops: NDArray[np.uint8], bar: Bar = no_bar) -> Answer:
 
 
 def parity(reference: Answer, candidate: Answer, faces: FaceSet, *, file: str, precision: str) -> Parity:
-    """Compares two networks' answers to the same crops, keypoints `(n, points, 2)`; int8 leaves out the `tiny` ones.
+    """Compares two networks' answers to `faces.shown`; int8 leaves out the `tiny` ones.
 
     Args:
         reference: PyTorch's answer.
         candidate: the file's.
-        faces: the crops that both saw.
+        faces: the crops that both saw; beside the faces keypoints mean nothing, and lost scores alone count.
         file: the file's name.
         precision: of the file.
     """
-    left_out = faces.tiny if precision.startswith("int8") else 0
-    wanted, got = reference.keypoints[left_out:], candidate.keypoints[left_out:]
+    left_out, end = faces.tiny if precision.startswith("int8") else 0, len(faces.crops)
+    wanted, got = reference.keypoints[left_out:end], candidate.keypoints[left_out:end]
     truth = None if faces.xy_crop is None else faces.xy_crop[left_out:]
     distance = np.linalg.norm(got.astype(np.float64) - wanted, axis=-1)
     distance = np.where(np.isfinite(distance), distance, np.inf)
@@ -222,16 +248,21 @@ def parity(reference: Answer, candidate: Answer, faces: FaceSet, *, file: str, p
         rise=None if rises is None else float(rises.mean()),
         regions_px={name: float(distance[:, points].mean()) for name, points in regions.items()},
         worst_face=faces.names[left_out + int(distance.max(axis=1).argmax())],
-        score=_score_distance(reference, candidate, left_out),
+        score=_score_distance(reference, candidate, faces, left_out),
         regions_rise=None if rises is None else {name: float(rises[points].mean()) for name, points in regions.items()},
     )
 
 
-def _score_distance(reference: Answer, candidate: Answer, left_out: int) -> float | None:
-    if reference.lost_score is None or candidate.lost_score is None:
+def _score_distance(reference: Answer, candidate: Answer, faces: FaceSet, left_out: int) -> float | None:
+    wanted, got = reference.lost_score, candidate.lost_score
+    if wanted is None or got is None:
         return None
-    distance = float(np.abs(candidate.lost_score.astype(np.float64) - reference.lost_score)[left_out:].max())
-    return distance if math.isfinite(distance) else math.inf
+    distance = np.abs(got.astype(np.float64) - wanted)
+    distance[~np.isfinite(distance)] = math.inf
+    if faces.lost_limit is not None:  # far over its limit a score may stray: there is no face all the same
+        as_decided = ((got > faces.lost_limit) == (wanted > faces.lost_limit)) & (distance < math.inf)
+        distance[len(faces.crops) :][as_decided[len(faces.crops) :]] = 0
+    return float(distance[left_out:].max())
 
 
 def _nme(xy_crop: NDArray[np.float32], truth: NDArray[np.float64]) -> NDArray[np.float64]:

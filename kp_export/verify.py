@@ -109,13 +109,14 @@ def verify_bundle(bundle: Path, faces: FaceSet, *, files: Sequence[str] = (), ba
     for name in chosen:
         manifest.check_file(bundle, name)
     net, _ = load_checkpoint(bundle)
-    reference = answers_to(answer_from_net(net), faces.crops, bar)
+    reference = answers_to(answer_from_net(net), faces.shown, bar)
 
     def verdict(name: str) -> FileVerdict:
         return _verdict(bundle, manifest, name, name in files, faces, reference, bar)
 
     checkpoint = manifest.files[CHECKPOINT_NAME].sha256
-    return Verification(bundle, manifest.spec, checkpoint, faces, reference.keypoints, tuple(map(verdict, chosen)))
+    wanted = reference.keypoints[: len(faces.crops)]
+    return Verification(bundle, manifest.spec, checkpoint, faces, wanted, tuple(map(verdict, chosen)))
 
 
 def check_verification(verification: Verification) -> None:
@@ -188,17 +189,17 @@ def _verdict(
         backend = open_backend(bundle / name, "tensorrt" if plan else "ort-cpu", golden=False)
         if entry.precision == "fp16" and not plan:
             backend = OrtCpuBackend(bundle / name, manifest.spec, read=lambda: half_on_cpu(bundle / name))
-        found = answers_to(backend.answer, faces.crops, bar)
+        found = answers_to(backend.answer, faces.shown, bar)
     except BackendError as error:
         if isinstance(error, MissingExtraError) and not plan:
             raise
         return FileVerdict(name, entry, "not run", f"not run: {error}", required)
-    report = parity(reference, found, faces, file=name, precision=limits)
+    report, own = parity(reference, found, faces, file=name, precision=limits), found.keypoints[: len(faces.crops)]
     try:
         check_parity(report, manifest.spec.size)
     except ParityError as error:
-        return FileVerdict(name, entry, "failed", str(error), required, report, found.keypoints)
-    return FileVerdict(name, entry, "passed", "", required, report, found.keypoints)
+        return FileVerdict(name, entry, "failed", str(error), required, report, own)
+    return FileVerdict(name, entry, "passed", "", required, report, own)
 
 
 def _reason(file: FileVerdict) -> str:

@@ -114,3 +114,19 @@ def test_a_lost_score_has_a_limit_too(second: float, said: str) -> None:
         check_parity(parity(*answers, faces, file="f", precision="fp16"), SIZE)
     enlarged = [Answer(base, np.float32([score, 0.9])) for score in (0.9, 0.1)]
     assert parity(*enlarged, faces, file="f", precision="int8").score == 0  # int8 is not judged by the tiny ones
+
+
+def test_beside_a_face_the_lost_score_counts_and_no_keypoint() -> None:
+    crops, base = np.zeros((1, 1, SIZE, SIZE), np.uint8), np.zeros((2, 68, 2), np.float32)
+    base[:, 45, 0] = 20.0
+    faces = FaceSet(("a",), crops, "made up", base[:1].astype(np.float64), 0, crops + 1, 0.5)
+    assert faces.shown[:, 0, 0, 0].tolist() == [0, 1]
+    moved = base + np.float32([[[0]], [[9]]])
+    right, strayed, broken, sagged = (Answer(moved, np.float32([0.15, score])) for score in (1.0, 0.8, np.nan, 0.4))
+    report = parity(Answer(base, right.lost_score), right, faces, file="f", precision="int8")
+    assert (report.faces, report.max_px, report.score) == (1, 0, 0)
+    assert parity(right, strayed, faces, file="f", precision="int8").score == 0, "it holds no face all the same"
+    assert parity(right, broken, faces, file="f", precision="int8").score == math.inf
+    assert parity(broken, broken, faces, file="f", precision="int8").score == math.inf
+    with pytest.raises(ParityError, match=r"too far from PyTorch: lost score 0\.6 away \(at most 0\.1\)"):
+        check_parity(parity(Answer(base, right.lost_score), sagged, faces, file="f", precision="int8"), SIZE)

@@ -30,6 +30,7 @@ from kp_train.synthetic import write_csv_source
 from tests.test_export import SIZE, small_checkpoint
 
 FP32, FP16, PLAN = "model.fp32.onnx", "model.fp16.onnx", "model.fp16.sm_87.plan"
+ROOT = Path(__file__).parents[1]
 NASTY = 'photos/<img src=x onerror=alert(1)>&"face"\''
 
 
@@ -293,6 +294,41 @@ def test_a_model_is_compared_on_the_crops_that_it_is_given_in_use(tmp_path: Path
         matrix = matrices_from_boxes(seen[None], SIZE, margin)[0]
         np.testing.assert_array_equal(crop[0], crop_from_luma(luma, matrix, SIZE))
         np.testing.assert_allclose(xy, apply_matrix(matrix, face.xy))
+
+
+def test_beside_a_face_is_a_square_as_large_that_does_not_reach_it(tmp_path: Path) -> None:
+    source = read_source(write_csv_source(tmp_path, people=2))
+    assert faces_from_sources([source], ModelSpec("x", SIZE)).beside is None
+    found = faces_from_sources([source], ModelSpec("x", SIZE, lost_limit=0.5)).beside
+    assert found is not None
+    for face, crop in zip(source.faces, found, strict=True):
+        luma, box = luma_of_face(face), boxes_from_points(face.xy)
+        room = {(-1.0, 0.0): box[0], (0.0, -1.0): box[1]}
+        room |= {(1.0, 0.0): luma.shape[1] - box[2], (0.0, 1.0): luma.shape[0] - box[3]}
+        matrix = matrices_from_boxes(box[None], SIZE, 1.3, shift=max(room, key=lambda way: room[way]))[0]
+        np.testing.assert_array_equal(crop[0], crop_from_luma(luma, matrix, SIZE))
+
+
+def test_a_file_that_takes_no_face_for_one_fails(tmp_path: Path) -> None:
+    """Its scores of faces are right, and all others near them."""
+    bundle = Path(shutil.copytree(ROOT / "engines" / "resnet18-68-lite", tmp_path / "lite"))
+    found = bundled_faces(Manifest.read(bundle).spec)
+    assert found.beside is not None
+    few = FaceSet(found.names[-3:], found.crops[-3:], found.origin, None, 0, found.beside[:3], 0.5)
+    right = verify_bundle(bundle, few)
+    assert right.passed
+    assert right.reference.shape == right.files[0].keypoints.shape == (3, 68, 2)  # type: ignore[union-attr]
+    model = onnx.load(bundle / "model.int8.onnx")
+    (head,) = [node for node in model.graph.node if node.op_type == "Gemm" and node.output[0] == "lost_score"]
+    for weights in model.graph.initializer:
+        if weights.name in head.input[1:]:
+            less = numpy_helper.to_array(weights) * 0.2 + 0.12 * (weights.name == head.input[2])
+            weights.CopyFrom(numpy_helper.from_array(less.astype(np.float32), weights.name))
+    (bundle / "model.int8.onnx").write_bytes(model.SerializeToString())
+    replace(bundle, "model.int8.onnx")
+    assert verify_bundle(bundle, dataclasses.replace(few, beside=None)).passed
+    with pytest.raises(ParityError, match=r"too far from PyTorch: lost score 0\.[67]\d* away"):
+        check_verification(verify_bundle(bundle, few))
 
 
 def test_the_page_stands_alone(copied: Path, faces: FaceSet, tmp_path: Path) -> None:
