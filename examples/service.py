@@ -57,6 +57,8 @@ MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 """How a JPEG and a PNG begin."""
 PIXELS_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
 """Where OpenCV reads how many pixels it takes; the error of an image with more names it."""
+MOST_FACES = 256
+"""On an image: one of 135 KB can show 20,000, which keep the engine for very long."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +217,8 @@ class Service:
             boxes = detector(image)
         finally:
             self._detectors.put(detector)
+        if len(boxes) > MOST_FACES:
+            raise HTTPException(413, f"an image may have {MOST_FACES} faces; send a part of it")
         found = self._model(image, boxes)
         if self.metrics:
             self.metrics.frames.inc()
@@ -319,7 +323,8 @@ def create_app(settings: Settings) -> FastAPI:
     os.environ[PIXELS_VARIABLE] = str(settings.max_megapixels * 1_000_000)
     service, door = Service(settings), Door(settings.max_requests)
     threads = ThreadPoolExecutor(settings.max_requests, "request")  # who is let in never waits for a thread
-    app = FastAPI(title="kp", version=kp_runtime.__version__)
+    app = FastAPI(openapi_url=None)  # what it has is told above: no pages of FastAPI's own
+    checking: asyncio.Task[dict[str, Any]] | None = None
     app.state.settings, app.state.service = settings, service
     metrics = service.metrics
     if metrics:
@@ -339,7 +344,10 @@ def create_app(settings: Settings) -> FastAPI:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        return JSONResponse(await asyncio.to_thread(service.check))
+        nonlocal checking
+        if checking is None or checking.done():  # who asks meanwhile gets the same answer
+            checking = asyncio.create_task(asyncio.to_thread(service.check))
+        return JSONResponse(await asyncio.shield(checking))
 
     @app.get("/metrics")
     def page() -> Response:

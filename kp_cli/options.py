@@ -136,12 +136,18 @@ def _note_plan(bundle: Path, report: Any) -> None:
         note(f"{report.backend} runs {report.file} in place of the bundle's plan; {reasons[0]}")
 
 
-def whole_detector_name(name: str, public_key: Path | None = None) -> str:
-    """A `--detector` with the file that it means; that `auto` takes Haar is a line on stderr."""
+def whole_detector_name(name: str, public_key: Path | None = None, smallest: float | None = None) -> str:
+    """A `--detector` with the file that it means; that `auto` takes Haar is a line on stderr.
+
+    YuNet takes no `smallest`.
+    """
     from kp_runtime.detector_by_name import detector_name
 
     with warnings_told():
-        return detector_name(name, checkout=CHECKOUT_DETECTOR, public_key=public_key)
+        whole = detector_name(name, checkout=CHECKOUT_DETECTOR, public_key=public_key)
+    if smallest is not None and whole.startswith("yunet="):
+        raise InputError("YuNet has a smallest face of its own: leave out --smallest")
+    return whole
 
 
 def detector_record(whole: str) -> dict[str, str]:

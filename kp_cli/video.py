@@ -107,9 +107,7 @@ def run(
     draw = draw_effect(open_effect(effect)) if effect else draw_tracks
     few = max(1, usable_cores() - 1) if threads is None else threads  # reading, drawing and writing go on meanwhile
     import_cv2().setNumThreads(few)
-    named = whole_detector_name(detector, public_key)
-    if smallest is not None and named.startswith("yunet="):
-        raise InputError("YuNet has a smallest face of its own: leave out --smallest")
+    named = whole_detector_name(detector, public_key, smallest)
     opened = load_model(model, tuned, "auto", threads if tuned else few, public_key)
     opened.check_boxes()
     check_effect(effect, opened.spec)

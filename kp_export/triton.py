@@ -188,7 +188,7 @@ def _images(stem: str, bundle: Path, manifest: Manifest, detector: Path | None) 
 def _onnx(stem: str, bundle: Path, manifest: Manifest, file: str) -> _Wanted:
     """Crops -> keypoints in the onnxruntime backend; an int8 file is for the CPU."""
     kind = Word("KIND_CPU" if manifest.files[file].precision == "int8" else "KIND_AUTO")
-    config = _crops_config(f"{stem}-crops-onnx", "onnxruntime", "model.onnx", manifest.spec, _MOST_CROPS, kind)
+    config = _crops_config(f"{stem}-crops-onnx", "onnxruntime", "model.onnx", manifest, _MOST_CROPS, kind)
     return _crops(bundle, manifest, file, config)
 
 
@@ -214,7 +214,7 @@ def _plans(stem: str, bundle: Path, manifest: Manifest) -> tuple[list[_Wanted], 
         elif name in wanted:
             left_out.append(f"{file}: {wanted[name].file} is for the same GPU and TensorRT")
         else:
-            config = _crops_config(name, "tensorrt", "model.plan", manifest.spec, most, Word("KIND_GPU"))
+            config = _crops_config(name, "tensorrt", "model.plan", manifest, most, Word("KIND_GPU"))
             wanted[name] = _crops(bundle, manifest, file, config)
             if ".newer." in file:
                 left_out.append(
@@ -245,8 +245,10 @@ def _crops(bundle: Path, manifest: Manifest, file: str, config: dict[str, Any]) 
     return _Wanted(config["name"], config, file, fill, {})
 
 
-def _crops_config(name: str, backend: str, file: str, spec: ModelSpec, most: int, kind: Word) -> dict[str, Any]:
-    size = spec.size
+def _crops_config(name: str, backend: str, file: str, manifest: Manifest, most: int, kind: Word) -> dict[str, Any]:
+    spec, size = manifest.spec, manifest.spec.size
+    # the images model has the whole manifest
+    licence = {"kp_weights_licence": str(manifest.licence["weights"])} if "weights" in manifest.licence else {}
     crop = {"data_type": Word("TYPE_UINT8"), "dims": [1, size, size]}
     return {
         "name": name,
@@ -261,7 +263,7 @@ def _crops_config(name: str, backend: str, file: str, spec: ModelSpec, most: int
         "model_warmup": [
             _warmup(f"{n} crops", n, "crops", {**crop, "zero_data": True}) for n in sorted({1, min(8, most), most})
         ],
-        "parameters": _parameters(f"crops of {size} px -> {_given(spec)}"),
+        "parameters": _parameters(f"crops of {size} px -> {_given(spec)}", **licence),
     }
 
 
@@ -283,7 +285,7 @@ def _warmup(name: str, batch: int, tensor: str, value: dict[str, Any]) -> dict[s
 
 
 def _parameters(contract: str, **settings: str) -> list[dict[str, Any]]:
-    """The contract, by which a later export knows the model, and settings that a user may change."""
+    """The contract, by which a later export knows the model, and what else is said or may be set."""
     texts = {"kp_contract": contract, **settings}
     return [{"key": key, "value": {"string_value": text}} for key, text in texts.items()]
 

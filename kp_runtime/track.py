@@ -102,8 +102,9 @@ class TrackerSettings:
         match: least overlap (IoU) of a detection with the place where a face is awaited.
         same: overlap from which two tracks are taken for one face; likewise a detection that is trusted and a track.
         smooth: smooth the points (One-Euro); off for measurements.
-        trust_detector: what the detector takes for a face is one on that frame, even where its points tell otherwise:
-            for hiding faces, where one too many is better than one too few.
+        trust_detector: what the detector takes for a face is one on that frame, even where its points tell otherwise,
+            and a face that is lost is given on for `keep` frames, where it is awaited: for hiding faces, where one too
+            many is better than one too few.
 
     Raises:
         InputError: a setting is no number, or one that can't be.
@@ -222,9 +223,12 @@ class Tracker:
         if not math.isfinite(seconds):
             raise InputError(f"a frame's time must be a finite number of seconds, got {seconds}")
         size_wh = as_frame(image).size_hw[::-1]
-        asked = [face for face in self._known if face.away <= self._settings.again and _on_image(face.box, size_wh)]
+        trust = self._settings.trust_detector
+        again, is_there = (self._settings.keep, _touches) if trust else (self._settings.again, _on_image)
+        asked = [face for face in self._known if face.away <= again and is_there(face.box, size_wh)]
         looks = zip(asked, self._look(image, size_wh, [face.box for face in asked]), strict=True)
-        found = {face.id: look for face, look in looks if self._is_face(look, size_wh)}
+        looked = {face.id: look for face, look in looks}
+        found = {key: look for key, look in looked.items() if self._is_face(look, size_wh)}
         self._drop_doubles(found)
         self._until_detection -= 1
         if self._until_detection <= 0 or any(face.away == 0 and face.id not in found for face in self._known):
@@ -242,7 +246,8 @@ class Tracker:
             for face in self._known:
                 face.smooth = OneEuro()
         self._seconds = seconds
-        return tuple(self._track(face, found[face.id], seconds) for face in self._known if face.id in found)
+        given = self._with_lost(found, looked, size_wh) if trust else found
+        return tuple(self._track(face, given[face.id], seconds) for face in self._known if face.id in given)
 
     def _look(self, image: Any, size_wh: tuple[int, ...], boxes: Sequence[NDArray[np.float64]]) -> list[_Look]:
         """A look at all boxes, or two where the model does not say what is lost, by one call of it."""
@@ -262,6 +267,18 @@ class Tracker:
     def _is_face(self, look: _Look, size_wh: tuple[int, ...]) -> bool:
         """Whether it is a face that can be followed."""
         return look.score <= self._limit and _on_image(look.box, size_wh)
+
+    def _with_lost(
+        self, found: dict[int, _Look], looked: dict[int, _Look], size_wh: tuple[int, ...]
+    ) -> dict[int, _Look]:
+        """The faces of a frame with those that were lost, but for what slid onto one that is found."""
+        lost = {
+            key: look
+            for key, look in looked.items()
+            if _touches(look.box, size_wh)
+            and all(_overlap(look.box, other.box) < self._settings.same for other in found.values())
+        }
+        return lost | found
 
     def _drop_doubles(self, found: dict[int, _Look]) -> None:
         """Where two tracks slid onto one face, the one that was awaited there stays."""

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kp_runtime.backend import GOLDEN_NAME, golden_error, open_backend
 from kp_runtime.detect import box_advice
 from kp_runtime.detector_by_name import load_detector
-from kp_runtime.errors import BackendError, InputError, KpError
+from kp_runtime.errors import BackendError, ImageError, InputError, KpError
 from kp_runtime.frame import as_frame, image_from_bytes
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
 from kp_runtime.golden import check_golden_crop, golden_from_bytes
@@ -39,6 +39,9 @@ FACES = 8
 
 PIXELS = 40_000_000
 """Of an image at most, where the server's environment does not say otherwise: a small file can be a huge image."""
+
+MOST_FACES = 256
+"""Of an image: one of 135 KB can show 20,000, which keep the engine for very long."""
 
 Faces = tuple[NDArray[np.float32], ...]
 """Boxes `(n, 4)` and keypoints `(n, points, 2)` of an image, float32, pixels of the image; behind them the lost scores
@@ -146,6 +149,8 @@ class ImagesModel:
             return np.empty((0, 4)), np.empty((0, 2, 3)), self._no_crops
         frame = as_frame(image_from_bytes(data, f"image {index}"))
         boxes = checked_boxes(self._detector(frame), frame.size_hw)
+        if len(boxes) > MOST_FACES:
+            raise ImageError(f"image {index} has {len(boxes)} faces, at most {MOST_FACES} are taken; send a part of it")
         matrices = matrices_from_boxes(boxes, spec.size, spec.margin)
         crops = self._cropper.crops_from_frame(frame, matrices, spec.size)
         return boxes, matrices, crops.copy()  # the next image uses the same memory

@@ -146,6 +146,10 @@ def test_a_file_beside_no_manifest_is_named(
         (("run", "x" * 300 + " ! appsink", "--model", "{bundle}"), "GStreamer"),
         (("run", "{photo}", "--model", "{bundle}", "--threads", "0"), "threads must be 1 to"),
         (("run", "{photo}", "--detector", "yunet=x.onnx", "--smallest", "0.2"), "leave out --smallest"),
+        (
+            ("filter", "{photo}", "--effect", "hat", "--detector", "yunet=x.onnx", "--smallest", "0.2"),
+            "leave out --small",
+        ),
         (("run", "/dev/video1000", "--model", "{bundle}"), "there is no camera 1000"),
         (("convert", "nowhere.pts", "{out}"), "nowhere.pts can't be read: No such file"),
         (("convert", "nowhere", "{out}", "--from", "pts"), "nowhere can't be read: No such file"),

@@ -354,6 +354,48 @@ def test_a_full_service_says_so_at_once(service: Any, bundle: Path) -> None:
     asyncio.run(talk())
 
 
+def test_too_many_faces_are_refused_before_the_engine_sees_them(
+    service: Any, bundle: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service, "MOST_FACES", 0)
+    app = service.create_app(service.Settings(model=str(bundle)))
+
+    async def talk() -> None:
+        async with client_of(app) as client:
+            answer = await client.post("/keypoints", content=astronaut.read_bytes())
+            detail = "an image may have 0 faces; send a part of it"
+            assert (answer.status_code, answer.json()) == (413, {"detail": detail})
+
+    asyncio.run(talk())
+    assert app.state.service.batching.calls == 0
+
+
+def test_health_checks_that_come_together_are_one(service: Any, bundle: Path) -> None:
+    app = service.create_app(service.Settings(model=str(bundle)))
+    leave, begun = threading.Event(), []
+    check = app.state.service.check
+
+    def slow() -> Any:
+        begun.append(1)
+        assert leave.wait(30)
+        return check()
+
+    app.state.service.check = slow
+
+    async def talk() -> None:
+        async with client_of(app) as client:
+            asked = [asyncio.create_task(client.get("/health")) for _ in range(3)]
+            await asyncio.to_thread(until, lambda: bool(begun))
+            await asyncio.sleep(0.1)
+            leave.set()
+            assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * 3
+            assert len(begun) == 1
+            assert (await client.get("/health")).status_code == 200
+            assert len(begun) == 2
+
+    asyncio.run(talk())
+
+
 def test_a_slow_upload_gives_its_place_back(service: Any, bundle: Path) -> None:
     app = service.create_app(service.Settings(model=str(bundle), max_requests=1, body_seconds=1))
 

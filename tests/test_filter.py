@@ -34,11 +34,27 @@ def test_a_photo_with_each_effect(capsys: pytest.CaptureFixture[str], astronaut:
         words = (astronaut, "--effect", effect, "--model", LITE, "--threads", 1, "--out", tmp_path)
         status, out, err = kp(capsys, "filter", *words)
         target = tmp_path / f"astronaut_{effect}.jpg"
-        assert (status, out, err) == (0, f"{astronaut}: 1 face: {target}\n", "")
+        said = "faces that were not found are not hidden: look at the results\n" * (effect == "blur")
+        assert (status, out, err) == (0, f"{astronaut}: 1 face: {target}\n", said)
         drawn = cv2.imread(str(target)).astype(int)
         there = (slice(round(y) - 2, round(y) + 3), slice(round(x) - 2, round(x) + 3))
         assert np.abs(drawn[there] - photo[there]).max() > 40, effect
         assert np.abs(drawn[320:] - photo[320:]).mean() < 4  # JPEG
+
+
+def test_the_smallest_face_of_a_photo_may_be_named(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def open_detector(name: str, *, smallest: float, **_: object) -> object:
+        asked.append(smallest)
+        return lambda image: np.empty((0, 4))
+
+    monkeypatch.setattr("kp_cli.faces.open_detector", open_detector)
+    words = ("filter", astronaut, "--effect", "blur", "--model", bundle, "--out", tmp_path)
+    assert [kp(capsys, *words, *more)[0] for more in ((), ("--smallest", 0.03))] == [0, 0]
+    assert asked == [0.05, 0.03]
 
 
 def test_an_effect_of_your_own_on_a_folder(

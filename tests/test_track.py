@@ -316,6 +316,15 @@ def test_a_believed_face_counts_as_long_as_a_part_of_it_is_on_the_image() -> Non
     assert not any(world.run(world.tracker(), range(10, 15)))
 
 
+def test_a_believed_face_that_is_lost_is_given_on_for_as_long_as_it_is_awaited() -> None:
+    world = World(lambda t: (300, 300) if t < 20 or 28 <= t < 40 else None)
+    found = world.run(world.tracker(trust_detector=True, detect_every=1, keep=10), range(60))
+    assert [ids(tracks) for tracks in found] == [[1]] * 50 + [[]] * 10
+    place = boxes_from_points(mean_shape() * 50 + 300)
+    for (track,) in found[20:28]:
+        assert overlaps(boxes_from_points(track.xy)[None], place[None])[0, 0] > 0.5
+
+
 @pytest.mark.parametrize("trust", [False, True])
 def test_a_face_that_shrinks_to_a_spot_is_lost(trust: bool) -> None:
     class Shrinking(World):

@@ -74,6 +74,13 @@ def test_a_repository_holds_what_the_bundle_can(own: Path, tmp_path: Path) -> No
     assert not list(repo.rglob(".*"))
 
 
+def test_a_model_of_crops_says_the_licence_of_its_weights(own: Path, tmp_path: Path) -> None:
+    dataclasses.replace(Manifest.read(own), licence={"code": "MIT", "weights": 'for "research"'}).write(own)
+    write_repository(own, tmp_path / "repo")
+    config = (tmp_path / "repo/tiny-crops-onnx/config.pbtxt").read_text()
+    assert 'key: "kp_weights_licence"\n  value {\n    string_value: "for \\"research\\""\n' in config
+
+
 @pytest.mark.parametrize("newer_first", [True, False])
 def test_a_plan_that_wants_a_flag_of_the_server_gives_way_to_one_that_does_not(
     newer_first: bool, own: Path, tmp_path: Path

@@ -139,6 +139,17 @@ def test_a_bad_image_is_its_callers_alone(images: ImagesModel, astronaut: Path) 
     assert fine[0][1].shape == (1, 68, 2)
 
 
+def test_an_image_of_too_many_faces_is_its_callers_alone(
+    images: ImagesModel, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_model, "MOST_FACES", 1)
+    one = kp_runtime.image_from_file(astronaut)
+    crowd, fine = images([[jpeg(np.hstack([one, one]))], [jpeg(one)]])
+    assert isinstance(crowd, ImageError)
+    assert str(crowd) == "image 0 has 2 faces, at most 1 are taken; send a part of it"
+    assert isinstance(fine, list)
+
+
 def test_the_probe_runs_the_network(images: ImagesModel) -> None:
     ((boxes, keypoints, scores),) = images([[PROBE]])[0]  # type: ignore[misc]
     assert (boxes.shape, keypoints.shape, scores.shape) == ((0, 4), (0, 68, 2), (0, 1))
