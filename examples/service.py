@@ -214,7 +214,7 @@ class Service:
         detector = self._detectors.get()
         try:
             image = kp_runtime.image_from_bytes(data)
-            boxes = detector(image)
+            boxes = np.asarray(detector(image))
         finally:
             self._detectors.put(detector)
         if len(boxes) > MOST_FACES:

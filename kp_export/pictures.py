@@ -53,8 +53,8 @@ def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
     axes.text(at, 96, f"mean {measured.nme:.2%} ", color="#c8553d", va="top", ha="right")
     unit = "outer eye corner distance" if evaluation.predicted.shape[1] == POINTS else "longer side of the points' box"
     axes.set(xlim=(0, 10), ylim=(0, 100), xlabel=f"NME, % of the {unit}", ylabel="faces, %")
-    told = f"{title}: {measured.faces} faces, AUC at 8% {measured.auc:.3f}"
-    axes.set_title(textwrap.fill(told, _LINE), **_TITLE)
+    told = f"{measured.faces} faces, AUC at 8% {measured.auc:.3f}"
+    axes.set_title(f"{textwrap.fill(title, _LINE)}\n{told}", **_TITLE)
     axes.grid(alpha=0.25)
     return _saved(figure, path)
 
