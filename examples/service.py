@@ -8,8 +8,9 @@ How to run      KP_MODEL=BUNDLE uvicorn examples.service:app, or KP_MODEL=BUNDLE
 How to ask      curl --data-binary @photo.jpg http://127.0.0.1:8000/keypoints
 Settings        environment variables, see `Settings`; with `uvicorn`, host and port are its own options, and so are
                 --no-access-log and --timeout-graceful-shutdown, which the program has set
-Errors          {"detail": "one line"}: 400 no image, 408 slow upload, 413 too large, 415 neither JPEG nor
-                PNG, 503 busy or ending (with Retry-After), 500 the engine failed, 501 metrics without prometheus_client
+Errors          {"detail": "one line"}: 400 no image, 408 slow upload, 413 too large or too many faces, 415 neither
+                JPEG nor PNG, 503 busy or ending (with Retry-After), 500 the engine failed, 501 metrics without
+                prometheus_client
 How it ends     with status 1 where the engine fails or hangs, so that systemd or Docker start it again: see `watch`;
                 at SIGTERM when what it has let in is answered, or `body_seconds` and 5 s have passed
 What was run    here, on x86-64 CPUs: the tests, in one process and over a socket. Not run: GPU engines

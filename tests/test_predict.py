@@ -87,7 +87,7 @@ def test_looks_mirror_and_threads_are_passed_on(
     monkeypatch.setattr(faces, "open_detector", open_detector)
     words = (*command, astronaut, "--model", bundle, "--out", tmp_path, "--looks", 2, "--mirror", "--threads", 1)
     assert kp(capsys, *words)[0] == 0
-    assert asked == [{"threads": 1, "public_key": None}, (2, True)]
+    assert asked == [{"smallest": 0.05, "threads": 1, "public_key": None}, (2, True)]
 
 
 @pytest.mark.parametrize(
