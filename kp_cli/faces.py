@@ -21,6 +21,7 @@ from kp_cli.options import (
     Looks,
     Mirror,
     PublicKey,
+    Smallest,
     Threads,
     Tuned,
     bundle_or_default,
@@ -321,14 +322,7 @@ def put_effect(
     model: Annotated[Path | None, typer.Option(help="A bundle, or an ONNX file in one; " + ELSE_DEFAULT)] = None,
     looks: Looks = 1,
     mirror: Mirror = False,
-    smallest: Annotated[
-        float | None,
-        typer.Option(
-            min=0.02,
-            max=1.0,
-            help="The smallest face, a share of the photo's shorter side; 0.05 when left out. YuNet has its own.",
-        ),
-    ] = None,
+    smallest: Smallest = None,
     detector: Detector = "auto",
     threads: Threads = None,
     tuned: Tuned = None,

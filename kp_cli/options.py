@@ -54,6 +54,10 @@ Detector = Annotated[str, typer.Option(
     metavar="NAME",
     help="own, own=BUNDLE (of kp train-detector), haar, yunet=FILE; auto: what KP_DETECTOR says, else own, else haar.",
 )]  # fmt: skip
+Smallest = Annotated[float | None, typer.Option(
+    min=0.02, max=1.0,
+    help="Smallest face, a share of the shorter side; else 0.05, of a video without blur 0.1. YuNet has its own.",
+)]  # fmt: skip
 Data = Annotated[list[str], typer.Option(
     "--data", metavar="PATH[=WEIGHT]",
     help="A CSV of 68 points beside its photos, or a folder of photos with .pts files. Repeatable.",

@@ -16,6 +16,7 @@ from kp_cli.options import (
     Detector,
     Json,
     PublicKey,
+    Smallest,
     Tuned,
     check_effect,
     load_model,
@@ -62,14 +63,7 @@ def run(
     patience: Annotated[
         float, typer.Option(min=0.0, help="Seconds that a camera or stream which went away is opened anew.")
     ] = 60.0,
-    smallest: Annotated[
-        float | None,
-        typer.Option(
-            min=0.02,
-            max=1.0,
-            help="The smallest face, a share of the frame's shorter side; 0.05 with blur, else 0.1. YuNet has its own.",
-        ),
-    ] = None,
+    smallest: Smallest = None,
     detector: Detector = "auto",
     threads: Annotated[
         int | None,
