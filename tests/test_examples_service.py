@@ -1,4 +1,4 @@
-"""The examples as they are: each that needs no board is run."""
+"""examples/service.py as it is: batching, settings, requests, health, its end."""
 
 from __future__ import annotations
 
