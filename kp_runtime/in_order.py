@@ -53,7 +53,7 @@ class InOrder:
             raise BackendError("a future's callback can't submit while the line is full; submit from another thread")
         future: Future[Any] = Future()
         try:
-            self._line[0].submit(self._step, future, steps, 0, None, None)
+            self._line[0].submit(self._step, [future, steps, None, None], 0)
         except RuntimeError as error:
             self._room.release()
             raise BackendError("this model is closed; load it again") from error
@@ -63,31 +63,40 @@ class InOrder:
         """Whether the calling thread is one of the line's, as it is in a future's callback."""
         return getattr(self._inside, "worker", False)
 
-    def _step(
-        self, future: Future[Any], steps: tuple[Callable[..., Any], ...], at: int, value: Any, error: Any
-    ) -> None:
+    def _step(self, task: list[Any], at: int) -> None:
+        """What one worker does of a task, `[future, steps, value, error]`.
+
+        An error keeps the frames that it passed and all below, this one too. What they know of the task is emptied
+        before the future is answered: image, model and engine would else wait for the garbage collector.
+        """
         self._inside.worker = True
-        if at == 0 and not future.set_running_or_notify_cancel():
+        if at == 0 and not task[0].set_running_or_notify_cancel():
             self._room.release()
             return
-        if error is None:
+        if task[3] is None:
             try:
-                value = steps[at](value) if at else steps[at]()
+                task[2] = task[1][at](task[2]) if at else task[1][at]()
             except BaseException as raised:  # it is the future's
-                error = raised
+                task[3] = raised
         if at + 1 < len(self._line):
             try:
-                self._line[at + 1].submit(self._step, future, steps, at + 1, value, error)
+                self._line[at + 1].submit(self._step, task, at + 1)
             except RuntimeError:  # the interpreter ends and takes no more: whoever waits is answered from here
-                self._step(future, steps, at + 1, value, error)
+                self._step(task, at + 1)
             return
         self._room.release()
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(error)
+        _answer(task)
 
     def close(self) -> None:
         """Waits for every task that was given; later ones are refused. A second call does nothing."""
         for worker in self._line:
             worker.shutdown()
+
+
+def _answer(task: list[Any]) -> None:
+    future, _, value, error = task
+    task.clear()
+    if error is None:
+        future.set_result(value)
+    else:
+        future.set_exception(error)

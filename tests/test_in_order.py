@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import Future
 
 import pytest
@@ -45,6 +47,24 @@ def test_what_ends_a_program_is_an_answer_like_any_error() -> None:
     assert isinstance(line.submit(sys.exit).exception(WAIT), SystemExit)
     assert line.submit(lambda: 1).result(WAIT) == 1
     line.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("fails", range(2))
+def test_a_task_that_failed_is_gone_without_the_garbage_collector(workers: int, fails: int) -> None:
+    line, thing = InOrder(workers, 4), type("Thing", (), {})()
+    known = weakref.ref(thing)
+    steps = [lambda *_, at=at, thing=thing: 1 // abs(at - fails) for at in range(workers)]
+    gc.collect()
+    gc.disable()
+    try:
+        future = line.submit(*steps)
+        assert (future.exception(WAIT) is None) == (fails >= workers)
+        line.close()
+        del future, steps, thing
+        assert known() is None
+    finally:
+        gc.enable()
 
 
 def test_steps_of_two_tasks_run_at_the_same_time() -> None:
