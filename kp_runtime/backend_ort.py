@@ -7,7 +7,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from kp_runtime.backend import Backend
 from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, KpError, KpWarning, missing_or_broken, reason_of
 from kp_runtime.feeding import WAYS, Feeder, Way
+from kp_runtime.in_order import SideBySide
 from kp_runtime.spec import ModelSpec
 
 __all__ = ["OrtCpuBackend", "check_contract", "import_onnxruntime", "open_session"]
@@ -53,7 +53,7 @@ class OrtCpuBackend(Backend):
         self._ask = _asker(session, spec)
         self._feeder = Feeder([way for way in WAYS if self.threads > 1 or not way.side_by_side])
         self._lock = threading.Lock()
-        self._beside: _SideBySide | None = None
+        self._ask_beside: Ask | None = None
 
     def _run(self, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         try:
@@ -74,7 +74,7 @@ class OrtCpuBackend(Backend):
         if not way.side_by_side:
             return way
         with self._lock:
-            if self._beside is not None:
+            if self._ask_beside is not None:
                 return way
             try:
                 session = open_session(self._model, self._read, 1)
@@ -82,13 +82,13 @@ class OrtCpuBackend(Backend):
                 self._feeder.drop(way)
                 warnings.warn(f"faces are no longer fed side by side: {error}", KpWarning, stacklevel=4)
                 return self._feeder.next(faces)
-            self._beside = _SideBySide(_asker(session, self.spec), self.threads)
+            self._ask_beside = _beside(_asker(session, self.spec), self.threads)
         return way
 
     def _fed(self, crops: NDArray[np.uint8], way: Way) -> list[NDArray[np.float32]]:
         if way.side_by_side:
-            assert self._beside is not None  # `_next_way` has made it
-            return self._beside.run(crops)
+            assert self._ask_beside is not None  # `_next_way` has made it
+            return self._ask_beside(crops)
         if way.part is None:
             return self._ask(crops)
         return _joined([self._ask(crops[i : i + way.part]) for i in range(0, len(crops), way.part)])
@@ -114,19 +114,10 @@ def _asker(session: Any, spec: ModelSpec) -> Ask:
     return lambda crops: session.run(names, {"crops": crops})
 
 
-class _SideBySide:
+def _beside(ask: Ask, threads: int) -> Ask:
     """Parts of a batch at the same time, each on one thread, through one session, which `ask` runs."""
-
-    def __init__(self, ask: Ask, threads: int) -> None:
-        self._ask, self._threads = ask, threads
-        self._pool = ThreadPoolExecutor(threads, "kp-faces")
-
-    def run(self, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        parts = [part for part in np.array_split(crops, self._threads) if len(part)]
-        # the caller's own thread takes a part too
-        others = [self._pool.submit(self._ask, part) for part in parts[1:]]
-        first = self._ask(parts[0])
-        return _joined([first, *(other.result() for other in others)])
+    pool = SideBySide(threads, "kp-faces")
+    return lambda crops: _joined(pool.run(ask, [part for part in np.array_split(crops, threads) if len(part)]))
 
 
 def _joined(parts: Sequence[list[NDArray[np.float32]]]) -> list[NDArray[np.float32]]:

@@ -22,7 +22,6 @@ __all__ = [
     "checked_cores",
     "checked_threads",
     "cores_from_text",
-    "no_thread",
     "on_cores",
     "usable_cores",
 ]
@@ -77,11 +76,6 @@ def check_process(origin: int) -> None:
             f"the threads that this needs stayed behind when process {origin} forked this one; load models and "
             "detectors in each process (on a CPU those with threads=1 can be called here, but not submitted to)"
         )
-
-
-def no_thread(error: RuntimeError) -> BackendError:
-    """The error to raise where the system starts no more threads."""
-    return BackendError(f"no thread could be started ({error}); end other programs, or raise the limit: ulimit -u")
 
 
 def cores_from_text(text: str) -> frozenset[int]:

@@ -1,23 +1,28 @@
-"""Work in the background whose results come in the order in which it was given."""
+"""Work on other threads whose results come in the order in which it was given."""
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
-from kp_runtime.cores import check_process, no_thread
+from kp_runtime.cores import check_process
 from kp_runtime.errors import BackendError
 
-__all__ = ["InOrder"]
+__all__ = ["InOrder", "SideBySide"]
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
 class InOrder:
     """A line of workers, a thread each: every task passes them in order, and no task another. For any thread.
 
-    Threads are started at once.
+    Threads are started at once. Once the program's main thread is over they end, and who gives a task does it himself.
 
     Args:
         workers: how many steps a task has; while a worker does one, others do other tasks' steps.
@@ -33,8 +38,13 @@ class InOrder:
             for worker in self._line:  # work that is none: a task would stay in the queue of a thread that fails
                 worker.submit(int)
         except RuntimeError as error:
-            raise no_thread(error) from error
+            if "interpreter shutdown" not in str(error):
+                raise BackendError(
+                    f"no thread could be started ({error}); end other programs, or raise the limit: ulimit -u"
+                ) from error
         self._room = threading.BoundedSemaphore(most)
+        self._closed = False
+        self._turn = threading.Lock()
         self._inside = threading.local()
         self._process = os.getpid()
 
@@ -45,18 +55,29 @@ class InOrder:
             The future of what the last step returns, or of the error that a step raised.
 
         Raises:
-            BackendError: the line is closed, or is full and a future's callback, which would wait for
-                itself, asks; or this process was forked from the one with the threads.
+            BackendError: the line is closed; a future's callback, which would wait for itself, asks while the line is
+                full or the main thread is over; or this process was forked from the one with the threads.
         """
         check_process(self._process)
         if not self._room.acquire(blocking=not self.is_inside()):
             raise BackendError("a future's callback can't submit while the line is full; submit from another thread")
         future: Future[Any] = Future()
+        task = [future, steps, None, None]
         try:
-            self._line[0].submit(self._step, [future, steps, None, None], 0)
+            self._line[0].submit(self._step, task, 0)
         except RuntimeError as error:
-            self._room.release()
-            raise BackendError("this model is closed; load it again") from error
+            if self._closed or self.is_inside():
+                self._room.release()
+                raise BackendError(
+                    "this model is closed; load it again"
+                    if self._closed
+                    else "a future's callback can't submit once the main thread is over; submit from another thread"
+                ) from error
+            with self._turn:
+                for worker in self._line:
+                    worker.shutdown()  # waits for the tasks before
+                self._step(task, 0)
+                self._inside.worker = False
         return future
 
     def is_inside(self) -> bool:
@@ -89,6 +110,7 @@ class InOrder:
 
     def close(self) -> None:
         """Waits for every task that was given; later ones are refused. A second call does nothing."""
+        self._closed = True
         for worker in self._line:
             worker.shutdown()
 
@@ -100,3 +122,55 @@ def _answer(task: list[Any]) -> None:
         future.set_result(value)
     else:
         future.set_exception(error)
+
+
+class SideBySide:
+    """Parts of a piece of work on several threads, which are started when they are first needed. For any thread.
+
+    Args:
+        threads: most threads of a call, the calling one with them; all calls share the others.
+        name: what their names begin with.
+    """
+
+    def __init__(self, threads: int, name: str) -> None:
+        self._new = functools.partial(ThreadPoolExecutor, max(1, threads - 1), name)
+        self._pool = self._new()
+
+    def run(self, do: Callable[[Part], Result], parts: Sequence[Part]) -> list[Result]:
+        """What `do` gives for each part. The calling thread does parts too: all of them where no thread can be started.
+
+        An error that `do` raises is raised again, once no thread is at work any more.
+        """
+        left, done, pool = deque(enumerate(parts)), dict[int, Result](), self._pool
+        helpers: list[Future[None]] = []
+
+        def work() -> None:
+            while left:
+                try:
+                    i, part = left.popleft()
+                except IndexError:  # another thread was faster
+                    return
+                done[i] = do(part)
+
+        try:
+            for _ in parts[1:]:
+                helpers.append(pool.submit(work))
+        except RuntimeError:  # the system starts no more, the main thread is over, or `close` was faster
+            self._leave(pool).shutdown(wait=False, cancel_futures=True)  # nothing stays in its queue
+        try:
+            work()
+        finally:
+            helpers = [helper for helper in helpers if not helper.cancel()]
+            wait(helpers)
+        while helpers:  # what is raised here knows this frame: it may find no future that knows it
+            helpers.pop().result()
+        return [done[i] for i in range(len(parts))]
+
+    def close(self) -> None:
+        """Waits for the threads and ends them; a later call starts others."""
+        self._leave(self._pool).shutdown()
+
+    def _leave(self, pool: ThreadPoolExecutor) -> ThreadPoolExecutor:
+        if self._pool is pool:
+            self._pool = self._new()
+        return pool

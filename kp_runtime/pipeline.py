@@ -172,7 +172,8 @@ class Model:
 
         Results come in the order of the calls. Up to four frames (`IN_FLIGHT`) may be unfinished; a call beyond
         that waits for one to be done. On a GPU the copies of one frame go on while another is computed; on
-        a CPU one thread calls the model. Threads are started by the first call.
+        a CPU one thread calls the model. Threads are started by the first call; once the program's main thread is over
+        they end, and the calling thread does the work.
 
         The image, the boxes and `out` must stay as they are until the future is done. A callback of the
         future may neither call or close the model nor wait for another future.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.cores import check_process, no_thread, on_cores
+from kp_runtime.cores import check_process, on_cores
 from kp_runtime.frame import Frame, Scratch
 from kp_runtime.geometry import crop_from_window, crop_plan
+from kp_runtime.in_order import SideBySide
 
 __all__ = ["CpuCropper", "crops_from_frame"]
 
@@ -64,14 +64,13 @@ class CpuCropper:
         self._most, self._cores = threads, cores
         self._process = os.getpid()
         self._own = threading.local()
-        self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._threads = SideBySide(threads, "kp-crops")
 
     def crops_from_frame(self, frame: Frame, crop_from_image: NDArray[np.floating], size: int) -> NDArray[np.uint8]:
         """As the function of that name; the crops stay until the calling thread's next call.
 
         Raises:
-            BackendError: no thread could be started, or this process was forked from the one with the threads.
+            BackendError: this process was forked from the one with the threads.
         """
         n = len(crop_from_image)
         crops = self._scratch().array("crops", (n, 1, size, size))
@@ -83,33 +82,13 @@ class CpuCropper:
         def cut(part: slice) -> None:
             crops_from_frame(frame, crop_from_image[part], size, crops[part], self._scratch())
 
-        first, *others = [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)]
-        under_way: list[Future[None]] = []
         with on_cores(self._cores):
-            try:
-                with self._lock:  # the threads are not ended in between
-                    if self._pool is None:
-                        self._pool = ThreadPoolExecutor(self._most - 1, "kp-crops")
-                    try:
-                        for part in others:
-                            under_way.append(self._pool.submit(cut, part))
-                    except RuntimeError as error:
-                        pool, self._pool = self._pool, None
-                        pool.shutdown()  # waits: that part is in the queue all the same, for the threads there are
-                        raise no_thread(error) from error
-                cut(first)
-            finally:
-                failures = [future.exception() for future in under_way]  # waits: they write to `crops`
-        for failure in filter(None, failures):
-            raise failure
+            self._threads.run(cut, [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)])
         return crops
 
     def close(self) -> None:
         """Ends the threads and frees the working memory; a later call makes them anew."""
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown()
+        self._threads.close()
         self._own = threading.local()
 
     def _scratch(self) -> Scratch:

@@ -129,6 +129,55 @@ def test_a_task_between_two_steps_when_the_program_ends() -> None:
     assert done.stdout == "1\n", done.stderr
 
 
+AFTER_THE_MAIN_THREAD = """
+import threading, time
+from concurrent.futures import thread
+from kp_runtime.errors import BackendError
+from kp_runtime.in_order import InOrder, SideBySide
+
+def the_end():
+    while not thread._shutdown:
+        time.sleep(0.01)
+
+def told(line):
+    try:
+        line.submit(int)
+    except BackendError as error:
+        print(error)
+
+def give(line, i, step=int):
+    future = line.submit(step, *[lambda value: value] * (len(line._line) - 1))
+    future.add_done_callback(lambda _: done[line].append(i))
+    return future
+
+def work():
+    the_end()
+    done[InOrder(2, 4)] = []
+    for line in done:
+        print(give(line, 2).done(), done[line], line.is_inside())
+        line.close()
+        told(line)
+    print(SideBySide(2, "parts").run(lambda part: part + 1, [1, 2, 3]), pool.run(lambda part: part + 1, [1, 2, 3]))
+
+done, pool = {InOrder(1, 4): [], InOrder(2, 4): []}, SideBySide(2, "parts")
+pool.run(int, [1, 2, 3])
+for line in done:
+    give(line, 0, the_end).add_done_callback(lambda _, line=line: told(line))
+    give(line, 1)
+threading.Thread(target=work).start()
+"""
+
+
+def test_work_goes_on_in_the_thread_that_gives_it_once_the_main_thread_is_over() -> None:
+    command = [sys.executable, "-c", AFTER_THE_MAIN_THREAD]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    *lines, parts = done.stdout.splitlines()
+    assert parts == "[2, 3, 4] [2, 3, 4]", done.stderr
+    callback = "a future's callback can't submit once the main thread is over; submit from another thread"
+    assert [lines.count(line) for line in (callback, "this model is closed; load it again")] == [2, 3]
+    assert [line for line in lines if line[0] == "T"] == ["True [0, 1, 2] False"] * 2 + ["True [2] False"]
+
+
 @pytest.mark.parametrize("fails", [1, 2])
 def test_a_thread_that_can_not_be_started_is_told_at_once(fails: int, monkeypatch: pytest.MonkeyPatch) -> None:
     no_thread_at(monkeypatch, fails)
