@@ -125,12 +125,14 @@ _HOME = {
 """The module of each public name; the rest are in `errors`. A module is imported when it is first used."""
 
 
-def __getattr__(name: str) -> Any:
-    """Imports a public name's module."""
-    if name not in __all__:
-        raise AttributeError(f"module 'kp_runtime' has no attribute {name!r}")
-    home = next((module for module, names in _HOME.items() if name in names), "errors")
-    return getattr(importlib.import_module(f"kp_runtime.{home}"), name)
+if not TYPE_CHECKING:  # for a type checker it would give any name, misspelt ones too
+
+    def __getattr__(name: str) -> Any:
+        """Imports a public name's module."""
+        if name not in __all__:
+            raise AttributeError(f"module 'kp_runtime' has no attribute {name!r}")
+        home = next((module for module, names in _HOME.items() if name in names), "errors")
+        return getattr(importlib.import_module(f"kp_runtime.{home}"), name)
 
 
 def __dir__() -> list[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pytest
 from numpy.typing import ArrayLike, NDArray
 
 import kp_runtime
@@ -39,3 +40,8 @@ def test_frames_as_opencv_types_them(astronaut: Path) -> None:
     assert (len(boxes), len(tracks), found, least > 0) == (1, 1, 2, True)
     assert len(model.submit(kp_runtime.Frame(image, "bgr"), boxes.tolist()).result()) == 1
     assert drawn.shape == image.shape
+
+
+def test_a_misspelt_name_is_an_error_to_a_type_checker_too() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'Modle'"):
+        _ = kp_runtime.Modle  # type: ignore[attr-defined]
