@@ -203,7 +203,10 @@ class Model:
         return line.submit(lambda: self._started(gpu, image, boxes_xyxy, layout, out), lambda finish: finish())
 
     def close(self) -> None:
-        """Waits for what is under way and frees what was kept; calls from now on fail. A second call does nothing.
+        """Frees what was kept, once submitted calls are done, on a GPU others too; calls from now on fail.
+
+        On a CPU a call that another thread has begun is not waited for: it goes on, and gives its result; of `looks`
+        too. A second call of `close` does nothing.
 
         Raises:
             BackendError: a future's callback asks, which would wait for itself; the model stays open.
