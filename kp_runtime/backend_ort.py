@@ -46,7 +46,7 @@ class OrtCpuBackend(Backend):
         self, model: Path, spec: ModelSpec, threads: int | None = None, *, read: Callable[[], bytes] | None = None
     ) -> None:
         super().__init__(spec)
-        self._model, self._read = model, read or model.read_bytes
+        self._model, self._read = model, read or model.absolute().read_bytes
         self.threads = threads or usable_cores()
         session = open_session(model, self._read, self.threads)
         check_contract(session, spec, str(model))

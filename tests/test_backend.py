@@ -293,6 +293,21 @@ def test_every_way_to_feed_a_batch_gives_every_crop_its_own_answer(
 
 
 @two_cores
+@pytest.mark.filterwarnings("error")
+def test_a_model_of_a_relative_path_goes_on_in_another_folder(
+    tmp_path: Path, crops: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Manifest.read(tiny_bundle(tmp_path / "bundle")).spec
+    monkeypatch.chdir(tmp_path)
+    file = Path("bundle") / "model.fp32.onnx"
+    opened = [open_backend("bundle", threads=2), OrtCpuBackend(file, spec, threads=2)]
+    monkeypatch.chdir("/")
+    for backend in opened:
+        backend.settle(len(crops), "side by side")  # which needs the file once more
+        assert_close(backend.infer(crops), tiny_keypoints(crops), MAP_PX, "side by side")
+
+
+@two_cores
 def test_an_open_model_goes_on_when_its_bundle_is_gone(tmp_path: Path, crops: np.ndarray) -> None:
     backend = open_backend(tiny_bundle(tmp_path / "bundle"), threads=2)
     backend.settle(len(crops), "side by side")  # which needs the file once more
