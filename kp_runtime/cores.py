@@ -94,12 +94,23 @@ def cores_from_text(text: str) -> frozenset[int]:
 
 @contextlib.contextmanager
 def on_cores(cores: frozenset[int] | None) -> Iterator[None]:
-    """Runs the block in this thread on these cores; after it, the thread may run where it might before."""
+    """Runs the block in this thread on these cores; after it, the thread may run where it might before.
+
+    Raises:
+        BackendError: the cores were taken away meanwhile.
+    """
     if cores is None or (before := os.sched_getaffinity(0)) <= cores:
         yield
         return
-    os.sched_setaffinity(0, cores)
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        raise BackendError(
+            f"the chosen cores {sorted(cores)} can't be had any more ({error.strerror}), only {sorted(before)}; "
+            "load the model anew with cores that are there"
+        ) from error
     try:
         yield
     finally:
-        os.sched_setaffinity(0, before)
+        with contextlib.suppress(OSError):  # the system has taken some away meanwhile, and put the thread elsewhere
+            os.sched_setaffinity(0, before)

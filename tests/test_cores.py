@@ -16,7 +16,7 @@ import kp_runtime
 from kp_runtime.backend import open_backend
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.cores import checked_cores, cores_from_text, on_cores, usable_cores
-from kp_runtime.errors import InputError
+from kp_runtime.errors import BackendError, InputError
 from kp_runtime.spec import Manifest
 from tests.conftest import DETECTOR
 from tests.models import SIZE
@@ -110,6 +110,20 @@ def test_the_cores_come_back_after_an_error() -> None:
     with pytest.raises(RuntimeError), on_cores(frozenset([min(mine)])):
         raise RuntimeError
     assert os.sched_getaffinity(0) == mine
+
+
+def test_cores_that_were_taken_away_are_told(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine, backend = os.sched_getaffinity(0), open_backend(bundle, threads=1)
+    backend.cores = frozenset([1023])
+    with pytest.raises(
+        BackendError, match=r"the chosen cores \[1023\] .* only \[.*; load the model anew with cores that are there"
+    ):
+        backend.warmup()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda _: {min(mine), 1023})
+        with on_cores(frozenset([min(mine)])):
+            patch.setattr(os, "sched_setaffinity", lambda *_: os.open("gone", 0))  # an OSError as well
+    os.sched_setaffinity(0, mine)
 
 
 @two_cores
