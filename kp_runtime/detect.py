@@ -7,6 +7,7 @@ gives boxes in that one convention.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -147,9 +148,14 @@ class HaarDetector(_OpenCvDetector):
         super().__init__()
         check_smallest(smallest)
         if not (
-            isinstance(scale, SupportsFloat) and scale > 1 and isinstance(neighbors, SupportsIndex) and neighbors >= 0
+            isinstance(scale, SupportsFloat)
+            and 1 < scale < math.inf
+            and isinstance(neighbors, SupportsIndex)
+            and neighbors >= 0
         ):
-            raise InputError(f"scale must be over 1 and neighbors 0 or more; got {scale!r:.40} and {neighbors!r:.40}")
+            raise InputError(
+                f"scale must be a number over 1 and neighbors 0 or more; got {scale!r:.40} and {neighbors!r:.40}"
+            )
         cv2 = self._cv2
         self._scale, self._neighbors, self._smallest = scale, neighbors, smallest
         if not hasattr(cv2, "CascadeClassifier"):

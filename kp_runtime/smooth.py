@@ -44,11 +44,18 @@ class OneEuro:
             Float64, the shape of `value`.
 
         Raises:
-            InputError: `value` has another shape than before, or `unit` is not over 0.
+            InputError: `value` is no array of numbers or has another shape than before, `seconds` is not finite, or
+                `unit` is not over 0.
         """
         if not (isinstance(unit, SupportsFloat) and unit > 0):
             raise InputError(f"a OneEuro's unit must be over 0, got {unit!r:.40}")
-        new, step = np.asarray(value, np.float64), seconds - self._seconds
+        if not (isinstance(seconds, SupportsFloat) and math.isfinite(seconds)):
+            raise InputError(f"a OneEuro's time must be a finite number of seconds, got {seconds!r:.40}")
+        try:
+            new = np.asarray(value, np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"a OneEuro smooths an array of numbers, got {value!r:.40}") from error
+        step = seconds - self._seconds
         if math.isinf(step) or step < -1:
             self._value, self._speed, self._seconds = new.copy(), np.zeros(new.shape), seconds
         elif new.shape != self._value.shape:

@@ -220,8 +220,8 @@ class Tracker:
             InputError: a time that is not finite.
             KpError: what the model and the detector raise.
         """
-        if not math.isfinite(seconds):
-            raise InputError(f"a frame's time must be a finite number of seconds, got {seconds}")
+        if not (isinstance(seconds, SupportsFloat) and math.isfinite(seconds)):
+            raise InputError(f"a frame's time must be a finite number of seconds, got {seconds!r:.40}")
         size_wh = as_frame(image).size_hw[::-1]
         trust = self._settings.trust_detector
         again, is_there = (self._settings.keep, _touches) if trust else (self._settings.again, _on_image)

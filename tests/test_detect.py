@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -179,7 +180,7 @@ def test_threads_may_share_a_detector(photo: np.ndarray) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"smallest": 7}, {"smallest": 0}, {"scale": 1.0}, {"neighbors": -1},
+        {"smallest": 7}, {"smallest": 0}, {"scale": 1.0}, {"scale": math.inf}, {"neighbors": -1},
         {"smallest": "0.1"}, {"scale": None}, {"neighbors": 1.5},
     ],
 )  # fmt: skip

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -86,6 +88,19 @@ def test_a_value_of_another_shape_is_refused() -> None:
     smooth(np.zeros((1, 68, 2)), 0.0)
     with pytest.raises(InputError, match=r"one shape, \(1, 68, 2\) so far, got \(2, 68, 2\); .* take one for each"):
         smooth(np.zeros((2, 68, 2)), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds", "message"),
+    [
+        ("a", 0.0, "smooths an array of numbers, got 'a'"),
+        (np.zeros(2), float("nan"), "time must be a finite number of seconds, got nan"),
+        (np.zeros(2), None, "time must be a finite number of seconds, got None"),
+    ],
+)
+def test_what_can_not_be_smoothed_is_refused(value: Any, seconds: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        OneEuro()(value, seconds)
 
 
 @pytest.mark.parametrize("unit", [0, -1.0, float("nan"), "1"])

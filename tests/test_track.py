@@ -142,8 +142,9 @@ def test_points_follow_a_face_while_time_does_not_go_on(step: float) -> None:
     for world.now in range(25):
         (track,) = tracker(IMAGE, 5 + step * world.now)
         np.testing.assert_allclose(track.xy, world.faces()[0], atol=1e-3)
-    with pytest.raises(InputError, match="a frame's time must be a finite number of seconds, got nan"):
-        tracker(IMAGE, math.nan)
+    for wrong in (math.nan, None):
+        with pytest.raises(InputError, match=f"a frame's time must be a finite number of seconds, got {wrong}"):
+            tracker(IMAGE, wrong)  # type: ignore[arg-type]
 
 
 def test_faces_of_a_frame_are_one_batch() -> None:
