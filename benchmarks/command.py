@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.record import RESULTS, Record, write_record
 from kp_cli.report import one_line_errors, print_table
-from kp_runtime.cores import usable_cores
+from kp_runtime.cores import default_threads
 from kp_runtime.errors import InputError
 
 __all__ = [
@@ -33,7 +33,7 @@ def parser(description: str | None, *, bundle: bool = True) -> argparse.Argument
     if bundle:
         made.add_argument("--bundle", type=Path, required=True, help="the bundle's folder, made by kp export")
         made.add_argument(
-            "--threads", type=int, default=usable_cores(), help="of every engine; all cores when left out"
+            "--threads", type=int, default=default_threads(), help="of every engine; all cores when left out"
         )
     made.add_argument("--out", type=Path, help="results file; one in benchmarks/results/ when left out")
     return made

@@ -46,7 +46,7 @@ from starlette.requests import ClientDisconnect
 
 import kp_runtime
 from kp_runtime.backend import Backend
-from kp_runtime.cores import usable_cores
+from kp_runtime.cores import default_threads
 from kp_runtime.default_model import MODEL_VARIABLE, default_bundle
 from kp_runtime.detect import box_advice
 from kp_runtime.detector_by_name import DETECTOR_VARIABLE, detector_name
@@ -203,7 +203,7 @@ class Service:
         named = detector_name(
             settings.detector, checkout=ENGINES_OF_THE_CHECKOUT / "face-detector", public_key=settings.public_key
         )
-        for _ in range(usable_cores()):
+        for _ in range(default_threads()):
             detector = kp_runtime.load_detector(named, threads=1, public_key=settings.public_key)
             self._detectors.put(self.metrics.detector(detector) if self.metrics else detector)
         size = model.spec.size

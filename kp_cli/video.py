@@ -84,7 +84,7 @@ def run(
     """
     stop = threading.Event()
     quiet_opencv()
-    from kp_runtime.cores import usable_cores
+    from kp_runtime.cores import default_threads
     from kp_runtime.effects import open_effect
     from kp_runtime.frame import import_cv2
     from kp_runtime.prometheus import Metrics, address_from_text
@@ -99,7 +99,7 @@ def run(
     address = address_from_text(metrics) if metrics else None
     watch = Metrics() if address else None
     draw = draw_effect(open_effect(effect)) if effect else draw_tracks
-    few = max(1, usable_cores() - 1) if threads is None else threads  # reading, drawing and writing go on meanwhile
+    few = max(1, default_threads() - 1) if threads is None else threads  # reading, drawing and writing go on meanwhile
     import_cv2().setNumThreads(few)
     named = whole_detector_name(detector, public_key, smallest)
     opened = load_model(model, tuned, "auto", threads if tuned else few, public_key)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend import Backend
-from kp_runtime.cores import usable_cores
+from kp_runtime.cores import default_threads
 from kp_runtime.errors import BackendError, KpError, KpWarning, missing_or_broken, reason_of
 from kp_runtime.feeding import WAYS, Feeder, Way
 from kp_runtime.in_order import SideBySide
@@ -32,7 +32,7 @@ class OrtCpuBackend(Backend):
     Args:
         model: path of the ONNX file.
         spec: the contract that it must have.
-        threads: threads of a call; None uses all cores that the process may use.
+        threads: threads of a call; None is `cores.default_threads`.
         read: gives the file's bytes, for each session anew; the file is read as it is when None.
 
     Raises:
@@ -47,7 +47,7 @@ class OrtCpuBackend(Backend):
     ) -> None:
         super().__init__(spec)
         self._model, self._read = model, read or model.absolute().read_bytes
-        self.threads = threads or usable_cores()
+        self.threads = threads or default_threads()
         session = open_session(model, self._read, self.threads)
         check_contract(session, spec, str(model))
         self._ask = _asker(session, spec)

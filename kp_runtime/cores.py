@@ -1,4 +1,4 @@
-"""On which of the machine's cores threads run: chosen, checked, and taken for the length of a block.
+"""How many threads there are, and on which cores they run: chosen, checked, and taken for the length of a block.
 
 Linux gives a new thread the cores of the one that starts it, so what a library starts inside
 `on_cores` stays there. ONNX Runtime has an option of its own (`session.intra_op_thread_affinities`),
@@ -9,10 +9,12 @@ that were forbidden to the process (`taskset`); and of one that isn't there it o
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import os
 import re
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import SupportsIndex
 
 from kp_runtime.errors import BackendError, InputError
@@ -22,6 +24,8 @@ __all__ = [
     "checked_cores",
     "checked_threads",
     "cores_from_text",
+    "cpu_quota",
+    "default_threads",
     "on_cores",
     "usable_cores",
 ]
@@ -30,6 +34,23 @@ __all__ = [
 def usable_cores() -> int:
     """How many cores this thread may run on: its affinity where the system tells, else all."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that a container's limit leaves (cgroup v2), None without one; `root` is where files lie."""
+    try:
+        words = (root / "sys/fs/cgroup/cpu.max").read_text(errors="replace").split()
+    except OSError:
+        return None
+    if len(words) != 2 or not all(word.isdigit() for word in words) or words[1] == "0":
+        return None  # "max" is no limit
+    return int(words[0]) / int(words[1])
+
+
+def default_threads(root: Path = Path("/")) -> int:
+    """How many threads where nobody says: one for each usable core, but no more than a container's quota keeps busy."""
+    cores, quota = usable_cores(), cpu_quota(root)
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def checked_cores(cores: Collection[int]) -> frozenset[int]:
@@ -53,7 +74,7 @@ def checked_cores(cores: Collection[int]) -> frozenset[int]:
 
 
 def checked_threads(threads: int | None, most: int | None = None) -> int:
-    """How many threads: as many as there are usable cores, or `most`, when None.
+    """How many threads, at most `most`, or the usable cores: `default_threads` when None.
 
     Raises:
         InputError: under 1, more than these, or no whole number.
@@ -62,7 +83,7 @@ def checked_threads(threads: int | None, most: int | None = None) -> int:
     whole = isinstance(threads, SupportsIndex) and not isinstance(threads, bool)
     if threads is not None and not (whole and 1 <= threads <= most):
         raise InputError(f"threads must be 1 to {most}, the cores that this process may use; got {threads!r:.40}")
-    return most if threads is None else threads
+    return default_threads() if threads is None else threads
 
 
 def check_process(origin: int) -> None:

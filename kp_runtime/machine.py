@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from kp_runtime.cores import usable_cores
+from kp_runtime.cores import cpu_quota, usable_cores
 
 __all__ = [
     "INSTRUCTIONS",
@@ -121,7 +121,7 @@ def machine_from_system(root: Path = Path("/"), *, versions: bool = True) -> Mac
         cpu=_cpu(info),
         cores=os.cpu_count() or 1,
         cores_usable=usable_cores(),
-        cpu_quota=_quota(root),
+        cpu_quota=cpu_quota(root),
         architecture=platform.machine(),
         instructions=tuple(name for name in INSTRUCTIONS if name in flags),
         mhz=_number(cpufreq / "scaling_cur_freq", 1e3),
@@ -182,13 +182,6 @@ def _cpu(info: str) -> str:
     parts = [(key, _field(info, f"CPU {key}")) for key in ("implementer", "part", "variant", "revision")]
     told = " ".join(f"{key} {value}" for key, value in parts if value)
     return told or platform.processor() or platform.machine() or "unknown"
-
-
-def _quota(root: Path) -> float | None:
-    words = (_text(root / "sys/fs/cgroup/cpu.max") or "").split()
-    if len(words) != 2 or not all(word.isdigit() for word in words) or words[1] == "0":
-        return None  # "max" is no limit
-    return int(words[0]) / int(words[1])
 
 
 def _versions(root: Path) -> dict[str, str | None]:

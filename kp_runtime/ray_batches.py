@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from kp_runtime.cores import usable_cores
+from kp_runtime.cores import default_threads
 from kp_runtime.detect import Detector
 from kp_runtime.errors import BackendError, DataError, InputError, KpError, MissingExtraError, reason_of
 from kp_runtime.files import writing
@@ -311,7 +311,7 @@ def _cluster(ray: Any, address: str) -> Iterator[None]:
     try:
         if address == "local":
             with _silent():
-                ray.init(address="local", include_dashboard=False, num_cpus=usable_cores() + _RAYS_OWN, **quiet)
+                ray.init(address="local", include_dashboard=False, num_cpus=default_threads() + _RAYS_OWN, **quiet)
         else:
             _answers(address)
             with _silent():

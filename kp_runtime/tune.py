@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kp_runtime.backend import BACKENDS, ORDER, Backend, kind_of, open_backend
 from kp_runtime.bench import MOST_FACES, boxes_in_turn
 from kp_runtime.bench_results import times_from_turns
-from kp_runtime.cores import usable_cores
+from kp_runtime.cores import default_threads, usable_cores
 from kp_runtime.cuda_driver import has_driver
 from kp_runtime.detect import Detector
 from kp_runtime.errors import BackendError, ImageError, InputError
@@ -210,8 +210,8 @@ def _runs(engine: str, entry: FileEntry) -> bool:
 def _threads(engine: str, settings: TuneSettings) -> list[int | None]:
     if engine != "ort-cpu":
         return [None]
-    doubled = [1 << i for i in range(usable_cores().bit_length())]
-    return [*sorted({*settings.threads} or {*doubled, usable_cores()})]
+    doubled = [1 << i for i in range(default_threads().bit_length())]
+    return [*sorted({*settings.threads} or {*doubled, default_threads()})]
 
 
 def _ran(engine: str, threads: int | None) -> str:
@@ -262,7 +262,7 @@ def _default(candidates: Sequence[_Candidate], first: Path) -> _Candidate | None
         report = open_backend(first, golden=False).report
     except BackendError:
         return None
-    wanted = first, report.file, report.backend, usable_cores() if report.backend == "ort-cpu" else None
+    wanted = first, report.file, report.backend, default_threads() if report.backend == "ort-cpu" else None
     its = ((c, (c.bundle, c.backend.report.file, c.backend.report.backend, c.threads)) for c in candidates)
     return next((candidate for candidate, found in its if found == wanted), None)
 

@@ -15,7 +15,7 @@ import pytest
 import kp_runtime
 from kp_runtime.backend import open_backend
 from kp_runtime.backend_ort import OrtCpuBackend
-from kp_runtime.cores import checked_cores, cores_from_text, on_cores, usable_cores
+from kp_runtime.cores import checked_cores, checked_threads, cores_from_text, default_threads, on_cores, usable_cores
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.spec import Manifest
 from tests.conftest import DETECTOR
@@ -63,6 +63,26 @@ def test_a_fresh_process_gets_the_threads_that_were_asked_for(threads: int, star
         [sys.executable, "-c", PROGRAM, str(bundle), str(threads)], cwd=ROOT, env=settings, capture_output=True
     )
     assert int(done.stdout or -1) == started, done.stderr.decode()
+
+
+@pytest.mark.parametrize(
+    ("limit", "threads"), [("200000 100000", 2), ("150000 100000", 2), ("1000 100000", 1), ("max 100000", 64)]
+)
+def test_a_containers_quota_bounds_the_threads_of_whoever_names_no_number(
+    limit: str, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup/cpu.max").write_text(limit)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert default_threads(tmp_path) == threads
+    assert checked_threads(64) == usable_cores() == 64
+
+
+@two_cores
+def test_an_engine_under_a_quota_of_one_core_has_one_thread(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kp_runtime.cores.cpu_quota", lambda *_: 0.5)
+    assert open_backend(bundle).threads == checked_threads(None) == 1
+    assert open_backend(bundle, threads=2).threads == 2
 
 
 def test_one_thread_stays_one_thread(bundle: Path) -> None:

@@ -132,7 +132,7 @@ def test_a_core_is_left_to_the_other_steps(
         return opened
 
     monkeypatch.setattr("kp_cli.video.load_model", load)
-    monkeypatch.setattr("kp_runtime.cores.usable_cores", lambda: cores)
+    monkeypatch.setattr("kp_runtime.cores.default_threads", lambda: cores)
     try:
         video(tmp_path / "talk.avi", 2)
         status, *_ = kp(capsys, "run", tmp_path / "talk.avi", "--model", bundle, "--out", tmp_path, *words)

@@ -123,7 +123,7 @@ def test_as_many_faces_are_timed_as_were_asked_for(
 
 @pytest.mark.parametrize(("cores", "threads"), [(1, [1]), (4, [1, 2, 4]), (6, [1, 2, 4, 6])])
 def test_threads_that_are_tried(cores: int, threads: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "usable_cores", lambda: cores)
+    monkeypatch.setattr(tune, "default_threads", lambda: cores)
     assert tune._threads("ort-cpu", TuneSettings()) == threads
 
 
