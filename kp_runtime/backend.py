@@ -406,9 +406,8 @@ def _open(engine: str, asked: _Asked, names: list[str], passed_over: list[str]) 
     if engine == "ort-cpu":
         from kp_runtime.backend_ort import OrtCpuBackend
 
-        read = functools.partial(
-            manifest.read_file, folder.absolute(), name
-        )  # it is read again, wherever the program is
+        # it is read again, wherever the program is by then
+        read = functools.partial(manifest.read_file, folder.absolute(), name)
         return name, OrtCpuBackend(folder / name, manifest.spec, asked.threads, read=read)
     from kp_runtime.backend_ort_gpu import OrtCudaBackend, OrtTensorRtBackend
 
