@@ -12,7 +12,7 @@ pixel; the last block of a row or column repeats the edge where the image ends i
 
 Bilinear means `warpAffine` of OpenCV 4: positions to 1/32 px, grey levels rounded; all of it in integers stands at
 the head of `preprocess.cu`. A float path, as OpenCV 5's, is up to 5 levels off (docs/parity.md), so whichever OpenCV
-is installed is asked once whether it gives these bits.
+is installed is asked once whether it gives these bits, and so it is for the means of 2 x 2 blocks.
 
 Training and every run-time path read their crops through this file or are tested against it.
 """
@@ -407,12 +407,27 @@ def _block_means(luma: NDArray[np.uint8], k: int, scratch: Scratch) -> NDArray[n
         whole[height:, :width] = luma[-1]
         whole[:, width:] = whole[:, width - 1 : width]
         luma = whole
+    return _halved(luma, scratch) if k == 2 and _halves_exactly() else _integer_means(luma, k, scratch)
+
+
+@functools.cache
+def _halves_exactly() -> bool:
+    """Whether the OpenCV that is here gives the rule's means of 2 x 2 blocks, found on a small picture."""
+    picture = (np.arange(40 * 56) ** 3 % 1013 % 256).astype(np.uint8).reshape(40, 56)  # all levels
+    return np.array_equal(_halved(picture, Scratch()), _integer_means(picture, 2, Scratch()))
+
+
+def _halved(luma: NDArray[np.uint8], scratch: Scratch) -> NDArray[np.uint8]:
+    cv2 = import_cv2()
+    height, width = luma.shape[0] // 2, luma.shape[1] // 2
+    means = scratch.array("means", (height, width))
+    cv2.resize(luma, (width, height), dst=means, interpolation=cv2.INTER_AREA)
+    return means
+
+
+def _integer_means(luma: NDArray[np.uint8], k: int, scratch: Scratch) -> NDArray[np.uint8]:
     height, width = luma.shape[0] // k, luma.shape[1] // k
     means = scratch.array("means", (height, width))
-    if k == 2:
-        cv2 = import_cv2()
-        cv2.resize(luma, (width, height), dst=means, interpolation=cv2.INTER_AREA)
-        return means
     # the sum of a white block and the rounding must fit
     wide = np.uint16 if k < 16 else np.uint32 if k <= 4096 else np.uint64
     rows = scratch.array("rows", (height, width * k), wide)

@@ -70,9 +70,10 @@ def coloured(luma: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def golden_face(size: int, margin: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """A drawn face that all of the crop rule is needed for.
+    """A drawn, coloured face whose crop needs means of blocks, sampling between pixels and repeated edges.
 
     Its square is over three crops wide, so that blocks of 3 x 3 pixels are averaged, and lies over all four edges.
+    Blocks of 2 x 2, which OpenCV may average by another way, are compared by `kp_runtime.geometry` itself.
 
     Args:
         size: side of the crop in pixels.

@@ -129,9 +129,12 @@ def warp_in_floats(source: np.ndarray, matrix: np.ndarray, size_wh: tuple[int, i
 @pytest.fixture
 def way_asked_anew() -> Iterator[None]:
     """What an OpenCV can is found anew, in the test and after it."""
-    geometry.way_to_sample.cache_clear()
+    asked = geometry.way_to_sample, geometry._halves_exactly
+    for question in asked:
+        question.cache_clear()
     yield
-    geometry.way_to_sample.cache_clear()
+    for question in asked:
+        question.cache_clear()
 
 
 @pytest.mark.usefixtures("way_asked_anew")
@@ -146,6 +149,25 @@ def test_the_fastest_way_that_gives_the_bits_is_taken(monkeypatch: pytest.Monkey
     with pytest.warns(KpWarning, match="samples otherwise than the models were trained with; crops are right"):
         crop_from_luma(waves(60, 60, 20), one_matrix((5, 5, 40, 40)), SIZE)
     assert geometry.way_to_sample() is geometry._by_numpy
+
+
+@pytest.mark.usefixtures("way_asked_anew")
+@pytest.mark.parametrize("wrong", ["takes one pixel of four", "rounds halves down"])
+def test_an_opencv_that_averages_otherwise_is_not_used_for_it(
+    wrong: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    luma, matrix = rng.integers(0, 256, (141, 150), dtype=np.uint8), one_matrix((20, 10, 130, 120))
+    assert crop_plan(matrix, SIZE, luma.shape).block == 2
+    wanted = crop_from_luma(luma, matrix, SIZE)
+    assert geometry._halves_exactly()
+    geometry._halves_exactly.cache_clear()
+
+    def resize(source: np.ndarray, size_wh: tuple[int, int], dst: np.ndarray, interpolation: int) -> None:
+        four = source.reshape(size_wh[1], 2, size_wh[0], 2).astype(int)
+        dst[:] = four[:, 0, :, 0] if wrong == "takes one pixel of four" else (four.sum(axis=(1, 3)) + 1) // 4
+
+    monkeypatch.setattr(cv2, "resize", resize)
+    assert np.array_equal(crop_from_luma(luma, matrix, SIZE), wanted)
 
 
 @pytest.mark.parametrize("way", ["as installed", "_by_remap", "_by_numpy"])
