@@ -244,7 +244,7 @@ def test_a_golden_image_of_another_kind(bundle: Path) -> None:
         CenterDetector(bundle)
 
 
-@pytest.mark.parametrize(("what", "change"), [(0, 0.02), (0, np.nan), (1, 2.0), (4, -2.0)])
+@pytest.mark.parametrize(("what", "change"), [(0, 0.02), (0, np.nan), (1, 2.0), (1, np.nan), (4, -2.0), (4, np.inf)])
 def test_a_model_that_sees_something_else(bundle: Path, what: int, change: float) -> None:
     with np.load(bundle / GOLDEN_NAME) as golden:
         image, cells = golden["image"], golden["cells"]
@@ -252,6 +252,18 @@ def test_a_model_that_sees_something_else(bundle: Path, what: int, change: float
     np.savez(bundle / GOLDEN_NAME, image=image, cells=cells)
     write_manifest(bundle, DetectorSpec("white pixels"))
     with pytest.raises(BackendError, match="other cells of the golden image"):
+        CenterDetector(bundle)
+
+
+def test_cells_of_no_number_are_wrong(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch gave the same, too: infinite cells are equal to none."""
+    with np.load(bundle / GOLDEN_NAME) as golden:
+        image, cells = golden["image"], golden["cells"]
+    cells[3, 0, 0] = np.inf
+    np.savez(bundle / GOLDEN_NAME, image=image, cells=cells)
+    write_manifest(bundle, DetectorSpec("white pixels"))
+    monkeypatch.setattr(CenterDetector, "cells", lambda self, luma: cells)
+    with pytest.raises(BackendError, match=r"other cells of the golden image .*off by nan"):
         CenterDetector(bundle)
 
 
