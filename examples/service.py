@@ -140,7 +140,7 @@ class BatchingBackend(Backend):
 
     def __init__(self, backend: Backend, wait_s: float, enough: int) -> None:
         super().__init__(backend.spec)
-        self.name, self.report = backend.name, backend.report
+        self.name, self.report, self.golden = backend.name, backend.report, backend.golden
         self.calls = self.faces = 0
         self._backend, self._wait_s, self._enough = backend, wait_s, enough
         self._arrival = threading.Condition()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import queue
@@ -133,6 +134,16 @@ def test_one_thread_calls_the_engine(service: Any) -> None:
         assert [len(a) for a in threads.map(batching.infer, [crops_of(i) for i in range(30)])] == [1] * 30
     assert len(callers) == 1
     assert batching.faces == 30
+
+
+def test_the_services_own_crops_are_held_to_the_golden_one(service: Any, bundle_with_image: Path) -> None:
+    """Behind an engine on a GPU too, whose model cut others: the service cuts its crops on the CPU."""
+    engine = kp_runtime.load(bundle_with_image, threads=1).backend
+    assert engine.golden is not None
+    kp_runtime.Model(service.BatchingBackend(engine, wait_s=0.001, enough=1))
+    engine.golden = dataclasses.replace(engine.golden, crops=np.roll(engine.golden.crops, 5, axis=-1))
+    with pytest.raises(kp_runtime.BackendError, match="the golden crop is cut with a grey level"):
+        kp_runtime.Model(service.BatchingBackend(engine, wait_s=0.001, enough=1))
 
 
 def test_the_health_check_shares_no_call(service: Any) -> None:
