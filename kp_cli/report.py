@@ -425,10 +425,11 @@ def _provenance(manifest: Any) -> list[str]:
     if isinstance(score := training.get("lost_score"), dict):
         told = [f"{score[key]:.2%}" if isinstance(score.get(key), float) else "?" for key in ("given_up", "missed")]
         lines.append(f"lost score: {told[0]} of held-out views of a face given up, {told[1]} of others taken for one")
+    names = {entry.sha256: f" ({name})" for name, entry in manifest.files.items()}
     for data, measured in manifest.accuracy.items():
         if {"nme", "failures", "faces"} <= set(measured):
             numbers = f"NME {measured['nme']:.2%}, failures {measured['failures']:.1%}, {measured['faces']} faces"
-            lines.append(f"{data}: {numbers}")
+            lines.append(f"{data}{names.get(measured.get('sha256'), '')}: {numbers}")
     for name, entry in manifest.files.items():
         if entry.kind == "plan" and isinstance(error := entry.made.get("golden_error_px"), float):
             gpu = entry.made.get("gpu")

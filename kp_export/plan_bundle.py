@@ -78,10 +78,10 @@ def add_plan(
         entry = file_entry(
             stage / name, "plan", precision=precision, parent_sha256=manifest.files[source].sha256, made=made
         )
-        dataclasses.replace(manifest, files=manifest.files | {name: entry}).write(stage)
+        manifest.with_files(manifest.files | {name: entry}).write(stage)
         report = dataclasses.replace(report, golden_error_px=_golden_error_px(stage / name, bundle))
         entry = dataclasses.replace(entry, made=made | {"golden_error_px": report.golden_error_px})
-        dataclasses.replace(manifest, files=manifest.files | {name: entry}).write(stage)
+        manifest.with_files(manifest.files | {name: entry}).write(stage)
     return report
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -152,6 +153,19 @@ def test_plans_of_other_kinds_lie_beside_each_other(copied: Path, install: Any) 
     name = made[0].removesuffix(".plan")
     assert made == [f"{name}.plan", f"{name}.plan", f"{name}.newer.ampere.plan"]
     assert [file for file, entry in Manifest.read(copied).files.items() if entry.kind == "plan"] == made[1:]
+
+
+def test_what_was_measured_of_a_plan_goes_with_it(copied: Path, install: Any) -> None:
+    install()
+    plan = add_plan(copied, "fp16").file
+    there = Manifest.read(copied)
+    of = {name: {"nme": 0.03, "sha256": there.files[name].sha256} for name in (plan, "model.fp32.onnx")}
+    dataclasses.replace(there, accuracy={"weights": {"nme": 0.03}, **of}).write(copied)
+    add_plan(copied, "fp16")  # the same bytes
+    assert set(Manifest.read(copied).accuracy) == {"weights", "model.fp32.onnx", plan}
+    install(built=PLAN + b"other")
+    add_plan(copied, "fp16")
+    assert set(Manifest.read(copied).accuracy) == {"weights", "model.fp32.onnx"}
 
 
 def test_a_plan_of_another_tensorrt_stays_and_is_told_of(

@@ -19,7 +19,7 @@ from kp_runtime.bench_compare import CaseComparison, Comparison
 from kp_runtime.bench_results import ColdStart, times_from_turns
 from kp_runtime.errors import InputError
 from kp_runtime.recorded_rise import Rise
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 from kp_runtime.timing import FEW_TURNS, Ratio, TimeSummary
 from kp_runtime.tune_results import Trial
 from kp_runtime.video import VideoRun
@@ -144,13 +144,16 @@ def test_what_a_manifest_records_is_printed() -> None:
         "best_epoch": 3,
         "lost_score": {"given_up": 0.01, "missed": 0.02},
     }
-    accuracy = {"x": {"nme": 0.03, "failures": 0.012, "faces": 5}, "fp32": {"nme": 0.03}}
-    manifest = Manifest(ModelSpec("x", 64), training=training, accuracy=accuracy, licence={"code": "MIT"})
+    measured = {"nme": 0.03, "failures": 0.012, "faces": 5}
+    accuracy = {"x": measured, "mine": measured | {"precision": "int8", "sha256": "b" * 64}, "fp32": {"nme": 0.03}}
+    files = {"model.int8.onnx": FileEntry("b" * 64, 1, "onnx", "int8")}
+    manifest = Manifest(ModelSpec("x", 64), files, training=training, accuracy=accuracy, licence={"code": "MIT"})
     assert report._provenance(manifest) == [
         "trained on 9 faces of x.csv (ab)",
         "trained by revision c0ffee, best epoch 3",
         "lost score: 1.00% of held-out views of a face given up, 2.00% of others taken for one",
         "x: NME 3.00%, failures 1.2%, 5 faces",
+        "mine (model.int8.onnx): NME 3.00%, failures 1.2%, 5 faces",
         "licence of the code: MIT",
     ]
     made = {"layers": {"int8": 20, "fp32": 1}, "receipt": {"compute_shares": {"int8": 0.75, "fp16": 0.25}}}
