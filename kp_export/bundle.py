@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -36,13 +35,13 @@ from kp_export.staging import mend, staging
 from kp_runtime import __version__
 from kp_runtime.backend import GOLDEN_NAME, Answer
 from kp_runtime.backend_ort import OrtCpuBackend
-from kp_runtime.errors import BackendError, DataError, ExportError, ParityError
-from kp_runtime.files import read_plain, writing
+from kp_runtime.errors import BackendError, DataError, ExportError, IntegrityError, ParityError
+from kp_runtime.files import writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.pipeline import load
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.recorded_rise import PARITY_NAME
+from kp_runtime.recorded_rise import PARITY_NAME, parity_rows
 from kp_runtime.spec import MANIFEST_NAME, PRECISIONS, FileEntry, Manifest, ModelSpec, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Source, is_held_out
@@ -92,7 +91,8 @@ def export_bundle(
 
     Raises:
         BundleError: the checkpoint can't be read.
-        DataError: the calibration faces are too few, or no faces.
+        DataError: the calibration faces are too few, or no faces; or those that measure int8 are too few.
+        IntegrityError: a file that is kept, or the report of it, is not the manifest's.
         ExportError: another export is at work in `out`, a graph can't be made, or there is no such precision.
         ParityError: a file is too far from PyTorch.
     """
@@ -107,14 +107,11 @@ def export_bundle(
     with staging(target) as stage:
         there = Manifest.read(target) if (target / MANIFEST_NAME).exists() else None  # errors name it, not the stage
         old = {} if there is None else there.files
-        known = _parity_rows(stage, old)
         if target != own.resolve():
             for name in manifest.files:
                 with writing(stage / name) as temporary:
                     shutil.copyfile(manifest.check_file(own, name), temporary)
             old = old | manifest.files
-            known = {name: row for name, row in known.items() if name not in manifest.files}
-            known |= _parity_rows(own, manifest.files)
         faces, calibrating = _face_sets(manifest.spec, sources, calibration)
         if calibrating is not None:
             check_calibration(calibrating, answer_from_net(net))
@@ -128,6 +125,11 @@ def export_bundle(
         files = {CHECKPOINT_NAME: manifest.files[CHECKPOINT_NAME], **export.files}
         files[GOLDEN_NAME] = _write_golden(net, manifest, stage)
         files = _with_kept(files, old)
+        known: dict[str, dict[str, Any]] = {}
+        if any(entry.kind == "onnx" and name not in export.files for name, entry in files.items()):
+            before = {} if there is None else _known_of(target, there)
+            known = {name: row for name, row in before.items() if name not in manifest.files}
+            known |= _known_of(own, manifest)
         known |= {report.file: dataclasses.asdict(report) for report in export.reports}
         files[PARITY_NAME] = _write_parity(stage, [row for name, row in known.items() if name in files])
         for path in stage.iterdir():  # of other weights
@@ -266,12 +268,15 @@ def _write_golden(net: KeypointNet, manifest: Manifest, stage: Path) -> FileEntr
     return file_entry(stage / GOLDEN_NAME, "golden", parent_sha256=manifest.files[CHECKPOINT_NAME].sha256)
 
 
-def _parity_rows(folder: Path, files: dict[str, FileEntry]) -> dict[str, dict[str, Any]]:
-    """What a bundle's report says of its files, by their names; nothing where it has none that can be read."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-        rows = json.loads(read_plain(folder / PARITY_NAME, 1 << 20))
-        return {row["file"]: row for row in rows if row["file"] in files}
-    return {}
+def _known_of(bundle: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """What a bundle's report says of its files, by their names."""
+    try:
+        rows = parity_rows(bundle, manifest)
+    except IntegrityError as error:
+        raise IntegrityError(
+            f"{error}; it is read for the files that this export keeps: give their switches too, and it is made anew"
+        ) from error
+    return {row["file"]: row for row in rows if row.get("file") in list(manifest.files)}
 
 
 def _write_parity(stage: Path, rows: Sequence[dict[str, Any]]) -> FileEntry:

@@ -16,7 +16,7 @@ from typing import Any
 
 from kp_runtime.spec import Manifest
 
-__all__ = ["Rise", "recorded_rise"]
+__all__ = ["PARITY_NAME", "Rise", "parity_rows", "recorded_rise"]
 
 PARITY_NAME = "parity.json"
 
@@ -61,7 +61,7 @@ def _rise_of_file(bundle: Path, manifest: Manifest, file: str) -> Rise:
         return Rise(found.points, f"of {source}, from which it was built: {found.how}")
     if (entry.kind, entry.precision) == ("onnx", "fp32"):
         return Rise(0.0, "fp32")
-    row = next((row for row in _parity(bundle, manifest) if row.get("file") == file), {})
+    row = next((row for row in parity_rows(bundle, manifest) if row.get("file") == file), {})
     rise, nme = (_number(row.get(name)) for name in ("rise", "nme"))
     if rise is not None:
         return Rise(rise, f"recorded on {row.get('faces')} labelled faces")
@@ -75,7 +75,12 @@ def _number(value: Any) -> float | None:
     return float(value) if type(value) in (int, float) and abs(value) <= sys.float_info.max else None
 
 
-def _parity(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
+def parity_rows(bundle: Path, manifest: Manifest) -> list[dict[str, Any]]:
+    """The rows of a bundle's parity report; none where it has none, or one that is no list.
+
+    Raises:
+        IntegrityError: it is not the manifest's.
+    """
     if PARITY_NAME not in manifest.files:
         return []
     try:

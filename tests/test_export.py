@@ -23,7 +23,7 @@ from kp_export.evaluate import open_model
 from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
 from kp_export.parity import LIMITS, Limit, bundled_faces
 from kp_runtime.backend import GOLDEN_TOLERANCE_PX, open_backend
-from kp_runtime.errors import BundleError, ExportError, InputError, ParityError
+from kp_runtime.errors import BundleError, ExportError, InputError, IntegrityError, ParityError
 from kp_runtime.geometry import apply_matrix, crop_plan, invert_matrix, matrices_from_boxes
 from kp_runtime.pipeline import load
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
@@ -294,14 +294,31 @@ def test_an_export_elsewhere_brings_along_what_the_bundle_has_of_the_same_weight
         other.check_file(tmp_path / "other", name)
 
 
-def test_a_parity_report_that_can_not_be_read_is_none(tmp_path: Path) -> None:
-    """It is nested without end, or a link to what has no end."""
-    report = tmp_path / "parity.json"
-    report.write_text("[" * 100_000)
-    assert kp_export.bundle._parity_rows(tmp_path, {}) == {}
-    report.unlink()
-    report.symlink_to("/dev/zero")
-    assert kp_export.bundle._parity_rows(tmp_path, {}) == {}
+def test_a_parity_report_that_says_nothing_is_none(tmp_path: Path) -> None:
+    """It is the manifest's, and yet nested without end, no list, or of no file."""
+    report, manifest = tmp_path / "parity.json", Manifest(ModelSpec("x", SIZE))
+    assert kp_export.bundle._known_of(tmp_path, manifest) == {}
+    for text in ("[" * 100_000, "3", '[3, {}, {"file": []}, {"file": "other"}]'):
+        report.write_text(text)
+        manifest.files["parity.json"] = file_entry(report, "report")
+        assert kp_export.bundle._known_of(tmp_path, manifest) == {}
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut off", "gone"])
+def test_a_parity_report_that_is_not_the_manifests_is_not_kept(copied: Path, damage: str) -> None:
+    """Its numbers of a kept file would get a new hash and count as proven."""
+    report = copied / "parity.json"
+    text = report.read_text()
+    if damage == "gone":
+        report.unlink()
+    else:
+        report.write_text(text.replace('"rise": null', '"rise": -1.0') if damage == "altered" else text[:-20])
+    before = contents(copied)
+    with pytest.raises(IntegrityError, match=re.escape(str(report)) + ".*; it is read for the files that this export"):
+        export_bundle(copied)
+    assert contents(copied) == before
+    export_bundle(copied, precisions=("fp32", "fp16"))
+    assert {row["file"] for row in json.loads(report.read_text())} == {"model.fp16.onnx", "model.fp32.onnx"}
 
 
 def test_an_export_into_a_bundle_that_has_more_keeps_what_is_known_of_it(copied: Path, tmp_path: Path) -> None:
