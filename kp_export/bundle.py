@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from kp_export.half_on_cpu import half_on_cpu
-from kp_export.int8_from_onnx import calibration_stride, check_calibration, search_int8
+from kp_export.int8_from_onnx import LEAST_FACES, calibration_stride, check_calibration, search_int8
 from kp_export.onnx_from_checkpoint import IR_VERSION, OPSET, check_fits_half, layer_types, onnx_from_checkpoint
 from kp_export.operators import check_operators
 from kp_export.parity import (
@@ -115,6 +115,11 @@ def export_bundle(
         faces, calibrating = _face_sets(manifest.spec, sources, calibration)
         if calibrating is not None:
             check_calibration(calibrating, answer_from_net(net))
+            if len(faces.names) < LEAST_FACES:
+                raise DataError(
+                    f"int8 is judged on {LEAST_FACES} or more faces, {faces.origin} gives {len(faces.names)}; give "
+                    "more with --data (without it, half of the people of --calibration measure the result)"
+                )
         wanted = answers_to(answer_from_net(net), faces.shown)
         export = _Export(net, manifest, stage, faces, calibrating, step, wanted)
         try:

@@ -36,6 +36,7 @@ from kp_train.metrics import point_errors
 
 __all__ = [
     "CHOICES",
+    "LEAST_FACES",
     "Int8Choice",
     "Int8Report",
     "calibration_stride",
@@ -45,6 +46,8 @@ __all__ = [
 ]
 
 LEAST_FACES = 32
+"""To calibrate on, and to measure the result on."""
+
 WORST_FACE_NME = 0.15
 """A face that the fp32 network misses by more is none, or is labelled otherwise."""
 MOST_MISSED = 0.2

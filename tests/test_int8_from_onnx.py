@@ -269,6 +269,18 @@ def test_an_export_refuses_too_few_faces(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("data", [True, False])
+def test_a_single_face_does_not_judge_int8(checkpoint: Path, source: Source, tmp_path: Path, data: bool) -> None:
+    """Given with --data, or all that the half of the people have which measures."""
+    calibrating = tuple(face for face in source.faces if not is_held_out(face.person, 0.5))
+    one = next(face for face in source.faces if is_held_out(face.person, 0.5))
+    given = dataclasses.replace(source, faces=calibrating if data else (*calibrating, one))
+    measured = [dataclasses.replace(source, faces=(one,))] if data else []
+    with pytest.raises(DataError, match=r"int8 is judged on 32 or more faces, .* gives 1; give more with --data"):
+        export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), sources=measured, calibration=[given])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_noise_few_faces_and_no_labels_are_refused(source: Source, rng: np.random.Generator) -> None:
     spec = ModelSpec("x", SIZE)
     faces = faces_from_sources([source], spec)
