@@ -366,10 +366,15 @@ def test_files_of_other_weights_go(copied: Path) -> None:
     assert (copied / "model.mine.onnx").exists()
 
 
-def test_a_file_that_no_program_could_open_is_no_export(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("precision", "what"), [("fp32", "is within its limits"), ("fp16", "would be kept, as its switch was not given")]
+)
+def test_a_file_that_no_program_could_open_is_no_export(
+    copied: Path, precision: str, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = contents(copied)
-    monkeypatch.setitem(GOLDEN_TOLERANCE_PX, "fp32", -1.0)
-    told = r"model\.fp32\.onnx is within its limits, and yet could not be opened: .* golden keypoint .*; nothing was"
+    monkeypatch.setitem(GOLDEN_TOLERANCE_PX, precision, -1.0)
+    told = rf"model\.{precision}\.onnx {what}, and yet could not be opened: .* golden keypoint .*; nothing was"
     with pytest.raises(ParityError, match=told):
         export_bundle(copied)
     assert contents(copied) == before
