@@ -22,7 +22,7 @@ from benchmarks.command import markdown_table, run, with_made_part
 from benchmarks.queues import Outcome, Sources, Stage, fixed, simulate
 from benchmarks.record import RESULTS, Record, machine_name, read_records
 from kp_runtime.errors import InputError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 
 __all__ = ["BEGIN", "DOCS", "END", "Way", "scale_page", "streams_held"]
 
@@ -351,8 +351,7 @@ def main() -> None:
         print(_costs_at(args.price, records))
         return
     text = scale_page(args.docs.read_text(encoding="utf-8"), records)
-    with writing(args.docs) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_file(args.docs, text)
 
 
 if __name__ == "__main__":

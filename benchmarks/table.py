@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.command import markdown_table, run, with_made_part
 from benchmarks.record import KINDS, RESULTS, Record, machine_name, read_records
 from kp_runtime.errors import InputError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 from kp_runtime.timing import Ratio
 
 __all__ = ["BEGIN", "DOCS", "END", "PAGES", "docs_with_tables", "pages_with_tables", "tables_from_records"]
@@ -274,8 +274,7 @@ def main() -> None:
     made.add_argument("--docs", type=Path, default=DOCS, help="the folder of the pages")
     args = made.parse_args()
     for page, text in pages_with_tables(args.docs, read_records(args.results)).items():
-        with writing(page) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(page, text)
 
 
 if __name__ == "__main__":

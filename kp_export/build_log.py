@@ -8,7 +8,7 @@ from typing import Any
 
 from kp_runtime.backend_trt import ERRORS
 from kp_runtime.errors import KpError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 
 __all__ = ["BuildLog", "build_monitor", "parser_errors"]
 
@@ -42,8 +42,7 @@ class BuildLog:
     def write(self, path: Path) -> str:
         """Writes the log; returns the end of a sentence that says where it is."""
         try:
-            with writing(path) as temporary:
-                temporary.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
+            write_file(path, "\n".join(self.lines) + "\n")
         except KpError as error:
             return f"the log could not be kept ({error})"
         return f"the log is {path}"

@@ -36,7 +36,7 @@ from kp_runtime import __version__
 from kp_runtime.backend import GOLDEN_NAME, Answer
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, DataError, ExportError, IntegrityError, ParityError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file, writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.pipeline import load
@@ -288,6 +288,5 @@ def _known_of(bundle: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 def _write_parity(stage: Path, rows: Sequence[dict[str, Any]]) -> FileEntry:
     """Writes all files' parity: the new ones', and what was known of those that were kept."""
-    with writing(stage / PARITY_NAME) as temporary:
-        temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write_file(stage / PARITY_NAME, json.dumps(rows, indent=2) + "\n")
     return file_entry(stage / PARITY_NAME, "report")

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from kp_export.first_convolution import fold_first_convolution, round_first_convolution
 from kp_export.parity import Ask, FaceSet, Parity, answers_to, check_parity
 from kp_runtime.errors import DataError, ExportError, ParityError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 from kp_train.metrics import point_errors
 
 __all__ = [
@@ -197,8 +197,7 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
     else:
         _unquantise_sums(result)
     _finish(result, model, precision)
-    with writing(out) as temporary:
-        temporary.write_bytes(result.SerializeToString(deterministic=True))
+    write_file(out, result.SerializeToString(deterministic=True))
 
 
 def calibration_stride(choice: Int8Choice) -> int:

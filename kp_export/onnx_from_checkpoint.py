@@ -27,7 +27,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from kp_runtime.errors import ExportError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 from kp_runtime.spec import ModelSpec
 from kp_train.model import KeypointNet
 
@@ -114,8 +114,7 @@ def write_onnx(
         onnx.checker.check_model(model, full_check=True)
     except onnx.checker.ValidationError as error:
         raise ExportError(f"the exported graph of {path.name} is not valid ONNX: {error}") from error
-    with writing(path) as temporary:
-        temporary.write_bytes(model.SerializeToString(deterministic=True))
+    write_file(path, model.SerializeToString(deterministic=True))
 
 
 def check_fits_half(net: KeypointNet, crops: NDArray[np.uint8]) -> None:

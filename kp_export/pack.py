@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kp_export.staging import mend, staging
 from kp_runtime.errors import BundleError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file, writing
 from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, any_manifest, file_entry
 
 __all__ = ["pack_bundle"]
@@ -70,6 +70,5 @@ def _shortened(report: Path, names: set[str]) -> FileEntry:
     """Leaves a parity report the lines of the files that are kept; another report stays as it is."""
     with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
         rows = [row for row in json.loads(report.read_text(encoding="utf-8")) if row["file"] in names]
-        with writing(report) as temporary:
-            temporary.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        write_file(report, json.dumps(rows, indent=2) + "\n")
     return file_entry(report, "report")

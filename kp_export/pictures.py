@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from kp_export.evaluate import Evaluation
 from kp_export.robustness import turns
 from kp_runtime.errors import MissingExtraError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file, writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import apply_matrix, matrices_from_boxes
 from kp_runtime.interchange import as_text
@@ -145,6 +145,5 @@ def worst_faces(evaluation: Evaluation, path: Path, most: int = 24, cell: int = 
     columns = min(6, len(cells))
     cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)
     sheet = np.concatenate([np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)])
-    with writing(path) as temporary:
-        temporary.write_bytes(cv2.imencode(".png", sheet)[1].tobytes())
+    write_file(path, cv2.imencode(".png", sheet)[1].tobytes())
     return path

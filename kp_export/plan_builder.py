@@ -18,7 +18,7 @@ from kp_export.cuda_device import CudaDevice
 from kp_export.plan_options import INPUT, PlanOptions
 from kp_runtime.backend_trt import tensorrt_logger
 from kp_runtime.errors import ExportError, KpError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 
 __all__ = ["PlanBuilder", "Progress"]
 
@@ -161,7 +161,6 @@ class PlanBuilder:
         if serialized is None:
             return
         try:
-            with writing(self.cache_path) as temporary:
-                temporary.write_bytes(bytes(memoryview(serialized)))
+            write_file(self.cache_path, bytes(memoryview(serialized)))
         except KpError as error:  # the next build is slower, this one is good
             self.log.add("timing cache", str(error))

@@ -25,7 +25,7 @@ from kp_export.precision_receipt import LEAST_SHARE, PrecisionReceipt, check_rec
 from kp_runtime.backend_trt import MODULES, OLDEST, check_runtime, is_too_old, tensorrt_module
 from kp_runtime.cubin import cache_folder as default_cache
 from kp_runtime.errors import BackendError, ExportError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 
 __all__ = [
     "PlanOptions",
@@ -135,8 +135,7 @@ def plan_from_onnx(
     except Exception as error:
         where = log.write(log_path or plan_path.with_name(plan_path.name + ".log"))
         raise ExportError(f"no plan was built from {onnx_path.name}: {error}; {where}") from error
-    with writing(plan_path) as temporary:
-        temporary.write_bytes(plan)
+    write_file(plan_path, plan)
     version = str(trt.__version__)
     return PlanReport(
         file=plan_path.name,

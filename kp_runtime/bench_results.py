@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from kp_runtime.errors import InputError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 from kp_runtime.machine import Machine
 from kp_runtime.timing import TimeSummary, summary_from_turns
 
@@ -260,8 +260,7 @@ def write_document(document: dict[str, Any], path: Path) -> Path:
     text = json.dumps(document, indent=1)
     # a line break in a document is never inside a text, so this joins lists of numbers alone
     text = re.sub(r"\[\n\s+([-+.\deE,\n ]+?)\n\s+\]", lambda match: f"[{' '.join(match[1].split())}]", text)
-    with writing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_file(path, text + "\n")
     return path
 
 

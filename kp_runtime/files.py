@@ -25,6 +25,7 @@ __all__ = [
     "sha256_of_open_file",
     "short_name",
     "sync",
+    "write_file",
     "writing",
 ]
 
@@ -63,6 +64,12 @@ def writing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a file by `writing`, text as UTF-8."""
+    with writing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:

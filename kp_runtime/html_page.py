@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 
 __all__ = ["clean", "write_page"]
 
@@ -50,6 +50,5 @@ def write_page(path: Path, title: str, style: str, body: Iterable[str]) -> Path:
 {"".join(body)}</body>
 </html>
 """
-    with writing(path) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+    write_file(path, page)
     return path

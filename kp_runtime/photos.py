@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kp_runtime.detect import Detector
 from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.errors import ImageError, InputError, KpError, NotDrawnError
-from kp_runtime.files import files_with_suffix, writing
+from kp_runtime.files import files_with_suffix, write_file
 from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, cv2_name, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
 from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
@@ -145,8 +145,7 @@ def _write_picture(picture: NDArray[np.uint8], path: Path) -> None:
     if not done:
         height, width = picture.shape[:2]
         raise ImageError(f"OpenCV can't write a picture of {width} x {height} px as {path.name!r}; use .png")
-    with writing(path) as temporary:
-        temporary.write_bytes(encoded.tobytes())
+    write_file(path, encoded.tobytes())
 
 
 def check_formats(formats: Sequence[str], points: int = POINTS) -> None:
@@ -189,8 +188,7 @@ def write_results(photos: Sequence[Photo | FailedPhoto], out: Path, formats: Seq
         try:
             if name == "json":
                 written.append(out / "keypoints.json")
-                with writing(written[-1]) as temporary:
-                    temporary.write_text(json.dumps(results_json(photos), indent=1) + "\n", encoding="utf-8")
+                write_file(written[-1], json.dumps(results_json(photos), indent=1) + "\n")
             else:
                 written += faces_to_file(faces, out / _PLACES[name], name)
         except KpError as error:

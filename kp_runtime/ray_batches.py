@@ -30,7 +30,7 @@ import numpy as np
 from kp_runtime.cores import default_threads
 from kp_runtime.detect import Detector
 from kp_runtime.errors import BackendError, DataError, InputError, KpError, MissingExtraError, reason_of
-from kp_runtime.files import writing
+from kp_runtime.files import write_file, writing
 from kp_runtime.frame import import_cv2
 from kp_runtime.interchange import LabelledFace, as_text, import_pyarrow, parquet_table
 from kp_runtime.photos import predict_photo
@@ -222,8 +222,7 @@ def _same_settings(out: Path, settings: dict[str, Any]) -> None:
                 f"{out} holds results of other settings ({', '.join(odd)}); name another folder with --out"
             )
         return
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(settings, indent=1) + "\n")
 
 
 def _write_list(names: Sequence[str], out: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kp_runtime.errors import InputError, KpError, MissingExtraError, SignatureError
-from kp_runtime.files import as_path, read_plain, writing
+from kp_runtime.files import as_path, read_plain, write_file
 from kp_runtime.spec import MANIFEST_NAME, SIGNATURE_NAME, any_manifest_of_bytes, manifest_bytes
 
 __all__ = ["PREFIX", "PublicKey", "check_signature", "is_signed", "new_key", "sign_bundle", "signature_state"]
@@ -91,8 +91,7 @@ def sign_bundle(bundle: str | os.PathLike[str], private_key: str | os.PathLike[s
     for name in manifest.files:
         manifest.check_file(bundle, name)
     path = Path(bundle) / SIGNATURE_NAME
-    with writing(path) as temporary:
-        temporary.write_bytes(key.sign(PREFIX + data))
+    write_file(path, key.sign(PREFIX + data))
     return path
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kp_runtime.errors import BundleError, IntegrityError, SchemaError
-from kp_runtime.files import as_path, open_plain, read_plain, sha256_of_file, sha256_of_open_file, writing
+from kp_runtime.files import as_path, open_plain, read_plain, sha256_of_file, sha256_of_open_file, write_file
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -293,8 +293,7 @@ class Manifest:
         A signature of the old one no longer holds, so it is removed.
         """
         text = json.dumps(dataclasses.asdict(self), indent=2, sort_keys=False) + "\n"
-        with writing(Path(bundle) / MANIFEST_NAME) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(Path(bundle) / MANIFEST_NAME, text)
         (Path(bundle) / SIGNATURE_NAME).unlink(missing_ok=True)
 
     def entry(self, bundle: str | os.PathLike[str], name: str) -> FileEntry:

@@ -22,7 +22,7 @@ from kp_runtime.bench_compare import changes, machine_conditions
 from kp_runtime.cores import checked_cores
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, BundleError, InputError, KpWarning, MissingExtraError
-from kp_runtime.files import as_path, read_plain, writing
+from kp_runtime.files import as_path, read_plain, write_file
 from kp_runtime.machine import machine_from_system
 from kp_runtime.spec import Manifest
 
@@ -77,8 +77,7 @@ def tuned_conditions(backend: Backend) -> dict[str, object]:
 
 def write_tuned(tuned: Tuned, path: Path) -> Path:
     """Writes the file, the old one kept whole until the new one is."""
-    with writing(path) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(tuned), indent=1) + "\n", encoding="utf-8")
+    write_file(path, json.dumps(dataclasses.asdict(tuned), indent=1) + "\n")
     return path
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError
-from kp_runtime.files import make_folder, writing
+from kp_runtime.files import make_folder, write_file, writing
 from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, Manifest, file_entry
 from kp_train.detector_net import DetectorNet
 from kp_train.model import KeypointNet
@@ -216,8 +216,7 @@ class SafetensorsIO(CheckpointIO):
             os.replace(old, target)  # a run that was killed between the two moves below
         for stale in (fresh, old):
             shutil.rmtree(stale, ignore_errors=True)
-        with writing(fresh / "tree.json") as temporary:
-            temporary.write_text(json.dumps(tree), encoding="utf-8")
+        write_file(fresh / "tree.json", json.dumps(tree))
         _save_tensors(tensors, fresh / "tensors.safetensors", {"format": "pt"})
         if target.exists():
             os.replace(target, old)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kp_runtime.errors import DataError, InputError, KpError, reason_of
-from kp_runtime.files import sha256_of_file, writing
+from kp_runtime.files import sha256_of_file, write_file
 from kp_runtime.interchange import as_text
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import MANIFEST_NAME, Manifest, ModelSpec
@@ -205,8 +205,7 @@ def train(
         if trainer.is_global_zero:
             shutil.rmtree(last.parent, ignore_errors=True)  # of a run that was killed in its first epoch
             run.mkdir(parents=True, exist_ok=True)
-            with writing(run / "run.json") as temporary:
-                temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            write_file(run / "run.json", json.dumps(record, indent=2) + "\n")
     noted = [source.get("label_bias") for source in record["sources"]]
     biases = [None if bias is None else np.array(bias) for bias in noted]
     train_set.faces = [f for part, bias in zip(training, biases, strict=True) for f in with_bias(part, bias)]

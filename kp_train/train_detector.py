@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from kp_runtime.errors import KpError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, DetectorSpec
 from kp_train.checkpoint import (
     CHECKPOINT_NAME,
@@ -100,8 +100,7 @@ def train_detector(
             if written.training.get("config", {}).get("steps") == config.steps:  # it is written last
                 say(f"the run in {run} is finished")
                 return run / CHECKPOINT_NAME
-    with writing(run / "run.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_file(run / "run.json", json.dumps(record, indent=2) + "\n")
 
     faces = [face for part in training for face in part]
     weights = [source.weight for source, part in zip(sources, training, strict=True) for _ in part]

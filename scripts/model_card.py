@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.command import markdown_table, with_made_part
 from kp_cli.report import one_line_errors
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 from kp_runtime.spec import Manifest
 
 CARD = "MODEL_CARD.md"
@@ -115,8 +115,7 @@ def main() -> None:
         parity = json.loads(report.read_text(encoding="utf-8")) if report.exists() else []
         card = bundle / CARD
         text = filled(card.read_text(encoding="utf-8"), Manifest.read(bundle), parity)
-        with writing(card) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(card, text)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from rich.progress import track
 
 from kp_cli.report import one_line_errors
 from kp_runtime.errors import InputError, KpError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.interchange import LabelledFace, faces_to_file
 from kp_runtime.scheme68 import POINTS
@@ -80,8 +80,7 @@ def pack(source: Source, out: Path, cut: float = CUT, most: int = FACE, quality:
             raise KpError(
                 f"this OpenCV can't write WebP, so {face.image} was not packed; install opencv-python-headless"
             )
-        with writing(out / name / image) as temporary:
-            temporary.write_bytes(data.tobytes())
+        write_file(out / name / image, data.tobytes())
         faces.append(LabelledFace(str(image), xy, size_hw=(part.shape[0], part.shape[1])))
     return faces_to_file(faces, out / f"{name}.csv", "csv")[0]
 

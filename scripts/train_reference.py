@@ -25,7 +25,7 @@ from kp_cli.options import detector_record, open_detector, whole_detector_name
 from kp_cli.report import one_line_errors
 from kp_export.evaluate import evaluate, open_model
 from kp_runtime.errors import InputError, KpError
-from kp_runtime.files import writing
+from kp_runtime.files import write_file
 from kp_runtime.spec import MANIFEST_NAME
 from kp_train.checkpoint import has_begun
 from kp_train.config import TrainConfig, recipe
@@ -142,8 +142,7 @@ def measure(run: Run, sources: list[Source], folder: Path) -> dict[str, Any]:
             faces = held_out_of([source], VAL_FRACTION)
             if faces:
                 result[source.path.name] = evaluate(model, faces).accuracy.nme
-        with writing(measured) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_file(measured, json.dumps(result, indent=2) + "\n")
     return json.loads(measured.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 
@@ -226,8 +225,7 @@ def main() -> None:
         if kind_of(run.name) in FINAL and (refitted := finish_refit(run, sources, args.out)):
             results.append(refitted)
         text = table(results, [source.path.name for source in sources])
-        with writing(args.out / "runs.md") as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_file(args.out / "runs.md", text)
     print(text)
 
 
