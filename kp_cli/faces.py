@@ -204,7 +204,7 @@ def _write(photos: list[Any], out: Path, formats: list[str]) -> tuple[list[Path]
     written, unwritten = [], []
     for name in sorted(set(formats), key=lambda name: (name == "json", name)):
         try:
-            written += write_results(photos, out, [name])
+            written += write_results(photos, out, name)
         except KpError as error:
             unwritten.append(str(error))
     if unwritten and "json" not in formats:  # such as where two .pts files would have one name

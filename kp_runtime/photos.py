@@ -162,8 +162,8 @@ def check_formats(formats: Sequence[str], points: int = POINTS) -> None:
             check_format(name, points)
 
 
-def write_results(photos: Sequence[Photo | FailedPhoto], out: Path, formats: Sequence[str]) -> list[Path]:
-    """Writes `keypoints.json`, `.csv`, `.coco.json`, `.parquet`, or a `.pts` file a face into a folder.
+def write_results(photos: Sequence[Photo | FailedPhoto], out: Path, name: str) -> list[Path]:
+    """Writes one format into a folder: `keypoints.json`, `.csv`, `.coco.json`, `.parquet`, or a `.pts` file a face.
 
     Photos without a face, and those that failed, are in `keypoints.json` alone.
 
@@ -172,30 +172,19 @@ def write_results(photos: Sequence[Photo | FailedPhoto], out: Path, formats: Seq
 
     Raises:
         InputError, MissingExtraError: as `check_formats`.
-        KpError: a file can't be written, such as where two faces' `.pts` files would have one name; the other
-            formats are written.
+        KpError: a file can't be written, such as where two faces' `.pts` files would have one name.
     """
-    check_formats(formats)
+    check_formats([name])
+    if name == "json":
+        write_file(out / "keypoints.json", json.dumps(results_json(photos), indent=1) + "\n")
+        return [out / "keypoints.json"]
     faces = [
         LabelledFace(photo.path.as_posix(), xy.astype(np.float64), box, photo.keypoints.size_hw)
         for photo in photos
         if isinstance(photo, Photo)
         for xy, box in zip(photo.keypoints.xy, photo.keypoints.boxes_xyxy, strict=True)
     ]
-    written: list[Path] = []
-    errors: list[KpError] = []
-    for name in sorted(set(formats), key=lambda name: (name == "json", name)):
-        try:
-            if name == "json":
-                written.append(out / "keypoints.json")
-                write_file(written[-1], json.dumps(results_json(photos), indent=1) + "\n")
-            else:
-                written += faces_to_file(faces, out / _PLACES[name], name)
-        except KpError as error:
-            errors.append(error)
-    if errors:
-        raise errors[0] if len(errors) == 1 else KpError("; ".join(map(str, errors)))
-    return written
+    return faces_to_file(faces, out / _PLACES[name], name)
 
 
 def results_json(photos: Sequence[Photo | FailedPhoto]) -> list[dict[str, Any]]:

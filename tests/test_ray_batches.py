@@ -95,7 +95,7 @@ def test_a_killed_actor_loses_nothing(photos: list[Path], bundle: Path, tmp_path
 
     model = load(bundle, "ort-cpu", 1)
     alone = [predict_photo(model, path, detector=Boxes()) for path in photos if path.suffix == ".png"]
-    write_results(alone, tmp_path / "alone", ["parquet"])
+    write_results(alone, tmp_path / "alone", "parquet")
     assert faces_of(result.path) == faces_of(tmp_path / "alone" / "keypoints.parquet")
     assert result.faces == 2 * (PHOTOS - 2)
 
