@@ -328,28 +328,20 @@ def evaluate(
         )
     pictures = ["error_curve.png", "worst.png"] + ["point_errors.png"] * (spec.scheme != "own")
     names = [] if out is None else [out / name for name in pictures]
+    how: dict[str, Any] = {
+        "boxes": boxes.value, "split": split.value, "missed": result.missed, "nme_interval": result.interval,
+        "given_up": result.given_up, "looks": looks, "mirror": mirror,
+    }  # fmt: skip
     if as_json:
-        rest = {
-            "model": opened.name,
-            "boxes": boxes.value,
-            "detector": named,
-            "split": split.value,
-            "missed": result.missed,
-            "nme_interval": result.interval,
-            "given_up": result.given_up,
-            "looks": looks,
-            "mirror": mirror,
-        }
+        rest = {"model": opened.name, "detector": named, **how}
         print_json(rest | dataclasses.asdict(result.accuracy) | more | {"pictures": [str(name) for name in names]})
     else:
         print_accuracy(opened.name, result)
         print_groups(more)
     # after the numbers were printed: a folder that can't be written does not lose them
     if record is not None:
-        shown: dict[str, Any] = {"missed": result.missed, "nme_interval": result.interval, "given_up": result.given_up}
-        shown |= {"looks": looks, "mirror": mirror}
-        shown |= {"boxes": boxes.value, **(detector_record(named) if named else {})}
-        shown |= {"split": split.value, "sources": [{"name": one.name, "sha256": one.sha256} for one in sources]}
+        shown = how | (detector_record(named) if named else {})
+        shown |= {"sources": [{"name": one.name, "sha256": one.sha256} for one in sources]}
         if model.is_file() and (entry := opened.manifest.files[model.name]).kind != "checkpoint":
             shown |= {"precision": entry.precision, "sha256": entry.sha256}
         kept = {record: dataclasses.asdict(result.accuracy) | shown | more}
