@@ -181,12 +181,12 @@ def tune(
     Example: kp tune out/resnet18-68 --budget 5ms --data faces.csv
     """
     from kp_runtime.backend import AUTO
+    from kp_runtime.bench_results import json_from_bench
     from kp_runtime.tune import beside, run_tune
     from kp_runtime.tune_results import (
         TuneSettings,
         Tuning,
         check_chosen,
-        json_from_tuning,
         milliseconds_from_text,
         write_tuning,
     )
@@ -216,7 +216,7 @@ def tune(
             bundles, photo or _astronaut(), open_detector(detector), settings, rise_of=rise_of, step=step
         )
     if as_json:
-        print_json(json_from_tuning(result))
+        print_json(json_from_bench(result))
     else:
         print_tuning(result)
     for path in write_tuning(result, out):  # after the numbers were printed, as in kp bench

@@ -245,14 +245,14 @@ def times_from_turns(turns: Sequence[Sequence[float]]) -> Times:
     return Times(summary_from_turns([[ms / 1e3 for ms in turn] for turn in rounded]), rounded)
 
 
-def json_from_bench(bench: Bench) -> dict[str, Any]:
-    """The document as plain data, its schema first."""
-    return {"schema": bench.schema} | dataclasses.asdict(bench)
+def json_from_bench(result: Any) -> dict[str, Any]:
+    """The document of a `Bench`, or of a `Tuning`, as plain data, its schema first."""
+    return {"schema": result.schema} | dataclasses.asdict(result)
 
 
-def write_results(bench: Bench, path: Path) -> Path:
+def write_results(result: Any, path: Path) -> Path:
     """Writes the document; each turn is a line."""
-    return write_document(json_from_bench(bench), path)
+    return write_document(json_from_bench(result), path)
 
 
 def write_document(document: dict[str, Any], path: Path) -> Path:

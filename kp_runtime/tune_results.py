@@ -7,10 +7,9 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kp_runtime.backend import AUTO
-from kp_runtime.bench_results import Times, write_document
+from kp_runtime.bench_results import Times, write_results
 from kp_runtime.errors import InputError
 from kp_runtime.machine import Machine
 from kp_runtime.recorded_rise import Rise
@@ -22,7 +21,6 @@ __all__ = [
     "TuneSettings",
     "Tuning",
     "check_chosen",
-    "json_from_tuning",
     "milliseconds_from_text",
     "write_tuning",
 ]
@@ -155,11 +153,6 @@ def milliseconds_from_text(text: str) -> float:
     return value
 
 
-def json_from_tuning(tuning: Tuning) -> dict[str, Any]:
-    """The table's document as plain data, its schema first."""
-    return {"schema": tuning.schema} | dataclasses.asdict(tuning)
-
-
 def check_chosen(tuning: Tuning) -> None:
     """Refuses a result in which nothing was chosen.
 
@@ -186,7 +179,7 @@ def write_tuning(tuning: Tuning, out: Path) -> list[Path]:
 
     Where nothing was chosen, settings that were there before stay.
     """
-    written = [write_document(json_from_tuning(tuning), out.with_name(f"{out.stem}.tried.json"))]
+    written = [write_results(tuning, out.with_name(f"{out.stem}.tried.json"))]
     if tuning.tuned is not None:
         folder = Path(tuning.tuned.bundle).resolve()
         try:
