@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kp_export.evaluate import Evaluation, OpenModel, answer_in_frames
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import boxes_from_points
+from kp_runtime.geometry import boxes_from_points, moved_box
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.bar import Bar, no_bar
 from kp_train.data import Face, luma_of_face
@@ -84,7 +84,7 @@ def robustness(
     for face in bar(faces):
         luma, box = luma_of_face(face), boxes_from_points(face.xy)
         last = luma.shape[1] - 1
-        views = [(luma, box), *((luma, _shaken(box, *shake)) for shake in SHAKES)]
+        views = [(luma, box), *((luma, moved_box(box, JITTER * x, JITTER * y, 1 + JITTER * k)) for x, y, k in SHAKES)]
         views += [(_enlarged(luma, k), (box + 0.5) * k - 0.5) for k in ENLARGED]
         views.append((np.ascontiguousarray(luma[:, ::-1]), np.array([last - box[2], box[1], last - box[0], box[3]])))
         frames, boxes = [Frame(shown, "gray") for shown, _ in views], np.stack([box for _, box in views])
@@ -107,14 +107,6 @@ def robustness(
 
 def _distance(a: NDArray[np.float64], b: NDArray[np.float64], eyes: NDArray[np.float64]) -> float:
     return float((np.linalg.norm(a - b, axis=-1).mean(axis=1) / eyes).mean())
-
-
-def _shaken(box: NDArray[np.float64], right: int, down: int, larger: int) -> NDArray[np.float64]:
-    side = max(box[2] - box[0], box[3] - box[1])
-    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
-    centre = centre + JITTER * side * np.array([right, down])
-    half = half * (1 + JITTER * larger)
-    return np.concatenate([centre - half, centre + half])
 
 
 def _enlarged(luma: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:

@@ -46,6 +46,7 @@ __all__ = [
     "invert_matrix",
     "matrices_from_boxes",
     "mirrored_matrices",
+    "moved_box",
     "overlaps",
     "point_array",
     "way_to_sample",
@@ -103,6 +104,13 @@ def boxes_to_compare(xy: ArrayLike) -> NDArray[np.float64]:
     more = np.maximum(_FLATTEST * size.max(axis=-1, keepdims=True) - size, 0) / 2
     thicker: NDArray[np.float64] = boxes + np.concatenate([-more, more], axis=-1)
     return thicker
+
+
+def moved_box(box_xyxy: NDArray[np.float64], right: float, down: float, scale: float) -> NDArray[np.float64]:
+    """A box `(4,)` moved by shares of its longer side and scaled about its centre."""
+    half = (box_xyxy[2:] - box_xyxy[:2]) / 2
+    centre = (box_xyxy[:2] + box_xyxy[2:]) / 2 + 2 * half.max() * np.array([right, down])
+    return np.concatenate([centre - scale * half, centre + scale * half])
 
 
 def frame_box(size_hw: tuple[int, int], fraction: float = 224 / 250) -> NDArray[np.float64]:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from kp_runtime.errors import DataError
 from kp_runtime.files import files_with_suffix
 from kp_runtime.frame import IMAGE_SUFFIXES
-from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, matrices_from_boxes
+from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, matrices_from_boxes, moved_box
 from kp_train.data import Face, luma_from_file, lumas_of_faces, sha256_of_files
 
 __all__ = ["WINDOW", "Pictures", "WindowDataset", "read_pictures"]
@@ -106,7 +106,7 @@ class WindowDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
         else:
             window, place = self._photo(rng, _drawn_size(rng))
             if kind == 1:
-                _cover(window, _grown(place, rng.uniform(1.05, 1.6)), self._background(rng), rng)
+                _cover(window, moved_box(place, 0, 0, rng.uniform(1.05, 1.6)), self._background(rng), rng)
             else:
                 box = place
                 if rng.random() < 0.08:
@@ -135,7 +135,7 @@ class WindowDataset(Dataset[tuple[Tensor, Tensor, Tensor]]):
             return self._picture(rng)
         luma, xy = self._any_photo(rng)
         window, _, box = _view(luma, xy, math.exp(rng.uniform(math.log(20), math.log(150))), rng)
-        _cover(window, _grown(box, rng.uniform(1.05, 1.6)), self._picture(rng), rng)
+        _cover(window, moved_box(box, 0, 0, rng.uniform(1.05, 1.6)), self._picture(rng), rng)
         return window
 
     def _picture(self, rng: np.random.Generator) -> Grey:
@@ -174,12 +174,6 @@ def _view(
     inside = np.zeros((WINDOW, WINDOW), np.uint8)
     cv2.fillConvexPoly(inside, np.rint(corners).astype(np.int32), 1)
     return crop_from_luma(luma, matrix, WINDOW), inside, boxes_from_points(apply_matrix(matrix, xy))
-
-
-def _grown(box: NDArray[np.float64], factor: float) -> NDArray[np.float64]:
-    half = (box[2:] - box[:2]) / 2 * factor
-    centre = (box[:2] + box[2:]) / 2
-    return np.concatenate([centre - half, centre + half])
 
 
 def _anywhere(rng: np.random.Generator) -> NDArray[np.float64]:

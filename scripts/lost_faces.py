@@ -38,7 +38,7 @@ from kp_runtime.detect import YuNetDetector
 from kp_runtime.errors import InputError
 from kp_runtime.files import writing
 from kp_runtime.frame import Frame
-from kp_runtime.geometry import boxes_from_points, overlaps
+from kp_runtime.geometry import boxes_from_points, moved_box, overlaps
 from kp_runtime.pipeline import Model, load
 from kp_runtime.spec import Manifest
 from kp_runtime.track import LOST, disagreement, second_looks
@@ -67,19 +67,12 @@ class View:
     truth: np.ndarray | None = None
 
 
-def moved(box: np.ndarray, dx: float, dy: float, scale: float) -> np.ndarray:
-    """A box moved in longer sides of itself and scaled about its centre."""
-    half = (box[2:] - box[:2]) / 2
-    centre = (box[:2] + box[2:]) / 2 + 2 * half.max() * np.array([dx, dy])
-    return np.concatenate([centre - scale * half, centre + scale * half])
-
-
 def moved_anyhow(
     box: np.ndarray, near: float, far: float, scales: tuple[float, float], rng: np.random.Generator
 ) -> np.ndarray:
     """A box moved in any direction by `near` to `far` of its longer side."""
     angle, way = rng.uniform(0, 2 * np.pi), rng.uniform(near, far)
-    return moved(box, way * np.cos(angle), way * np.sin(angle), rng.uniform(*scales))
+    return moved_box(box, way * np.cos(angle), way * np.sin(angle), rng.uniform(*scales))
 
 
 def views_of_face(face: Face, yunet: YuNetDetector, rng: np.random.Generator) -> list[View]:
@@ -93,7 +86,7 @@ def views_of_face(face: Face, yunet: YuNetDetector, rng: np.random.Generator) ->
             views.append(View(luma, far, "box far off"))
             break
     scale = float(rng.choice([rng.uniform(0.35, 0.5), rng.uniform(1.9, 2.6)]))
-    views.append(View(luma, moved(box, 0, 0, scale), "box of wrong size"))
+    views.append(View(luma, moved_box(box, 0, 0, scale), "box of wrong size"))
     found = np.concatenate([yunet(cv2.cvtColor(luma, cv2.COLOR_GRAY2BGR)), box[None]])
     for _ in range(60):
         side = rng.uniform(0.6, 1.4) * (box[2:] - box[:2]).max()
@@ -160,7 +153,7 @@ def shown_otherwise(
     if what == "off":
         return luma, moved_anyhow(box, amount, amount, (1, 1), rng)
     if what == "box":
-        return luma, moved(box, 0, 0, amount)
+        return luma, moved_box(box, 0, 0, amount)
     if what == "turned":
         middle = (box[:2] + box[2:]) / 2
         turn = cv2.getRotationMatrix2D(middle.tolist(), amount * rng.choice([-1, 1]), 1)
@@ -242,7 +235,9 @@ def main() -> None:
     points, own_scores = [], []
     for view in track(views, "looking"):
         box = view.box[None]
-        looks = np.stack([view.box, moved(view.box, 0.07, 0.07, 1), moved(view.box, 0, 0, 1.12), *second_looks(box)])
+        looks = np.stack(
+            [view.box, moved_box(view.box, 0.07, 0.07, 1), moved_box(view.box, 0, 0, 1.12), *second_looks(box)]
+        )
         found = model(Frame(view.luma, "gray"), looks)
         points.append(found.xy.astype(np.float64))
         own_scores.append(None if found.lost_score is None else found.lost_score[0])
