@@ -21,7 +21,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-__all__ = ["fold_first_convolution", "round_first_convolution", "unfold_first_convolution"]
+__all__ = ["fold_first_convolution", "remove_unused", "round_first_convolution", "unfold_first_convolution"]
 
 _PREFIX = "kp_fold_"
 """Of the names of what folding adds."""
@@ -95,7 +95,7 @@ def fold_first_convolution(model: Any) -> bool:
     image = first.grey_levels() or first.before.input[0]
     first.view("in", image, first.before, [(-1, side, side // 4, 4), _NCHW])
     first.view("out", first.behind.input[0], first.behind, [_NHWC, (-1, side // 2, side // 2, filters), _NCHW])
-    first.remove_unused()
+    remove_unused(model.graph)
     return True
 
 
@@ -117,8 +117,21 @@ def unfold_first_convolution(model: Any) -> bool:
         assert reader is not None  # it was folded
         while reader.input[0] in inputs:
             reader.input[0] = inputs[reader.input[0]]
-    first.remove_unused()
+    remove_unused(model.graph)
     return True
+
+
+def remove_unused(graph: Any) -> None:
+    """Takes away the nodes and constants that nothing reads."""
+    wanted = {output.name for output in graph.output}
+    for node in reversed(list(graph.node)):
+        if wanted.isdisjoint(node.output):
+            graph.node.remove(node)
+        else:
+            wanted.update(node.input)
+    for constant in [c for c in graph.initializer if c.name not in wanted]:
+        graph.initializer.remove(constant)
+    del graph.value_info[:]  # some tensors have other shapes now, or are gone
 
 
 class _First:
@@ -210,18 +223,6 @@ class _First:
         place = list(self._graph.node).index(reader)
         for node in reversed(nodes):
             self._graph.node.insert(place, node)
-
-    def remove_unused(self) -> None:
-        """Takes away the nodes and constants that nothing reads."""
-        wanted = {output.name for output in self._graph.output}
-        for node in reversed(list(self._graph.node)):
-            if wanted.isdisjoint(node.output):
-                self._graph.node.remove(node)
-            else:
-                wanted.update(node.input)
-        for constant in [c for c in self._graph.initializer if c.name not in wanted]:
-            self._graph.initializer.remove(constant)
-        del self._graph.value_info[:]  # the tensors' shapes are others now
 
     def _constant(self, name: str) -> NDArray[Any]:
         return numpy_helper.to_array(self._constants[name])  # type: ignore[no-any-return]

@@ -28,7 +28,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from kp_export.first_convolution import fold_first_convolution, round_first_convolution
+from kp_export.first_convolution import fold_first_convolution, remove_unused, round_first_convolution
 from kp_export.parity import Ask, FaceSet, Parity, answers_to, check_parity
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.files import write_file
@@ -255,7 +255,6 @@ def _unquantise_sums(model: Any) -> None:
     weights = {item.name: item.dims for item in graph.initializer}
     makers = {name: node for node in graph.node for name in node.output}
     readers = {name: node for node in graph.node for name in node.input}
-    gone: list[Any] = []
     for quantise in [node for node in graph.node if node.op_type == "QuantizeLinear"]:
         conv = makers.get(quantise.input[0])
         if conv is None or conv.op_type != "Conv":
@@ -266,13 +265,7 @@ def _unquantise_sums(model: Any) -> None:
         dequantise = readers[quantise.output[0]]
         for node in graph.node:
             node.input[:] = [quantise.input[0] if name == dequantise.output[0] else name for name in node.input]
-        gone += [quantise, dequantise]
-    for node in gone:
-        graph.node.remove(node)
-    used = {name for node in graph.node for name in node.input}
-    for item in [item for item in graph.initializer if item.name not in used]:
-        graph.initializer.remove(item)
-    del graph.value_info[:]
+    remove_unused(graph)
 
 
 def _finish(result: Any, fp32: Any, precision: str) -> None:
