@@ -9,14 +9,18 @@ import contextlib
 import ctypes
 import importlib
 import math
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from kp_runtime.errors import BackendError, missing_or_broken, reason_of
 
-__all__ = ["CudaDriver", "Memory", "bindings", "has_driver", "stream_handle"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Closing", "CudaDriver", "Memory", "bindings", "has_driver", "stream_handle"]
 
 PURPOSE = "running on a GPU (with CUDA 13: the extra cuda13)"
 
@@ -152,6 +156,25 @@ def _advice(reason: str) -> str:
             "after the fork and not before it"
         )
     return "see that nvidia-smi (tegrastats on a Jetson) shows a GPU that works"
+
+
+class Closing(ABC):
+    """What has memory or the like of a driver: a `with` block closes it, and it is closed where it was forgotten."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Frees what it has; a second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # a program that ends takes the driver away first; what is left goes with it
+        with contextlib.suppress(Exception):
+            self.close()
 
 
 class Memory:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend import Backend
-from kp_runtime.cuda_driver import CudaDriver
+from kp_runtime.cuda_driver import Closing, CudaDriver
 from kp_runtime.errors import BackendError
 from kp_runtime.golden import check_golden_crop
 from kp_runtime.spec import ModelSpec
@@ -24,7 +24,7 @@ from kp_runtime.spec import ModelSpec
 __all__ = ["DeviceBackend", "Lane", "arrays_of"]
 
 
-class Lane(ABC):
+class Lane(Closing):
     """A CUDA stream with the network's input and output buffers. Used by one thread at a time.
 
     Args:
@@ -139,17 +139,6 @@ class Lane(ABC):
         while self._owned:
             release, handle = self._owned.pop()
             self.driver.call(release, handle)
-
-    def __enter__(self) -> Lane:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # a program that ends takes the driver away first; what is left goes with it
-        with contextlib.suppress(Exception):
-            self.close()
 
 
 def arrays_of(fetched: NDArray[np.uint8], faces: int, spec: ModelSpec) -> list[NDArray[np.float32]]:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.backend import Answer, warmup_sizes
-from kp_runtime.cuda_driver import CudaDriver, Memory
+from kp_runtime.cuda_driver import Closing, CudaDriver, Memory
 from kp_runtime.cuda_graphs import GraphReport, GraphSwitch, canary_fault, captured
 from kp_runtime.device_backend import DeviceBackend, Lane, arrays_of
 from kp_runtime.device_frame import DeviceFrame
@@ -201,14 +201,14 @@ class _Graph:
         self.lane.close()
 
 
-class _Lane:
+class _Lane(Closing):
     """A lane of an engine with the memory around it, at fixed addresses but for the frame. For one thread at a time."""
 
     def __init__(self, backend: DeviceBackend, kernels: CropKernels, switch: GraphSwitch, max_faces: int) -> None:
         self._backend, self._kernels, self._switch = backend, kernels, switch
         self._driver, self._spec = backend.driver, backend.spec
         self.max_faces = max_faces
-        self._closed = False
+        self._closed = True  # until there is something to close
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._seen: set[tuple[int, int]] = set()
         self._frame: Frame | DeviceFrame | None = None  # kept alive while the GPU reads it
@@ -228,6 +228,7 @@ class _Lane:
             for event in (self._ready, self._done):
                 owned.callback(call, "cuEventDestroy", event)
             self._owned = owned.pop_all()
+        self._closed = False
         if not self._lane.capturable:
             switch.turn_off(f"{backend.name} can't be captured", warn=False)
 
@@ -296,12 +297,6 @@ class _Lane:
         self._driver.call("cuStreamSynchronize", self._stream)
         self._close_graphs()
         self._owned.close()
-
-    def __del__(self) -> None:
-        # a program that ends takes the driver away first; what is left goes with it
-        if hasattr(self, "_owned"):
-            with contextlib.suppress(Exception):
-                self.close()
 
     def _close_graphs(self) -> None:
         while self._graphs:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.cubin import cubin_from_source
-from kp_runtime.cuda_driver import CudaDriver, Memory, stream_handle
+from kp_runtime.cuda_driver import Closing, CudaDriver, Memory, stream_handle
 from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.frame import CHANNELS, Frame
@@ -136,7 +136,7 @@ def _on_another(device: int | None, driver: CudaDriver) -> ImageError:
     )
 
 
-class CropKernels:
+class CropKernels(Closing):
     """The compiled kernels on one GPU. May be shared between threads.
 
     Args:
@@ -184,10 +184,6 @@ class CropKernels:
             self._kernels = {}
             self._driver.make_current()
             self._driver.call("cuModuleUnload", self._module)
-
-    def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # a program that ends takes the driver away first
-            self.close()
 
 
 class CropRecords:
@@ -246,7 +242,7 @@ class _Slot:
     frame: DeviceFrame | None = None
 
 
-class CudaCropper:
+class CudaCropper(Closing):
     """Cuts crops on one GPU, for pipelines of one's own. Not for two threads at once.
 
     Args:
@@ -318,17 +314,6 @@ class CudaCropper:
             self._driver.call("cuEventDestroy", slot.done)
         self._driver.call("cuEventDestroy", self._ready)
         self.kernels.close()
-
-    def __enter__(self) -> CudaCropper:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        # a program that ends takes the driver away first; what is left goes with it
-        with contextlib.suppress(Exception):
-            self.close()
 
 
 def crops_to_host(
