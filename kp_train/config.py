@@ -39,7 +39,8 @@ class TrainConfig:
         optimizer: `adamw` (with `weight_decay` and a one-cycle schedule) or `adam` (constant rate).
         lr: learning rate, the peak of the schedule where there is one.
         warmup: share of the steps in which the one-cycle schedule rises.
-        beta: of the SmoothL1 loss, in units of 50 px of a 224 px crop.
+        beta: how wide the quadratic part of the SmoothL1 loss (Girshick 2015) is, in units of 50 px of a 224 px crop;
+            far from zero the loss grows like the plain distance whatever `beta`. 1 is the original project's.
         ema: decay of the weight averaging a step; 0 turns it off, None is by the run's length (`resolved`).
         keep: which epoch's weights the run ends with: `best`, of the lowest held-out loss, or `last`, as suits a
             schedule that falls to nothing, and a run that begins at weights which the held-out faces chose.

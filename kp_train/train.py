@@ -24,6 +24,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from kp_runtime.errors import DataError, InputError, KpError, reason_of
 from kp_runtime.files import sha256_of_file, write_file
@@ -47,7 +48,6 @@ from kp_train.data import Face, Source, evenly_spread
 from kp_train.dataset import FaceDataset, check_memory
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
-from kp_train.loss import keypoint_loss
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet, load_backbone_weights
 from kp_train.run_record import ancestry, least_held_out, run_record, split_by_person, stored_record
@@ -69,7 +69,7 @@ class KeypointModule(L.LightningModule):
         """The loss of a batch of `(crops, xy_crop)`."""
         crops, xy = batch
         target = self.teachers.target(crops, self.net.encode(xy))
-        loss = keypoint_loss(self.net.raw(reduced(crops, self.net.size)), target, self.config.beta)
+        loss = F.smooth_l1_loss(self.net.raw(reduced(crops, self.net.size)).float(), target, beta=self.config.beta)
         size = len(crops)
         self.log("train_loss", loss, prog_bar=True, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         return loss
@@ -78,7 +78,7 @@ class KeypointModule(L.LightningModule):
         """Loss and NME of held-out faces; boxes from their keypoints, no augmentation."""
         crops, xy = batch
         raw = self.net.raw(crops)
-        loss = keypoint_loss(raw, self.net.encode(xy), self.config.beta)
+        loss = F.smooth_l1_loss(raw.float(), self.net.encode(xy), beta=self.config.beta)
         unit = torch.from_numpy(nme_unit(xy.cpu().numpy())).to(xy)
         nme = (self.net.decode(raw.float()) - xy).norm(dim=-1).mean(dim=1) / unit
         values = {"val_loss": loss, "val_nme": nme.mean()}

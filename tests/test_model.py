@@ -6,13 +6,11 @@ import hashlib
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torchvision.models import ResNet18_Weights, resnet18
 
 from kp_runtime.errors import KpError
-from kp_train.loss import keypoint_loss
 from kp_train.model import KeypointNet, load_backbone_weights
 
 
@@ -124,10 +122,3 @@ def test_a_file_of_weights_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(KpError, match=r"a\.pth can't be had here"):
         load_backbone_weights(KeypointNet(64), str(tmp_path / "a.pth"))
     assert not (tmp_path / "ran").exists()
-
-
-def test_the_loss_is_smooth_l1() -> None:
-    raw, target = torch.tensor([[0.0, 0.3, -2.0]]), torch.zeros(1, 3)
-    d, beta = np.array([0.0, 0.3, 2.0]), 0.5
-    expected = np.where(d < beta, d**2 / (2 * beta), d - beta / 2).mean()
-    assert float(keypoint_loss(raw, target, beta)) == pytest.approx(expected)
