@@ -113,10 +113,6 @@ class TrainConfig:
         """
         return self if self.ema is not None else dataclasses.replace(self, ema=max(0.0, min(0.998, 1 - 10 / steps)))
 
-    def to_json(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
 class DetectorConfig:
@@ -153,10 +149,6 @@ class DetectorConfig:
         _check(0 <= self.ema < 1, "ema", self.ema, "0 to under 1")
         _check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "over 0 and under 1")
         _check(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
-
-    def to_json(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return dataclasses.asdict(self)
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: up, level, and down in straight lines."""

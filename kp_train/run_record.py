@@ -5,6 +5,7 @@ It stands in `run.json` from the first step on and becomes `training` of the man
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -64,7 +65,7 @@ def run_record(
 ) -> dict[str, Any]:
     """What the manifest keeps of a run: enough to say what made these weights."""
     return {
-        "config": config.to_json(),
+        "config": dataclasses.asdict(config),
         "start": start,
         "sources": [
             {
@@ -100,12 +101,12 @@ def stored_record(
     """
     try:
         stored: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        before = type(config)().to_json() | stored["config"]  # a setting that the run's release did not have
+        before = dataclasses.asdict(type(config)()) | stored["config"]  # a setting that the run's release did not have
         data = [(s["sha256"], s["weight"]) for s in stored["sources"]]
         named = stored.get("held_out", {}).get("sha256")  # of a folder the hash above knows no names
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
-    wanted = config.to_json()
+    wanted = dataclasses.asdict(config)
     given = [key for key in wanted if wanted[key] is not None and key not in free]
     differ = [key for key in given if before.get(key) != wanted[key]]
     if changed := [f"{key} {before.get(key)} -> {wanted[key]}" for key in differ]:

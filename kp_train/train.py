@@ -221,7 +221,7 @@ def train(
         callbacks.append(EMAWeightAveraging(decay=config.ema))
     trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
     data = [(source.sha256, source.weight) for source in sources]
-    beginning = {"settings": config.to_json(), "data": data, "teachers": taught.records, "state": resume}
+    beginning = {"settings": dataclasses.asdict(config), "data": data, "teachers": taught.records, "state": resume}
     together = Together(beginning, resume)
     trainer.callbacks.append(together)  # type: ignore[attr-defined]
     loaders = Loaders(train_set, val_set, sampler, config.batch_size, workers)

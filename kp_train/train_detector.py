@@ -80,7 +80,7 @@ def train_detector(
     training, held_out = split_by_person(sources, config)
     check_start(run, resume)  # it makes the folder, which data that are refused do not leave behind
     if resume:
-        record = stored_record(run, sources, config, free=("steps",)) | {"config": config.to_json()}
+        record = stored_record(run, sources, config, free=("steps",)) | {"config": dataclasses.asdict(config)}
         if record.get("pictures_sha256") != pictures.sha256:
             raise KpError(f"the run in {run} began with other pictures without faces; give the same --no-faces")
         if (began := record.get("name", name)) != name:  # a run that an older release began has none

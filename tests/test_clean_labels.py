@@ -22,7 +22,7 @@ from kp_train.model import KeypointNet
 from kp_train.synthetic import mean_shape, write_csv_source
 from tests.test_label_bias import SHAPE, SPEC, Line, lines
 
-CONFIG = TrainConfig(size=112).to_json()
+CONFIG = dataclasses.asdict(TrainConfig(size=112))
 TRAINING = {"config": CONFIG, "held_out": {"val_fraction": 0.3}}
 SCALE = SPEC.size / float(np.ptp(SHAPE, axis=0).max()) / SPEC.margin
 MIDDLE = (SPEC.size - 1) / 2 - SCALE * float(SHAPE[:, 1].min() + SHAPE[:, 1].max()) / 2

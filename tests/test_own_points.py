@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,7 +85,7 @@ def test_the_error_is_counted_in_the_longer_side_of_the_box() -> None:
 def test_a_checkpoint_brings_its_number_of_points(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = KeypointNet(64, points=5).eval()
-    config = TrainConfig(size=64, points=5).to_json()
+    config = asdict(TrainConfig(size=64, points=5))
     manifest = Manifest(ModelSpec("five", 64, points=5, scheme="own"), training={"config": config})
     save_checkpoint(tmp_path, net, manifest)
     again, _ = load_checkpoint(tmp_path)
@@ -120,7 +120,7 @@ def test_results_of_other_points(tmp_path: Path) -> None:
 
 def test_a_run_that_began_without_the_settings_goes_on(tmp_path: Path) -> None:
     config = TrainConfig(lr=1e-3)
-    old = {key: value for key, value in config.to_json().items() if key not in ("points", "pairs")}
+    old = {key: value for key, value in asdict(config).items() if key not in ("points", "pairs")}
     (tmp_path / "run.json").write_text(json.dumps({"config": old, "sources": []}))
     assert stored_record(tmp_path, [], config)["config"] == old
     with pytest.raises(KpError, match="points 68 -> 5"):

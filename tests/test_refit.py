@@ -35,7 +35,7 @@ from kp_train.refit import Refit, _errors, _Looker, _Seen, refit, solved_head
 from kp_train.synthetic import mean_shape, write_csv_source
 from tests.test_cli import kp
 
-TRAINING = {"config": TrainConfig(size=64).to_json(), "held_out": {"val_fraction": 0.3}}
+TRAINING = {"config": dataclasses.asdict(TrainConfig(size=64)), "held_out": {"val_fraction": 0.3}}
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,8 @@ def test_other_data_can_not_resume_a_run(trained: Path, faces: Path, tmp_path: P
 def begun(faces: Path, run: Path, state: dict[str, Any], ema: float = 0, **record: object) -> None:
     """A run that was killed: its record and its state."""
     config, source = recipe("default", size=64, epochs=2, batch_size=16, ema=ema, lr=1e-3), read_source(faces)
-    kept = {"config": config.to_json(), "sources": [{"sha256": source.sha256, "weight": 1.0}], "start": {}} | record
+    stored, used = dataclasses.asdict(config), [{"sha256": source.sha256, "weight": 1.0}]
+    kept = {"config": stored, "sources": used, "start": {}} | record
     SafetensorsIO().save_checkpoint(state, run / LAST_STATE)
     (run / "run.json").write_text(json.dumps(kept))
 
