@@ -199,7 +199,7 @@ def plan(
     Example: kp plan out/resnet18-68 --precision fp16 --max-batch 8
     """
     from kp_export.plan_bundle import add_plan
-    from kp_export.plan_from_onnx import PlanOptions
+    from kp_export.plan_options import PlanOptions
     from kp_runtime.spec import Manifest
 
     bundle = folder_or_default(bundle)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from kp_export.cuda_device import cuda_device
 from kp_export.plan_builder import Progress
-from kp_export.plan_from_onnx import PlanOptions, PlanReport, plan_from_onnx, plan_name
+from kp_export.plan_from_onnx import PlanReport, plan_from_onnx
+from kp_export.plan_options import PlanOptions, plan_name
 from kp_export.staging import mend, staging
 from kp_runtime import __version__
 from kp_runtime.backend import open_backend

@@ -20,22 +20,14 @@ from typing import Any
 from kp_export.build_log import BuildLog
 from kp_export.cuda_device import CudaDevice, cuda_device
 from kp_export.plan_builder import PlanBuilder, Progress
-from kp_export.plan_options import PlanOptions, plan_name, rebuild_command, trtexec_command
+from kp_export.plan_options import PlanOptions, rebuild_command, trtexec_command
 from kp_export.precision_receipt import LEAST_SHARE, PrecisionReceipt, check_receipt, receipt_from_inspector
 from kp_runtime.backend_trt import MODULES, OLDEST, check_runtime, is_too_old, tensorrt_module
 from kp_runtime.cubin import cache_folder as default_cache
 from kp_runtime.errors import BackendError, ExportError
 from kp_runtime.files import write_file
 
-__all__ = [
-    "PlanOptions",
-    "PlanReport",
-    "plan_blocker",
-    "plan_from_onnx",
-    "plan_name",
-    "rebuild_command",
-    "trtexec_command",
-]
+__all__ = ["PlanReport", "plan_blocker", "plan_from_onnx"]
 
 BUILD_THERE = "a plan is built on the device that runs it, there: kp plan BUNDLE --precision fp16"
 

@@ -14,8 +14,8 @@ import pytest
 
 from kp_export import plan_from_onnx as module
 from kp_export.cuda_device import CudaDevice
-from kp_export.plan_from_onnx import PlanOptions, plan_blocker, plan_from_onnx, plan_name, rebuild_command
-from kp_export.plan_options import trtexec_command
+from kp_export.plan_from_onnx import plan_blocker, plan_from_onnx
+from kp_export.plan_options import PlanOptions, plan_name, rebuild_command, trtexec_command
 from kp_export.precision_receipt import LEAST_SHARE
 from kp_runtime.errors import BackendError, ExportError
 from kp_runtime.files import sha256_of_file
