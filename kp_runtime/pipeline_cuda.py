@@ -50,17 +50,14 @@ class CudaPipeline:
 
     Args:
         backend: the engine.
-        lanes: most lanes, at least 1.
 
     Raises:
         BackendError: no kernel for this GPU, or one that cuts the golden crop wrongly.
         MissingExtraError: cuda-python is not installed.
     """
 
-    def __init__(self, backend: DeviceBackend, lanes: int = LANES) -> None:
-        if lanes < 1:
-            raise BackendError(f"a model on a GPU needs 1 lane or more, got {lanes}")
-        self._backend, self._most = backend, lanes
+    def __init__(self, backend: DeviceBackend) -> None:
+        self._backend = backend
         backend.release()  # what the golden crop's check left
         self._kernels = CropKernels(backend.driver)
         check_golden_crop(backend.golden, backend.spec, partial(crops_to_host, backend.driver, self._kernels))
@@ -132,7 +129,7 @@ class CudaPipeline:
         """
         sizes = warmup_sizes(faces)[::-1]  # a lane keeps the first graphs
         with self._warming, contextlib.ExitStack() as lanes:  # two that wait for each other's lanes would wait for ever
-            for lane in [lanes.enter_context(self._lane(sizes[0])) for _ in range(self._most)]:
+            for lane in [lanes.enter_context(self._lane(sizes[0])) for _ in range(LANES)]:
                 for n in sizes:
                     lane.warmup(CHANNELS["bgr"], n)
 
@@ -161,7 +158,7 @@ class CudaPipeline:
     def _take(self, faces: int) -> _Lane:
         """A free lane with room for so many faces; opened, or waited for."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._free or len(self._taken) < self._most)
+            self._changed.wait_for(lambda: self._closed or self._free or len(self._taken) < LANES)
             if self._closed:
                 raise BackendError("this model is closed; load it again")
             lane = self._free.pop() if self._free else None

@@ -29,7 +29,7 @@ from kp_runtime import (
 from kp_runtime.backend import Backend, BackendReport, open_backend
 from kp_runtime.cuda_driver import CudaDriver, Memory
 from kp_runtime.cuda_graphs import captured
-from kp_runtime.pipeline_cuda import GRAPHS, LANES, CudaPipeline
+from kp_runtime.pipeline_cuda import GRAPHS, LANES
 from kp_runtime.spec import Manifest, file_entry
 from kp_runtime.tune_results import TuneSettings
 from tests.cuda_driver_double import DriverDouble, Result
@@ -446,11 +446,6 @@ def test_engines_that_fail(driver: DriverDouble, cpu: Model) -> None:
                 model(picture(0), boxes_of(0, 2))
         backend.fails = False
         check(model, cpu, picture(0), boxes_of(0, 2))
-
-
-def test_numbers_of_lanes(driver: DriverDouble) -> None:
-    with pytest.raises(BackendError, match="needs 1 lane or more, got 0"):
-        CudaPipeline(DeviceDouble(), lanes=0)
 
 
 def test_kp_tune_tries_a_plan(
