@@ -54,7 +54,7 @@ def build_monitor(trt: Any, progress: Callable[[str, float], None] | None) -> An
     An exception in `progress`, and Ctrl-C, may not cross TensorRT's own code: they end the build
     and stand in the monitor's `error`.
     """
-    if progress is None or not hasattr(trt, "IProgressMonitor"):
+    if progress is None:
         return None
     tell = progress
 

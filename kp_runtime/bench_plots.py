@@ -102,7 +102,7 @@ def batch_curves(curves: Mapping[str, Sequence[Point]]) -> str:
             )
         last = x(points[-1].batch), y(points[-1].ms)
         parts.append(_tag("line", f"stroke {color}", x1=last[0] + 7, y1=last[1], x2=width - right + 10, y2=end))
-        parts.append(_tag("text", "ink", _short(name, 30), x=width - right + 16, y=end + 4))
+        parts.append(_tag("text", "ink", name if len(name) <= 30 else name[:29] + "…", x=width - right + 16, y=end + 4))
     told = []
     for name, points in curves.items():
         told.append(f"{name}: {', '.join(f'{milliseconds(p.ms)} at {p.batch}' for p in points)}")
@@ -188,10 +188,6 @@ def _axis(marks: Sequence[tuple[float, float]], left: float, right: float, y: fl
 def _interval(x: float, low: float, high: float, color: str) -> list[str]:
     caps = [_tag("line", f"stroke {color}", x1=x - 5, x2=x + 5, y1=y, y2=y) for y in (low, high)]
     return [_tag("line", f"stroke {color}", x1=x, x2=x, y1=low, y2=high), *caps]
-
-
-def _short(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _svg(title: str, description: str, width: float, height: float, parts: Sequence[str]) -> str:

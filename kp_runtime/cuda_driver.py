@@ -100,9 +100,7 @@ class CudaDriver:
             raise BackendError(
                 f"the NVIDIA driver has no {name} ({error}): it is older than cuda-python needs; update the driver"
             ) from error
-        if status != self.api.CUresult.CUDA_SUCCESS:
-            reason = str(getattr(status, "name", status))
-            raise BackendError(f"CUDA failed: {name} says {reason}; {_advice(reason)}")
+        self._check(name, status)
         return values[0] if values else None
 
     def wait_for(self, other: int | None, stream: Any, event: Any) -> None:
@@ -121,10 +119,13 @@ class CudaDriver:
         status, *values = self.api.cuPointerGetAttribute(attribute, address)
         if status == self.api.CUresult.CUDA_ERROR_INVALID_VALUE:
             return None
+        self._check("cuPointerGetAttribute", status)
+        return int(values[0])
+
+    def _check(self, name: str, status: Any) -> None:
         if status != self.api.CUresult.CUDA_SUCCESS:
             reason = str(getattr(status, "name", status))
-            raise BackendError(f"CUDA failed: cuPointerGetAttribute says {reason}; {_advice(reason)}")
-        return int(values[0])
+            raise BackendError(f"CUDA failed: {name} says {reason}; {_advice(reason)}")
 
 
 _BROKEN = (
