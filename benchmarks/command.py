@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.record import RESULTS, Record, write_record
-from kp_cli.report import one_line_errors, print_table
+from kp_cli.report import one_line_errors
 from kp_runtime.cores import default_threads
 from kp_runtime.errors import InputError
 
@@ -20,7 +20,6 @@ __all__ = [
     "finish",
     "markdown_table",
     "parser",
-    "print_table",
     "run",
     "with_made_part",
     "without_samples",
@@ -52,10 +51,13 @@ def check_batches(batches: Sequence[int], crops: int | None = None) -> None:
 
 
 def finish(record: Record, out: Path | None) -> None:
-    """Writes the results file and prints the record, without its single samples, as the last line."""
+    """Writes the results file; prints its tables and, as the last line, the record without its single samples."""
+    from benchmarks.table import tables_from_records  # which takes its tables from here
+
     path = out or RESULTS / record.file_name
     write_record(record, path)
     print(f"written: {path}", file=sys.stderr)
+    print(tables_from_records([record]))
     print(json.dumps(without_samples(dataclasses.asdict(record))))
 
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import check_batches, finish, parser, print_table, run
+from benchmarks.command import check_batches, finish, parser, run
 from benchmarks.engines import OPENVINO, ORT, Candidate, Infer, LeftOut, candidates_from_bundle, why
 from benchmarks.faces import varied_crops
 from benchmarks.record import record_from
@@ -180,46 +179,6 @@ def _int8_ratios(turns: dict[str, list[list[float]]], batches: Sequence[int]) ->
     )
 
 
-def print_comparison(result: Comparison, title: str) -> None:
-    """The cases, what was left out, and the int8 ratios."""
-    rows = [
-        (
-            f"{c.engine} {c.precision}",
-            c.batch,
-            c.time.samples,
-            f"{c.time.p50_ms:.2f}",
-            f"{c.time.p95_ms:.2f}",
-            f"{c.time.p99_ms:.2f}",
-            f"{c.ms_a_face:.3f}",
-            f"{c.ms_a_face_low:.3f} to {c.ms_a_face_high:.3f}",
-            f"{c.distance_px:.4f}",
-            c.feeding or "",
-        )
-        for c in sorted(result.cases, key=lambda c: (c.batch, c.ms_a_face))
-    ]
-    columns = (
-        "engine",
-        "batch",
-        "samples",
-        "p50 ms",
-        "p95",
-        "p99",
-        "ms a face",
-        "95% interval",
-        "px from PyTorch",
-        "fed",
-    )
-    print_table(title, columns, rows)
-    for out in result.left_out:
-        print(f"left out: {out.engine} {out.precision}{f' at {out.batch}' if out.batch else ''}: {out.reason}")
-    for pair in result.int8_ort_over_openvino:
-        ratio = pair.ratio
-        print(
-            f"int8, batch {pair.batch}: ONNX Runtime takes {ratio.value:.3f} of OpenVINO's time "
-            f"({ratio.low:.3f} to {ratio.high:.3f}): {ratio.verdict}"
-        )
-
-
 def main() -> None:
     """Measures one bundle."""
     made = parser(__doc__)
@@ -238,7 +197,6 @@ def main() -> None:
         samples=args.samples,
         step=_tell,
     )
-    print_comparison(result, f"{Path(args.bundle).resolve().name}, {threads} thread(s)")
     settings = {"threads": threads, "seconds": args.seconds, "samples": args.samples}
     finish(record_from("engines", args.bundle, settings, result), args.out)
 

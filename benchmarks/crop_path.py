@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import finish, parser, print_table, run
+from benchmarks.command import finish, parser, run
 from benchmarks.faces import portrait
 from benchmarks.record import record_from
 from kp_runtime.backend import Backend
@@ -240,35 +240,6 @@ def _allocated(call: Callable[[], object], calls: int) -> tuple[float, float]:
     return round(peak / 1000, 3), round(growth / 1000, 3)
 
 
-def print_crop_path(result: CropPath) -> None:
-    """A scene a line, in microseconds."""
-    rows = [
-        (
-            f"{c.faces} x {c.box} px to {c.size} px",
-            c.threads,
-            *(f"{t.p50_ms * 1e3:.0f}" for t in (c.total, c.crop, c.map_back, c.by_hand)),
-            f"{c.crop_over_by_hand.value:.2f}",
-            f"{c.crop_over_by_hand.low:.2f} to {c.crop_over_by_hand.high:.2f}",
-            f"{c.total.p99_ms * 1e3:.0f}",
-            f"{c.peak_kb:.0f}",
-            f"{c.growth_kb:.1f}",
-        )
-        for c in result.cases
-    ]
-    columns = (
-        "boxes",
-        "threads",
-        "total µs",
-        "crop",
-        "map back",
-        "by hand",
-        "crop / by hand",
-        "95% interval",
-        "total p99",
-    )
-    print_table("everything but the network", (*columns, "peak kB", "growth kB"), rows)
-
-
 def main() -> None:
     """Measures all scenes."""
     made = parser(__doc__, bundle=False)
@@ -282,7 +253,6 @@ def main() -> None:
         for threads in sorted({1, usable_cores() if faces > 1 else 1})
     ]
     result = measure_crop_path(scenes, seconds=args.seconds)
-    print_crop_path(result)
     settings = {"seconds": args.seconds, "opencv_threads": 1, "frame_hw": FRAME_HW}
     finish(record_from("crop-path", None, settings, result), args.out)
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import check_batches, finish, parser, print_table, run
+from benchmarks.command import check_batches, finish, parser, run
 from benchmarks.crop_path import FRAME_HW, wide_frame
 from benchmarks.engines import why
 from benchmarks.faces import BOX_XYXY, varied_crops
@@ -57,7 +57,6 @@ __all__ = [
     "boxes_of_faces",
     "measure",
     "plan",
-    "print_part",
 ]
 
 PARTS = ("crops", "network", "end-to-end")
@@ -295,28 +294,6 @@ def _beside_copy(case: GpuCase, copy: float | None) -> GpuCase:
     return dataclasses.replace(case, of_copy=case.gb_a_second / copy)
 
 
-def print_part(part: str, result: GpuPart) -> None:
-    """The cases, and what was not run."""
-    rows = [
-        (
-            case.what,
-            case.batch or "",
-            case.time.samples,
-            f"{case.time.p50_ms:.4f}",
-            f"{case.time.p50_low_ms:.4f} to {case.time.p50_high_ms:.4f}",
-            f"{case.time.p95_ms:.4f}",
-            f"{case.gb_a_second:.0f}" if case.gb_a_second else "",
-            f"{case.of_copy:.0%}" if case.of_copy else "",
-            "" if case.distance_px is None else f"{case.distance_px:.3f}",
-        )
-        for case in sorted(result.cases, key=lambda case: case.batch or 0)
-    ]
-    columns = ("what", "faces", "samples", "p50 ms", "95% interval", "p95", "GB/s", "of the copy", "px from PyTorch")
-    print_table(f"{part}, {result.device.name}", columns, rows)
-    for left in result.not_run:
-        print(f"not run: {left.what}{f' {list(left.batches)}' if left.batches else ''}: {left.reason}")
-
-
 def device_here() -> Device:
     """The GPU of this machine.
 
@@ -371,7 +348,6 @@ def main() -> None:
             step=lambda text: print(text, file=sys.stderr, flush=True),
         )
         result = dataclasses.replace(result, device=dataclasses.replace(device, smi=_smi()))
-        print_part(part, result)
         finish(record_from(f"gpu-{part}", args.bundle, settings, result), args.out)
 
 

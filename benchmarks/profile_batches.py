@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import check_batches, finish, parser, print_table, run
+from benchmarks.command import check_batches, finish, parser, run
 from benchmarks.faces import varied_crops
 from benchmarks.record import record_from
 from kp_runtime.cores import checked_threads
@@ -209,23 +209,6 @@ def profile_bundle(
     return Profile(tuple(batches), rounds * calls, files)
 
 
-def print_profile(result: Profile) -> None:
-    """Two tables a file: kinds of operators, and the dearest nodes."""
-    columns = ("", "nodes", *(f"batch {batch}" for batch in result.batches), "last / first")
-    for file in result.files:
-        total = OperatorTime("all", "all", sum(kind.nodes for kind in file.kinds), file.total_us_a_face)
-        for title, times in (("operators", [*file.kinds, total]), ("dearest nodes", file.nodes)):
-            rows = [
-                (t.name, t.nodes, *(f"{us:.1f}" for us in t.us_a_face), f"{slow_down(t.us_a_face):.2f}") for t in times
-            ]
-            print_table(f"{file.file}, {title}, µs a face", columns, rows)
-
-
-def slow_down(us_a_face: Sequence[float]) -> float:
-    """How many times dearer a face is in the last batch size than in the first."""
-    return us_a_face[-1] / us_a_face[0] if us_a_face[0] else float("nan")
-
-
 def main() -> None:
     """Measures one bundle."""
     made = parser(__doc__)
@@ -234,7 +217,6 @@ def main() -> None:
     if args.rounds < 1:
         raise InputError(f"--rounds must be 1 or more, got {args.rounds}")
     result = profile_bundle(args.bundle, threads=checked_threads(args.threads), rounds=args.rounds)
-    print_profile(result)
     settings = {"threads": args.threads, "rounds": args.rounds}
     finish(record_from("operators", args.bundle, settings, result), args.out)
 

@@ -23,9 +23,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import finish, parser, print_table, run
+from benchmarks.command import finish, parser, run
 from benchmarks.faces import picture, portrait, varied_crops
-from benchmarks.record import Record, record_from
+from benchmarks.record import record_from
 from kp_runtime.backend import Backend, open_backend
 from kp_runtime.bench import StagedCalls
 from kp_runtime.center_detector import CenterDetector
@@ -36,7 +36,7 @@ from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import CpuCropper
 from kp_runtime.timing import StageTimer, TimeSummary, measure_in_turns, summary_from_turns
 
-__all__ = ["Case", "Stages", "cases_of", "measure_stages", "print_stages", "scene"]
+__all__ = ["Case", "Stages", "cases_of", "measure_stages", "scene"]
 
 DETECTOR = Path(__file__).resolve().parents[1] / "engines" / "face-detector"
 SIZES_HW = ((720, 1280), (1080, 1920))
@@ -195,21 +195,6 @@ def _with_cpu(call: Callable[[], object], timer: StageTimer) -> None:
     timer.seconds["cpu"] = [time.process_time() - before]
 
 
-def print_stages(record: Record) -> None:
-    """The cases as a table."""
-    rows = [
-        (
-            f"{case['stage']}: {case['what']}",
-            case["faces"] or "",
-            *(f"{case[of]['p50_ms']:.3f}" for of in ("time", "cpu")),
-        )
-        for case in record.measured["cases"]
-    ]
-    print_table("one core, ms", ("stage", "faces", "time p50", "processor time p50"), rows)
-    for name, reason in record.measured["left_out"].items():
-        print(f"left out: {name}: {reason}")
-
-
 def main() -> None:
     """Measures the stages with a bundle's network."""
     made = parser(__doc__, bundle=False)
@@ -226,7 +211,6 @@ def main() -> None:
         cases = measure_stages(planned, seconds=args.seconds, samples=args.samples)
     settings = {"threads": 1, "seconds": args.seconds, "samples": args.samples, "file": backend.report.file}
     record = record_from("stages", args.bundle, settings, Stages(cases, left_out))
-    print_stages(record)
     finish(record, args.out)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.command import finish, parser, print_table, run
+from benchmarks.command import finish, parser, run
 from benchmarks.record import median_of, record_from
 from kp_runtime.backend import open_backend
 from kp_runtime.cores import checked_threads
@@ -126,26 +126,12 @@ def _summary(subject: str, quantity: str, values: list[float]) -> StartTime:
     return StartTime(subject, quantity, unit, median_of(values), values)
 
 
-def print_start(result: Start) -> None:
-    """A quantity a line."""
-    rows = [
-        (f"{t.subject}: {t.quantity}", t.unit, len(t.values), f"{t.median.value:.1f}", _interval(t))
-        for t in result.times
-    ]
-    print_table(f"start, {result.file}", ("what", "unit", "processes", "median", "95% interval"), rows)
-
-
-def _interval(time: StartTime) -> str:
-    return f"{time.median.low:.1f} to {time.median.high:.1f}"
-
-
 def main() -> None:
     """Measures one bundle."""
     made = parser(__doc__)
     made.add_argument("--runs", type=int, default=LEAST_RUNS, help="processes of each kind")
     args = made.parse_args()
     result = measure_start(args.bundle, threads=checked_threads(args.threads), runs=args.runs)
-    print_start(result)
     finish(record_from("start", args.bundle, {"threads": args.threads, "runs": args.runs}, result), args.out)
 
 

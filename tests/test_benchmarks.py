@@ -15,11 +15,11 @@ import pytest
 
 from benchmarks import table
 from benchmarks.command import finish, run
-from benchmarks.compare_engines import Comparison, compare, print_comparison
-from benchmarks.crop_path import CropPath, Scene, crops_by_hand, measure_crop_path, print_crop_path
+from benchmarks.compare_engines import Comparison, compare
+from benchmarks.crop_path import Scene, crops_by_hand, measure_crop_path
 from benchmarks.engines import OPENVINO, ORT, Candidate, LeftOut, bf16_blocker, candidates_from_bundle, openvino_ready
 from benchmarks.faces import varied_crops
-from benchmarks.profile_batches import Profile, print_profile, profile_bundle, profile_file
+from benchmarks.profile_batches import profile_bundle, profile_file
 from benchmarks.record import (
     KINDS,
     RESULTS,
@@ -31,7 +31,7 @@ from benchmarks.record import (
     record_from,
     write_record,
 )
-from benchmarks.start import Start, measure_start, print_start, run_process, summaries_from_samples
+from benchmarks.start import Start, measure_start, run_process, summaries_from_samples
 from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BackendError, InputError, KpError
 from kp_runtime.frame import as_frame
@@ -338,10 +338,6 @@ def records(comparison: Comparison, bundle: Path) -> list[Record]:
     crop_path = measure_crop_path(small_scenes(), seconds=0, samples=1, warm_up=0, calls=10)
     profile = profile_bundle(bundle, batches=(1, 3), threads=1, rounds=1, calls=1)
     start = Start("model.fp32.onnx", summaries_from_samples({"kp": [{"load": 0.1}, {"load": 0.2}]}))
-    for result, show in ((profile, print_profile), (start, print_start), (crop_path, print_crop_path)):
-        assert isinstance(result, (Profile, Start, CropPath))
-        show(result)
-    print_comparison(comparison, "tiny")
     made = [
         record_from("start", bundle, settings, start),
         record_from("crop-path", None, {}, crop_path),
@@ -388,11 +384,13 @@ def test_the_page_keeps_its_text(records: list[Record]) -> None:
         table.tables_from_records([dataclasses.replace(records[0], measured={"file": "x"})])
 
 
-def test_last_line_is_json_without_samples(
+def test_the_tables_are_printed_and_last_the_json_without_samples(
     tmp_path: Path, comparison: Comparison, bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finish(record_from("engines", bundle, {}, comparison), tmp_path / "a.json")
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    *shown, text = capsys.readouterr().out.splitlines()
+    assert "### The network in each engine: tiny" in shown
+    last = json.loads(text)
     assert last["measured"]["cases"][0]["time"]["samples"] >= 2
     assert "turns_ms" not in last["measured"]["cases"][0]
     assert read_record(tmp_path / "a.json").measured["cases"][0]["turns_ms"]

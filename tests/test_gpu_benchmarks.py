@@ -29,7 +29,6 @@ from benchmarks.gpu import (
     boxes_of_faces,
     measure,
     plan,
-    print_part,
 )
 from benchmarks.gpu_calls import (
     CropBench,
@@ -174,13 +173,6 @@ def test_records_name_the_gpu_and_become_tables(records: list[Record], tmp_path:
     assert f"| crop kernel | 8 | {part.cases[1].time.p50_ms:.3f} |" in text
     with pytest.raises(InputError, match="of kind gpu-crops lacks or mistakes the field 'device'"):
         table.tables_from_records([dataclasses.replace(records[0], measured={})])
-
-
-def test_print(part: GpuPart, capsys: pytest.CaptureFixture[str]) -> None:
-    print_part("crops", part)
-    out = capsys.readouterr().out
-    assert "crops, NVIDIA Made-up 9000" in out
-    assert "not run: torch.compile [8, 64]: no compiler" in out
 
 
 def test_pytorch_s_network(net: KeypointNet, crops: np.ndarray) -> None:
