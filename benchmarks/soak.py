@@ -25,7 +25,6 @@ import ctypes
 import dataclasses
 import gc
 import json
-import signal
 import sys
 import threading
 import time
@@ -40,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.command import run
+from kp_cli.options import stopped_by_signals
 from kp_runtime.backend import BACKENDS
 from kp_runtime.cores import checked_threads
 from kp_runtime.cuda_driver import CudaDriver
@@ -296,18 +296,6 @@ def _mib(value: float) -> float:
     return round(float(value) / 2**20, 2)
 
 
-def _interrupted() -> Callable[[], bool]:
-    """Whether Ctrl-C was pressed; a second one ends the process."""
-    pressed = threading.Event()
-
-    def press(*_: object) -> None:
-        pressed.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, press)
-    return pressed.is_set
-
-
 def _tell(rounds: int, calls: int) -> None:
     """Progress, where somebody watches."""
     if sys.stderr.isatty():
@@ -324,7 +312,6 @@ def main() -> None:
     made.add_argument("--threads", type=int, default=2, help="that call the model at once")
     made.add_argument("--engine-threads", type=int, default=1, help="of the engine")
     made.add_argument("--calls", type=int, default=50, help="of each thread in a round")
-    made.add_argument("--json", action="store_true", help="print the JSON document alone")
     args = made.parse_args()
     if not sys.platform.startswith("linux"):
         raise InputError("memory, descriptors and threads are read from /proc: run this on Linux")
@@ -338,15 +325,15 @@ def main() -> None:
         backend=args.backend,
     )
     in_use = None if args.backend == "ort-cpu" else device_memory()
-    stop = _interrupted()
-    soak = watch(once, seconds=args.minutes * 60, calls=args.inferences, in_use=in_use, step=_tell, stop=stop)
-    if not args.json:
-        print(f"{soak.rounds} loads and {soak.calls} calls from {args.threads} threads in {soak.seconds / 60:.1f} min")
-        print(f"resident memory {soak.first_mib} MiB at first, {soak.last_mib} MiB at last, peak {soak.peak_mib} MiB")
-        for what, s in (("", soak.slope), (" of the GPU's memory", soak.device)):
-            if s is not None:
-                print(f"slope{what} {s.value:.3g} bytes a call, 95% interval {s.low:.3g} to {s.high:.3g}")
-        print(f"left over: {len(soak.descriptors)} descriptors, {len(soak.threads)} threads")
+    stop, seconds = threading.Event(), args.minutes * 60
+    with stopped_by_signals(stop):
+        soak = watch(once, seconds=seconds, calls=args.inferences, in_use=in_use, step=_tell, stop=stop.is_set)
+    print(f"{soak.rounds} loads and {soak.calls} calls from {args.threads} threads in {soak.seconds / 60:.1f} min")
+    print(f"resident memory {soak.first_mib} MiB at first, {soak.last_mib} MiB at last, peak {soak.peak_mib} MiB")
+    for what, s in (("", soak.slope), (" of the GPU's memory", soak.device)):
+        if s is not None:
+            print(f"slope{what} {s.value:.3g} bytes a call, 95% interval {s.low:.3g} to {s.high:.3g}")
+    print(f"left over: {len(soak.descriptors)} descriptors, {len(soak.threads)} threads")
     print(json.dumps(dataclasses.asdict(soak)), flush=True)
     check(soak)
 
