@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.command import check_batches, finish, parser, run
-from benchmarks.engines import OPENVINO, ORT, Candidate, Infer, LeftOut, candidates_from_bundle, why
+from benchmarks.engines import OPENVINO, ORT, Candidate, Infer, LeftOut, candidates_from_bundle
 from benchmarks.faces import varied_crops
 from benchmarks.record import record_from
 from kp_runtime.cores import checked_threads
-from kp_runtime.errors import KpError
+from kp_runtime.errors import KpError, reason_of
 from kp_runtime.spec import Manifest
 from kp_runtime.timing import Ratio, TimeSummary, measure_in_turns, ratio_of_medians, summary_from_turns
 
@@ -142,7 +142,7 @@ def _checked(candidate: Candidate, crops: NDArray[np.uint8], wanted: NDArray[np.
         infer = candidate.ready(len(crops))
         distance = float(np.linalg.norm(infer(crops) - wanted, axis=-1).max())
     except (KpError, RuntimeError, ImportError, OSError, ValueError) as error:  # engines share no base
-        reason = why(error)
+        reason = reason_of(error)
     else:
         if distance <= limit:
             return _Ready(candidate, len(crops), infer, crops, distance)

@@ -42,7 +42,6 @@ __all__ = [
     "candidates_from_bundle",
     "openvino_ready",
     "torch_ready",
-    "why",
 ]
 
 Infer = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
@@ -211,9 +210,3 @@ def bf16_blocker(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     if known is None:
         return f"whether this CPU has bfloat16 arithmetic can't be read on {platform.system()}"
     return None if known else "this CPU has no bfloat16 arithmetic (no avx512_bf16, amx_bf16, bf16)"
-
-
-def why(error: Exception) -> str:
-    """An engine's error as one line without control characters, at most 200 of them."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:199] + "…"

@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from benchmarks.command import check_batches, finish, parser, run
 from benchmarks.crop_path import FRAME_HW, wide_frame
-from benchmarks.engines import why
 from benchmarks.faces import BOX_XYXY, varied_crops
 from benchmarks.gpu_calls import (
     CropBench,
@@ -40,7 +39,7 @@ from benchmarks.record import record_from
 from kp_export.cuda_device import cuda_device
 from kp_runtime.backend import BACKENDS
 from kp_runtime.cuda_driver import CudaDriver
-from kp_runtime.errors import BackendError, InputError
+from kp_runtime.errors import BackendError, InputError, reason_of
 from kp_runtime.frame import as_frame
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
@@ -270,7 +269,7 @@ def measure(
                 raise InputError("left out by --without")
             ready[name] = case, case.make()
         except Exception as error:  # engines and compilers share no base
-            reasons.setdefault((case.what, why(error)), []).extend([case.batch] if case.batch else [])
+            reasons.setdefault((case.what, reason_of(error)), []).extend([case.batch] if case.batch else [])
     step("measuring")
     calls = {name: one.run for name, (_, one) in ready.items()}
     turns = measure_in_turns(calls, seconds=seconds, samples=samples, warm_up=warm_up) if calls else {}
