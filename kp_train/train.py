@@ -285,7 +285,7 @@ def _trainer(
             log_every_n_steps=1,
             num_sanity_val_steps=0,
         )
-    except (ValueError, TypeError, MisconfigurationException) as error:
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
         raise KpError(
             f"Lightning refuses accelerator {accelerator}, devices {devices}, strategy {strategy}, "
             f"precision {config.precision}: {reason_of(error)}"

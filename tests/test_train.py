@@ -300,6 +300,12 @@ def test_what_lightning_refuses_is_one_line(faces: Path, tmp_path: Path, option:
         train([read_source(faces)], recipe("default", size=64), tmp_path / "r", **{"accelerator": "cpu"} | option)
 
 
+def test_tasks_that_lightning_refuses_below_slurm_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    with pytest.raises(KpError, match=r"Lightning refuses .*: You set `--ntasks=2` .* Use `--ntasks-per-node=2`"):
+        train([], recipe("default"), tmp_path / "r", accelerator="cpu", progress=False)
+
+
 @pytest.mark.parametrize("source", ["{}=0.001", "{}=0.0001"])
 def test_weights_that_draw_no_face(faces: Path, tmp_path: Path, source: str) -> None:
     with pytest.raises(DataError, match="draw 0 faces in an epoch for 1 workers; give larger ones behind --data"):
