@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     Callback,
@@ -268,8 +269,12 @@ def _trainer(
         callbacks.append(EpochLines())
     if config.patience:
         callbacks.append(EarlyStopping("val_loss", patience=config.patience))
+    plugins: list[Any] = [SafetensorsIO()]
     try:
+        if SLURMEnvironment.detect() and not torch.distributed.is_torchelastic_launched():
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # of its own, it saves a state that --resume ignores
         return L.Trainer(
+            default_root_dir=run,  # below SLURM, states in it are gone on from unasked: a new run's has none
             accelerator=accelerator,
             devices=each,
             num_nodes=nodes,
@@ -279,7 +284,7 @@ def _trainer(
             max_epochs=config.epochs,
             callbacks=callbacks,
             logger=TensorBoardLogger(run, name=None, version="curves"),
-            plugins=[SafetensorsIO()],
+            plugins=plugins,
             enable_progress_bar=progress,
             enable_model_summary=False,
             log_every_n_steps=1,

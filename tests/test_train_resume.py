@@ -113,6 +113,28 @@ def test_weights_are_known_by_their_content(faces: Path, tmp_path: Path) -> None
             run(faces, tmp_path, ema=0, weights=str(good), resume=True)
 
 
+def test_below_slurm_a_run_stops_at_sigterm_and_saves_and_finds_no_state_of_its_own(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would save one in the current folder, at SIGUSR1, and the next run there would begin from it."""
+    for name, value in {"NTASKS": 1, "JOB_ID": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    handlers = []
+
+    class Stops(EpochLines):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            handlers.append(signal.getsignal(signal.SIGUSR1))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("kp_train.train.EpochLines", Stops)
+    with pytest.raises(KpError, match=r"stopped in epoch 2 of 2; .*: the same command with --resume goes on"):
+        run(faces, tmp_path / "r")
+    assert handlers == [signal.getsignal(signal.SIGUSR1)]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "r"] == ["hpc_ckpt_1.ckpt"]
+
+
 def test_nothing_to_resume_and_other_settings_are_said(trained: Path, faces: Path, tmp_path: Path) -> None:
     with pytest.raises(KpError, match="nothing to resume"):
         train([read_source(faces)], recipe("default"), tmp_path / "none", resume=True)
