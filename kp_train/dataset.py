@@ -18,7 +18,7 @@ from kp_runtime.spec import ModelSpec
 from kp_train.augment import Augment
 from kp_train.data import Face, lumas_of_faces
 
-__all__ = ["FaceDataset", "check_memory", "start_of_workers"]
+__all__ = ["FaceDataset", "check_memory", "is_stop", "start_of_workers"]
 
 
 def start_of_workers(workers: int) -> str | None:
@@ -29,7 +29,16 @@ def start_of_workers(workers: int) -> str | None:
     return "fork" if workers and sys.platform == "linux" else None
 
 
-def check_memory(error: Exception, batch_size: int) -> None:
+def is_stop(error: BaseException) -> bool:
+    """Whether a run was told to stop: by Ctrl-C, or a SIGTERM, which may reach a loader's process first.
+
+    Lightning makes a `SystemExit` of either; PyTorch's own error may stand behind one of a lost process.
+    """
+    told = f"{error} {error.__cause__}"
+    return isinstance(error, (SystemExit, KeyboardInterrupt)) or "is killed by signal: Terminated" in told
+
+
+def check_memory(error: BaseException, batch_size: int) -> None:
     """Tells PyTorch's errors of too little memory in a line: a GPU's, the processor's, or of a process that was killed.
 
     Raises:

@@ -46,7 +46,7 @@ from kp_train.checkpoint import (
 )
 from kp_train.config import TrainConfig, has_bfloat16
 from kp_train.data import Face, Source, evenly_spread
-from kp_train.dataset import FaceDataset, check_memory
+from kp_train.dataset import FaceDataset, check_memory, is_stop
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.metrics import nme_unit
@@ -228,13 +228,13 @@ def train(
     loaders = Loaders(train_set, val_set, sampler, config.batch_size, workers)
     try:
         trainer.fit(module, datamodule=loaders, ckpt_path=str(last) if resume else None)
-    except (SystemExit, KeyboardInterrupt) as error:  # what Lightning makes of Ctrl-C
-        place = f"training stopped in epoch {trainer.current_epoch + 1} of {config.epochs}"
-        if not has_begun(run):
-            raise KpError(f"{place}, before the first state was saved: start it again") from error
-        how = "the same command" if elastic else "the same command with --resume"
-        raise KpError(f"{place}; nothing is lost up to the last whole epoch: {how} goes on") from error
-    except (KeyError, RuntimeError) as error:
+    except (SystemExit, KeyboardInterrupt, KeyError, RuntimeError) as error:
+        if is_stop(error):
+            place = f"training stopped in epoch {trainer.current_epoch + 1} of {config.epochs}"
+            if not has_begun(run):
+                raise KpError(f"{place}, before the first state was saved: start it again") from error
+            how = "the same command" if elastic else "the same command with --resume"
+            raise KpError(f"{place}; nothing is lost up to the last whole epoch: {how} goes on") from error
         check_memory(error, config.batch_size)
         if trainer.world_size > 1 and any(library in str(error) for library in ("gloo", "NCCL")):
             raise KpError(f"worker {trainer.global_rank} lost touch with another one ({error!s:.120}…)") from error

@@ -31,7 +31,7 @@ from kp_train.checkpoint import (
 )
 from kp_train.config import DetectorConfig
 from kp_train.data import Source
-from kp_train.dataset import check_memory, start_of_workers
+from kp_train.dataset import check_memory, is_stop, start_of_workers
 from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
 from kp_train.face_windows import Pictures, WindowDataset
 from kp_train.run_record import run_record, split_by_person, stored_record
@@ -119,14 +119,14 @@ def train_detector(
             if state.step % keep_every == 0 or state.step == config.steps:
                 SafetensorsIO().save_checkpoint(state.content(), last)
                 say(f"step {state.step}/{config.steps}  held-out loss {state.loss(DataLoader(checks, 64)):.4f}")
-    except KeyboardInterrupt as error:
-        place = f"training stopped in step {state.step} of {config.steps}"
-        if not has_begun(run):
-            raise KpError(f"{place}, before the first state was saved: start it again") from error
-        raise KpError(
-            f"{place}; the same command with --resume goes on from the state that is kept every {keep_every} steps"
-        ) from error
-    except RuntimeError as error:
+    except (KeyboardInterrupt, RuntimeError) as error:
+        if is_stop(error):
+            place = f"training stopped in step {state.step} of {config.steps}"
+            if not has_begun(run):
+                raise KpError(f"{place}, before the first state was saved: start it again") from error
+            raise KpError(
+                f"{place}; the same command with --resume goes on from the state that is kept every {keep_every} steps"
+            ) from error
         check_memory(error, config.batch_size)
         raise
     return _write_checkpoint(state.mean_net, run, name, record)

@@ -277,17 +277,26 @@ def test_a_model_that_sees_another_part_of_a_photo_is_not_asked_how_labels_lie(f
     assert asked == [False, True]
 
 
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        (signal.SIGKILL, r"makes crops was killed, .*; go on with fewer --workers"),
+        (signal.SIGTERM, r"stopped in epoch 1 of 1, before the first state was saved: start it again"),
+    ],
+)
 def test_a_killed_process_of_the_loader_is_one_line(
-    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: signal.Signals, line: str, faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the system, for want of memory; or by who stops all processes of a job."""
+
     def killed(self: FaceDataset, index: int) -> Any:
         if torch.utils.data.get_worker_info() is not None:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), how)
         return item(self, index)
 
     item = FaceDataset._item
     monkeypatch.setattr(FaceDataset, "_item", killed)
-    with pytest.raises(KpError, match=r"makes crops was killed, .*; go on with fewer --workers"):
+    with pytest.raises(KpError, match=line):
         train(
             [read_source(faces)], recipe("default", size=64, epochs=1, ema=0), tmp_path / "r",
             weights="none", accelerator="cpu", workers=1, progress=False,

@@ -263,11 +263,14 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(source: Path, tmp_path:
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")]
+)
 def test_a_run_that_was_stopped_before_its_first_state_starts_again(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: object, batch: object) -> None:
-        raise KeyboardInterrupt
+        raise error
 
     with monkeypatch.context() as stopped:
         stopped.setattr("kp_train.train_detector._State.learn", interrupted)
