@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -184,12 +184,22 @@ def check_start(run: Path, resume: bool) -> None:
 def check_no_bundle(out: Path) -> None:
     """Checks that a folder can take a new bundle: none is there, and it can be written.
 
+    Weights alone are no bundle where a write that was killed before the manifest left them.
+
     Raises:
         KpError: a bundle is there, packed or not; or the folder can't be made.
     """
-    if (out / MANIFEST_NAME).exists() or (out / CHECKPOINT_NAME).exists():
+    if (out / MANIFEST_NAME).exists() or ((out / CHECKPOINT_NAME).exists() and not _is_ours(out / CHECKPOINT_NAME)):
         raise KpError(f"{out} already holds a bundle; name another folder with --out")
     make_folder(out)
+
+
+def _is_ours(weights: Path) -> bool:
+    try:
+        with safe_open(weights, "pt") as tensors:
+            return "spec" in (tensors.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def check_finite(net: nn.Module, lr: float) -> None:

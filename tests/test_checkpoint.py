@@ -59,6 +59,15 @@ def test_no_run_begins_where_a_bundle_is_or_a_part_of_one(left: str, tmp_path: P
         check_start(tmp_path, resume=False)
 
 
+def test_weights_that_a_kill_left_without_their_manifest_are_written_over(saved: Path) -> None:
+    """But not somebody else's."""
+    (saved / "manifest.json").unlink()
+    check_start(saved, resume=False)
+    save_file({"w": torch.zeros(1)}, saved / CHECKPOINT_NAME)
+    with pytest.raises(KpError, match="already holds a bundle; name another folder with --out"):
+        check_start(saved, resume=False)
+
+
 def test_the_same_weights_are_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     net, manifest = load_checkpoint(saved)
     for i in range(8):
