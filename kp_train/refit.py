@@ -36,7 +36,7 @@ from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
 from kp_train.run_record import ancestry, least_held_out
 
-__all__ = ["Refit", "refit", "solved_head", "training_config"]
+__all__ = ["NothingGainedError", "Refit", "refit", "solved_head", "training_config"]
 
 Boxes = Callable[[Frame], NDArray[np.float64]]
 EXACT, JITTERED, SHAKEN, FOUND = "keypoints", "jittered", "shaken", "detector"
@@ -52,6 +52,10 @@ STRENGTHS = (1e-1, 1e-2, 1e-3)
 _ROUNDS = 6
 _LEAST = 0.01  # an NME under which a face counts no more
 _BATCH = 64
+
+
+class NothingGainedError(KpError):
+    """A refit wrote nothing, as the model is as good without."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +125,9 @@ def refit(
         BundleError, IntegrityError: no checkpoint there.
         InputError: the model sees whole photos, or no such kind of boxes, or one that counts nothing.
         DataError: no faces to solve on or to choose by, or an image can't be read.
-        KpError: `run` holds a run or a bundle, or nothing is gained: no strength is better than the old weights, and
-            the model gives a lost score already or can't give one that is of use.
+        NothingGainedError: no strength is better than the old weights, and the model gives a lost score already or
+            can't give one that is of use.
+        KpError: `run` holds a run or a bundle.
     """
     net, manifest = load_checkpoint(bundle)
     if manifest.spec.box != "keypoints":
@@ -163,9 +168,11 @@ def refit(
     shown = _joined([*chosen_by.values(), looker.anywhere(others)])
     quality = score_quality(shown.features @ score, _errors(net, shown, best))
     if score_only and not quality.is_of_use:
-        raise KpError(f"the lost score is of no use on the held-out faces ({quality}); nothing was written")
+        raise NothingGainedError(f"the lost score is of no use on the held-out faces ({quality}); nothing was written")
     if not score_only and best is old and (net.scores or not quality.is_of_use):
-        raise KpError("no last layer is better on the held-out faces than the one there is; nothing was written")
+        raise NothingGainedError(
+            "no last layer is better on the held-out faces than the one there is; nothing was written"
+        )
     solved = KeypointNet(net.size, net.reduce, net.points, scores=quality.is_of_use)
     solved.backbone.load_state_dict(net.backbone.state_dict(), strict=False)
     with torch.no_grad():

@@ -24,13 +24,13 @@ import numpy as np
 from kp_cli.options import detector_record, open_detector, whole_detector_name
 from kp_cli.report import one_line_errors
 from kp_export.evaluate import evaluate, open_model
-from kp_runtime.errors import InputError, KpError
+from kp_runtime.errors import InputError
 from kp_runtime.files import write_file
 from kp_runtime.spec import MANIFEST_NAME
 from kp_train.checkpoint import has_begun
 from kp_train.config import TrainConfig, recipe
 from kp_train.data import Source, held_out_of, parse_source
-from kp_train.refit import refit
+from kp_train.refit import NothingGainedError, refit
 from kp_train.train import train
 
 VAL_FRACTION = 0.1
@@ -120,7 +120,7 @@ def finish_refit(run: Run, sources: list[Source], out: Path) -> dict[str, Any] |
             detector = whole_detector_name("auto")
             made = detector_record(detector)
             refit(out / run.name, weighted(sources, run.photos), folder, open_detector(detector), made=made)
-        except KpError as error:
+        except NothingGainedError as error:
             print(f"not refitted: {error}", flush=True)
             return None
     return measure(refitted, sources, folder)

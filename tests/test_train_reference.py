@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import train_reference
 
-from kp_runtime.errors import InputError
+from kp_runtime.errors import InputError, KpError
 from kp_train.data import Source
+from kp_train.refit import NothingGainedError
 from kp_train.synthetic import write_csv_source
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -58,10 +59,21 @@ def test_runs_are_measured_kept_and_put_in_a_table(
     assert made == [(out / name / "checkpoint.safetensors").stat().st_mtime_ns for name in names]
 
 
-def test_a_run_that_cannot_be_refitted_is_said_and_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_gains_nothing_by_a_refit_is_said_and_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the refit fails, the table would lack it without a word."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train_reference, "refit", fails)
+    error: KpError = NothingGainedError("no last layer is better")
     assert train_reference.finish_refit(train_reference.Run("resnet18-68-9"), [], tmp_path) is None
-    assert "not refitted: " in capsys.readouterr().out
-    assert not list(tmp_path.iterdir())
+    assert "not refitted: no last layer is better" in capsys.readouterr().out
+    error = KpError("can't write")
+    with pytest.raises(KpError, match="can't write"):
+        train_reference.finish_refit(train_reference.Run("resnet18-68-9"), [], tmp_path)
 
 
 def test_two_data_sets_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
