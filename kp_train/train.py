@@ -215,7 +215,10 @@ def train(
             f"{len(faces)} faces of {len({face.person for face in faces})} people"
             for faces in (train_set.faces, held_out)
         )
-        print(f"{seen} to train on, {others} held out; decay of the weight averaging {config.ema or 0:.4g}", flush=True)
+        count = trainer.world_size
+        many = f"; {count} devices, {count * config.batch_size} faces a step" if count > 1 else ""
+        decay = f"decay of the weight averaging {config.ema or 0:.4g}"
+        print(f"{seen} to train on, {others} held out{many}; {decay}", flush=True)
         _print_biases(sources, biases, "mirrored faces keep to that")
     callbacks: list[Callback] = [FacesPicture(val_set, run / "pictures", picture_every)]
     if config.ema:  # behind the pictures, as it takes its weights out again when validation ends

@@ -257,6 +257,21 @@ def test_what_the_weight_averaging_came_to_is_said_and_kept(
     assert "averaging_state" in SafetensorsIO().load_checkpoint(path.parent / LAST_STATE)
 
 
+def test_several_devices_and_what_a_step_sees_are_said(
+    faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning takes all GPUs of a machine, where nothing else is said."""
+
+    def stop(*_: object) -> None:
+        raise KpError("enough")
+
+    monkeypatch.setattr("kp_train.train.Loaders", stop)
+    with pytest.raises(KpError, match="enough"):
+        train([read_source(faces)], recipe("default", size=64), tmp_path / "r", accelerator="cpu", devices="2",
+              weights="none", progress=False)  # fmt: skip
+    assert " people held out; 2 devices, 128 faces a step; decay of the" in capsys.readouterr().out
+
+
 def test_the_original_recipe_trains_on_whole_photos(faces: Path, tmp_path: Path) -> None:
     path = run(faces, tmp_path / "r", recipe="seed", size=64, epochs=1, ema=None)
     _, manifest = load_checkpoint(path)
