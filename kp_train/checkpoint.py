@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 from torch import Tensor, nn
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError
@@ -240,7 +240,8 @@ class SafetensorsIO(CheckpointIO):
             target = target.with_name(target.name + ".old")
         try:
             tree = json.loads((target / "tree.json").read_text(encoding="utf-8"))
-            state = _unpack(tree, load_file(target / "tensors.safetensors"))
+            # read, not mapped: an optimiser keeps these tensors, and NFS the folder of a file that is mapped
+            state = _unpack(tree, load((target / "tensors.safetensors").read_bytes()))
         except (OSError, ValueError, SafetensorError) as error:
             raise BundleError(f"there is no training state to resume from at {path}: {str(error)[:200]}") from error
         except (KeyError, TypeError, AttributeError, RecursionError, RuntimeError) as error:

@@ -169,6 +169,15 @@ def test_a_state_keeps_how_its_tensors_lie_in_memory(tmp_path: Path) -> None:
     assert all(torch.equal(m, plain) for m in back)
 
 
+def test_a_state_that_was_read_holds_its_file_no_more(tmp_path: Path) -> None:
+    """A run on a CPU goes on with its very tensors, and replaces the file after each epoch."""
+    SafetensorsIO().save_checkpoint({"moments": torch.ones(100000)}, tmp_path / "s.state")
+    back = SafetensorsIO().load_checkpoint(tmp_path / "s.state")["moments"]
+    file = tmp_path / "s.state" / "tensors.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    assert bool(back.all())
+
+
 def test_a_kill_between_the_last_two_moves_loses_no_state(tmp_path: Path) -> None:
     io = SafetensorsIO()
     io.save_checkpoint({"epoch": 1}, tmp_path / "s.state")
