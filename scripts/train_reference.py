@@ -5,8 +5,8 @@
 Two parts: `ideas` (one change each against the base, at 112 px) and `final` (both models, three seeds each; then each
 taught by the 224 px models of all seeds; and each of these with its last layer solved anew, as `kp refit`). After each
 run the Markdown table of all of them is written, by NME on the held-out people alone. Each run is a folder; one that is
-finished is kept, one that was cut off is resumed, so the same command goes on after a kill. The test rows are not read
-here: `kp eval` measures the chosen models on them at the end.
+finished is kept, one that was cut off is resumed, so the same command goes on after a kill; other settings or data need
+another --out. The test rows are not read here: `kp eval` measures the chosen models on them at the end.
 
 Made for a CUDA GPU (`--precision bf16-mixed --workers 14`); it runs on a CPU too, for days.
 """
@@ -31,6 +31,7 @@ from kp_train.checkpoint import has_begun
 from kp_train.config import TrainConfig, recipe
 from kp_train.data import Source, held_out_of, parse_source
 from kp_train.refit import NothingGainedError, refit
+from kp_train.run_record import stored_record
 from kp_train.train import train
 
 VAL_FRACTION = 0.1
@@ -97,10 +98,13 @@ def final(epochs: int, taught_epochs: int, seeds: list[int], changes: dict[str, 
 def finish(run: Run, sources: list[Source], out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Trains a run, or goes on with it, and measures it on the held-out people of each source."""
     folder = out / run.name
-    if not (folder / MANIFEST_NAME).is_file():  # written last
+    data, config = weighted(sources, run.photos), config_of(run, args.precision)
+    if (folder / MANIFEST_NAME).is_file():  # written last
+        stored_record(folder, data, config)  # of other settings or data it can't stand in this table
+    else:
         print(f"== {run.name}: {run.changes}", flush=True)
         train(
-            weighted(sources, run.photos), config_of(run, args.precision), folder,
+            data, config, folder,
             name=kind_of(run.name).removesuffix("-taught"), weights="none",
             init=None if run.init is None else out / run.init, teachers=[out / name for name in run.teachers],
             resume=has_begun(folder),

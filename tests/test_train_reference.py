@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import train_reference
@@ -74,6 +76,19 @@ def test_a_run_that_gains_nothing_by_a_refit_is_said_and_left(
     error = KpError("can't write")
     with pytest.raises(KpError, match="can't write"):
         train_reference.finish_refit(train_reference.Run("resnet18-68-9"), [], tmp_path)
+
+
+def test_a_finished_run_of_other_settings_is_refused(tmp_path: Path) -> None:
+    """The table would have its numbers under the new ones."""
+    args = SimpleNamespace(precision="32-true")
+    run = train_reference.Run("resnet18-68-7", {"epochs": 2})
+    began = {"config": train_reference.config_of(run, "32-true").to_json(), "sources": []}
+    (tmp_path / run.name).mkdir()
+    for name in ("manifest.json", "held_out.json", "run.json"):
+        (tmp_path / run.name / name).write_text(json.dumps(began))
+    assert train_reference.finish(run, [], tmp_path, args) == began
+    with pytest.raises(KpError, match=r"began with other settings \(epochs 2 -> 3\)"):
+        train_reference.finish(replace(run, changes={"epochs": 3}), [], tmp_path, args)
 
 
 def test_two_data_sets_of_one_name_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
