@@ -235,8 +235,12 @@ def pack(
     """
     from kp_export.pack import pack_bundle
 
+    weights = out / "checkpoint.safetensors"
+    had = weights.exists()
     with told_of_bundle(out, bundle):
         manifest = pack_bundle(bundle, out, precision, checkpoint=checkpoint)
+    if had and not weights.exists():
+        note(f"{out} has no longer its checkpoint; --checkpoint keeps it")
     size = sum(entry.bytes for entry in manifest.files.values())
     if as_json:
         print_json({"bundle": str(out), "files": list(manifest.files), "bytes": size})

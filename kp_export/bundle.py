@@ -31,7 +31,7 @@ from kp_export.parity import (
     faces_from_sources,
     parity,
 )
-from kp_export.staging import mend, staging
+from kp_export.staging import check_replaced, mend, staging
 from kp_runtime import __version__
 from kp_runtime.backend import GOLDEN_NAME, Answer
 from kp_runtime.backend_ort import OrtCpuBackend
@@ -93,7 +93,8 @@ def export_bundle(
         BundleError: the checkpoint can't be read.
         DataError: the calibration faces are too few, or no faces; or those that measure int8 are too few.
         IntegrityError: a file that is kept, or the report of it, is not the manifest's.
-        ExportError: another export is at work in `out`, a graph can't be made, or there is no such precision.
+        ExportError: another export is at work in `out`, or a checkpoint lies there that may be the only copy; a graph
+            can't be made, or there is no such precision.
         ParityError: a file is too far from PyTorch.
     """
     if unknown := [precision for precision in precisions if precision not in PRECISIONS]:
@@ -105,6 +106,7 @@ def export_bundle(
         raise ExportError("int8 needs real faces to find its ranges: give --calibration with labelled photos")
     target = (out or own).resolve()
     with staging(target) as stage:
+        check_replaced(target, manifest)
         there = Manifest.read(target) if (target / MANIFEST_NAME).exists() else None  # errors name it, not the stage
         old = {} if there is None else there.files
         if target != own.resolve():

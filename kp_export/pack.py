@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from kp_export.staging import mend, staging
+from kp_export.staging import check_replaced, mend, staging
 from kp_runtime.errors import BundleError
 from kp_runtime.files import write_file, writing
 from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, any_manifest, file_entry
@@ -33,7 +33,7 @@ def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoin
 
     Raises:
         BundleError: the bundle can't be used, or has no model of a precision, or no checkpoint that was asked for.
-        ExportError: `out` can't be written.
+        ExportError: `out` can't be written, or holds a checkpoint that may be the only copy.
     """
     bundle = bundle.resolve()
     mend(bundle)
@@ -52,6 +52,7 @@ def pack_bundle(bundle: Path, out: Path, precisions: Sequence[str], *, checkpoin
         raise BundleError(f"{bundle} has no checkpoint to keep; pack it from a bundle that has one")
     out = out.resolve()
     with staging(out) as stage:
+        check_replaced(out, manifest)
         old = any_manifest(out).files if (out / MANIFEST_NAME).exists() else {}  # errors name it, not the stage
         for name in {**old, **manifest.files}:
             if name not in kept:

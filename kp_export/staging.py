@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kp_runtime.errors import ExportError
+from kp_runtime.spec import MANIFEST_NAME, Manifest, any_manifest
 
-__all__ = ["alone", "locked", "mend", "staging"]
+__all__ = ["alone", "check_replaced", "locked", "mend", "staging"]
+
+_CHECKPOINT = "checkpoint.safetensors"  # kp_train's name of it, without PyTorch
 
 _HERE, _EXCHANGE = -100, 2
 """Linux's AT_FDCWD and RENAME_EXCHANGE (its renameat2(2))."""
@@ -49,6 +52,27 @@ def _put_back(target: Path) -> None:
     old = _beside(target, "old")
     if old.exists() and not target.exists():
         os.replace(old, target)
+
+
+def check_replaced(target: Path, source: Manifest) -> None:
+    """Checks that what is to be made of `source` takes the place of no checkpoint that may be the only copy.
+
+    It is one where a run of training left it, or nothing was exported of it, or the model has another name. What was
+    made of an older checkpoint of the same model may be replaced: whoever trains on exports there again.
+
+    Raises:
+        ExportError: such a checkpoint lies in `target`.
+    """
+    there = any_manifest(target) if (target / MANIFEST_NAME).exists() else None  # of a damaged one it is said
+    if not (target / _CHECKPOINT).exists():
+        return
+    old = there.files.get(_CHECKPOINT) if there else None
+    if there and old:
+        is_export = old.sha256 in {entry.parent_sha256 for entry in there.files.values()}
+        is_model = (type(there), there.spec.name) == (type(source), source.spec.name)
+        if old == source.files.get(_CHECKPOINT) or (is_export and is_model and not (target / "run.json").exists()):
+            return
+    raise ExportError(f"{target} holds another checkpoint, which may be the only copy; name another folder with --out")
 
 
 @contextlib.contextmanager

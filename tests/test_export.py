@@ -187,6 +187,18 @@ def test_a_failed_export_into_another_bundle_leaves_that_one(
     assert contents(copied) == before
 
 
+def test_an_export_replaces_no_checkpoint_of_a_run(exported: Path, tmp_path: Path) -> None:
+    run = small_checkpoint(tmp_path / "run")
+    net, manifest = load_checkpoint(run)
+    with torch.no_grad():
+        net.backbone.fc.bias += 1
+    save_checkpoint(run, net, manifest)
+    before = contents(run)
+    with pytest.raises(ExportError, match="run holds another checkpoint, which may be the only copy; name another"):
+        export_bundle(exported, run)
+    assert contents(run) == before
+
+
 def test_a_damaged_bundle_that_would_be_filled_is_named(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old/manifest.json").write_text("{}")

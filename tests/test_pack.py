@@ -10,7 +10,7 @@ import pytest
 
 from kp_export.pack import pack_bundle
 from kp_runtime import load
-from kp_runtime.errors import BundleError, IntegrityError
+from kp_runtime.errors import BundleError, ExportError, IntegrityError
 from kp_runtime.spec import Manifest, file_entry
 from tests.test_cli import kp
 
@@ -62,6 +62,51 @@ def test_a_bundle_can_be_packed_in_place(full: Path) -> None:
     pack_bundle(full, full, ["int8"], checkpoint=True)
     assert {p.name for p in full.iterdir()} >= {"model.int8.onnx", "checkpoint.safetensors", "MODEL_CARD.md"}
     assert not (full / "model.fp32.onnx").exists()
+
+
+def with_other_weights(bundle: Path, folder: Path, **spec: str) -> Path:
+    """A copy with another checkpoint, from which its ONNX files seem to come."""
+    shutil.copytree(bundle, folder)
+    (folder / "checkpoint.safetensors").write_bytes(b"other weights")
+    manifest, weights = Manifest.read(folder), file_entry(folder / "checkpoint.safetensors", "checkpoint")
+    files = {
+        name: weights if entry.kind == "checkpoint" else dataclasses.replace(entry, parent_sha256=weights.sha256)
+        for name, entry in manifest.files.items()
+    }
+    dataclasses.replace(manifest, files=files, spec=dataclasses.replace(manifest.spec, **spec)).write(folder)
+    return folder
+
+
+@pytest.mark.parametrize("only_copy", ["of a run", "never exported", "of another model", "without a manifest"])
+def test_a_checkpoint_that_may_be_the_only_copy_stays(full: Path, tmp_path: Path, only_copy: str) -> None:
+    other = with_other_weights(full, tmp_path / "b", **{"name": "b"} if only_copy == "of another model" else {})
+    if only_copy == "of a run":
+        (other / "run.json").write_text("{}")
+    elif only_copy == "never exported":
+        manifest = Manifest.read(other)
+        manifest.with_files({"checkpoint.safetensors": manifest.files["checkpoint.safetensors"]}).write(other)
+    elif only_copy == "without a manifest":
+        (other / "manifest.json").unlink()
+    for kept in (False, True):
+        with pytest.raises(ExportError, match=r"b holds another checkpoint, which may be the only copy; name"):
+            pack_bundle(full, other, ["int8"], checkpoint=kept)
+    assert (other / "checkpoint.safetensors").read_bytes() == b"other weights"
+
+
+def test_what_was_made_of_an_older_checkpoint_is_replaced(full: Path, tmp_path: Path) -> None:
+    other = with_other_weights(full, tmp_path / "b")
+    (full / "run.json").write_text("{}")  # the source is a run: its own files
+    pack_bundle(full, other, ["int8"], checkpoint=True)
+    assert (other / "checkpoint.safetensors").read_bytes() == b"weights"
+    pack_bundle(full, full, ["int8"], checkpoint=True)
+    assert (full / "checkpoint.safetensors").exists()
+
+
+def test_a_checkpoint_that_is_left_out_in_place_is_told(capsys: pytest.CaptureFixture[str], full: Path) -> None:
+    words = ("pack", full, "--precision", "int8", "--out", full)
+    assert kp(capsys, *words, "--checkpoint")[::2] == (0, "")
+    assert kp(capsys, *words)[::2] == (0, f"{full} has no longer its checkpoint; --checkpoint keeps it\n")
+    assert kp(capsys, *words)[::2] == (0, "")
 
 
 @pytest.mark.parametrize("report", ['{"of": "another kind"}', '[{"name": "x"}]', "# By hand", "[" * 100_000])
