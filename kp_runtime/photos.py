@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.detect import Detector
 from kp_runtime.draw import put_boxes, put_keypoints
-from kp_runtime.errors import ImageError, InputError, KpError, NotDrawnError
+from kp_runtime.errors import ImageError, InputError, KpError, NotDrawnError, reason_of
 from kp_runtime.files import files_with_suffix, write_file
 from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, cv2_name, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
@@ -105,35 +105,47 @@ def predict_photo(
         mirror: likewise.
 
     Raises:
-        ImageError: the photo can't be read.
+        ImageError: the photo can't be read, or is too large for the memory.
         BoxError: a given box is not usable.
         NotDrawnError: the drawn copy can't be written; the error has the keypoints.
     """
     stage: Any = timer or contextlib.nullcontext
-    with stage("read"):
-        image = image_from_file(path)
-    if boxes_xyxy is None:
-        if model.spec.box == "frame":
-            boxes_xyxy = frame_box((image.shape[0], image.shape[1]))[None]
-        elif detector is not None:
-            with stage("detect"):
-                boxes_xyxy = detector(image)
-        else:
-            raise InputError("give boxes or a detector")
-    keypoints = model(image, boxes_xyxy, timer=timer, looks=looks, mirror=mirror)
+    with _named(path):
+        with stage("read"):
+            image = image_from_file(path)
+        if boxes_xyxy is None:
+            if model.spec.box == "frame":
+                boxes_xyxy = frame_box((image.shape[0], image.shape[1]))[None]
+            elif detector is not None:
+                with stage("detect"):
+                    boxes_xyxy = detector(image)
+            else:
+                raise InputError("give boxes or a detector")
+        keypoints = model(image, boxes_xyxy, timer=timer, looks=looks, mirror=mirror)
     if drawn is not None:
-        if draw is None:
-            picture = bgr_copy(image)
-            put_boxes(picture, keypoints.boxes_xyxy)
-            scores, limit = keypoints.lost_score, model.spec.lost_limit
-            put_keypoints(picture, keypoints.xy if scores is None or limit is None else keypoints.xy[scores <= limit])
-        else:
-            picture = draw(image, keypoints.xy)
         try:
-            _write_picture(picture, drawn)
+            with _named(path):
+                if draw is None:
+                    picture = bgr_copy(image)
+                    put_boxes(picture, keypoints.boxes_xyxy)
+                    scores, limit = keypoints.lost_score, model.spec.lost_limit
+                    seen = keypoints.xy if scores is None or limit is None else keypoints.xy[scores <= limit]
+                    put_keypoints(picture, seen)
+                else:
+                    picture = draw(image, keypoints.xy)
+                _write_picture(picture, drawn)
         except KpError as error:
             raise NotDrawnError(f"{path} was not drawn: {error}", Photo(path, keypoints, None)) from error
     return Photo(path, keypoints, drawn)
+
+
+@contextlib.contextmanager
+def _named(photo: Path) -> Iterator[None]:
+    """Of one photo, too little memory and what OpenCV can't do are a fault like any other."""
+    try:
+        yield
+    except (MemoryError, import_cv2().error) as error:
+        raise ImageError(f"{photo} is too large for the memory, or OpenCV failed: {reason_of(error)}") from error
 
 
 def _write_picture(picture: NDArray[np.uint8], path: Path) -> None:

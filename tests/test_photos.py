@@ -136,6 +136,21 @@ def test_detector_s_boxes_are_used_and_timed(model: Model, photo: Path) -> None:
     assert np.array_equal(result.keypoints.xy, predict_photo(model, photo, boxes_xyxy=BOXES).keypoints.xy)
 
 
+@pytest.mark.parametrize("error", [MemoryError("Unable to allocate 71.5 MiB"), cv2.error("Insufficient memory")])
+def test_a_photo_too_large_for_the_memory_is_a_photo_that_failed(
+    error: Exception, model: Model, photo: Path, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> np.ndarray:
+        raise error
+
+    told = r"a face\.png is too large for the memory, or OpenCV failed: (Unable to allocate|Insufficient)"
+    with pytest.raises(ImageError, match=told):
+        predict_photo(model, photo, detector=fail)
+    with pytest.raises(NotDrawnError, match=told) as raised:  # the keypoints are known by then
+        predict_photo(model, photo, boxes_xyxy=BOXES, drawn=tmp_path / "x.png", draw=fail)
+    assert len(raised.value.photo.keypoints) == 2
+
+
 def test_looks_and_mirror_reach_the_model(model: Model, photo: Path) -> None:
     found = predict_photo(model, photo, boxes_xyxy=BOXES, looks=2, mirror=True).keypoints
     assert np.array_equal(found.xy, model(image_from_file(photo), BOXES, looks=2, mirror=True).xy)
