@@ -235,7 +235,8 @@ def _note_lost(photo: Any, limit: float | None) -> None:
 
 def _check_labels(photos: list[Path], out: Path) -> None:
     """Refuses to write `.pts` files where the photos have theirs: these may be labels."""
-    if out.resolve() in {path.resolve().parent for path in photos} and (labels := sorted(out.glob("*.pts"))):
+    beside = {folder for path in photos for folder in (path.parent.resolve(), path.resolve().parent)}  # of links too
+    if out.resolve() in beside and (labels := sorted(out.glob("*.pts"))):
         raise InputError(f"{labels[0]} and its like lie beside the photos and may be labels; name another --out")
 
 

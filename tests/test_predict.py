@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -158,11 +159,16 @@ def test_a_picture_too_wide_for_a_jpeg_is_one_line(bundle: Path, tmp_path: Path)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["keypoints.json"]
 
 
+@pytest.mark.parametrize("place", [shutil.copy, os.symlink])
 def test_labels_beside_the_photos_are_not_written_over(
-    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+    place: Callable[[Path, Path], None],
+    capsys: pytest.CaptureFixture[str],
+    bundle: Path,
+    astronaut: Path,
+    tmp_path: Path,
 ) -> None:
     photo, label = tmp_path / "a.png", tmp_path / "a.pts"
-    shutil.copy(astronaut, photo)
+    place(astronaut, photo)
     label.write_text("mine")
     status, _, err = kp(capsys, "predict", tmp_path, "--out", tmp_path, "--format", "pts", "--model", bundle)
     assert (status, err) == (
