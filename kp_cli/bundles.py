@@ -16,7 +16,16 @@ from kp_cli.options import (
     folder_or_default,
     told_of_bundle,
 )
-from kp_cli.report import build_progress, note, print_bundle, print_json, print_parity, progress, tell
+from kp_cli.report import (
+    build_progress,
+    note,
+    print_bundle,
+    print_json,
+    print_parity,
+    progress,
+    shown_before_kept,
+    tell,
+)
 from kp_runtime.errors import InputError, KpError
 
 
@@ -93,9 +102,10 @@ def export(
             calibration=[parse_source(text, points) for text in calibration or []],
             step=note,
         )
-    if not as_json:
-        print_parity(report.parity)
-        tell(f"bundle: {report.bundle}")
+    with shown_before_kept() as raise_lost:
+        if not as_json:
+            print_parity(report.parity)
+            tell(f"bundle: {report.bundle}")
     plans = []
     if engine is not Engine.never and not blocker:
         from kp_export.plan_bundle import add_plan
@@ -109,12 +119,12 @@ def export(
                 if engine is Engine.required:
                     raise
                 note(f"no TensorRT plan was built: {error}")
-    if not as_json:
-        for plan in plans:
-            tell(f"plan: {plan.file}")
     if blocker:
         note(f"no TensorRT plan was built: {blocker}")
     models = {"triton": _write_triton(report.bundle, triton, not as_json)} if triton else {}
+    raise_lost()
+    for plan in plans if not as_json else ():
+        tell(f"plan: {plan.file}")
     if as_json:
         rows = [dataclasses.asdict(p) for p in report.parity]
         print_json({"bundle": report.bundle, "parity": rows, "plans": [dataclasses.asdict(p) for p in plans], **models})
@@ -166,17 +176,19 @@ def verify(
     faces = faces_from_sources(sources, spec) if sources else bundled_faces(spec)
     result = verify_bundle(bundle, faces, files=file or (), bar=progress("comparing"))
     page = None if out is None else out / "verify.html"
-    if as_json:
-        print_json(verification_json(result) | {"page": page, "signature": signature})
-    else:
-        print_parity([f.parity for f in result.files if f.parity])
-        for verdict in result.files:
-            tell(f"{verdict.file}: {verdict.verdict}" + (f", {verdict.reason}" if verdict.reason else ""))
-        tell(f"signature: {signature}")
-    if page is not None:  # after the numbers were printed
+    with shown_before_kept() as raise_lost:
+        if as_json:
+            print_json(verification_json(result) | {"page": page, "signature": signature})
+        else:
+            print_parity([f.parity for f in result.files if f.parity])
+            for verdict in result.files:
+                tell(f"{verdict.file}: {verdict.verdict}" + (f", {verdict.reason}" if verdict.reason else ""))
+            tell(f"signature: {signature}")
+    if page is not None:
         verification_page(result, page)
-        if not as_json:
-            tell(page)
+    raise_lost()
+    if page is not None and not as_json:
+        tell(page)
     check_verification(result)
 
 

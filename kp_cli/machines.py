@@ -28,6 +28,7 @@ from kp_cli.report import (
     print_json,
     print_tuning,
     share_progress,
+    shown_before_kept,
     tell,
     tell_subject,
 )
@@ -116,14 +117,15 @@ def bench(
                 step=step,
             )
     comparison = compared(old, result, anyway=anyway) if old else None
-    if as_json:
-        print_json(json_from_bench(result) | ({"comparison": dataclasses.asdict(comparison)} if comparison else {}))
-    else:
-        print_bench(result)
-        print_comparison(comparison)
-    # after the numbers are seen: a folder that can't be written does not lose them
+    with shown_before_kept() as raise_lost:
+        if as_json:
+            print_json(json_from_bench(result) | ({"comparison": dataclasses.asdict(comparison)} if comparison else {}))
+        else:
+            print_bench(result)
+            print_comparison(comparison)
     written = [] if out is None else [write_results(result, out)]
     written += [] if html is None else [bench_page(result, html, comparison)]
+    raise_lost()
     for path in written if not as_json else ():
         tell(path)
 
@@ -215,13 +217,15 @@ def tune(
         result: Tuning = run_tune(
             bundles, photo or _astronaut(), open_detector(detector), settings, rise_of=rise_of, step=step
         )
-    if as_json:
-        print_json(json_from_bench(result))
-    else:
-        print_tuning(result)
-    for path in write_tuning(result, out):  # after the numbers were printed, as in kp bench
-        if not as_json:
-            tell(path)
+    with shown_before_kept() as raise_lost:
+        if as_json:
+            print_json(json_from_bench(result))
+        else:
+            print_tuning(result)
+    written = write_tuning(result, out)
+    raise_lost()
+    for path in written if not as_json else ():
+        tell(path)
     check_chosen(result)
 
 

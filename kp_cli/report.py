@@ -36,6 +36,7 @@ __all__ = [
     "print_tuning",
     "progress",
     "share_progress",
+    "shown_before_kept",
     "stands_nowhere",
     "tell",
     "tell_subject",
@@ -157,6 +158,24 @@ def one_line_errors(program: str) -> Iterator[None]:
         if error.filename is None and stands_nowhere():
             fail(program, "the folder that this shell stands in was removed; go to another one with cd")
         fail(program, f"{error.filename or 'the system'}: {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def shown_before_kept() -> Iterator[Callable[[], None]]:
+    """Prints results before they are written: who prints and who writes can fail, and neither loses the other's.
+
+    What it gives raises the error of a stdout that went away, after the files are written.
+    """
+    lost: list[BaseException] = []
+
+    def raise_lost() -> None:
+        for error in lost:
+            raise error
+
+    try:
+        yield raise_lost
+    except (OSError, SystemExit) as error:  # rich ends the program at a closed pipe
+        lost.append(error)
 
 
 def stands_nowhere() -> bool:

@@ -24,7 +24,17 @@ from kp_cli.options import (
     told_of_bundle,
     whole_detector_name,
 )
-from kp_cli.report import is_terminal, note, print_accuracy, print_groups, print_json, print_table, progress, tell
+from kp_cli.report import (
+    is_terminal,
+    note,
+    print_accuracy,
+    print_groups,
+    print_json,
+    print_table,
+    progress,
+    shown_before_kept,
+    tell,
+)
 from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BundleError, InputError
 
@@ -332,13 +342,13 @@ def evaluate(
         "boxes": boxes.value, "split": split.value, "missed": result.missed, "nme_interval": result.interval,
         "given_up": result.given_up, "looks": looks, "mirror": mirror,
     }  # fmt: skip
-    if as_json:
-        rest = {"model": opened.name, "detector": named, **how}
-        print_json(rest | dataclasses.asdict(result.accuracy) | more | {"pictures": [str(name) for name in names]})
-    else:
-        print_accuracy(opened.name, result)
-        print_groups(more)
-    # after the numbers were printed: a folder that can't be written does not lose them
+    with shown_before_kept() as raise_lost:
+        if as_json:
+            rest = {"model": opened.name, "detector": named, **how}
+            print_json(rest | dataclasses.asdict(result.accuracy) | more | {"pictures": [str(name) for name in names]})
+        else:
+            print_accuracy(opened.name, result)
+            print_groups(more)
     if record is not None:
         shown = how | (detector_record(named) if named else {})
         shown |= {"sources": [{"name": one.name, "sha256": one.sha256} for one in sources]}
@@ -356,8 +366,9 @@ def evaluate(
         worst_faces(result, names[1])
         if names[2:]:
             point_error_map(result, opened.name, names[2])
-        for name in names if not as_json else ():
-            tell(name)
+    raise_lost()
+    for name in names if not as_json else ():
+        tell(name)
 
 
 def _quiet_training() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import inspect
+import io
 import json
 import os
 import re
@@ -400,6 +402,23 @@ def test_bench_of_two_files_measures_nothing(
     status, out, _ = kp(capsys, *words, "--compare-anyway")
     assert status == 0
     assert "no fair comparison: governor" in out
+
+
+class FullDisk(io.StringIO):
+    """A stdout that takes nothing."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_bench_keeps_its_files_where_stdout_is_gone(
+    capsys: pytest.CaptureFixture[str], bench_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("bench", "--compare", bench_file, "--with", bench_file, "--html", tmp_path / "p.html")
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    assert status_of(*words) == 1
+    assert capsys.readouterr().err == "kp: the system: No space left on device\n"
+    assert (tmp_path / "p.html").is_file()
 
 
 def test_bench_refuses_before_it_measures(

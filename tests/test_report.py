@@ -131,6 +131,14 @@ def test_a_tuning_of_few_turns_shows_no_interval(turns: int, capsys: pytest.Capt
     assert ("under 6 turns, so a 95% interval would be too narrow" in shown) is (turns < FEW_TURNS)
 
 
+@pytest.mark.parametrize("error", [SystemExit(1), BrokenPipeError()])  # of rich, and of the rest
+def test_the_error_of_a_stdout_that_is_gone_waits(error: BaseException) -> None:
+    with report.shown_before_kept() as raise_lost:
+        raise error
+    with pytest.raises(type(error)):
+        raise_lost()
+
+
 def test_a_run_over_a_video_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     run = VideoRun(30, 2, 1, 5, 2.0, True, (Path("a.mp4"),))
     told = "x: 30 frames, stopped, 15.0 frames/s, 2 dropped to keep up, 1 track, detector on 5 frames"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from kp_runtime.errors import BundleError
 from kp_runtime.tuned import tuned_from_file
 from kp_train.data import Face, read_source
 from kp_train.synthetic import write_csv_source
-from tests.test_cli import kp
+from tests.test_cli import FullDisk, kp, status_of
 from tests.test_tune import made_up, make_bundle
 
 MS = {"model.fp32.onnx": 8.0, "model.int8.onnx": 4.0}
@@ -77,6 +78,16 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str], net: Path, tmp_path: P
     assert "nothing that keeps the accuracy fits 0.8 ms for 1 face(s); the fastest is net/model.int8.onnx" in err
     assert out.splitlines()[-1] == str(tmp_path / "t.tried.json")
     assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)], ids=["text", "json"])
+def test_settings_are_kept_where_stdout_is_gone(
+    more: tuple[str, ...], net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdout", FullDisk())
+    assert status_of("tune", net, "--threads", 1, "--alone", "--out", tmp_path / "t.json", *more) == 1
+    assert tuned_from_file(tmp_path / "t.json").file == "model.int8.onnx"
+    assert (tmp_path / "t.tried.json").is_file()
 
 
 def test_another_machine_is_a_line(
