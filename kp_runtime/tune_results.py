@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -181,10 +182,17 @@ def write_tuning(tuning: Tuning, out: Path) -> list[Path]:
     """
     written = [write_results(tuning, out.with_name(f"{out.stem}.tried.json"))]
     if tuning.tuned is not None:
-        folder = Path(tuning.tuned.bundle).resolve()
-        try:
-            place = os.path.relpath(folder, out.parent.resolve())
-        except ValueError:  # another drive
-            place = str(folder)
+        place = _place(tuning.tuned.bundle, out)
         written.insert(0, write_tuned(dataclasses.replace(tuning.tuned, bundle=place), out))
     return written
+
+
+def _place(bundle: str, settings: Path) -> str:
+    """Where a bundle lies from its settings file's own folder; a link to it, as to the newest release, stays one."""
+    here, whole = os.path.realpath(settings.parent), os.path.realpath(bundle)
+    with contextlib.suppress(ValueError):  # another drive
+        for path, start in ((bundle, settings.parent), (bundle, here), (whole, here)):
+            place = os.path.relpath(path, start)
+            if os.path.realpath(Path(here, place)) == whole:  # else it goes up out of a link
+                return place
+    return whole

@@ -23,6 +23,7 @@ from kp_runtime.recorded_rise import recorded_rise
 from kp_runtime.spec import Manifest, file_entry
 from kp_runtime.tune import beside, run_tune
 from kp_runtime.tune_results import TuneSettings, Tuning, check_chosen, milliseconds_from_text, write_tuning
+from kp_runtime.tuned import tuned_from_file
 from tests.models import tiny_bundle
 
 BOX = np.array([[181.0, 88.0, 269.0, 178.0]])
@@ -164,6 +165,25 @@ def test_everything_is_measured_and_the_settings_open(
     np.testing.assert_array_equal(model(image, BOX).xy, kp_runtime.load(bundle, threads=1)(image, BOX).xy)
     model(image, np.tile(BOX, (3, 1)))
     assert model.backend.batch_times() == {}, "how to feed three faces is known: nothing was tried"
+
+
+def test_links_to_the_bundle_stay_in_the_settings(tmp_path: Path, tuned_by: Callable[..., Tuning]) -> None:
+    """As to the newest release. Both may lie behind a link, too."""
+    bundle = make_bundle(tmp_path / "deep" / "er" / "net", {"fp32": 0.0})
+    (tmp_path / "current").symlink_to(bundle)
+    (tmp_path / "link").symlink_to(bundle.parent)
+    result = tuned_by([bundle], {"model.fp32.onnx": 1.0})
+    assert result.tuned is not None
+    for folder, out, place in (
+        ("current", "t.json", "current"),
+        ("link/net", "link/t.json", "net"),
+        ("current", "link/t.json", "../../current"),
+        ("link/../er/net", "t.json", "deep/er/net"),
+    ):
+        tuned = dataclasses.replace(result.tuned, bundle=str(tmp_path / folder))
+        write_tuning(dataclasses.replace(result, tuned=tuned), tmp_path / out)
+        assert tuned_from_file(tmp_path / out).bundle == place
+        assert kp_runtime.load(tuned=tmp_path / out).backend.report.file == "model.fp32.onnx"
 
 
 def test_threads_are_doubled_up_to_all_cores(tmp_path: Path) -> None:
