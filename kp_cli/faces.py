@@ -223,14 +223,12 @@ def _in_a_line(faults: list[str], many: str = "") -> list[str]:
 
 def _note_lost(photo: Any, limit: float | None) -> None:
     """Says which boxes of a `Photo` hold no face, where the model tells."""
-    if limit is None or photo.keypoints.lost_score is None:
-        return
-    for box, score in zip(photo.keypoints.boxes_xyxy, photo.keypoints.lost_score.tolist(), strict=True):
-        if score > limit:
-            place = ",".join(f"{value:.0f}" for value in box)
-            note(
-                f"{photo.path}: box {place} seems to hold no face (lost score {score:.2f}, a face has up to {limit:g})"
-            )
+    from kp_runtime.photos import faces_seen
+
+    for i in (~faces_seen(photo.keypoints, limit)).nonzero()[0]:
+        score = photo.keypoints.lost_score[i]
+        place = ",".join(f"{value:.0f}" for value in photo.keypoints.boxes_xyxy[i])
+        note(f"{photo.path}: box {place} seems to hold no face (lost score {score:.2f}, a face has up to {limit:g})")
 
 
 def _check_labels(photos: list[Path], out: Path) -> None:
@@ -339,7 +337,7 @@ def put_effect(
     quiet_opencv()
     from kp_runtime.effects import open_effect
     from kp_runtime.files import make_folder
-    from kp_runtime.photos import FailedPhoto, Photo, photos_from_paths, predict_photo
+    from kp_runtime.photos import FailedPhoto, Photo, faces_seen, photos_from_paths, predict_photo
 
     put = open_effect(effect)
     paths = photos_from_paths(photos)
@@ -350,21 +348,29 @@ def put_effect(
     opened.check_looks(looks, mirror)
     finder = _finder(opened.spec, detector, threads, public_key, smallest)
     make_folder(out)
+    hide = effect == "blur"  # then a face too many is better than one that is seen
+    limit = None if hide else opened.spec.lost_limit
     results: list[Photo | FailedPhoto] = []
     stop = threading.Event()
     for path, target in _until_stopped("drawing", list(zip(paths, targets, strict=True)), stop):
         try:
             results.append(
-                predict_photo(opened, path, detector=finder, drawn=target, draw=put, looks=looks, mirror=mirror)
+                predict_photo(
+                    opened, path, detector=finder, drawn=target, draw=put, draw_lost=hide, looks=looks, mirror=mirror
+                )
             )
         except KpError as error:
             results.append(FailedPhoto(path, str(error)))
     found = [photo for photo in results if isinstance(photo, Photo)]
     failed = [photo.error for photo in results if isinstance(photo, FailedPhoto)]
+
+    def count(photo: Photo) -> int:
+        return int(faces_seen(photo.keypoints, limit).sum())
+
     if as_json:
         print_json(
             [
-                {"image": p.path, "faces": len(p.keypoints), "drawn": p.drawn}
+                {"image": p.path, "faces": count(p), "drawn": p.drawn}
                 if isinstance(p, Photo)
                 else {"image": p.path, "error": p.error}
                 for p in results
@@ -372,10 +378,11 @@ def put_effect(
         )
     for photo in found:
         if not as_json:
-            tell(f"{photo.path}: {len(photo.keypoints)} face{'s' * (len(photo.keypoints) != 1)}: {photo.drawn}")
-        if not len(photo.keypoints):
+            tell(f"{photo.path}: {count(photo)} face{'s' * (count(photo) != 1)}: {photo.drawn}")
+        _note_lost(photo, limit)
+        if not count(photo):
             note(f"{photo.path}: no face was found, so {photo.drawn} shows the photo as it is")
-    if found and effect == "blur":
+    if found and hide:
         note("faces that were not found are not hidden: look at the results")
     if stop.is_set():
         note(f"stopped after {len(results)} of {len(paths)} photos")

@@ -29,6 +29,7 @@ __all__ = [
     "FailedPhoto",
     "Photo",
     "check_formats",
+    "faces_seen",
     "photos_from_paths",
     "predict_photo",
     "results_json",
@@ -86,6 +87,7 @@ def predict_photo(
     boxes_xyxy: NDArray[np.float64] | None = None,
     drawn: Path | None = None,
     draw: Callable[[NDArray[np.uint8], NDArray[np.float32]], NDArray[np.uint8]] | None = None,
+    draw_lost: bool = True,
     timer: StageTimer | None = None,
     looks: int = 1,
     mirror: bool = False,
@@ -100,6 +102,7 @@ def predict_photo(
         drawn: where to write the drawn copy; not drawn when None.
         draw: draws on the image the points `(n, 68, 2)`, such as an `effects.Effect`; when None,
             boxes, and the points of those in which the model sees a face.
+        draw_lost: whether `draw` gets the points too of boxes in which the model sees no face.
         timer: collects the stages read, detect, crop, infer, map back; on a GPU it slows each call.
         looks: see `Model.__call__`.
         mirror: likewise.
@@ -125,18 +128,24 @@ def predict_photo(
     if drawn is not None:
         try:
             with _named(path):
+                seen = keypoints.xy[faces_seen(keypoints, model.spec.lost_limit)]
                 if draw is None:
                     picture = bgr_copy(image)
                     put_boxes(picture, keypoints.boxes_xyxy)
-                    scores, limit = keypoints.lost_score, model.spec.lost_limit
-                    seen = keypoints.xy if scores is None or limit is None else keypoints.xy[scores <= limit]
                     put_keypoints(picture, seen)
                 else:
-                    picture = draw(image, keypoints.xy)
+                    picture = draw(image, keypoints.xy if draw_lost else seen)
                 _write_picture(picture, drawn)
         except KpError as error:
             raise NotDrawnError(f"{path} was not drawn: {error}", Photo(path, keypoints, None)) from error
     return Photo(path, keypoints, drawn)
+
+
+def faces_seen(keypoints: Keypoints, lost_limit: float | None) -> NDArray[np.bool_]:
+    """Which boxes hold a face by their lost scores, `(n,)` bool; all, where the model gives none."""
+    if keypoints.lost_score is None or lost_limit is None:
+        return np.ones(len(keypoints), np.bool_)
+    return keypoints.lost_score <= lost_limit
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from kp_runtime.track import TrackerSettings
 from kp_runtime.video import draw_effect, run_video
 from kp_runtime.video_source import open_source
 from kp_train.synthetic import drawn_face
+from tests.models import tiny_bundle
 from tests.test_cli import kp
 from tests.test_video import folder_of_frames, levels, one_face, video
 
@@ -55,6 +56,30 @@ def test_the_smallest_face_of_a_photo_may_be_named(
     words = ("filter", astronaut, "--effect", "blur", "--model", bundle, "--out", tmp_path)
     assert [kp(capsys, *words, *more)[0] for more in ((), ("--smallest", 0.03))] == [0, 0]
     assert asked == [0.05, 0.03]
+
+
+def test_a_box_that_holds_no_face_is_hidden_but_has_no_picture(
+    capsys: pytest.CaptureFixture[str], astronaut: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def put(image: np.ndarray, xy: np.ndarray) -> np.ndarray:
+        drawn.append(len(xy))
+        return image
+
+    boxes = np.array([[175.0, 85, 272, 180], [5, 300, 60, 360]])
+    monkeypatch.setattr("kp_cli.faces.open_detector", lambda *_, **__: lambda image: boxes)
+    monkeypatch.setattr("kp_runtime.effects.open_effect", lambda name: put)
+    bundle = tiny_bundle(tmp_path / "tiny", lost_limit=0.135)  # as of kp predict's test
+    words = ("filter", astronaut, "--model", bundle, "--out", tmp_path, "--effect")
+    status, out, err = kp(capsys, *words, "hat")
+    assert (status, out) == (0, f"{astronaut}: 1 face: {tmp_path / 'astronaut_hat.jpg'}\n")
+    assert "seems to hold no face (lost score" in err
+    assert json.loads(kp(capsys, *words, "hat", "--json")[1])[0]["faces"] == 1
+    status, out, err = kp(capsys, *words, "blur")
+    assert (status, out) == (0, f"{astronaut}: 2 faces: {tmp_path / 'astronaut_blur.jpg'}\n")
+    assert err == "faces that were not found are not hidden: look at the results\n"
+    assert drawn == [1, 1, 2]
 
 
 def test_an_effect_of_your_own_on_a_folder(
