@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import shlex
 import sys
 from typing import Annotated
 
@@ -72,6 +74,10 @@ def main() -> None:
     """Runs the command; errors that a user can do something about become one line on stderr and exit status 1."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text, and most locales refuse to print it
         sys.stdout.reconfigure(errors="backslashreplace")
+    for i, word in enumerate(sys.argv[1:], 1):  # an empty path would mean the current folder
+        if re.fullmatch("(--[a-z0-9-]+=)?", word):
+            words = shlex.join(sys.argv[max(1, i - 1) : i + 1])
+            fail("kp", f"an argument is empty: {words}; a shell variable may not be set: name a value, or leave it out")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # see kp_runtime.backend_ort.import_onnxruntime
     try:
         with one_line_errors("kp"):
