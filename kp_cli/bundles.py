@@ -28,6 +28,8 @@ from kp_cli.report import (
 )
 from kp_runtime.errors import InputError, KpError
 
+_CHECKPOINT = "checkpoint.safetensors"
+
 
 class Engine(str, enum.Enum):
     """Whether `kp export` builds TensorRT plans."""
@@ -69,7 +71,7 @@ def export(
 
     Example: kp export runs/first --int8 --calibration faces.csv --out out/first
     """
-    own = checkpoint.parent if checkpoint.is_file() else checkpoint
+    own = checkpoint.parent if checkpoint.is_file() and checkpoint.name == _CHECKPOINT else checkpoint
     if triton and not (fp16 or int8 or calibration or out or data or engine is not Engine.auto):
         written = _write_triton(own, triton, not as_json)
         if as_json:
@@ -247,7 +249,7 @@ def pack(
     """
     from kp_export.pack import pack_bundle
 
-    weights = out / "checkpoint.safetensors"
+    weights = out / _CHECKPOINT
     had = weights.exists()
     with told_of_bundle(out, bundle):
         manifest = pack_bundle(bundle, out, precision, checkpoint=checkpoint)

@@ -158,6 +158,7 @@ def test_a_file_beside_no_manifest_is_named(
         (("convert", "nowhere.pts", "{out}"), "nowhere.pts can't be read: No such file"),
         (("convert", "nowhere", "{out}", "--from", "pts"), "nowhere can't be read: No such file"),
         (("export", "{bundle}/typo", "--triton", "{out}"), "/typo is not a bundle"),
+        (("export", "{bundle}/golden.npz", "--triton", "{out}"), "golden.npz is not a bundle: it has no manifest.json"),
         (("train", "--data", "x", "--out", "{out}", "--pairs", "1-2"), "pairs must be left out with 68 points: they"),
         (("train", "--data", "x", "--out", "{out}", "--points", "68", "--pairs", "1-2"), "must be left out with 68"),
         (("bench", "{bundle}/model.fp32.onnx"), "give its folder, not"),
