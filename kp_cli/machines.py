@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -93,6 +94,8 @@ def bench(
         raise InputError("--with measures nothing: it goes with --compare, --compare-anyway, --html and --json alone")
     check_file(out)
     check_file(html)
+    if html and os.path.realpath(html) in {os.path.realpath(path) for path in (out, compare, new) if path}:
+        raise InputError(f"--html would replace the results in {html}; name another file")
     old = results_from_file(compare) if compare else None
     if new:
         result = results_from_file(new)

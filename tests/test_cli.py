@@ -166,6 +166,8 @@ def test_a_file_beside_no_manifest_is_named(
         (("eval", "{bundle}", "--data", "x", "--detector", "own=d"), "--detector goes with --boxes detector"),
         (("bench", "{bundle}", "--out", "{bundle}"), "is a folder; name a file in it"),
         (("bench", "{bundle}", "--html", "/"), "/ is a folder; name a file in it"),
+        (("bench", "{bundle}", "--out", "{out}", "--html", "{out}"), "--html would replace the results in"),
+        (("bench", "{bundle}", "--compare", "{out}", "--html", "{out}"), "--html would replace the results in"),
         (("predict", "{photo}", "--model", "{bundle}", "--out", "{photo}"), "can't write into"),
         (("predict", "{photo}", "--drawn", "{bundle}"), "is a folder; name a file in it"),
         (("filter", "{photo}", "--effect", "hat", "--model", "{bundle}", "--out", "{photo}"), "can't write into"),
