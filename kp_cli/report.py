@@ -158,6 +158,10 @@ def one_line_errors(program: str) -> Iterator[None]:
         if error.filename is None and stands_nowhere():
             fail(program, "the folder that this shell stands in was removed; go to another one with cd")
         fail(program, f"{error.filename or 'the system'}: {error.strerror or error}")
+    except RuntimeError as error:
+        if not str(error).startswith("Symlink loop"):  # of pathlib, up to Python 3.12
+            raise
+        fail(program, f"{error}: a link leads to itself; name a file or folder")
 
 
 @contextlib.contextmanager

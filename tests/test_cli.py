@@ -258,6 +258,18 @@ def test_too_little_memory_is_one_line(capsys: pytest.CaptureFixture[str], said:
     assert capsys.readouterr().err == f"kp: there is too little memory: {told}\n"
 
 
+def test_a_link_that_leads_to_itself_is_one_line(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    for source, out_folder in ((link, tmp_path / "o"), (bundle, link)):
+        status, out, err = kp(capsys, "pack", source, "--precision", "fp32", "--out", out_folder)
+        assert (status, out, err.count("\n")) == (1, "", 1), err
+        assert err.startswith("kp: ")
+        assert str(link) in err
+
+
 def test_a_folder_that_can_not_be_written_is_said(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
 ) -> None:
