@@ -40,14 +40,14 @@ def load_detector(
             where it can be used, else Haar.
         smallest: longer side of the smallest face, as a share of the image's shorter side; YuNet has its own.
         threads: of the network's engine; all cores when None.
-        public_key: whose signature the network's bundle must have; see `load`.
+        public_key: whose signature the network's bundle must have; see `load`. YuNet's file has none.
 
     Returns:
         One of the detectors of this page: `detector(image)` gives boxes.
 
     Raises:
         InputError: there is no such detector, `smallest` is out of range, `threads` are not there, or `public_key` is
-            no key.
+            no key, or given with YuNet.
         BundleError: `own` was asked for and is nowhere, or its bundle is damaged.
         BackendError: the engine, OpenCV or the file can't be used.
         MissingExtraError: OpenCV or ONNX Runtime is not installed.
@@ -79,10 +79,12 @@ def detector_name(name: str, *, checkout: Path | None = None, public_key: Public
     said = os.environ.get(DETECTOR_VARIABLE) if name == "auto" else None
     given = str(said or name)  # a name of another type is none
     kind, _, path = given.partition("=")
+    origin = f" ({DETECTOR_VARIABLE} names it)" if said else ""
+    if kind == "yunet" and path and public_key is not None:
+        raise InputError(f"no public key signs YuNet's file{origin}: leave the key out, or take another detector")
     if given == "haar" or (kind in ("own", "yunet") and path):
         return given
     if given not in ("auto", "own"):
-        origin = f" ({DETECTOR_VARIABLE} names it)" if said else ""
         raise InputError(f"there is no detector {given!r}{origin}; choose from {DETECTORS}")
     bundle = default_detector(checkout)
     get = "name it (a checkout has it): own=engines/face-detector, or install the wheel kp-edge-model"

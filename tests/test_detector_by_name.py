@@ -117,6 +117,15 @@ def test_auto_with_a_public_key_takes_no_detector_without_a_signature(tmp_path: 
         assert detector_name("auto", checkout=SHIPPED, public_key=tmp_path / "key.pub.pem") == "haar"
 
 
+def test_a_public_key_and_yunet_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    key = tmp_path / "key.pub.pem"
+    with pytest.raises(InputError, match="no public key signs YuNet's file: leave the key out, or take another"):
+        detector_name("yunet=a.onnx", public_key=key)
+    monkeypatch.setenv("KP_DETECTOR", "yunet=a.onnx")
+    with pytest.raises(InputError, match=r"no public key signs YuNet's file \(KP_DETECTOR names it\): leave the"):
+        load_detector(public_key=key)
+
+
 @needs_haar
 def test_a_public_key_is_asked_for_before_a_detector_is_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(default_model, "_installed_bundle", lambda package: SHIPPED)
