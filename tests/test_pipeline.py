@@ -111,6 +111,7 @@ def test_grey_rgb_and_rgba_images(model: Model, rng: np.random.Generator) -> Non
         ([[320, 10, 400, 40]], "lies outside the 320 x 240 image"),
         ([[-50, 10, 0, 40]], "lies outside the 320 x 240 image"),
         ([[10, -50, 40, 0]], "lies outside the 320 x 240 image"),
+        ([[10, 240, 40, 290]], "lies outside the 320 x 240 image"),
         ([[-1e5, 10, 10, 40]], "is over 100 times the image"),
         ([[-1e308, -1e308, 1e308, 1e308]], "is over 100 times the image"),
         (BOX, r"got shape \(4,\); one box is \[\[x0, y0, x1, y1\]\]"),
