@@ -17,6 +17,7 @@ from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.data import Face, Source, is_held_out, read_source
+from kp_train.metrics import interval_over_people
 from kp_train.synthetic import mean_shape, write_csv_source
 from tests.models import SIZE
 
@@ -56,6 +57,8 @@ def test_an_error_in_the_crop_is_an_error_in_the_photo(source: Source) -> None:
     sides = np.array([spec.margin * np.ptp(face.xy, axis=0).max() for face in source.faces])
     eyes = np.array([np.linalg.norm(face.xy[36] - face.xy[45]) for face in source.faces])
     np.testing.assert_allclose(result.errors, sides / SIZE / eyes, rtol=1e-4)
+    # each of the 12 people is on two photos in a row
+    assert result.interval == interval_over_people(result.errors, [str(i // 2) for i in range(24)])
 
 
 @pytest.mark.parametrize("looks", [1, 2])
