@@ -112,14 +112,16 @@ def test_boxes_err_as_widely_as_the_name_says(name: str, wide: float, turn: floa
 
 
 @pytest.mark.parametrize("name", ["faces", "varied", "light"])
-def test_half_of_the_faces_are_mirrored(name: str) -> None:
+def test_half_of_the_faces_are_mirrored_and_nearly_all_in_another_light(name: str) -> None:
     plain = mean_shape() * 20 + 32
-    image = tv_tensors.Image(torch.zeros(1, 64, 64, dtype=torch.uint8))
+    image = tv_tensors.Image(torch.full((1, 64, 64), 100, dtype=torch.uint8))
     points = tv_tensors.KeyPoints(torch.from_numpy(plain).float(), canvas_size=(64, 64))
     torch.manual_seed(0)
     augment = augment_from_name(name)
     assert augment is not None
-    drawn = np.stack([augment(image, points)[1].numpy() for _ in range(300)])
+    images, moved = zip(*[augment(image, points) for _ in range(300)], strict=True)
+    assert np.mean([not torch.equal(each, image) for each in images]) > 0.9  # in another light
+    drawn = np.stack([each.numpy() for each in moved])
     mirrored = plain[MIRROR] * (-1, 1) + (63, 0)
     shares = [np.isclose(drawn, wanted, atol=1e-4).all(axis=(1, 2)).mean() for wanted in (plain, mirrored)]
     assert sum(shares) == 1
@@ -136,13 +138,16 @@ def test_faces_are_bent_where_the_name_says(name: str) -> None:
     assert (there - points).norm(dim=1).max() > 0.5
 
 
-def test_each_change_of_the_grey_levels_comes_as_often_as_it_should() -> None:
+@pytest.mark.parametrize(("name", "patches"), [("faces", 0.05), ("varied", 0.15)])
+def test_each_change_of_the_grey_levels_comes_as_often_as_it_should(name: str, patches: float) -> None:
     pattern = torch.arange(32 * 32).reshape(1, 32, 32) * 37 % 251
     image = tv_tensors.Image(pattern.to(torch.uint8))
     torch.manual_seed(0)
-    steps = grey_levels(light=0.3, patches=0.25, largest=0.1, noise=8, p=0.1).transforms
+    augment = augment_from_name(name)
+    assert augment is not None
+    steps = augment.grey.transforms  # type: ignore[attr-defined]
     shares = [np.mean([not torch.equal(step(image), image) for _ in range(400)]) for step in steps]
-    np.testing.assert_allclose(shares, [1, 0.2, 0.05, 0.1, 0.1, 0.25], atol=0.03)
+    np.testing.assert_allclose(shares, [1, 0.2, 0.05, 0.1, 0.1, patches], atol=0.03)
 
 
 def test_noise_makes_no_white_pixel_black() -> None:
@@ -168,6 +173,18 @@ def test_a_stretched_crop_keeps_its_middle_and_its_area() -> None:
     other = augment_from_name("faces")
     assert other is not None
     assert other.deform(plain, 112) is plain
+
+
+@pytest.mark.parametrize(("name", "stretched"), [("faces", False), ("varied", True)])
+def test_crops_are_stretched_where_the_name_says(tmp_path: Path, name: str, stretched: bool) -> None:
+    data = FaceDataset(
+        read_source(write_csv_source(tmp_path, people=1)).faces, ModelSpec("x", 64), augment_from_name(name)
+    )
+    shapes = []
+    for seed in range(40):
+        across, down = (xy := data[0, seed][1])[45] - xy[36], xy[8] - xy[27]
+        shapes.append(float(across.norm() / down.norm()))
+    assert np.std(shapes) / np.mean(shapes) == pytest.approx(0.05 if stretched else 0, abs=0.02)
 
 
 def test_points_stay_on_what_they_name_in_a_bent_face() -> None:
