@@ -9,7 +9,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 ALLOWED = {
     "cv2", "kp_runtime", "numpy", "onnx", "onnxruntime", "pytest",
-    "kp_export.evaluate", "kp_export.robustness", "kp_train.data", "kp_train.synthetic",
+    "kp_export.evaluate", "kp_export.robustness", "kp_train.data", "kp_train.metrics", "kp_train.synthetic",
 }  # fmt: skip
 """What the lean environments of noxfile.py have, what measures a model's file there, and kp_train.synthetic, which
 draws faces with OpenCV alone.
