@@ -217,9 +217,14 @@ def plan(
     from kp_runtime.spec import Manifest
 
     bundle = folder_or_default(bundle)
-    tuned_for = min(max(8, min_batch), max_batch) if opt_batch is None else opt_batch
     options = PlanOptions(
-        min_batch, tuned_for, max_batch, workspace_mib, version_compatible, hardware_compatible, dla_core
+        min_batch=min_batch,
+        opt_batch=min(max(8, min_batch), max_batch) if opt_batch is None else opt_batch,
+        max_batch=max_batch,
+        workspace_mib=workspace_mib,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+        dla_core=dla_core,
     )
     with told_of_bundle(bundle), build_progress() as step:
         report = add_plan(bundle, precision, options, progress=step)

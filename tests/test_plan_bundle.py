@@ -15,7 +15,7 @@ import pytest
 import kp_runtime
 from kp_export import plan_from_onnx
 from kp_export.plan_bundle import add_plan
-from kp_export.plan_options import PlanOptions
+from kp_export.plan_options import PlanOptions, rebuild_command
 from kp_runtime.backend import open_backend
 from kp_runtime.errors import BackendError, ExportError, IntegrityError, SchemaError
 from kp_runtime.spec import Manifest, file_entry
@@ -113,6 +113,26 @@ def test_what_was_measured_is_told(copied: Path, install: Any, capsys: pytest.Ca
     assert (status, out.splitlines()[-1]) == (0, "opened: golden keypoints 0.000 px from PyTorch's")
     told = "model.fp16.sm87.trt10.3.0.plan: golden keypoints 0.000 px from PyTorch's where it was built (Orin)\n"
     assert told in kp(capsys, "inspect", copied)[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PlanOptions(min_batch=2, opt_batch=3, max_batch=4, workspace_mib=5, version_compatible=True),
+        PlanOptions(min_batch=6, opt_batch=6, max_batch=6, hardware_compatible=True, dla_core=1),
+    ],
+    ids=["a GPU", "a DLA"],
+)
+def test_the_command_that_an_entry_names_builds_for_the_same(
+    options: PlanOptions, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noted(*asked: Any, progress: Any) -> None:
+        assert asked == (bundle, "fp32", options)
+        raise ExportError("asked")
+
+    monkeypatch.setattr("kp_export.plan_bundle.add_plan", noted)
+    words = [bundle if word == "BUNDLE" else word for word in rebuild_command(options, "fp32").split()]
+    assert kp(capsys, *words[1:]) == (1, "", "kp: asked\n")
 
 
 def test_a_plan_is_measured_on_labelled_faces_without_a_checkpoint(
