@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
@@ -23,6 +24,7 @@ import kp_cli
 import kp_runtime
 from kp_cli import report
 from kp_export.staging import alone
+from kp_runtime.detect import HaarDetector
 from kp_runtime.doctor import Diagnosis
 from kp_runtime.errors import InputError
 from kp_runtime.ray_batches import BatchResult
@@ -510,6 +512,36 @@ def test_eval_prints_json(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_
     assert (kept["split"], kept["sources"]) == ("rows", [{"name": data.name, **record["sources"][0]}])
     status, _, err = kp(capsys, *words, "--split", "person")
     assert "does not say which people" in err
+
+
+def test_eval_measures_as_is_asked(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kp_export import evaluate, robustness
+    from kp_train.synthetic import write_csv_source
+
+    asked = []
+
+    def noted(real: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            asked.append(inspect.signature(real).bind(*args, **options).arguments)
+            return real(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(evaluate, "evaluate", noted(evaluate.evaluate))
+    monkeypatch.setattr(robustness, "robustness", noted(robustness.robustness))
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    dataclasses.replace(Manifest.read(copy), training={"held_out": {"val_fraction": 0.5}}).write(copy)
+    data = write_csv_source(tmp_path, people=4)
+    words = ("eval", copy / "model.fp32.onnx", "--data", data, "--looks", 2, "--mirror", "--json")
+    assert kp(capsys, *words, "--boxes", "detector", "--detector", "haar")[0] == 0
+    assert isinstance(asked[0]["detector"], HaarDetector)
+    assert "robustness" in json.loads(kp(capsys, *words, "--robustness", "--split", "person")[1])
+    # three of the four people were held out
+    assert [(call.get("looks"), call.get("mirror"), len(call["faces"])) for call in asked] == [
+        (2, True, 8), (2, True, 6), (2, True, 6)
+    ]  # fmt: skip
 
 
 NO_TORCH = """
