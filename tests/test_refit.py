@@ -145,8 +145,18 @@ def test_a_turned_face_counts_as_an_upright_one(tmp_path: Path, points: int) -> 
     np.testing.assert_allclose(seen.unit.numpy(), scale * nme_unit(xy[None])[0], rtol=1e-4)
 
 
-def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path) -> None:
-    result = refit(run, [source], tmp_path / "new", Detector(source))
+def test_held_out_people_gain(source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at, look = [], _Looker.seen
+
+    def noted(looker: _Looker, kind: str, faces: list[tuple[Face, float]]) -> _Seen:
+        looked_at.append((kind, {is_held_out(face.person, 0.3) for face, _ in faces}))
+        return look(looker, kind, faces)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_Looker, "seen", noted)
+        result = refit(run, [source], tmp_path / "new", Detector(source))
+    # these choose, those are solved on
+    assert looked_at == [(kind, {held}) for held in (True, False) for kind in ("keypoints", "jittered", "detector")]
     assert all(result.after[kind] < 0.9 * result.before[kind] for kind in ("keypoints", "detector", "jittered"))
     old, new = load_checkpoint(run), load_checkpoint(tmp_path / "new")
     assert changed(old[0], new[0]) == {"backbone.fc.weight", "backbone.fc.bias"}
