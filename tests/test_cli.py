@@ -233,7 +233,8 @@ def test_the_docs_name_the_keys_of_json(
     words = ("predict", astronaut, "--model", bundle, "--out", tmp_path, "--format", "csv")
     assert kp(capsys, *words)[0] == 0
     (tmp_path / "keypoints.csv").rename(faces)
-    assert json.loads(kp(capsys, "convert", faces, tmp_path / "b.csv", "--json")[1]).keys() == told["convert"]
+    words = ("convert", faces, tmp_path / "b.txt", "--to", "csv", "--json")
+    assert json.loads(kp(capsys, *words)[1]).keys() == told["convert"]
     assert {field.name for field in dataclasses.fields(VideoRun)} == told["run"]
     assert {field.name for field in dataclasses.fields(BatchResult)} == told["predict --ray"]
 
@@ -471,10 +472,18 @@ def test_a_run_ends_with_the_commands_that_come_next(
 ) -> None:
     from kp_train.synthetic import write_csv_source
 
-    monkeypatch.setattr("kp_train.train.train", lambda sources, config, out, **rest: out / "checkpoint.safetensors")
+    configs = []
+
+    def run(sources: object, config: object, out: Path, **rest: object) -> Path:
+        configs.append(config)
+        return out / "checkpoint.safetensors"
+
+    monkeypatch.setattr("kp_train.train.train", run)
     data, out = write_csv_source(tmp_path / "my faces", people=2), tmp_path / "my run"
-    status, printed, _ = kp(capsys, "train", "--recipe", recipe, "--data", f"{data}=1.5", "--out", out)
+    words = ("train", "--recipe", recipe, "--data", f"{data}=1.5", "--out", out, "--keep", "last", "--augment", "bent")
+    status, printed, _ = kp(capsys, *words)
     assert status == 0
+    assert [(config.keep, config.augment) for config in configs] == [("last", "bent")]
     commands = [shlex.split(line, comments=True)[1:] for line in printed.splitlines()[2:]]
     if recipe == "seed":
         assert commands == [["kp", "export", str(out), "--fp16"]]

@@ -168,10 +168,14 @@ def test_a_changed_file_is_not_packed(full: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "slim").exists()
 
 
-def test_the_command_says_what_it_packed(capsys: pytest.CaptureFixture[str], full: Path, tmp_path: Path) -> None:
-    status, out, _ = kp(capsys, "pack", full, "--precision", "int8", "--out", tmp_path / "slim", "--json")
+@pytest.mark.parametrize("more", [(), ("--checkpoint",)], ids=str)
+def test_the_command_says_what_it_packed(
+    more: tuple[str, ...], capsys: pytest.CaptureFixture[str], full: Path, tmp_path: Path
+) -> None:
+    status, out, _ = kp(capsys, "pack", full, "--precision", "int8", "--out", tmp_path / "slim", "--json", *more)
     assert status == 0
     said = json.loads(out)
+    assert ("checkpoint.safetensors" in said["files"]) == bool(more)
     assert set(said["files"]) == set(Manifest.read(tmp_path / "slim").files)
     assert said["bytes"] == sum((tmp_path / "slim" / name).stat().st_size for name in said["files"])
 

@@ -115,6 +115,7 @@ def test_another_machine_is_a_line(
         (("--budget", "5"), "a budget is a time over 0 such as 5ms, 800us or 0.02s; got '5'"),
         (("--faces", "0"), "a call has 1 to 1000000 faces, got 0"),
         (("--backend", "cuda"), "there is no backend 'cuda'"),
+        (("--max-nme-rise", "nan"), "the NME may rise by a number of percentage points, got nan"),
         (("--also", "nowhere"), "nowhere is not a bundle"),
         (("--also", "nowhere", "--alone"), "--alone tries no other bundle: leave out --also"),
         (("--data", "nowhere.csv"), "nowhere.csv"),
