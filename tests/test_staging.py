@@ -11,6 +11,7 @@ from typing import TextIO
 
 import pytest
 
+from kp_export.pack import pack_bundle
 from kp_export.staging import _exchanged, alone, locked, mend, staging
 from kp_runtime.errors import BundleError, ExportError
 from kp_runtime.spec import Manifest
@@ -38,8 +39,9 @@ def test_who_can_not_mend_is_told_how(bundle: Path, tmp_path: Path) -> None:
     assert Manifest.read(copied).files
 
 
-def test_a_root_folder_is_no_bundle() -> None:
-    mend(Path("/"))
+def test_a_root_folder_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="/ is not a bundle"):
+        pack_bundle(Path("/"), tmp_path / "b", ["fp32"])
 
 
 def test_who_may_not_write_beside_a_bundle_needs_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
