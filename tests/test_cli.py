@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
-import hashlib
 import inspect
-import io
 import json
 import os
 import re
@@ -15,7 +12,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import typer.main
@@ -23,10 +19,7 @@ import typer.main
 import kp_cli
 import kp_runtime
 from kp_cli import report
-from kp_export.staging import alone
-from kp_runtime.detect import HaarDetector
 from kp_runtime.doctor import Diagnosis
-from kp_runtime.errors import InputError
 from kp_runtime.ray_batches import BatchResult
 from kp_runtime.spec import Manifest
 from kp_runtime.video import VideoRun
@@ -352,104 +345,6 @@ def test_doctor_gives_a_backend_its_time(
     assert given == [7]
 
 
-@pytest.fixture(scope="module")
-def bench_file(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `kp bench --out` wrote of the tiny bundle."""
-    path = tmp_path_factory.mktemp("bench") / "old.json"
-    words = ("bench", bundle, "--seconds", "0", "--samples", "3", "--batch", "1", "--batch", "3", "--threads", "1")
-    assert status_of(*words, "--precision", "fp32", "--out", path) == 0
-    return path
-
-
-def test_bench_gives_the_detector_its_threads(
-    capsys: pytest.CaptureFixture[str], bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: list[object] = []
-
-    def open_detector(name: str, **options: object) -> object:
-        given.append(options)
-        raise InputError("enough")
-
-    monkeypatch.setattr("kp_cli.machines.open_detector", open_detector)
-    assert kp(capsys, "bench", bundle, "--threads", "1")[0] == 1
-    assert given == [{"threads": 1}]
-
-
-def test_bench_prints_and_writes(
-    capsys: pytest.CaptureFixture[str], bundle: Path, bench_file: Path, tmp_path: Path
-) -> None:
-    written = json.loads(bench_file.read_text())
-    assert [case["batch"] for case in written["network"]] == [1, 3]
-    assert written["files"][0]["sha256"] == Manifest.read(bundle).files["model.fp32.onnx"].sha256
-    assert set(written["photo"]["stages"]) == {"read", "detect", "crop", "infer", "map back"}
-    assert written["setup"]["settings"] == {
-        "batches": [1, 3], "seconds": 0, "samples": 3, "threads": 1, "precisions": ["fp32"],
-        "cores": None, "backend": "auto",
-    }  # fmt: skip
-    words = ("bench", bundle, "--seconds", "0", "--samples", "3", "--batch", "1", "--threads", "1")
-    page = tmp_path / "page.html"
-    status, out, err = kp(capsys, *words, "--json", "--compare", bench_file, "--html", page)
-    assert (status, err) == (0, "")
-    document = json.loads(out)
-    assert document["schema"] == 1
-    cases = [case["case"] for case in document["comparison"]["cases"]]
-    assert cases[0] == "whole photo"
-    assert cases[-1] == "model.fp32.onnx, batch 1"
-    assert document["comparison"]["alone"] == ["only in the old results: model.fp32.onnx, batch 3"]
-    assert page.read_text().startswith("<!doctype html>")
-
-
-def test_bench_of_two_files_measures_nothing(
-    capsys: pytest.CaptureFixture[str], bench_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kp_runtime.bench.run_bench", None)
-    words = ("bench", "--compare", bench_file, "--with", bench_file, "--html", tmp_path / "p.html")
-    status, out, _ = kp(capsys, *words)
-    assert status == 0
-    for text in ("network alone", "stages of a photo", "fresh processes", "against the older results", "interleaved"):
-        assert text in out
-    assert out.count("not distinguishable") == 8
-    assert out.splitlines()[-1] == str(tmp_path / "p.html")
-    raw = json.loads(bench_file.read_text())
-    raw["setup"]["machine"]["governor"] = "other"
-    (tmp_path / "other.json").write_text(json.dumps(raw))
-    words = ("bench", "--compare", bench_file, "--with", tmp_path / "other.json")
-    status, _, err = kp(capsys, *words)
-    assert status == 1
-    assert err.count("\n") == 1
-    assert "governor" in err
-    assert "--compare-anyway" in err
-    status, out, _ = kp(capsys, *words, "--compare-anyway")
-    assert status == 0
-    assert "no fair comparison: governor" in out
-
-
-class FullDisk(io.StringIO):
-    """A stdout that takes nothing."""
-
-    def write(self, text: str) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_bench_keeps_its_files_where_stdout_is_gone(
-    capsys: pytest.CaptureFixture[str], bench_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ("bench", "--compare", bench_file, "--with", bench_file, "--html", tmp_path / "p.html")
-    monkeypatch.setattr(sys, "stdout", FullDisk())
-    assert status_of(*words) == 1
-    assert capsys.readouterr().err == "kp: the system: No space left on device\n"
-    assert (tmp_path / "p.html").is_file()
-
-
-def test_bench_refuses_before_it_measures(
-    capsys: pytest.CaptureFixture[str], bundle: Path, bench_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("kp_runtime.bench.cold_starts", None)
-    status, _, err = kp(capsys, "bench", bundle, "--compare", bench_file, "--batch", "1")
-    assert status == 1
-    assert "threads 1, then of the engine's choice" in err
-
-
 def test_export_and_verify_as_typed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     small_checkpoint(tmp_path / "run")
     status, out, err = kp(capsys, "export", tmp_path / "run", "--out", tmp_path / "b")
@@ -490,95 +385,6 @@ def test_a_run_ends_with_the_commands_that_come_next(
     else:
         refit = ["kp", "refit", str(out), "--data", f"{data}=1.5", "--out", f"{out}-refitted"]
         assert commands == [refit, ["kp", "export", f"{out}-refitted", "--fp16"]]
-
-
-def test_eval_prints_json(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
-    from kp_train.synthetic import write_csv_source
-
-    data = write_csv_source(tmp_path, people=4)
-    words = ("eval", bundle / "model.fp32.onnx", "--data", data)
-    status, out, _ = kp(capsys, *words, "--json", "--out", tmp_path / "p")
-    assert status == 0
-    measured = json.loads(out)
-    assert measured["faces"] == 8
-    assert measured["boxes"] == "keypoints"
-    assert 0 < measured["nme"] < 1
-    assert all(Path(p).is_file() for p in measured["pictures"])
-    status, out, _ = kp(capsys, *words)
-    assert "SmoothL1 as the original" in out
-    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
-    words = ("eval", copy / "model.fp32.onnx", "--data", data, "--record", "mine")
-    with alone(copy):
-        status, out, err = kp(capsys, *words)
-    assert (status, err.count("\n")) == (1, 1)
-    assert "SmoothL1 as the original" in out
-    assert "mine" not in Manifest.read(copy).accuracy
-    record = {"sources": [{"sha256": hashlib.sha256(data.read_bytes()).hexdigest()}]}
-    dataclasses.replace(Manifest.read(copy), training=record).write(copy)
-    status, _, err = kp(capsys, *words)
-    assert (status, err) == (0, "8 of these 8 faces were trained on; --split person measures the others\n")
-    kept = Manifest.read(copy).accuracy["mine"]
-    assert (kept["split"], kept["sources"]) == ("rows", [{"name": data.name, **record["sources"][0]}])
-    status, _, err = kp(capsys, *words, "--split", "person")
-    assert "does not say which people" in err
-
-
-def test_eval_measures_as_is_asked(
-    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from kp_export import evaluate, robustness
-    from kp_train.synthetic import write_csv_source
-
-    asked = []
-
-    def noted(real: Any) -> Any:
-        def call(*args: Any, **options: Any) -> Any:
-            asked.append(inspect.signature(real).bind(*args, **options).arguments)
-            return real(*args, **options)
-
-        return call
-
-    monkeypatch.setattr(evaluate, "evaluate", noted(evaluate.evaluate))
-    monkeypatch.setattr(robustness, "robustness", noted(robustness.robustness))
-    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
-    dataclasses.replace(Manifest.read(copy), training={"held_out": {"val_fraction": 0.5}}).write(copy)
-    data = write_csv_source(tmp_path, people=4)
-    words = ("eval", copy / "model.fp32.onnx", "--data", data, "--looks", 2, "--mirror", "--json")
-    assert kp(capsys, *words, "--boxes", "detector", "--detector", "haar")[0] == 0
-    assert isinstance(asked[0]["detector"], HaarDetector)
-    assert "robustness" in json.loads(kp(capsys, *words, "--robustness", "--split", "person")[1])
-    # three of the four people were held out
-    assert [(call.get("looks"), call.get("mirror"), len(call["faces"])) for call in asked] == [
-        (2, True, 8), (2, True, 6), (2, True, 6)
-    ]  # fmt: skip
-
-
-NO_TORCH = """
-import sys
-for name in ("lightning", "matplotlib", "onnx", "safetensors", "skimage", "torch", "torchvision"):
-    sys.modules[name] = None  # as where it is not installed
-import kp_cli
-kp_cli.main()
-"""
-
-
-def test_a_model_file_is_measured_without_torch(
-    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, own_detector: Path, tmp_path: Path
-) -> None:
-    from kp_train.synthetic import write_csv_source
-
-    def lean(*words: object) -> str:
-        """What `kp WORDS` prints in a process of its own."""
-        done = subprocess.run([sys.executable, "-c", NO_TORCH, *map(str, words)], capture_output=True, text=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    data = ("--data", write_csv_source(tmp_path, people=2), "--json", "--threads", 1)
-    shipped = Path(__file__).resolve().parents[1] / "engines" / "resnet18-68-lite" / "model.int8.onnx"
-    words = ("eval", shipped, *data)
-    assert json.loads(lean(*words)) == json.loads(kp(capsys, *words)[1])
-    words = ("tune", bundle, *data, "--alone", "--photo", astronaut, "--seconds", 0, "--samples", 1)
-    assert json.loads(lean(*words, "--out", tmp_path / "tuned.json"))["trials"][0]["rise"]["points"] == 0
 
 
 def test_a_system_that_locks_files_otherwise_is_told(

@@ -17,7 +17,8 @@ from kp_runtime.errors import BundleError
 from kp_runtime.tuned import tuned_from_file
 from kp_train.data import Face, read_source
 from kp_train.synthetic import write_csv_source
-from tests.test_cli import FullDisk, kp, status_of
+from tests.test_bench_cli import FullDisk
+from tests.test_cli import kp, status_of
 from tests.test_tune import made_up, make_bundle
 
 MS = {"model.fp32.onnx": 8.0, "model.int8.onnx": 4.0}
