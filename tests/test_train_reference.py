@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -82,7 +82,7 @@ def test_a_finished_run_of_other_settings_is_refused(tmp_path: Path) -> None:
     """The table would have its numbers under the new ones."""
     args = SimpleNamespace(precision="32-true")
     run = train_reference.Run("resnet18-68-7", {"epochs": 2})
-    began = {"config": train_reference.config_of(run, "32-true").to_json(), "sources": []}
+    began = {"config": asdict(train_reference.config_of(run, "32-true")), "sources": []}
     (tmp_path / run.name).mkdir()
     for name in ("manifest.json", "held_out.json", "run.json"):
         (tmp_path / run.name / name).write_text(json.dumps(began))
