@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import RESULTS, Record, write_record
 from kp_cli.report import one_line_errors
 from kp_runtime.cores import default_threads
 from kp_runtime.errors import InputError
 
 __all__ = [
     "check_batches",
-    "finish",
     "markdown_table",
     "parser",
     "run",
     "with_made_part",
-    "without_samples",
 ]
 
 
@@ -48,24 +42,6 @@ def check_batches(batches: Sequence[int], crops: int | None = None) -> None:
         raise InputError(f"batch sizes must be 1 or more, got {', '.join(map(str, batches)) or 'none'}")
     if crops is not None and max(batches) > crops:
         raise InputError(f"a batch of {max(batches)} needs as many crops, got {crops}")
-
-
-def finish(record: Record, out: Path | None) -> None:
-    """Writes the results file; prints its tables and, as the last line, the record without its single samples."""
-    from benchmarks.table import tables_from_records  # which takes its tables from here
-
-    path = out or RESULTS / record.file_name
-    write_record(record, path)
-    print(f"written: {path}", file=sys.stderr)
-    print(tables_from_records([record]))
-    print(json.dumps(without_samples(dataclasses.asdict(record))))
-
-
-def without_samples(value: Any) -> Any:
-    """A JSON value whose keys for single samples (`turns_…`, `values`) are left out."""
-    if isinstance(value, dict):
-        return {k: without_samples(v) for k, v in value.items() if not k.startswith("turns_") and k != "values"}
-    return [without_samples(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import check_batches, finish, parser, run
+from benchmarks.command import check_batches, parser, run
 from benchmarks.engines import OPENVINO, ORT, Candidate, Infer, LeftOut, candidates_from_bundle
 from benchmarks.faces import varied_crops
 from benchmarks.record import record_from
+from benchmarks.table import finish
 from kp_runtime.cores import checked_threads
 from kp_runtime.errors import KpError, reason_of
 from kp_runtime.spec import Manifest

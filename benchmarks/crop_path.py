@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import finish, parser, run
+from benchmarks.command import parser, run
 from benchmarks.faces import portrait
 from benchmarks.record import record_from
+from benchmarks.table import finish
 from kp_runtime.backend import Backend
 from kp_runtime.bench import StagedCalls
 from kp_runtime.cores import usable_cores

@@ -26,7 +26,8 @@ import onnx
 from numpy.typing import NDArray
 
 from kp_export.first_convolution import unfold_first_convolution
-from kp_runtime.backend import Backend, open_backend
+from kp_runtime.backend import Backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.errors import BackendError, MissingExtraError
 from kp_runtime.spec import Manifest
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint

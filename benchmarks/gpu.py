@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import check_batches, finish, parser, run
+from benchmarks.command import check_batches, parser, run
 from benchmarks.crop_path import FRAME_HW, wide_frame
 from benchmarks.faces import BOX_XYXY, varied_crops
 from benchmarks.gpu_calls import (
@@ -36,8 +36,9 @@ from benchmarks.gpu_calls import (
     torch_network,
 )
 from benchmarks.record import record_from
+from benchmarks.table import finish
 from kp_export.cuda_device import cuda_device
-from kp_runtime.backend import BACKENDS
+from kp_runtime.backend_by_name import BACKENDS
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import BackendError, InputError, reason_of
 from kp_runtime.frame import as_frame

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.compare_engines import LIMITS_PX
-from kp_runtime.backend import open_backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.cuda_driver import CudaDriver, Memory
 from kp_runtime.cuda_graphs import captured
 from kp_runtime.device_backend import DeviceBackend

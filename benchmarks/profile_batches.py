@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import check_batches, finish, parser, run
+from benchmarks.command import check_batches, parser, run
 from benchmarks.faces import varied_crops
 from benchmarks.record import record_from
+from benchmarks.table import finish
 from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.spec import Manifest

@@ -40,7 +40,7 @@ from numpy.typing import NDArray
 
 from benchmarks.command import run
 from kp_cli.options import stopped_by_signals
-from kp_runtime.backend import BACKENDS
+from kp_runtime.backend_by_name import BACKENDS
 from kp_runtime.cores import checked_threads
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import InputError, KpError

@@ -23,10 +23,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.command import finish, parser, run
+from benchmarks.command import parser, run
 from benchmarks.faces import picture, portrait, varied_crops
 from benchmarks.record import record_from
-from kp_runtime.backend import Backend, open_backend
+from benchmarks.table import finish
+from kp_runtime.backend import Backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.bench import StagedCalls
 from kp_runtime.center_detector import CenterDetector
 from kp_runtime.detect import HaarDetector, YuNetDetector

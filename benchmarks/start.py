@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.command import finish, parser, run
+from benchmarks.command import parser, run
 from benchmarks.record import median_of, record_from
-from kp_runtime.backend import open_backend
+from benchmarks.table import finish
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.timing import Ratio

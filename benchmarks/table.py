@@ -9,17 +9,30 @@ text around them is written by hand and stays.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command import markdown_table, run, with_made_part
-from benchmarks.record import KINDS, RESULTS, Record, machine_name, read_records
+from benchmarks.record import KINDS, RESULTS, Record, machine_name, read_records, write_record
 from kp_runtime.errors import InputError
 from kp_runtime.files import write_file
 from kp_runtime.timing import Ratio
 
-__all__ = ["BEGIN", "DOCS", "END", "PAGES", "docs_with_tables", "pages_with_tables", "tables_from_records"]
+__all__ = [
+    "BEGIN",
+    "DOCS",
+    "END",
+    "PAGES",
+    "docs_with_tables",
+    "finish",
+    "pages_with_tables",
+    "tables_from_records",
+    "without_samples",
+]
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 OPERATORS = "operators"
@@ -265,6 +278,22 @@ _KINDS: dict[str, Callable[[Record], Iterable[str]]] = {
     "start": _start,
     **{kind: _gpu for kind in KINDS if kind.startswith("gpu-")},
 }
+
+
+def finish(record: Record, out: Path | None) -> None:
+    """Writes the results file; prints its tables and, as the last line, the record without its single samples."""
+    path = out or RESULTS / record.file_name
+    write_record(record, path)
+    print(f"written: {path}", file=sys.stderr)
+    print(tables_from_records([record]))
+    print(json.dumps(without_samples(dataclasses.asdict(record))))
+
+
+def without_samples(value: Any) -> Any:
+    """A JSON value whose keys for single samples (`turns_…`, `values`) are left out."""
+    if isinstance(value, dict):
+        return {k: without_samples(v) for k, v in value.items() if not k.startswith("turns_") and k != "values"}
+    return [without_samples(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def main() -> None:

@@ -319,8 +319,8 @@ def sign(
 
     Example: kp sign out/resnet18-68 --key release.pem
     """
+    from kp_export.sign import new_key, sign_bundle
     from kp_export.staging import alone
-    from kp_runtime.signing import new_key, sign_bundle
 
     if new is not None and bundle is None and key is None:
         tell(f"{new}: keep it to yourself", f"{new_key(new)}: give it to the devices")

@@ -36,7 +36,7 @@ from kp_cli.options import (
     whole_detector_name,
 )
 from kp_cli.report import is_terminal, note, print_json, print_times, progress, share_progress, tell
-from kp_runtime.errors import InputError, KpError, NotDrawnError
+from kp_runtime.errors import InputError, KpError
 
 _IN_A_LINE = 5
 """Most photos that the last line names."""
@@ -91,6 +91,7 @@ def predict(
     from kp_runtime.frame import import_cv2
     from kp_runtime.photos import (
         FailedPhoto,
+        NotDrawnError,
         Photo,
         check_formats,
         photos_from_paths,
@@ -335,7 +336,7 @@ def put_effect(
     Example: kp filter photo.jpg --effect sunglasses
     """
     quiet_opencv()
-    from kp_runtime.effects import open_effect
+    from kp_runtime.effect_pictures import open_effect
     from kp_runtime.files import make_folder
     from kp_runtime.photos import FailedPhoto, Photo, faces_seen, photos_from_paths, predict_photo
 

@@ -185,7 +185,7 @@ def tune(
 
     Example: kp tune out/resnet18-68 --budget 5ms --data faces.csv
     """
-    from kp_runtime.backend import AUTO
+    from kp_runtime.backend_by_name import AUTO
     from kp_runtime.bench_results import json_from_bench
     from kp_runtime.tune import beside, run_tune
     from kp_runtime.tune_results import (

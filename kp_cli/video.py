@@ -85,7 +85,7 @@ def run(
     stop = threading.Event()
     quiet_opencv()
     from kp_runtime.cores import default_threads
-    from kp_runtime.effects import open_effect
+    from kp_runtime.effect_pictures import open_effect
     from kp_runtime.frame import import_cv2
     from kp_runtime.prometheus import Metrics, address_from_text
     from kp_runtime.track import Tracker, TrackerSettings

@@ -33,12 +33,13 @@ from kp_export.parity import (
 )
 from kp_export.staging import check_replaced, mend, staging
 from kp_runtime import __version__
-from kp_runtime.backend import GOLDEN_NAME, Answer
+from kp_runtime.backend import Answer
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, DataError, ExportError, IntegrityError, ParityError
 from kp_runtime.files import write_file, writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.golden import GOLDEN_NAME
 from kp_runtime.pipeline import load
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.recorded_rise import PARITY_NAME, parity_rows

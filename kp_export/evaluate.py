@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_export.parity import Ask
-from kp_runtime.backend import Backend, open_backend
+from kp_runtime.backend import Backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.cores import checked_threads
 from kp_runtime.detect import Detector
 from kp_runtime.errors import BackendError, BundleError, DataError, InputError, missing_or_broken

@@ -12,7 +12,7 @@ from kp_export.plan_from_onnx import PlanReport, plan_from_onnx
 from kp_export.plan_options import PlanOptions, plan_name
 from kp_export.staging import mend, staging
 from kp_runtime import __version__
-from kp_runtime.backend import open_backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.backend_trt import MODULES, tensorrt_module
 from kp_runtime.errors import BackendError, ExportError, IntegrityError, KpError
 from kp_runtime.spec import Manifest, file_entry

@@ -24,9 +24,10 @@ from typing import Any
 
 from kp_export.pack import pack_bundle
 from kp_export.staging import locked, mend
-from kp_runtime.backend import CPU_ORDER, GOLDEN_NAME, ORDER, best_first
+from kp_runtime.backend_by_name import CPU_ORDER, ORDER, best_first
 from kp_runtime.errors import BundleError, ExportError
 from kp_runtime.files import sync
+from kp_runtime.golden import GOLDEN_NAME
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec
 from kp_runtime.triton_model import DETECTOR_FOLDER, PROBE
 

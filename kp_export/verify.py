@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from kp_export.bundle import answer_from_net
 from kp_export.half_on_cpu import half_on_cpu
 from kp_export.parity import LIMITS, FaceSet, Parity, answers_to, check_parity, parity
-from kp_runtime.backend import Answer, open_backend
+from kp_runtime.backend import Answer
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, BundleError, DataError, MissingExtraError, ParityError
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from kp_runtime.detector_by_name import DetectorWarning, load_detector
     from kp_runtime.device_frame import DeviceFrame
     from kp_runtime.draw import draw_keypoints
-    from kp_runtime.effects import Effect, open_effect
+    from kp_runtime.effect_pictures import open_effect
+    from kp_runtime.effects import Effect
     from kp_runtime.errors import (
         BackendError,
         BoxError,
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
         KpError,
         KpWarning,
         MissingExtraError,
-        NotDrawnError,
         ParityError,
         SchemaError,
         SignatureError,
     )
     from kp_runtime.frame import Frame, image_from_bytes, image_from_file
     from kp_runtime.geometry import boxes_from_points
+    from kp_runtime.photos import NotDrawnError
     from kp_runtime.pipeline import Model, load
     from kp_runtime.results import Keypoints
     from kp_runtime.smooth import OneEuro
@@ -111,9 +112,11 @@ _HOME = {
     "detector_by_name": ("DetectorWarning", "load_detector"),
     "device_frame": ("DeviceFrame",),
     "draw": ("draw_keypoints",),
-    "effects": ("Effect", "open_effect"),
+    "effect_pictures": ("open_effect",),
+    "effects": ("Effect",),
     "frame": ("Frame", "image_from_bytes", "image_from_file"),
     "geometry": ("boxes_from_points",),
+    "photos": ("NotDrawnError",),
     "pipeline": ("Model", "load"),
     "results": ("Keypoints",),
     "smooth": ("OneEuro",),

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import MADE_BY, Backend, kind_of, open_backend
+from kp_runtime.backend import Backend
+from kp_runtime.backend_by_name import MADE_BY, kind_of, open_backend
 from kp_runtime.bench_results import (
     Bench,
     BenchSettings,

@@ -33,7 +33,7 @@ def cold_starts(
     """Loads each file in fresh processes, in turns.
 
     Args:
-        files: model files of a bundle, each with the engine that runs it, one of `backend.BACKENDS`.
+        files: model files of a bundle, each with the engine that runs it, one of `backend_by_name.BACKENDS`.
         crop: `(1, size, size)` uint8, a face.
         threads: of the engine; None leaves it the choice.
         step: told the share that is done.

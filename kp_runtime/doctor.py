@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kp_runtime import doctor_checks as checks
-from kp_runtime.backend import BACKENDS, ORDER
+from kp_runtime.backend_by_name import BACKENDS, ORDER
 from kp_runtime.backend_trt import MODULES as TENSORRT_MODULES
 from kp_runtime.doctor_checks import ABSENT, OK, PROBLEM, WARNING, Finding, Gpu, Surroundings
 from kp_runtime.errors import KpError

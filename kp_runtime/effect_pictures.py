@@ -1,21 +1,24 @@
-"""The pictures of the effects that are here under a name, drawn when they are asked for.
+"""The effects that are here under a name; their pictures are drawn when they are asked for.
 
 They are drawn on the plain face of `scheme68.mean_shape`, whose unit is half a face's width, with y down.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kp_runtime.effects import ANCHORS, Picture
+from kp_runtime.effects import ANCHORS, Blur, Effect, Picture, picture_from_toml
+from kp_runtime.errors import InputError
+from kp_runtime.files import as_path
 from kp_runtime.frame import import_cv2
 from kp_runtime.point_maps import triangles_from_points
 from kp_runtime.scheme68 import mean_shape, point_names
 
-__all__ = ["PICTURES", "hat", "mesh", "moustache", "sunglasses"]
+__all__ = ["EFFECTS", "PICTURES", "hat", "mesh", "moustache", "open_effect", "sunglasses"]
 
 _UNIT = 200  # pixels of a finished picture
 _FINE = 2  # drawn this many times larger, then averaged
@@ -171,6 +174,34 @@ PICTURES: dict[str, Callable[[], Picture]] = {
     "mesh": mesh,
 }
 """Each picture by its name."""
+
+EFFECTS = (*PICTURES, "blur")
+"""The effects that are here under a name."""
+
+
+def open_effect(name: str | os.PathLike[str]) -> Effect:
+    """An effect by its name, or one of your own by its `.toml` file (docs/filters.md).
+
+    Args:
+        name: `sunglasses`, `hat`, `moustache`, `mesh`, `blur`, or the path of a `.toml` file.
+
+    Returns:
+        `effect(image, xy)` gives a new `(h, w, 3)` uint8 BGR image with the effect on each face of `xy`, `(n, 68, 2)`
+        pixels of the image, which is an array as `draw_keypoints` takes it; `n` may be 0.
+
+    Raises:
+        InputError: there is no such effect, or the file is missing or wrong.
+        ImageError: the file's picture is missing, or none with opacity.
+        MissingExtraError: OpenCV is not installed, or, on Python 3.10, tomli.
+    """
+    path, name = as_path(name, "an effect"), os.fspath(name)
+    if path.suffix.lower() == ".toml":
+        return picture_from_toml(path)
+    if name == "blur":
+        return Blur()
+    if name not in PICTURES:
+        raise InputError(f"there is no effect {name!r}; choose from {', '.join(EFFECTS)}, or name a .toml file")
+    return PICTURES[name]()
 
 
 def _along(axis: str, *stops: tuple[float, tuple[float, float, float]]) -> Callable[[Points, Points], Points]:

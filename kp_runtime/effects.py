@@ -11,7 +11,6 @@ Positions are `(x, y)` in pixels, an integer is a pixel's centre, in pictures as
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise, product
@@ -22,7 +21,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kp_runtime.errors import ImageError, InputError, MissingExtraError, reason_of
-from kp_runtime.files import as_path
 from kp_runtime.frame import Frame, bgr_copy, bytes_of_picture, import_cv2
 from kp_runtime.geometry import apply_matrix, invert_matrix, point_array
 from kp_runtime.point_maps import is_mirrored, mesh_positions, similarity_from_points, triangles_from_points
@@ -30,12 +28,10 @@ from kp_runtime.scheme68 import CONTOURS, POINTS, REGIONS, mean_shape, point_nam
 
 __all__ = [
     "ANCHORS",
-    "EFFECTS",
     "Blur",
     "Effect",
     "Picture",
     "face_outline",
-    "open_effect",
     "picture_from_toml",
 ]
 
@@ -45,9 +41,6 @@ ANCHORS: dict[str, tuple[int, ...]] = {
     **{name: (i,) for i, name in enumerate(point_names())},
 }
 """What an anchor may be named: a point, or a part or region, which stands for the mean of its points."""
-
-EFFECTS = ("sunglasses", "hat", "moustache", "mesh", "blur")
-"""The effects that are here under a name."""
 
 _MAPS = ("similarity", "mesh")
 _MOST_PIXELS = 4096  # of a picture's side
@@ -72,33 +65,6 @@ class Effect(Protocol):
             InputError: not points, or points that are not finite.
         """
         ...
-
-
-def open_effect(name: str | os.PathLike[str]) -> Effect:
-    """An effect by its name, or one of your own by its `.toml` file (docs/filters.md).
-
-    Args:
-        name: `sunglasses`, `hat`, `moustache`, `mesh`, `blur`, or the path of a `.toml` file.
-
-    Returns:
-        `effect(image, xy)` gives a new `(h, w, 3)` uint8 BGR image with the effect on each face of `xy`, `(n, 68, 2)`
-        pixels of the image, which is an array as `draw_keypoints` takes it; `n` may be 0.
-
-    Raises:
-        InputError: there is no such effect, or the file is missing or wrong.
-        ImageError: the file's picture is missing, or none with opacity.
-        MissingExtraError: OpenCV is not installed, or, on Python 3.10, tomli.
-    """
-    path, name = as_path(name, "an effect"), os.fspath(name)
-    if path.suffix.lower() == ".toml":
-        return picture_from_toml(path)
-    if name == "blur":
-        return Blur()
-    from kp_runtime.effect_pictures import PICTURES
-
-    if name not in PICTURES:
-        raise InputError(f"there is no effect {name!r}; choose from {', '.join(EFFECTS)}, or name a .toml file")
-    return PICTURES[name]()
 
 
 class Picture:

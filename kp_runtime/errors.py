@@ -3,7 +3,7 @@
     KpError                     the root; the command line prints it as one line and exits 1
     ├── InputError              what the caller gave can't be used
     │   ├── ImageError          an image: missing, cut off, wrong dtype or shape
-    │   │   └── NotDrawnError   a photo whose keypoints are there, but not its drawn copy
+    │   │   └── NotDrawnError   a photo whose keypoints are there, but not its drawn copy (in photos.py)
     │   ├── BoxError            face boxes: NaN, no size, outside the image, wrong shape
     │   └── DataError           a data set: labels, folders, too few faces
     ├── BundleError             a model file or its manifest
@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import Any
 
-    from kp_runtime.photos import Photo
 
 __all__ = [
     "BackendError",
@@ -40,7 +39,6 @@ __all__ = [
     "KpError",
     "KpWarning",
     "MissingExtraError",
-    "NotDrawnError",
     "ParityError",
     "SchemaError",
     "SignatureError",
@@ -65,18 +63,6 @@ class InputError(KpError, ValueError):
 
 class ImageError(InputError):
     """An image is missing, cut off, or of a dtype or shape that is not taken."""
-
-
-class NotDrawnError(ImageError):
-    """A photo's keypoints were found, but its drawn copy can't be written.
-
-    Attributes:
-        photo: its path and its keypoints.
-    """
-
-    def __init__(self, message: str, photo: Photo) -> None:
-        super().__init__(message)
-        self.photo = photo
 
 
 class BoxError(InputError):

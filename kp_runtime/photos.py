@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.detect import Detector
 from kp_runtime.draw import put_boxes, put_keypoints
-from kp_runtime.errors import ImageError, InputError, KpError, NotDrawnError, reason_of
+from kp_runtime.errors import ImageError, InputError, KpError, reason_of
 from kp_runtime.files import files_with_suffix, write_file
 from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, cv2_name, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
@@ -27,6 +27,7 @@ from kp_runtime.timing import StageTimer
 __all__ = [
     "FORMATS",
     "FailedPhoto",
+    "NotDrawnError",
     "Photo",
     "check_formats",
     "faces_seen",
@@ -47,6 +48,18 @@ class Photo:
     path: Path
     keypoints: Keypoints
     drawn: Path | None
+
+
+class NotDrawnError(ImageError):
+    """A photo's keypoints were found, but its drawn copy can't be written.
+
+    Attributes:
+        photo: its path and its keypoints.
+    """
+
+    def __init__(self, message: str, photo: Photo) -> None:
+        super().__init__(message)
+        self.photo = photo
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kp_runtime.backend import Answer, Backend, open_backend
+from kp_runtime.backend import Answer, Backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.cuda_graphs import GraphReport
 from kp_runtime.default_model import default_bundle
 from kp_runtime.device_backend import DeviceBackend

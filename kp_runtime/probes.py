@@ -203,7 +203,7 @@ def backend(name: str, bundle: str) -> Facts:
 
     `crop_grey` is how far it is off where the CPU cuts it; None for a GPU, of whose crops `crops` tells.
     """
-    from kp_runtime.backend import open_backend
+    from kp_runtime.backend_by_name import open_backend
 
     opened = open_backend(bundle, backend=name)
     if opened.report.golden_error_px is None:
@@ -215,7 +215,7 @@ def start(file: str, engine: str, threads: str) -> Facts:
     """What a fresh process pays for a model file: time of the load, of the first crop (from stdin), memory."""
     import numpy as np
 
-    from kp_runtime.backend import open_backend
+    from kp_runtime.backend_by_name import open_backend
 
     crop = np.frombuffer(sys.stdin.buffer.read(), np.uint8)
     size = math.isqrt(len(crop))

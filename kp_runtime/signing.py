@@ -11,12 +11,21 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from kp_runtime.errors import InputError, KpError, MissingExtraError, SignatureError
-from kp_runtime.files import as_path, read_plain, write_file
-from kp_runtime.spec import MANIFEST_NAME, SIGNATURE_NAME, any_manifest_of_bytes, manifest_bytes
+from kp_runtime.errors import InputError, MissingExtraError, SignatureError
+from kp_runtime.files import as_path, read_plain
 
-__all__ = ["PREFIX", "PublicKey", "check_signature", "is_signed", "new_key", "sign_bundle", "signature_state"]
+__all__ = [
+    "PREFIX",
+    "SIGNATURE_NAME",
+    "PublicKey",
+    "check_signature",
+    "cryptography_modules",
+    "is_signed",
+    "pem_bytes",
+    "signature_state",
+]
 
+SIGNATURE_NAME = "manifest.sig"
 PREFIX = b"kp-edge bundle manifest, signature 1\n"
 PublicKey = str | os.PathLike[str] | bytes
 """The path of a PEM file, the bytes of one, or the 32 bytes of the key itself."""
@@ -70,77 +79,12 @@ def check_signature(bundle: str | os.PathLike[str], manifest: bytes, public_key:
         ) from error
 
 
-def sign_bundle(bundle: str | os.PathLike[str], private_key: str | os.PathLike[str]) -> Path:
-    """Signs a bundle whose files are those of its manifest.
-
-    Args:
-        bundle: the bundle's folder.
-        private_key: the path of a PEM file without a passphrase, as `new_key` writes it.
-
-    Returns:
-        The signature's path.
-
-    Raises:
-        BundleError, IntegrityError: the bundle can't be used, or a file is not the one in the manifest.
-        InputError: `private_key` is no Ed25519 private key.
-        MissingExtraError: cryptography is not installed.
-    """
-    key = _private_key(Path(private_key))
-    data = manifest_bytes(bundle)
-    manifest = any_manifest_of_bytes(data, str(Path(bundle) / MANIFEST_NAME))
-    for name in manifest.files:
-        manifest.check_file(bundle, name)
-    path = Path(bundle) / SIGNATURE_NAME
-    write_file(path, key.sign(PREFIX + data))
-    return path
-
-
-def new_key(path: str | os.PathLike[str]) -> Path:
-    """Makes a key pair: the private key at `path`, for its owner alone to read, the public one beside it.
-
-    Returns:
-        The public key's path: `release.pub.pem` for `release.pem`.
-
-    Raises:
-        KpError: one of the two files is there already, which is never overwritten, or can't be written.
-        MissingExtraError: cryptography is not installed.
-    """
-    path = Path(path)
-    if not path.name:
-        raise KpError(f"{path} is a folder; name a file for the key, such as release.pem")
-    serialization, ed25519 = _cryptography()
-    key = ed25519.Ed25519PrivateKey.generate()
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    beside = path.with_name(path.stem + ".pub.pem")
-    if os.path.lexists(beside):
-        raise KpError(f"{beside} is there already, and a key is never overwritten; give another path")
-    made: list[Path] = []
-    try:
-        for file, data, mode in ((path, private, 0o600), (beside, public, 0o644)):
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-            made.append(file)
-            with open(descriptor, "wb") as opened:
-                opened.write(data)
-    except BaseException as error:
-        for half in made:
-            half.unlink(missing_ok=True)
-        if isinstance(error, FileExistsError):
-            raise KpError(f"{file} is there already, and a key is never overwritten; give another path") from error
-        if isinstance(error, OSError):
-            raise KpError(f"can't write the key {file}: {error.strerror or error}") from error
-        raise
-    return beside
-
-
 def _public_key(given: PublicKey) -> Any:
-    serialization, ed25519 = _cryptography()
+    serialization, ed25519 = cryptography_modules()
     if isinstance(given, bytes) and len(given) == 32:
         return ed25519.Ed25519PublicKey.from_public_bytes(given)
     name, data = (
-        ("the public key", given) if isinstance(given, bytes) else (str(given), _pem(as_path(given, "public_key")))
+        ("the public key", given) if isinstance(given, bytes) else (str(given), pem_bytes(as_path(given, "public_key")))
     )
     try:
         key = serialization.load_pem_public_key(data)
@@ -151,22 +95,12 @@ def _public_key(given: PublicKey) -> Any:
     return key
 
 
-def _private_key(path: Path) -> Any:
-    serialization, ed25519 = _cryptography()
-    try:
-        key = serialization.load_pem_private_key(_pem(path), password=None)
-    except InputError:
-        raise
-    except Exception as error:  # as above; a key with a passphrase is a TypeError
-        raise InputError(
-            f"{path} is no private key in PEM without a passphrase: give the .pem that kp sign --new-key wrote"
-        ) from error
-    if not isinstance(key, ed25519.Ed25519PrivateKey):
-        raise InputError(f"{path} is no Ed25519 key; make one with: kp sign --new-key release.pem")
-    return key
+def pem_bytes(path: Path) -> bytes:
+    """A key's file as it lies on the disk.
 
-
-def _pem(path: Path) -> bytes:
+    Raises:
+        InputError: it can't be read.
+    """
     try:
         with open(path, "rb") as file:
             return file.read(_LARGEST_PEM)
@@ -174,8 +108,12 @@ def _pem(path: Path) -> bytes:
         raise InputError(f"the key {path} can't be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _cryptography() -> Any:
-    """The two modules of the package that are used: serialization, ed25519."""
+def cryptography_modules() -> Any:
+    """The two modules of the package that are used: serialization, ed25519.
+
+    Raises:
+        MissingExtraError: cryptography is not installed.
+    """
     try:
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kp_runtime.errors import BundleError, IntegrityError, SchemaError
 from kp_runtime.files import as_path, open_plain, read_plain, sha256_of_file, sha256_of_open_file, write_file
+from kp_runtime.signing import SIGNATURE_NAME, check_signature
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,7 +33,6 @@ __all__ = [
     "MANIFEST_NAME",
     "PRECISIONS",
     "SCHEMA_VERSION",
-    "SIGNATURE_NAME",
     "DetectorManifest",
     "DetectorSpec",
     "FileEntry",
@@ -50,7 +50,6 @@ MANIFEST_NAME = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-trt")
 """Of files; `int8-trt` is the graph whose quantisation TensorRT can take."""
 
-SIGNATURE_NAME = "manifest.sig"
 _LARGEST_MANIFEST = 4 << 20
 _LARGEST_FILE = 2 << 30
 """In bytes; protobuf, and with it ONNX, takes no larger one."""
@@ -432,8 +431,6 @@ def _signed_bytes(bundle: str | os.PathLike[str], public_key: str | os.PathLike[
     """`manifest_bytes`, signed by the key where there is one."""
     data = manifest_bytes(bundle)
     if public_key is not None:
-        from kp_runtime.signing import check_signature
-
         check_signature(bundle, data, public_key)
     return data
 

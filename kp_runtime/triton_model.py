@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import GOLDEN_NAME, golden_error, open_backend
+from kp_runtime.backend_by_name import golden_error, open_backend
 from kp_runtime.detect import box_advice
 from kp_runtime.detector_by_name import load_detector
 from kp_runtime.errors import BackendError, ImageError, InputError, KpError
 from kp_runtime.frame import as_frame, image_from_bytes
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
-from kp_runtime.golden import check_golden_crop, golden_from_bytes
+from kp_runtime.golden import GOLDEN_NAME, check_golden_crop, golden_from_bytes
 from kp_runtime.pipeline import checked_boxes
 from kp_runtime.preprocess_cpu import CpuCropper
 from kp_runtime.spec import Manifest

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import BACKENDS, ORDER, Backend, kind_of, open_backend
+from kp_runtime.backend import Backend
+from kp_runtime.backend_by_name import BACKENDS, ORDER, kind_of, open_backend
 from kp_runtime.bench import MOST_FACES, boxes_in_turn
 from kp_runtime.bench_results import times_from_turns
 from kp_runtime.cores import default_threads, usable_cores

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kp_runtime.backend import AUTO
+from kp_runtime.backend_by_name import AUTO
 from kp_runtime.bench_results import Times, write_results
 from kp_runtime.errors import InputError
 from kp_runtime.machine import Machine

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kp_runtime.backend import BACKENDS, Backend, open_backend
+from kp_runtime.backend import Backend
+from kp_runtime.backend_by_name import BACKENDS, open_backend
 from kp_runtime.bench_compare import changes, machine_conditions
 from kp_runtime.cores import checked_cores
 from kp_runtime.device_backend import DeviceBackend
@@ -139,7 +140,7 @@ def open_tuned(
     Args:
         path: the settings file.
         bundle: the bundle's folder; where the file says it lies when None.
-        public_key: see `backend.open_backend`.
+        public_key: see `backend_by_name.open_backend`.
         golden: likewise.
         cores: likewise.
 

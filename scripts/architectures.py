@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.backend import CPU_ORDER, GOLDEN_TOLERANCE_PX, open_backend
+from kp_runtime.backend_by_name import CPU_ORDER, GOLDEN_TOLERANCE_PX, open_backend
 from kp_runtime.detect import HaarDetector
 from kp_runtime.errors import InputError, KpError
 from kp_runtime.files import writing

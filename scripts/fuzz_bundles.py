@@ -130,7 +130,7 @@ def detector_case(folder: Path) -> Case:
 
 def signature_case(folder: Path) -> Case:
     """Signed bundles: damaged signatures, manifests and keys. Only the untouched ones may pass."""
-    from kp_runtime.signing import new_key, sign_bundle
+    from kp_export.sign import new_key, sign_bundle
     from kp_runtime.spec import Manifest
     from tests.models import tiny_bundle
 

@@ -13,9 +13,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from kp_runtime.backend import GOLDEN_NAME
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.golden import GOLDEN_NAME
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_train.synthetic import golden_face, mean_shape

@@ -18,7 +18,8 @@ import numpy as np
 import onnx
 import pytest
 
-from kp_runtime.backend import GOLDEN_NAME, BackendReport, open_backend
+from kp_runtime.backend import BackendReport
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.backend_ort import OrtCpuBackend, import_onnxruntime
 from kp_runtime.cores import usable_cores
 from kp_runtime.errors import (
@@ -31,6 +32,7 @@ from kp_runtime.errors import (
     reason_of,
 )
 from kp_runtime.feeding import TRIES
+from kp_runtime.golden import GOLDEN_NAME
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints, tiny_scores
 from tests.tolerances import FP32_PX, MAP_PX, assert_close
@@ -42,7 +44,7 @@ NO_DRIVER = "this machine has no NVIDIA driver (libcuda.so.1); where there is a 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tested here is the CPU, and what is said where there is no GPU."""
-    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: False)
+    monkeypatch.setattr("kp_runtime.backend_by_name.has_driver", lambda: False)
 
 
 @pytest.fixture

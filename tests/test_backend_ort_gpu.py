@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from kp_runtime import BackendError, GraphWarning, MissingExtraError, Model, load, preprocess_cuda
-from kp_runtime.backend import open_backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.backend_ort_gpu import OrtCudaBackend, OrtGpuBackend, OrtTensorRtBackend
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.pipeline_cuda import LANES
@@ -52,7 +52,7 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DriverDouble:
     monkeypatch.setattr(Session, "open", 0)
     monkeypatch.setattr(Session, "room", None)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", double)
-    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: True)
+    monkeypatch.setattr("kp_runtime.backend_by_name.has_driver", lambda: True)
     monkeypatch.setattr(Session, "driver", double, raising=False)
     monkeypatch.setattr(OrtGpuBackend, "device_type", "cpu")
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
@@ -282,7 +282,7 @@ def test_the_real_session_refuses_nodes_on_the_cpu(
     """A provider of this very package that takes no node: all would fall to the CPU's."""
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: True)
+    monkeypatch.setattr("kp_runtime.backend_by_name.has_driver", lambda: True)
     if "AzureExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime has no second provider")
     monkeypatch.setattr(OrtCudaBackend, "provider", "AzureExecutionProvider")

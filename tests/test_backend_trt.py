@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kp_runtime.backend import open_backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.backend_trt import MODULES, TensorRtBackend, tensorrt_module
 from kp_runtime.cuda_graphs import GraphWarning
 from kp_runtime.device_backend import DeviceBackend
@@ -43,7 +43,7 @@ MADE: dict[str, Any] = {
 def driver(monkeypatch: pytest.MonkeyPatch) -> DriverDouble:
     double = DriverDouble(None)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", double)
-    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: True)
+    monkeypatch.setattr("kp_runtime.backend_by_name.has_driver", lambda: True)
     return double
 
 

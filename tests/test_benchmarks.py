@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import table
-from benchmarks.command import finish, run
+from benchmarks.command import run
 from benchmarks.compare_engines import Comparison, compare
 from benchmarks.crop_path import Scene, crops_by_hand, measure_crop_path
 from benchmarks.engines import OPENVINO, ORT, Candidate, LeftOut, bf16_blocker, candidates_from_bundle, openvino_ready
@@ -32,6 +32,7 @@ from benchmarks.record import (
     write_record,
 )
 from benchmarks.start import Start, measure_start, run_process, summaries_from_samples
+from benchmarks.table import finish
 from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BackendError, InputError, KpError
 from kp_runtime.frame import as_frame

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import kp_runtime
-from kp_runtime.backend import open_backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.cores import checked_cores, checked_threads, cores_from_text, default_threads, on_cores, usable_cores
 from kp_runtime.errors import BackendError, InputError

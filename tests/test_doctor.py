@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from kp_runtime import doctor
-from kp_runtime.backend import BACKENDS
+from kp_runtime.backend_by_name import BACKENDS
 from kp_runtime.doctor import Diagnosis, diagnose
 from kp_runtime.doctor_checks import Finding, Surroundings
 from kp_runtime.geometry import way_to_sample

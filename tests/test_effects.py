@@ -11,13 +11,12 @@ import numpy as np
 import pytest
 
 from kp_runtime import effects
+from kp_runtime.effect_pictures import EFFECTS, open_effect
 from kp_runtime.effects import (
     ANCHORS,
-    EFFECTS,
     Blur,
     Picture,
     face_outline,
-    open_effect,
     picture_from_toml,
 )
 from kp_runtime.errors import ImageError, InputError, MissingExtraError

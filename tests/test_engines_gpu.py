@@ -13,7 +13,7 @@ from kp_export.plan_bundle import add_plan
 from kp_export.plan_from_onnx import plan_blocker
 from kp_export.plan_options import PlanOptions
 from kp_export.precision_receipt import LEAST_SHARE
-from kp_runtime.backend import BACKENDS, open_backend
+from kp_runtime.backend_by_name import BACKENDS, open_backend
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kp_runtime.signing import new_key, sign_bundle
+from kp_export.sign import new_key, sign_bundle
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
 
 ROOT = Path(__file__).resolve().parents[1]

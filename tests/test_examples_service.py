@@ -26,8 +26,8 @@ import numpy as np
 import pytest
 
 import kp_runtime
+from kp_export.sign import new_key
 from kp_runtime.backend import Backend
-from kp_runtime.signing import new_key
 from kp_runtime.spec import ModelSpec
 from tests.models import LOST_LIMIT, tiny_bundle
 from tests.tolerances import FP32_PX, assert_close

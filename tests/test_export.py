@@ -22,7 +22,7 @@ from kp_export.bundle import answer_from_net, export_bundle
 from kp_export.evaluate import open_model
 from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
 from kp_export.parity import LIMITS, Limit, bundled_faces
-from kp_runtime.backend import GOLDEN_TOLERANCE_PX, open_backend
+from kp_runtime.backend_by_name import GOLDEN_TOLERANCE_PX, open_backend
 from kp_runtime.errors import BundleError, ExportError, InputError, IntegrityError, ParityError
 from kp_runtime.geometry import apply_matrix, crop_plan, invert_matrix, matrices_from_boxes
 from kp_runtime.pipeline import load

@@ -69,7 +69,7 @@ def test_a_box_that_holds_no_face_is_hidden_but_has_no_picture(
 
     boxes = np.array([[175.0, 85, 272, 180], [5, 300, 60, 360]])
     monkeypatch.setattr("kp_cli.faces.open_detector", lambda *_, **__: lambda image: boxes)
-    monkeypatch.setattr("kp_runtime.effects.open_effect", lambda name: put)
+    monkeypatch.setattr("kp_runtime.effect_pictures.open_effect", lambda name: put)
     bundle = tiny_bundle(tmp_path / "tiny", lost_limit=0.135)  # as of kp predict's test
     words = ("filter", astronaut, "--model", bundle, "--out", tmp_path, "--effect")
     status, out, err = kp(capsys, *words, "hat")

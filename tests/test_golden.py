@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kp_runtime.backend import GOLDEN_NAME, Backend, golden_error, open_backend
+from kp_runtime.backend import Backend
+from kp_runtime.backend_by_name import golden_error, open_backend
 from kp_runtime.errors import BackendError, IntegrityError
 from kp_runtime.frame import Frame
-from kp_runtime.golden import Golden, check_golden_crop
+from kp_runtime.golden import GOLDEN_NAME, Golden, check_golden_crop
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest, ModelSpec
 from tests.models import SIZE, tiny_bundle, tiny_keypoints, tiny_outputs, tiny_scores

@@ -41,7 +41,7 @@ from benchmarks.gpu_calls import (
     torch_network,
 )
 from benchmarks.record import Record, read_record, record_from, write_record
-from kp_runtime.backend import BACKENDS
+from kp_runtime.backend_by_name import BACKENDS
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.gpu_code import gpu_code_from_library

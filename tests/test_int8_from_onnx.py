@@ -22,7 +22,8 @@ from kp_export.int8_from_onnx import CHOICES, check_calibration
 from kp_export.onnx_from_checkpoint import onnx_from_checkpoint
 from kp_export.operators import operator_problems
 from kp_export.parity import LIMITS, FaceSet, Limit, Parity, faces_from_sources
-from kp_runtime.backend import Answer, open_backend
+from kp_runtime.backend import Answer
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import save_checkpoint

@@ -13,10 +13,9 @@ import pytest
 
 from kp_runtime import ImageError, InputError, Keypoints, Model, StageTimer, load
 from kp_runtime.draw import put_boxes, put_keypoints
-from kp_runtime.errors import NotDrawnError
 from kp_runtime.frame import image_from_file
 from kp_runtime.geometry import frame_box
-from kp_runtime.photos import Photo, photos_from_paths, predict_photo, write_results
+from kp_runtime.photos import NotDrawnError, Photo, photos_from_paths, predict_photo, write_results
 from kp_runtime.scheme68 import point_names
 from kp_runtime.spec import ModelSpec
 from tests.models import tiny_bundle

@@ -26,7 +26,8 @@ from kp_runtime import (
     StageTimer,
     tune,
 )
-from kp_runtime.backend import Backend, BackendReport, open_backend
+from kp_runtime.backend import Backend, BackendReport
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.cuda_driver import CudaDriver, Memory
 from kp_runtime.cuda_graphs import captured
 from kp_runtime.pipeline_cuda import GRAPHS, LANES

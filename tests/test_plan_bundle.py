@@ -16,7 +16,7 @@ import kp_runtime
 from kp_export import plan_from_onnx
 from kp_export.plan_bundle import add_plan
 from kp_export.plan_options import PlanOptions, rebuild_command
-from kp_runtime.backend import open_backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.errors import BackendError, ExportError, IntegrityError, SchemaError
 from kp_runtime.spec import Manifest, file_entry
 from kp_train.synthetic import write_csv_source
@@ -42,7 +42,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Installs doubles of the CUDA driver and of a TensorRT."""
     driver = DriverDouble(None)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
-    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: True)
+    monkeypatch.setattr("kp_runtime.backend_by_name.has_driver", lambda: True)
 
     def put(version: str = "10.3.0", **answers: Any) -> None:
         monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_double(version, device=driver, **answers))

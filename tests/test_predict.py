@@ -231,7 +231,7 @@ def test_a_model_of_whole_frames_opens_no_detector(
 def test_predict_on_an_engine_that_is_not_there_is_one_line(
     capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: False)
+    monkeypatch.setattr("kp_runtime.backend_by_name.has_driver", lambda: False)
     for backend in ("tensorrt", "ort-tensorrt", "ort-cuda"):
         status, out, err = kp(capsys, "predict", astronaut, "--model", bundle, "--backend", backend)
         assert (status, out) == (1, "")
@@ -243,7 +243,7 @@ def test_predict_on_an_engine_that_is_not_there_is_one_line(
 def test_a_plan_that_does_not_run_here_is_told(
     command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: False)
+    monkeypatch.setattr("kp_runtime.backend_by_name.has_driver", lambda: False)
     cv2.imwrite(str(tmp_path / "photo.png"), np.zeros((60, 60, 3), np.uint8))
     video(tmp_path / "talk.avi", 2)
     source = tmp_path / {"predict": "photo.png", "run": "talk.avi"}[command]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kp_runtime.draw import draw_keypoints
-from kp_runtime.effects import open_effect
+from kp_runtime.effect_pictures import open_effect
 from kp_runtime.errors import InputError
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.results import Keypoints

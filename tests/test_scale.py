@@ -16,7 +16,7 @@ from benchmarks import scale, stages
 from benchmarks.record import RESULTS, Record, read_records, record_from
 from benchmarks.scale import Costs, Way, scale_page, streams_held
 from benchmarks.stages import Case, Planned, Stages, cases_of, frames_of, h264_clip, measure_stages, scene
-from kp_runtime.backend import open_backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.detect import HaarDetector
 from kp_runtime.errors import InputError, KpError
 from kp_runtime.timing import summary_from_turns

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
 from kp_export.pack import pack_bundle
 from kp_export.plan_bundle import add_plan
+from kp_export.sign import new_key, sign_bundle
 from kp_runtime import load
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.center_detector import CenterDetector
@@ -32,7 +33,7 @@ from kp_runtime.errors import (
     MissingExtraError,
     SignatureError,
 )
-from kp_runtime.signing import PREFIX, new_key, sign_bundle
+from kp_runtime.signing import PREFIX
 from kp_runtime.spec import Manifest
 from kp_runtime.tuned import Tuned, write_tuned
 from kp_train.synthetic import write_csv_source
@@ -130,15 +131,15 @@ def test_the_signature_is_looked_at_before_the_manifest(signed: Path, public: Pa
 
 def test_manifest_exchanged_after_it_was_verified(signed: Path, public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was verified is what is parsed: the file is read once."""
-    import kp_runtime.signing
+    import kp_runtime.spec
 
-    check = kp_runtime.signing.check_signature
+    check = kp_runtime.spec.check_signature
 
     def check_then_change(*args: object) -> None:
         check(*args)  # type: ignore[arg-type]
         edit(signed / "manifest.json", b'"margin": 1.3', b'"margin": 4.0')
 
-    monkeypatch.setattr(kp_runtime.signing, "check_signature", check_then_change)
+    monkeypatch.setattr(kp_runtime.spec, "check_signature", check_then_change)
     assert load(signed, threads=1, public_key=public).spec.margin == 1.3
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from kp_export.evaluate import Evaluation, OpenModel, evaluate, measured_rise
 from kp_runtime import tune
-from kp_runtime.backend import Backend, open_backend
+from kp_runtime.backend import Backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.errors import BundleError
 from kp_runtime.tuned import tuned_from_file
 from kp_train.data import Face, read_source

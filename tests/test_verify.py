@@ -21,7 +21,8 @@ from kp_export.bundle import export_bundle
 from kp_export.parity import FaceSet, bundled_faces, faces_from_sources
 from kp_export.verify import FileVerdict, Verification, check_verification, verification_json, verify_bundle
 from kp_export.verify_page import verification_page
-from kp_runtime.backend import Backend, open_backend
+from kp_runtime.backend import Backend
+from kp_runtime.backend_by_name import open_backend
 from kp_runtime.errors import BundleError, DataError, IntegrityError, MissingExtraError, ParityError
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
@@ -195,7 +196,7 @@ def test_a_file_of_another_hash_is_refused(copied: Path, faces: FaceSet) -> None
 def test_a_plan_that_can_not_run_here_never_passes(
     copied: Path, faces: FaceSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kp_runtime.backend.has_driver", lambda: False)
+    monkeypatch.setattr("kp_runtime.backend_by_name.has_driver", lambda: False)
     (copied / PLAN).write_bytes(b"a plan")
     replace(copied, PLAN, kind="plan", precision="fp16")
     everything = verify_bundle(copied, faces)
