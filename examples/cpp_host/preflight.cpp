@@ -17,7 +17,7 @@ using nlohmann::ordered_json;
 
 constexpr int kSchema = 1;
 constexpr std::uintmax_t kLargestFile = 2ull << 30;
-constexpr const char* kBestFirst[] = {"int8", "fp16", "fp32"};  // as kp_runtime/backend.py prefers plans
+constexpr const char* kBestFirst[] = {"int8", "fp16", "fp32"};  // as kp_runtime/backend_by_name.py prefers plans
 constexpr char kSigned[] = "kp-edge bundle manifest, signature 1\n";  // stands before the manifest: docs/signing.md
 
 std::string sha256_of(const std::vector<char>& bytes) {
