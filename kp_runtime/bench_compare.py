@@ -12,16 +12,14 @@ from dataclasses import dataclass
 
 from kp_runtime.bench_results import Bench, Setup
 from kp_runtime.errors import InputError
-from kp_runtime.machine import Machine
+from kp_runtime.machine import changes, machine_conditions
 from kp_runtime.timing import FEW_TURNS, Ratio, ratio_of_medians
 
 __all__ = [
     "CaseComparison",
     "Comparison",
-    "changes",
     "check_alike",
     "compared",
-    "machine_conditions",
     "obstacles",
 ]
 
@@ -125,22 +123,6 @@ def _clock(least: float | None, most: float | None) -> str | None:
     return None if least is None or most is None else f"{least:.0f} to {most:.0f} MHz"
 
 
-def machine_conditions(machine: Machine) -> dict[str, object]:
-    """What of a machine decides how fast it is, by a name for people."""
-    jetson = machine.jetson
-    return {
-        "CPU": machine.cpu,
-        "device": machine.device,
-        "cores": machine.cores,
-        "cores that the process may use": machine.cores_usable,
-        "CPU quota": machine.cpu_quota or "none",
-        "architecture": machine.architecture,
-        "instructions": " ".join(sorted(machine.instructions)) or "none",
-        "governor": machine.governor,
-        "power mode": jetson and (jetson.power_mode or jetson.power_status),
-    }
-
-
 def _notes(old: Bench, new: Bench) -> Iterator[str]:
     yield from changes(_software(old), _software(new))
     before, after = ({file.file: file for file in bench.files} for bench in (old, new))
@@ -166,17 +148,3 @@ def _software(bench: Bench) -> dict[str, object]:
 
 def _load(bench: Bench) -> str:
     return "not known" if bench.load_before is None else f"{bench.load_before[0]:.2f}"
-
-
-def changes(old: dict[str, object], new: dict[str, object]) -> list[str]:
-    """`name old, then new` for each value that differs."""
-    names = dict.fromkeys([*old, *new])
-    return [
-        f"{name} {_word(old.get(name))}, then {_word(new.get(name))}"
-        for name in names
-        if old.get(name) != new.get(name)
-    ]
-
-
-def _word(value: object) -> str:
-    return "not known" if value is None else str(value)

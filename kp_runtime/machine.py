@@ -23,10 +23,12 @@ __all__ = [
     "JETSON_GPUS",
     "Jetson",
     "Machine",
+    "changes",
     "driver_version",
     "jetson_from_system",
     "l4t_release",
     "load_average",
+    "machine_conditions",
     "machine_from_system",
 ]
 
@@ -135,6 +137,36 @@ def machine_from_system(root: Path = Path("/"), *, versions: bool = True) -> Mac
         jetson=jetson_from_system(root),
         versions=_versions(root) if versions else {},
     )
+
+
+def machine_conditions(machine: Machine) -> dict[str, object]:
+    """What of a machine decides how fast it is, by a name for people."""
+    jetson = machine.jetson
+    return {
+        "CPU": machine.cpu,
+        "device": machine.device,
+        "cores": machine.cores,
+        "cores that the process may use": machine.cores_usable,
+        "CPU quota": machine.cpu_quota or "none",
+        "architecture": machine.architecture,
+        "instructions": " ".join(sorted(machine.instructions)) or "none",
+        "governor": machine.governor,
+        "power mode": jetson and (jetson.power_mode or jetson.power_status),
+    }
+
+
+def changes(old: dict[str, object], new: dict[str, object]) -> list[str]:
+    """`name old, then new` for each value that differs."""
+    names = dict.fromkeys([*old, *new])
+    return [
+        f"{name} {_word(old.get(name))}, then {_word(new.get(name))}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _word(value: object) -> str:
+    return "not known" if value is None else str(value)
 
 
 def load_average(root: Path = Path("/")) -> tuple[float, ...] | None:

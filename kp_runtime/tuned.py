@@ -19,12 +19,11 @@ from typing import Any
 
 from kp_runtime.backend import Backend
 from kp_runtime.backend_by_name import BACKENDS, open_backend
-from kp_runtime.bench_compare import changes, machine_conditions
 from kp_runtime.cores import checked_cores
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, BundleError, InputError, KpWarning, MissingExtraError
 from kp_runtime.files import as_path, read_plain, write_file
-from kp_runtime.machine import machine_from_system
+from kp_runtime.machine import changes, machine_conditions, machine_from_system
 from kp_runtime.spec import Manifest
 
 __all__ = ["Tuned", "TunedWarning", "open_tuned", "tuned_conditions", "tuned_from_file", "write_tuned"]

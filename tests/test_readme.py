@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from kp_runtime.spec import Manifest
+from tests.test_imports import imported_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,6 +38,19 @@ def test_the_map_is_the_house() -> None:
     there = {name for name in there if not name.endswith(("__init__.py", "__main__.py"))}
     assert set(files_of_the_map()) == there
     assert len(files_of_the_map()) == len(there)
+
+
+def test_the_map_is_in_reading_order() -> None:
+    """No file stands before one of its package that it imports."""
+    above: dict[str, list[str]] = {}
+    for name in files_of_the_map():
+        package, _, file = name.partition("/")
+        if package == "examples":
+            continue
+        files = {path.stem for path in (ROOT / package).glob("*.py")} - {"__init__"}
+        needed = imported_modules((ROOT / name).read_text(encoding="utf-8"), package) & files
+        assert needed <= set(above.setdefault(package, [])), name
+        above[package].append(file.removesuffix(".py"))
 
 
 def test_links_lead_somewhere() -> None:
