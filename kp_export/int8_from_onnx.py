@@ -168,7 +168,10 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
     crops = calibration.crops[:: calibration_stride(choice)]
     model = onnx.load(fp32)
     nodes = list(model.graph.node)
-    convolutions = [node.name for node in nodes if node.op_type == "Conv"]
+    convolutions = [node for node in nodes if node.op_type == "Conv"]
+    # grey levels over 255: a brighter face than those of the calibration is not clipped
+    image = {"rmin": np.float32(0), "rmax": np.float32(1)}
+    options["TensorQuantOverrides"] = {convolutions[0].input[0]: [image]}
     pooling = next(i for i, node in enumerate(nodes) if node.op_type == "ReduceMean")
     head = [node.name for node in nodes[pooling:]]
     with _temporary_folder() as folder, _quiet():
@@ -184,7 +187,7 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
                 reduce_range=cpu,
                 activation_type=QuantType.QUInt8 if cpu else QuantType.QInt8,
                 weight_type=QuantType.QInt8,
-                nodes_to_exclude=head + convolutions[: choice.float_layers],
+                nodes_to_exclude=head + [node.name for node in convolutions[: choice.float_layers]],
                 calibrate_method=method,
                 extra_options=options,
             )

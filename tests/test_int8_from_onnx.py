@@ -249,6 +249,24 @@ def test_ranges_are_found_as_was_asked(
     assert asked["batches"] == batches  # onnxruntime's percentile takes batches of one size alone
 
 
+@pytest.mark.parametrize("reduce", [1, 2])
+@pytest.mark.parametrize(("precision", "scale"), [("int8", 1 / 255), ("int8-trt", 1 / 127)])
+def test_dark_calibration_faces_clip_no_bright_ones(reduce: int, precision: str, scale: float, tmp_path: Path) -> None:
+    """The image's range is that of grey levels, whatever was shown."""
+    fp32, out = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    net, spec = KeypointNet(SIZE, reduce).eval(), ModelSpec("x", SIZE)
+    torch.nn.init.ones_(net.backbone.bn1.bias)  # as trained, the first convolution has a bias
+    onnx_from_checkpoint(net, spec, fp32, precision="fp32", checkpoint_sha256="0" * 64)
+    dark = FaceSet(("x",) * 4, np.random.default_rng(1).integers(9, 99, (4, 1, SIZE, SIZE), dtype=np.uint8), "x")
+    module.int8_from_onnx(fp32, out, precision=precision, calibration=dark, choice=CHOICES[0])
+    model = onnx.load(out)
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    image = next(node for node in model.graph.node if conv.input[0] in node.output)
+    constants = {c.name: numpy_helper.to_array(c) for c in model.graph.initializer}
+    assert image.op_type == "DequantizeLinear"
+    assert [constants[name] for name in image.input[1:]] == [np.float32(scale), 0]
+
+
 def test_int8_without_faces_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="give --calibration"):
         export_bundle(checkpoint, tmp_path / "b", precisions=("int8",))
