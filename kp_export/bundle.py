@@ -34,12 +34,13 @@ from kp_export.parity import (
 from kp_export.staging import check_replaced, mend, staging
 from kp_runtime import __version__
 from kp_runtime.backend import Answer
+from kp_runtime.backend_by_name import golden_distance
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, DataError, ExportError, IntegrityError, ParityError
 from kp_runtime.files import write_file, writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import matrices_from_boxes
-from kp_runtime.golden import GOLDEN_NAME
+from kp_runtime.golden import GOLDEN_NAME, Golden, golden_from_bytes
 from kp_runtime.pipeline import load
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.recorded_rise import PARITY_NAME, parity_rows
@@ -124,14 +125,15 @@ def export_bundle(
                     "more with --data (without it, half of the people of --calibration measure the result)"
                 )
         wanted = answers_to(answer_from_net(net), faces.shown)
-        export = _Export(net, manifest, stage, faces, calibrating, step, wanted)
+        golden_entry = _write_golden(net, manifest, stage)
+        golden = golden_from_bytes((stage / GOLDEN_NAME).read_bytes(), manifest.spec)
+        export = _Export(net, manifest, stage, faces, calibrating, step, wanted, golden)
         try:
             for precision in ("fp32", *(p for p in precisions if p != "fp32")):
                 export.add(precision)
         except ParityError as error:
             raise ParityError(f"{error}; nothing was replaced") from error
-        files = {CHECKPOINT_NAME: manifest.files[CHECKPOINT_NAME], **export.files}
-        files[GOLDEN_NAME] = _write_golden(net, manifest, stage)
+        files = {CHECKPOINT_NAME: manifest.files[CHECKPOINT_NAME], **export.files, GOLDEN_NAME: golden_entry}
         files = _with_kept(files, old)
         known: dict[str, dict[str, Any]] = {}
         if any(entry.kind == "onnx" and name not in export.files for name, entry in files.items()):
@@ -169,6 +171,7 @@ class _Export:
     calibration: FaceSet | None
     step: Callable[[str], None]
     wanted: Answer
+    golden: Golden
     files: dict[str, FileEntry] = field(default_factory=dict)
     reports: list[Parity] = field(default_factory=list)
 
@@ -184,8 +187,7 @@ class _Export:
             self.step(f"ONNX {precision}")
             onnx_from_checkpoint(self.net, self.manifest.spec, path, precision=precision, checkpoint_sha256=parent)
             self.step(f"parity {precision}, {len(self.faces.names)} faces")
-            self.reports.append(self._measure(path, precision))
-            check_parity(self.reports[-1], self.manifest.spec.size)
+            self.reports.append(self._checked(path, precision))
             made = {"by": "onnx_from_checkpoint", "opset": OPSET, "ir_version": IR_VERSION, "torch": torch.__version__}
         if precision != "int8":  # that one is for ONNX Runtime alone
             check_operators(path)
@@ -199,8 +201,7 @@ class _Export:
             path,
             precision=precision,
             calibration=self.calibration,
-            measure=lambda file: self._measure(file, precision),
-            size=self.manifest.spec.size,
+            check=lambda file: self._checked(file, precision),
             step=self.step,
         )
         self.reports.append(report.parity)
@@ -218,10 +219,17 @@ class _Export:
             },
         }
 
-    def _measure(self, path: Path, precision: str) -> Parity:
+    def _checked(self, path: Path, precision: str) -> Parity:
+        """A file's parity, within its limits; a ParityError where it is not, or strays too far on the golden crop."""
         read = (lambda: half_on_cpu(path)) if precision == "fp16" else None
-        got = answers_to(OrtCpuBackend(path, self.manifest.spec, read=read).answer, self.faces.shown)
-        return parity(self.wanted, got, self.faces, file=path.name, precision=precision)
+        engine = OrtCpuBackend(path, self.manifest.spec, read=read)
+        got = answers_to(engine.answer, self.faces.shown)
+        report = parity(self.wanted, got, self.faces, file=path.name, precision=precision)
+        check_parity(report, self.manifest.spec.size)
+        _, fault = golden_distance(engine, self.golden, precision)
+        if fault is not None:
+            raise ParityError(f"{path.name} is within its limits on faces, but {fault}")
+        return report
 
 
 def _face_sets(

@@ -9,7 +9,7 @@ Pooling and the head stay in float32 in both.
 Weights of the CPU graph have 7 bits. x86 processors without VNNI add pairs of products of uint8
 and int8 in 16 bits, which 8-bit weights overflow: the same file would give other keypoints there.
 
-What is tried, in order, is `CHOICES`; the first that is within the limits of `parity` is kept.
+What is tried, in order, is `CHOICES`; the first that is within its limits is kept.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import onnx
 from numpy.typing import NDArray
 
 from kp_export.first_convolution import fold_first_convolution, remove_unused, round_first_convolution
-from kp_export.parity import Ask, FaceSet, Parity, answers_to, check_parity
+from kp_export.parity import Ask, FaceSet, Parity, answers_to
 from kp_runtime.errors import DataError, ExportError, ParityError
 from kp_runtime.files import write_file
 from kp_train.metrics import point_errors
@@ -112,8 +112,7 @@ def search_int8(
     *,
     precision: str,
     calibration: FaceSet,
-    measure: Callable[[Path], Parity],
-    size: int,
+    check: Callable[[Path], Parity],
     step: Callable[[str], None] = lambda text: None,
 ) -> Int8Report:
     """Quantises in the ways of `CHOICES` until one is within its limits.
@@ -123,8 +122,7 @@ def search_int8(
         out: where the chosen graph goes.
         precision: `int8` (ONNX Runtime on a CPU) or `int8-trt` (TensorRT).
         calibration: the faces whose values set the ranges.
-        measure: gives a file's parity, on other faces as far as there are.
-        size: side of the crops.
+        check: gives a file's parity, on other faces as far as there are; a ParityError where it is over a limit.
         step: told what is tried.
 
     Raises:
@@ -134,13 +132,10 @@ def search_int8(
     for choice in CHOICES:
         step(f"ONNX {precision}, {choice.method}, {choice.float_layers} convolutions in float32")
         int8_from_onnx(fp32, out, precision=precision, calibration=calibration, choice=choice)
-        report = measure(out)
         try:
-            check_parity(report, size)
+            return Int8Report(choice, check(out), tuple(rejected))
         except ParityError as error:
             rejected.append(f"{choice.method}, {choice.float_layers} in float32: {error}")
-            continue
-        return Int8Report(choice, report, tuple(rejected))
     raise ParityError(f"no way to quantise keeps the accuracy of {precision}: " + " | ".join(rejected))
 
 

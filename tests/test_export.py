@@ -23,7 +23,7 @@ from kp_export.evaluate import open_model
 from kp_export.onnx_from_checkpoint import check_fits_half, onnx_from_checkpoint
 from kp_export.parity import LIMITS, Limit, bundled_faces
 from kp_runtime.backend_by_name import GOLDEN_TOLERANCE_PX, open_backend
-from kp_runtime.errors import BundleError, ExportError, InputError, IntegrityError, ParityError
+from kp_runtime.errors import BackendError, BundleError, ExportError, InputError, IntegrityError, ParityError
 from kp_runtime.geometry import apply_matrix, crop_plan, invert_matrix, matrices_from_boxes
 from kp_runtime.pipeline import load
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
@@ -221,7 +221,7 @@ def test_an_interrupted_export_leaves_the_old_bundle(
     def stop(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(kp_export.bundle, "_write_golden", stop)
+    monkeypatch.setattr(kp_export.bundle, "_write_parity", stop)
     expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ExportError
     with pytest.raises(expected):
         export_bundle(copied)
@@ -379,14 +379,29 @@ def test_files_of_other_weights_go(copied: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "what"), [("fp32", "is within its limits"), ("fp16", "would be kept, as its switch was not given")]
+    ("precision", "what"),
+    [
+        ("fp32", "is within its limits on faces, but puts a golden keypoint [^;]*"),  # and no machine is to blame
+        ("fp16", "would be kept, as its switch was not given, and yet could not be opened: .* golden keypoint .*"),
+    ],
 )
-def test_a_file_that_no_program_could_open_is_no_export(
+def test_a_file_that_misses_the_golden_crop_is_no_export(
     copied: Path, precision: str, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(copied)
     monkeypatch.setitem(GOLDEN_TOLERANCE_PX, precision, -1.0)
-    told = rf"model\.{precision}\.onnx {what}, and yet could not be opened: .* golden keypoint .*; nothing was"
+    with pytest.raises(ParityError, match=rf"^model\.{precision}\.onnx {what}; nothing was"):
+        export_bundle(copied)
+    assert contents(copied) == before
+
+
+def test_a_file_that_no_program_could_open_is_no_export(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BackendError("refused")
+
+    before = contents(copied)
+    monkeypatch.setattr(kp_export.bundle, "load", refused)
+    told = r"model\.fp32\.onnx is within its limits, and yet could not be opened: refused; nothing was replaced"
     with pytest.raises(ParityError, match=told):
         export_bundle(copied)
     assert contents(copied) == before

@@ -21,7 +21,7 @@ from kp_export.bundle import export_bundle
 from kp_export.int8_from_onnx import CHOICES, check_calibration
 from kp_export.onnx_from_checkpoint import onnx_from_checkpoint
 from kp_export.operators import operator_problems
-from kp_export.parity import LIMITS, FaceSet, Limit, Parity, faces_from_sources
+from kp_export.parity import LIMITS, FaceSet, Limit, Parity, check_parity, faces_from_sources
 from kp_runtime.backend import Answer
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.errors import DataError, ExportError, ParityError
@@ -179,16 +179,30 @@ def test_the_first_way_within_the_limits_is_kept_with_why_those_before_were_not(
     monkeypatch.setattr(module, "int8_from_onnx", lambda *_, **__: None)
     rises = iter((1.0, 0.01))
 
-    def measure(file: Path) -> Parity:
-        return Parity(file.name, "int8", 1, "x", 0.1, 0.1, 0.1, 0.1, 0.1, next(rises), {}, "a face")
+    def check(file: Path) -> Parity:
+        report = Parity(file.name, "int8", 1, "x", 0.1, 0.1, 0.1, 0.1, 0.1, next(rises), {}, "a face")
+        check_parity(report, SIZE)
+        return report
 
     none = FaceSet((), np.empty((0, 1, SIZE, SIZE), np.uint8), "x")
-    found = module.search_int8(
-        tmp_path / "a", tmp_path / "b", precision="int8", calibration=none, measure=measure, size=SIZE
-    )
+    found = module.search_int8(tmp_path / "a", tmp_path / "b", precision="int8", calibration=none, check=check)
     assert (found.choice, found.parity.rise) == (CHOICES[1], 0.01)
     assert len(found.rejected) == 1
     assert found.rejected[0].startswith("minmax, 0 in float32: b is too far from PyTorch: rise of the NME 1 percentage")
+
+
+def test_a_way_that_misses_the_golden_crop_is_passed_over(
+    checkpoint: Path, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is over its limits on faces is."""
+    off = iter((None, "puts a golden keypoint 9 px off", None))  # fp32 and the two ways
+    monkeypatch.setattr("kp_export.bundle.golden_distance", lambda *_: (0.0, next(off)))
+    monkeypatch.setattr(module, "CHOICES", CHOICES[:3:2])
+    export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), calibration=[source])
+    made = Manifest.read(tmp_path / "b").files["model.int8.onnx"].made
+    assert made["choice"] == dataclasses.asdict(CHOICES[2])
+    told = "model.int8.onnx is within its limits on faces, but puts a golden keypoint 9 px off"
+    assert made["rejected"] == [f"minmax, 0 in float32: {told}"]
 
 
 def test_no_room_for_the_quantiser_is_not_the_bundle_s_fault(
