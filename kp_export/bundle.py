@@ -205,7 +205,7 @@ class _Export:
             step=self.step,
         )
         self.reports.append(report.parity)
-        stride = calibration_stride(report.choice)
+        stride = calibration_stride(report.choice, self.calibration.crops)
         measured = {crop.tobytes() for crop in self.faces.crops}
         return {
             "by": "int8_from_onnx",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -51,6 +52,9 @@ LEAST_FACES = 32
 WORST_FACE_NME = 0.15
 """A face that the fp32 network misses by more is none, or is labelled otherwise."""
 MOST_MISSED = 0.2
+
+_PERCENTILE_PIXELS = 64 * 224**2
+"""About as many are shown to percentile at most: 64 faces in crops of 224 px."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
     options: dict[str, Any] = {"WeightSymmetric": True} | ({"CalibPercentile": 99.99} if percentile else {})
     if not cpu:
         options |= {"ActivationSymmetric": True, "QuantizeBias": False}
-    crops = calibration.crops[:: calibration_stride(choice)]
+    crops = calibration.crops[:: calibration_stride(choice, calibration.crops)]
     model = onnx.load(fp32)
     nodes = list(model.graph.node)
     convolutions = [node for node in nodes if node.op_type == "Conv"]
@@ -198,9 +202,12 @@ def int8_from_onnx(fp32: Path, out: Path, *, precision: str, calibration: FaceSe
     write_file(out, result.SerializeToString(deterministic=True))
 
 
-def calibration_stride(choice: Int8Choice) -> int:
-    """1 where all calibration faces are used, 4 where each fourth is: percentile keeps 23 MB of activations a face."""
-    return 4 if choice.method == "percentile" else 1
+def calibration_stride(choice: Int8Choice, crops: NDArray[np.uint8]) -> int:
+    """1 where all calibration faces are used, n where each n-th is: percentile keeps all activations in memory.
+
+    Those of a face are 23 MB in a crop of 224 px, so that each fourth is used, and of larger crops fewer.
+    """
+    return max(4, math.ceil(crops.size / _PERCENTILE_PIXELS)) if choice.method == "percentile" else 1
 
 
 class _Reader:

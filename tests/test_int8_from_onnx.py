@@ -149,6 +149,14 @@ def test_the_manifest_names_the_images_that_percentile_uses(
     assert made["calibration"]["also_measured"] == len(made["calibration"]["images"])  # all faces were measured
 
 
+@pytest.mark.parametrize(("faces", "size", "used"), [(256, 112, 64), (256, 224, 64), (256, 1024, 4), (32, 448, 8)])
+def test_percentile_is_shown_no_more_of_large_crops_than_memory_holds(faces: int, size: int, used: int) -> None:
+    """It keeps all activations, which grow with the pixels."""
+    crops = np.broadcast_to(np.uint8(0), (faces, 1, size, size))
+    minmax, percentile = (len(crops[:: module.calibration_stride(choice, crops)]) for choice in CHOICES[:2])
+    assert (minmax, percentile) == (faces, used)
+
+
 def test_int8_is_what_a_cpu_takes_by_itself(exported: Path) -> None:
     report = open_backend(exported).report
     assert (report.file, report.precision) == ("model.int8.onnx", "int8")
