@@ -87,7 +87,7 @@ def _version(nvrtc: Any) -> str:
         raise BackendError(
             f"the crop kernel can't be compiled: NVRTC can't be loaded ({reason_of(error, lines=1)}); put the CUDA "
             "toolkit's lib64 into LD_LIBRARY_PATH, or run: pip install nvidia-cuda-nvrtc (CUDA 12: "
-            "nvidia-cuda-nvrtc-cu12 and the newest cuda-python of CUDA 12), or name a compiled kernel in KP_CUBIN"
+            "nvidia-cuda-nvrtc-cu12), or name a compiled kernel in KP_CUBIN"
         ) from error
     return f"{major}.{minor}"
 

@@ -30,7 +30,7 @@ OFFERED = [
     ("annotated-doc", "1.0", PURE, []),
     ("backport", "1.0", PURE, []),
     ("cryptography", "50.0", "cp310-abi3-manylinux_2_28_aarch64", []),
-    ("cuda-python", "12.9.0", PURE, []),
+    ("cuda-python", "12.9.1", PURE, []),
     ("cuda-python", "13.0.0", PURE, []),
     ("fastapi", "0.200", PURE, ["backport; python_version < '3.11'"]),
     ("numpy", "1.26.4", "cp310-cp310-manylinux_2_17_aarch64.manylinux2014_aarch64", []),
@@ -95,7 +95,7 @@ def test_a_wheelhouse_is_whole_and_for_its_board(offered: Path, tmp_path: Path) 
     out = tmp_path / "house"
     wheels = fill_wheelhouse("jetpack6", out, find_links=offered)
     assert names(wheels) == {
-        "annotated_doc-1.0", "backport-1.0", "cryptography-50.0", "cuda_python-12.9.0", "fastapi-0.200", "numpy-1.26.4",
+        "annotated_doc-1.0", "backport-1.0", "cryptography-50.0", "cuda_python-12.9.1", "fastapi-0.200", "numpy-1.26.4",
         "onnxruntime-1.23.2", "prometheus_client-0.30", "rich-15.0", "typer-0.29", "uvicorn-0.50",
     }  # fmt: skip
     assert {path.name for path in out.iterdir()} == {"wheels", "requirements.txt", "README.txt"}
