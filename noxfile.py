@@ -39,6 +39,14 @@ except RuntimeError as error:
     assert "there is no CUDA device" in str(error), error
 """
 
+COMPILE_KERNEL = """
+from cuda.bindings.nvrtc import nvrtcGetSupportedArchs, nvrtcVersion
+from kp_runtime.preprocess_cuda import compile_cubin
+assert nvrtcVersion()[1:] == (12, 6), nvrtcVersion()
+for number in nvrtcGetSupportedArchs()[1]:
+    compile_cubin(f"sm_{number}")
+"""
+
 nox.options.sessions = ("runtime", "system_packages", "cuda")
 nox.options.envdir = "build/nox"
 nox.options.reuse_existing_virtualenvs = True
@@ -72,9 +80,15 @@ def gpu_packages(session: nox.Session, bounds: str) -> None:
 @nox.parametrize("bounds", BOUNDS)
 @nox.parametrize("extra", ["cuda12", "cuda13"])
 def cuda(session: nox.Session, extra: str, bounds: str) -> None:
-    """NVIDIA's bindings are there and have the names that are used; a device is opened where there is one."""
+    """NVIDIA's bindings are there and have the names that are used; a device is opened where there is one.
+
+    Those of CUDA 12 compile the crop kernel by JetPack 6's NVRTC, for each GPU that it knows.
+    """
     _install(session, bounds, extra)
     session.run("python", "-c", OPEN_DEVICE)
+    if extra == "cuda12":
+        session.install("nvidia-cuda-nvrtc-cu12==12.6.85")
+        session.run("python", "-c", COMPILE_KERNEL, env={"KP_CACHE": session.create_tmp()})
 
 
 @nox.session(python=list(SYSTEM_PACKAGES))

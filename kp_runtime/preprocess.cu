@@ -65,14 +65,16 @@ struct Image {         // likewise
     int reserved;
 };
 
+struct Blocks {
+    unsigned char means[MOST_MEANS];
+    unsigned int sums[MOST_SUMS]; // of strips of columns, k pixels high
+};
+
 struct Shared {
     int column_x[TILE], column_y[TILE], row_x[TILE], row_y[TILE]; // terms of X and Y in 1/1024 px
     union {
         unsigned char pixels[MOST_PIXELS]; // k = 1
-        struct {
-            unsigned char means[MOST_MEANS];
-            unsigned int sums[MOST_SUMS];  // of strips of columns, k pixels high
-        };
+        Blocks blocks;                     // k > 1
     };
 };
 
@@ -198,18 +200,18 @@ __device__ void stage_means(Shared& shared, const Image& image, const Face& face
                 const int part = walk.column % strips * strip; // where the strip starts in its block
                 const int x = face.x0 + (at.left + walk.column / strips) * k + part;
                 const int y = face.y0 + (at.top + row + walk.row) * k;
-                shared.sums[walk.row * columns + walk.column] =
+                shared.blocks.sums[walk.row * columns + walk.column] =
                     strip_sum<BYTES>(image, face, x, min(strip, k - part), y);
             }
         }
         KP_PHASE(t) {
             for (Walk walk(t, at.width); walk.row < rows; walk.next()) {
-                const unsigned int* sums = shared.sums + walk.row * columns + walk.column * strips;
+                const unsigned int* sums = shared.blocks.sums + walk.row * columns + walk.column * strips;
                 unsigned int sum = 0;
                 for (int i = 0; i < strips; ++i) {
                     sum += sums[i];
                 }
-                shared.means[(row + walk.row) * at.width + walk.column] = rounded_mean(sum, k * k);
+                shared.blocks.means[(row + walk.row) * at.width + walk.column] = rounded_mean(sum, k * k);
             }
         }
     }
@@ -224,7 +226,7 @@ __device__ int blended(int a, int b, int c, int d, int fx, int fy) {
 template <int BYTES>
 __device__ void write_tile(const Shared& shared, const Image& image, const Face& face, const Touched& at,
                            unsigned char* tile, int size, int columns, int rows) {
-    const unsigned char* means = face.block > 1 ? shared.means : shared.pixels;
+    const unsigned char* means = face.block > 1 ? shared.blocks.means : shared.pixels;
     KP_PHASE(t) {
         const int u = t % TILE;
         for (int v = t / TILE; v < rows && u < columns; v += THREADS / TILE) {

@@ -15,7 +15,7 @@ from kp_runtime.frame import CHANNELS, Frame
 from kp_runtime.preprocess_cuda import FACE, IMAGE, faces_from_matrices, record_from_frame, weights_of_layout
 
 SOURCE = Path(__file__).with_name("preprocess_emulated.cpp")
-WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Werror")
+WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Wpedantic", "-Werror")  # older NVRTCs take ISO C++ alone
 
 
 def built(folder: Path, *options: str) -> Path:
