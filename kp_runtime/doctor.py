@@ -67,7 +67,7 @@ def diagnose(
     gpus, gpu = checks.gpus_found(here, here.ask("driver", seconds=seconds))
     findings += [*gpus, checks.cuda_python(here, gpu)]
     step("crops on the GPU")
-    findings += [checks.nvrtc(gpu, here.ask("nvrtc", seconds=seconds))]
+    findings += [checks.nvrtc(gpu, here.ask("nvrtc", gpu.arch if gpu else "", seconds=seconds))]
     findings += [checks.gpu_crops(here.ask("crops", seconds=seconds))] if gpu else []
     step("ONNX Runtime")
     onnxruntime = here.ask("onnxruntime", seconds=seconds)

@@ -138,6 +138,11 @@ class Gpu:
     capability: int
     cuda: int
 
+    @property
+    def arch(self) -> str:
+        """Its architecture, such as `sm_87`."""
+        return f"sm_{self.capability}"
+
 
 def computer(here: Surroundings) -> Finding:
     """The system, Python, numpy and kp."""
@@ -256,17 +261,13 @@ def cuda_python(here: Surroundings, gpu: Gpu | None) -> Finding:
 
 
 def nvrtc(gpu: Gpu | None, answer: Outcome) -> Finding:
-    """Whether the crop kernel can be compiled for this chip."""
+    """Whether the crop kernel was compiled for this chip."""
     advice = "pip install nvidia-cuda-nvrtc (CUDA 12: nvidia-cuda-nvrtc-cu12), or name a compiled kernel in KP_CUBIN"
     if answer.broken:
         return Finding("NVRTC", PROBLEM, answer.text, advice)
     if answer.state != "answered":
         return Finding("NVRTC", WARNING, answer.text, advice) if gpu else Finding("NVRTC", ABSENT, "not usable here")
-    version, capabilities = answer.facts["version"], answer.facts["capabilities"]
-    if gpu and gpu.capability not in capabilities:
-        known = ", ".join(f"sm_{capability}" for capability in capabilities)
-        return Finding("NVRTC", WARNING, f"{version} compiles for {known}, not for sm_{gpu.capability}", advice)
-    return Finding("NVRTC", OK, version + (f", compiles for sm_{gpu.capability}" if gpu else ""))
+    return Finding("NVRTC", OK, answer.facts["version"] + (f", compiles the crop kernel for {gpu.arch}" if gpu else ""))
 
 
 def gpu_crops(answer: Outcome) -> Finding:
@@ -311,7 +312,7 @@ def provider(here: Surroundings, gpu: Gpu | None, answer: Outcome) -> list[Findi
         return []
     subject = "ONNX Runtime on the GPU"
     advice = f"pip uninstall -y {' '.join(here.wheels(ORT_WHEELS)) or 'onnxruntime'}, then install onnxruntime-gpu"
-    if f"sm_{gpu.capability}" in JETSON_GPUS:
+    if gpu.arch in JETSON_GPUS:
         advice = "no public wheel has code for a Jetson's GPU: take the backend tensorrt (kp plan)"
     if "CUDAExecutionProvider" not in answer.facts["providers"]:
         return [Finding(subject, WARNING, "it has no CUDA provider", advice)]
@@ -323,7 +324,7 @@ def provider(here: Surroundings, gpu: Gpu | None, answer: Outcome) -> list[Findi
     ]
     text = f"code for {', '.join(carried) or 'no GPU'}"
     if not code.runs_on(gpu.capability):
-        return [Finding(subject, PROBLEM, f"{text}, none that sm_{gpu.capability} runs", advice)]
+        return [Finding(subject, PROBLEM, f"{text}, none that {gpu.arch} runs", advice)]
     return [Finding(subject, OK, text)]
 
 

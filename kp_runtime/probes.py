@@ -145,14 +145,15 @@ def _device(cuda: ctypes.CDLL, index: int) -> Facts:
     }
 
 
-def nvrtc() -> Facts:
-    """NVRTC's version and the compute capabilities (times ten) that it compiles for."""
+def nvrtc(arch: str = "") -> Facts:
+    """NVRTC's version, once it has compiled the crop kernel for an architecture such as `sm_87`, if one is named."""
     from kp_runtime.cuda_driver import bindings
+    from kp_runtime.preprocess_cuda import compile_cubin
 
-    module = bindings("nvrtc")
-    _, major, minor = module.nvrtcVersion()
-    _, capabilities = module.nvrtcGetSupportedArchs()
-    return {"version": f"{major}.{minor}", "capabilities": [int(capability) for capability in capabilities]}
+    if arch:
+        compile_cubin(arch)
+    _, major, minor = bindings("nvrtc").nvrtcVersion()
+    return {"version": f"{major}.{minor}"}
 
 
 def crops() -> Facts:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kp_runtime import preprocess_cuda
+from kp_runtime import preprocess_cuda, probes
 from kp_runtime.cubin import cache_folder, cubin_from_source
 from kp_runtime.errors import BackendError, MissingExtraError
 from kp_runtime.preprocess_cuda import compile_cubin, kernel_source
@@ -129,6 +129,18 @@ def test_faults_in_the_source(compiler: Compiler, tmp_path: Path) -> None:
         BackendError, match=r"test\.cu can't be compiled for sm_87: test\.cu\(3\): error: expected a ';'"
     ):
         cubin_from_source("abc", "sm_87", "test", tmp_path)
+
+
+def test_the_doctor_s_probe_compiles_the_kernel(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("KP_CACHE", str(tmp_path))
+    compiler.error = b"preprocess.cu(201): error: class has no member\0"
+    with pytest.raises(BackendError, match=r"can't be compiled for sm_87: .* no member"):
+        probes.nvrtc("sm_87")
+    assert probes.nvrtc() == {"version": "12.6"}
+    compiler.error = b""
+    assert probes.nvrtc("sm_87") == {"version": "12.6"}
 
 
 def test_a_gpu_that_the_compiler_does_not_know(compiler: Compiler, tmp_path: Path) -> None:
