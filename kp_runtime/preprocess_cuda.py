@@ -66,7 +66,8 @@ def compile_cubin(arch: str, folder: Path | None = None) -> bytes:
     """The kernel's machine code for a GPU architecture such as `sm_87`, compiled or from the cache.
 
     Its bytes, written to a file, are what `KP_CUBIN` and `CudaCropper(cubin=...)` take on a device
-    that has no NVRTC. See `cubin.cubin_from_source` for the folder and the errors.
+    that has no NVRTC. Its driver must be of the CUDA major version of the NVRTC here, or a newer one.
+    See `cubin.cubin_from_source` for the folder and the errors.
     """
     return cubin_from_source(kernel_source(), arch, "preprocess", folder)
 
@@ -154,9 +155,10 @@ class CropKernels(Closing):
         given = cubin if cubin is not None else os.environ.get("KP_CUBIN") or None
         image = np.frombuffer(compile_cubin(driver.arch) if given is None else _cubin_bytes(given), np.uint8)
         driver.make_current()
-        what_to_do = f"compile it for {driver.arch} with this release, or unset KP_CUBIN"
+        compiler = f"an NVRTC of the driver's CUDA {driver.cuda.partition('.')[0]} or an older one"
+        what_to_do = f"compile it for {driver.arch} with this release and {compiler}, or unset KP_CUBIN"
         if given is None:
-            what_to_do = "clear the kernel cache (KP_CACHE, else ~/.cache/kp-edge) and start again"
+            what_to_do = f"take {compiler}, clear the kernel cache (KP_CACHE, else ~/.cache/kp-edge) and start again"
         try:
             self._module = driver.call("cuModuleLoadData", image.ctypes.data)
             try:

@@ -141,7 +141,8 @@ def test_cubin_of_the_environment(driver: DriverDouble, monkeypatch: pytest.Monk
 def test_a_cubin_for_another_gpu(driver: DriverDouble) -> None:
     driver.failing["cuModuleLoadData"] = Result.CUDA_ERROR_NO_BINARY_FOR_GPU
     with pytest.raises(
-        BackendError, match=r"can't be used on this sm_87 GPU \(.*NO_BINARY_FOR_GPU.*compile it for sm_87"
+        BackendError,
+        match=r"can't be used on this sm_87 GPU \(.*NO_BINARY_FOR_GPU.*compile it for sm_87 .*'s CUDA 12 or",
     ):
         CudaCropper(cubin=b"cubin")
 
