@@ -14,7 +14,7 @@ from typing import Any
 from kp_runtime.errors import ImageError, reason_of
 from kp_runtime.frame import CHANNELS, check_layout, size_hw_from_shape
 
-__all__ = ["PER_THREAD_STREAM", "DeviceFrame"]
+__all__ = ["PER_THREAD_STREAM", "DeviceFrame", "is_on_gpu"]
 
 _LONGEST = 32767
 """OpenCV's warpAffine takes no longer images; here they stop where the CPU path stops."""
@@ -106,7 +106,7 @@ class DeviceFrame:
             stream = interface.get("stream") if _index(interface.get("version", 0)) >= 3 else _DEFAULT_STREAM
             if strides is not None:
                 strides = tuple(_index(stride) for stride, _ in zip(strides, shape, strict=True))
-        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise ImageError(
                 f"{type(array).__name__} has no usable __cuda_array_interface__ ({str(error)[:200]}); "
                 "give an array in GPU memory"
@@ -160,6 +160,14 @@ class DeviceFrame:
         pointer, waits_for = (tensor.data or 0) + tensor.byte_offset, None if stream == -1 else stream
         # the capsule, never taken over, frees the exporter's memory when it goes
         return cls(pointer, size_hw, pitch, layout, range, device_id, waits_for, capsule)
+
+
+def is_on_gpu(array: Any) -> bool:
+    """Whether another library's array says that it lies in GPU memory."""
+    try:
+        return hasattr(array, "__cuda_array_interface__")
+    except RuntimeError:  # PyTorch's, of a tensor there that requires grad
+        return True
 
 
 def _index(value: Any) -> int:

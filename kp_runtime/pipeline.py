@@ -19,7 +19,7 @@ from kp_runtime.backend_by_name import open_backend
 from kp_runtime.cuda_graphs import GraphReport
 from kp_runtime.default_model import default_bundle
 from kp_runtime.device_backend import DeviceBackend
-from kp_runtime.device_frame import PER_THREAD_STREAM, DeviceFrame
+from kp_runtime.device_frame import PER_THREAD_STREAM, DeviceFrame, is_on_gpu
 from kp_runtime.errors import BackendError, BoxError, ImageError, InputError
 from kp_runtime.frame import Frame, as_frame
 from kp_runtime.geometry import apply_matrix, boxes_from_points, invert_matrix, matrices_from_boxes, mirrored_matrices
@@ -291,7 +291,7 @@ class Model:
                     "on a GPU, or copy the frame to the host"
                 )
             frame: Frame | DeviceFrame = image
-        elif hasattr(image, "__cuda_array_interface__"):
+        elif is_on_gpu(image):
             raise ImageError(
                 f"the image, a {type(image).__name__}, lies in GPU memory; with an engine on a GPU give "
                 "DeviceFrame.from_cuda_array_interface(image, 'bgr'), else copy it to the host"
@@ -377,7 +377,7 @@ def load(
 
 def checked_boxes(boxes_xyxy: ArrayLike, size_hw: tuple[int, int]) -> NDArray[np.float64]:
     """Boxes as `(n, 4)` float64, or the error that names the first bad one."""
-    if hasattr(boxes_xyxy, "__cuda_array_interface__"):
+    if is_on_gpu(boxes_xyxy):
         raise BoxError("the boxes lie in GPU memory; copy them to the host: boxes.cpu() in PyTorch, .get() in CuPy")
     try:
         boxes = np.array(boxes_xyxy, np.float64)  # a copy, for the result: the caller may use its array again

@@ -359,12 +359,23 @@ class OnGpu:
     __cuda_array_interface__ = {"shape": (1, 4), "typestr": "<f4", "data": (512, False), "version": 3}  # noqa: RUF012
 
 
-def test_arrays_in_gpu_memory_that_should_not_be_there(model: Model, cpu: Model) -> None:
+class WithGrad:
+    """A tensor of PyTorch's on a GPU that requires grad."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        raise RuntimeError("Can't get __cuda_array_interface__ on Variable that requires grad.")
+
+
+@pytest.mark.parametrize("kind", [OnGpu, WithGrad])
+def test_arrays_in_gpu_memory_that_should_not_be_there(kind: type, model: Model, cpu: Model) -> None:
     for either in (model, cpu):
         with pytest.raises(BoxError, match=r"the boxes lie in GPU memory; copy them to the host: boxes.cpu\(\)"):
-            either(picture(0), OnGpu())  # type: ignore[arg-type]
-        with pytest.raises(ImageError, match=r"the image, a OnGpu, lies in GPU memory; .*DeviceFrame.from_cuda_array"):
-            either(OnGpu(), [[0, 0, 9, 9]])  # type: ignore[arg-type]
+            either(picture(0), kind())
+        with pytest.raises(ImageError, match=r"the image, a \w+, lies in GPU memory; .*DeviceFrame.from_cuda_array"):
+            either(kind(), [[0, 0, 9, 9]])
+    with pytest.raises(ImageError, match=r"requires grad|must be uint8"):
+        DeviceFrame.from_cuda_array_interface(kind(), "bgr")
 
 
 def test_frames_that_are_gone_or_elsewhere(model: Model, cpu: Model, driver: DriverDouble) -> None:
