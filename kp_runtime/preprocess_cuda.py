@@ -300,8 +300,10 @@ class CudaCropper(Closing):
         slot.records.reserve(len(faces))
         slot.frame = frame
         slot.records.write(frame, faces)
-        slot.records.enqueue(self.kernels, CHANNELS[frame.layout], len(faces), size, int(out), handle)
-        call("cuEventRecord", slot.done, handle)
+        try:
+            slot.records.enqueue(self.kernels, CHANNELS[frame.layout], len(faces), size, int(out), handle)
+        finally:  # where the launch failed, the records' copy is on its way all the same
+            call("cuEventRecord", slot.done, handle)
 
     def close(self) -> None:
         """Waits for the launches under way and frees what they used; a second call does nothing."""

@@ -76,6 +76,23 @@ def test_crops_wait_for_the_frame_s_own_stream(driver: DriverDouble, rng: np.ran
     assert done[1] != ready[1]
 
 
+def test_records_of_a_launch_that_failed_stay_until_they_are_copied(
+    driver: DriverDouble, kernel: EmulatedKernel, rng: np.random.Generator
+) -> None:
+    driver.kernel = kernel
+    frame = Frame(rng.integers(0, 256, (300, 401), dtype=np.uint8), "gray")
+    matrices = [some_matrices(rng, n) for n in (2, 70, 70, 70, 70)]  # more than the 64 that there is room for
+    out = np.zeros((70, 1, SIZE, SIZE), np.uint8)
+    with CudaCropper(cubin=b"cubin") as cropper:
+        driver.failing["cuLaunchKernel"] = Result.CUDA_ERROR_OUT_OF_MEMORY
+        with pytest.raises(BackendError, match="cuLaunchKernel says CUDA_ERROR_OUT_OF_MEMORY"):
+            cropper.crops_from_frame(on_device(driver, frame), matrices[0], SIZE, out.ctypes.data, 5)
+        del driver.failing["cuLaunchKernel"]
+        for some in matrices[1:]:
+            cropper.crops_from_frame(on_device(driver, frame), some, SIZE, out.ctypes.data, 5)
+    assert np.array_equal(out, crops_from_frame(frame, matrices[-1], SIZE))
+
+
 class Surface:
     """What owns a frame's memory, which goes to a next picture when nobody holds it."""
 
