@@ -6,6 +6,7 @@ that `KP_GPU_BUNDLE` names (`kp plan BUNDLE --precision fp16`).
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kp_runtime import BackendError, DeviceFrame, ImageError, KpError, Model, StageTimer, image_from_file, load
+from kp_runtime import BackendError, DeviceFrame, ImageError, Model, StageTimer, image_from_file, load
+from kp_runtime.backend_by_name import kind_of
+from kp_runtime.backend_trt import MODULES
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.pipeline import IN_FLIGHT
 from kp_runtime.pipeline_cuda import LANES
+from kp_runtime.spec import Manifest
 from tests.tolerances import FP16_PX, GPU_PX, assert_close
 
 pytestmark = pytest.mark.gpu
@@ -28,12 +32,22 @@ FACE = np.array([177.0, 80, 270, 180])
 
 @pytest.fixture(scope="module", params=["ort-cuda", "tensorrt"])
 def model(request: pytest.FixtureRequest) -> Iterator[Model]:
-    precision = "fp32" if request.param == "ort-cuda" else "fp16"
+    """Skips where the GPU, the engine or the file is not there; what is there and does not work is a failure."""
+    engine, precision = request.param, "fp32" if request.param == "ort-cuda" else "fp16"
     try:
-        opened = load(BUNDLE, request.param, precision=precision)
-    except KpError as error:
-        pytest.skip(f"{request.param}: {error}")
-    with opened:
+        CudaDriver()
+    except BackendError as error:
+        pytest.skip(str(error))
+    if engine == "tensorrt" and not any(map(importlib.util.find_spec, MODULES)):
+        pytest.skip("TensorRT is not installed")
+    if engine == "ort-cuda":
+        onnxruntime = pytest.importorskip("onnxruntime")
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("this onnxruntime has no CUDAExecutionProvider")
+    files = {(entry.kind, entry.precision) for entry in Manifest.read(BUNDLE).files.values()}
+    if (kind_of(engine), precision) not in files:
+        pytest.skip(f"{BUNDLE} has no {precision} file for {engine}")
+    with load(BUNDLE, engine, precision=precision) as opened:
         yield opened
 
 

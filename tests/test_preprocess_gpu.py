@@ -29,9 +29,9 @@ class Gpu:
     def __init__(self) -> None:
         try:
             self.driver = CudaDriver()
-            self.cropper = CudaCropper()
         except BackendError as error:
             pytest.skip(str(error))
+        self.cropper = CudaCropper()
         self.call = self.driver.call
         self.stream = self.call("cuStreamCreate", 1)  # 1: does not wait for the default stream
 
