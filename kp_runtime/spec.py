@@ -262,10 +262,9 @@ class Manifest:
                 )
             spec = cls._SPEC(**_known(raw["spec"], cls._SPEC, origin))
             files = {name: FileEntry(**_known(entry, FileEntry, origin)) for name, entry in raw["files"].items()}
-            rest = {key: raw[key] for key in ("training", "accuracy", "licence") if key in raw}
-            if wrong := [key for key, value in rest.items() if not isinstance(value, dict)]:
+            manifest = cls(**_known(raw, cls, origin) | {"spec": spec, "files": files})
+            if wrong := [key for key in ("training", "accuracy", "licence") if not isinstance(raw.get(key, {}), dict)]:
                 raise TypeError(f"{wrong[0]} must be an object")
-            manifest = cls(spec=spec, files=files, schema=raw["schema"], **rest)
         except (KeyError, TypeError, AttributeError) as error:
             raise BundleError(
                 f"{origin} lacks a field of schema {raw['schema']} or has a wrong one: {_short(error, str)}"

@@ -344,6 +344,7 @@ def test_json_that_python_takes_and_we_do_not(text: str) -> None:
         (f"files/{MODEL}/precision", [], "precision must be"),
         (f"files/{MODEL}/colour", "red", "has the field 'colour', which .*: it was made by a newer kp; update kp-edge"),
         ("spec/turn", 5, "has the field 'turn', which .*: it was made by a newer kp; update kp-edge"),
+        ("deployment", {}, "has the field 'deployment', which .*: it was made by a newer kp; update kp-edge"),
         ("spec/" + "x" * 5000, 5, "has the field 'xxx.*…, which"),
         ("spec/\x1b[2J", 5, r"has the field '\\x1b\[2J', which"),
         (f"files/{MODEL}/bytes", True, "sha256, bytes and kind must be"),
