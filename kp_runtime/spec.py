@@ -50,6 +50,8 @@ MANIFEST_NAME = "manifest.json"
 PRECISIONS = ("fp32", "fp16", "int8", "int8-trt")
 """Of files; `int8-trt` is the graph whose quantisation TensorRT can take."""
 
+_WORDS = {"precision": PRECISIONS, "box": ("keypoints", "frame"), "scheme": ("ibug68", "own")}
+"""The words that a field may have; a newer release may know more."""
 _LARGEST_MANIFEST = 4 << 20
 _LARGEST_FILE = 2 << 30
 """In bytes; protobuf, and with it ONNX, takes no larger one."""
@@ -94,7 +96,7 @@ class ModelSpec:
             raise BundleError(f"the model's crop size must be 32 to 1024 pixels, got {_short(self.size)}")
         if type(self.margin) not in (int, float) or not 0.5 <= self.margin <= 4:
             raise BundleError(f"the model's margin must be 0.5 to 4, got {_short(self.margin)}")
-        if self.box not in ("keypoints", "frame"):
+        if self.box not in _WORDS["box"]:
             raise BundleError(f"the model's box must be 'keypoints' or 'frame', got {_short(self.box)}")
         if type(self.points) is not int or not 2 <= self.points <= _MOST_POINTS:
             raise BundleError(f"the model's points must be 2 to {_MOST_POINTS}, got {_short(self.points)}")
@@ -447,11 +449,14 @@ def _decoded(data: bytes, origin: str) -> Any:
 
 
 def _known(fields: dict[str, Any], kind: type[Any], origin: str) -> dict[str, Any]:
-    """The fields of an object in a manifest, all of which its dataclass has."""
-    if unknown := fields.keys() - {field.name for field in dataclasses.fields(kind)}:
+    """The fields of an object in a manifest, all of which its dataclass has, with words that are known."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    unknown = [f"field {_short(key)}" for key in sorted(fields.keys() - names)]
+    words = {key: value for key in _WORDS if isinstance(value := fields.get(key), str)}
+    if unknown := unknown + [f"{key} {_short(word)}" for key, word in words.items() if word not in _WORDS[key]]:
         raise SchemaError(
-            f"{origin} has the field {_short(min(unknown))}, which this release does not know: it was made by a newer "
-            "kp; update kp-edge, or export the bundle with this release"
+            f"{origin} has the {unknown[0]}, which this release does not know: it was made by a newer kp; update "
+            "kp-edge, or export the bundle with this release"
         )
     return fields
 
