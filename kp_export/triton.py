@@ -111,7 +111,8 @@ def write_repository(bundle: Path, repository: Path, detector: Path | None = Non
         with locked(repository / ".kp-export.lock", repository):
             for each in wanted:  # before anything is written
                 _check_contract(repository / each.name, each.config)
-            left_out += tuple(reason for each in wanted if (reason := _other_kind(repository / each.name, each)))
+            for stays in (_other_kind, _other_licence):
+                left_out += tuple(reason for each in wanted if (reason := stays(repository / each.name, each)))
             models = tuple(_add(repository / each.name, each) for each in wanted)
     except OSError as error:
         raise ExportError(
@@ -343,6 +344,17 @@ def _other_kind(folder: Path, wanted: _Wanted) -> str | None:
         return None
     told = f"it says {other}, {wanted.file} is for {kind}; change that line"
     return f"the processor in {path}, which stays as it is: {told}"
+
+
+def _other_licence(folder: Path, wanted: _Wanted) -> str | None:
+    """What to say where a model's config.pbtxt, which stays as it is, has another licence than the new weights."""
+    path, text = folder / CONFIG_NAME, _config_text(folder)
+    name, parameters = "kp_weights_licence", wanted.config["parameters"]
+    licence = next((each["value"]["string_value"] for each in parameters if each["key"] == name), None)
+    if not text or (json.dumps(licence) in text if licence is not None else name not in text):
+        return None
+    told = f"{wanted.file} is under {licence!r}, which {name} does not say" if licence else f"{wanted.file} has none"
+    return f"the licence in {path}, which stays as it is: {told}; change it there"
 
 
 def _add(folder: Path, wanted: _Wanted) -> TritonModel:

@@ -81,6 +81,23 @@ def test_a_model_of_crops_says_the_licence_of_its_weights(own: Path, tmp_path: P
     assert 'key: "kp_weights_licence"\n  value {\n    string_value: "for \\"research\\""\n' in config
 
 
+def test_a_version_under_another_licence_is_said(own: Path, tmp_path: Path) -> None:
+    """A model's config stays as it is, the licence of its first version with it."""
+    manifest, repo = Manifest.read(own), tmp_path / "repo"
+    config = repo / "tiny-crops-onnx/config.pbtxt"
+    for licence, told in [
+        ({"weights": "MIT"}, None),
+        ({"weights": "MIT"}, None),
+        ({"weights": "NC"}, "model.fp32.onnx is under 'NC', which kp_weights_licence does not say; change it there"),
+        ({"code": "MIT"}, "model.fp32.onnx has none; change it there"),
+    ]:
+        dataclasses.replace(manifest, licence=licence).write(own)
+        said = [reason for reason in write_repository(own, repo).left_out if "licence" in reason]
+        assert [reason.startswith(f"the licence in {config}, which stays as it is: {told}") for reason in said] == (
+            [True] if told else []
+        )
+
+
 @pytest.mark.parametrize("newer_first", [True, False])
 def test_a_plan_that_wants_a_flag_of_the_server_gives_way_to_one_that_does_not(
     newer_first: bool, own: Path, tmp_path: Path
