@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import shlex
 import threading
 from typing import Any
 
@@ -166,12 +167,17 @@ class _Sessions:
                 self._model, _session_options(ort), providers=providers, enable_fallback=0
             )
         except Exception as error:  # onnxruntime's exceptions share no base of their own
-            raise BackendError(
-                f"ONNX Runtime {ort.__version__} can't run the file by {self._provider} alone: {reason_of(error)}"
-                f"{self._missing}; see that the CUDA and cuDNN that it is made for are installed (pip install "
+            reason, kept = reason_of(error), self._options.get("trt_engine_cache_path", "")
+            advice = (
+                "see that the CUDA and cuDNN that it is made for are installed (pip install "
                 f"'onnxruntime-gpu[cuda,cudnn]{_release(self._driver)}') and that the GPU has free memory, or take the "
                 "backend ort-cpu"
-            ) from error
+            )
+            if "deserialize engine" in reason:
+                remove = f"rm -r {shlex.quote(kept)}"
+                advice = f"the engine kept there is cut off or another TensorRT's; {remove} has it built anew"
+            told = f"can't run the file by {self._provider} alone: {reason}{self._missing}; {advice}"
+            raise BackendError(f"ONNX Runtime {ort.__version__} {told}") from error
         return opened
 
 

@@ -257,6 +257,24 @@ def test_a_library_that_lacks_is_named(
     assert capsys.readouterr().out == ""
 
 
+def test_a_kept_engine_that_can_not_be_read_is_told(
+    driver: DriverDouble, half_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut off by a kill, or of the TensorRT before an update: each load from then on finds it."""
+    entry = Manifest.read(half_bundle).files["model.fp16.onnx"]
+    kept = str(tmp_path / "kept" / "ort-tensorrt" / entry.sha256)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"EP_FAIL : TensorRT EP could not deserialize engine from cache: {kept}/x_sm87.engine")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refused)
+    told = (
+        rf"from cache: .*\.engine; the engine kept there is cut off or .*; rm -r {re.escape(kept)} has it built anew$"
+    )
+    with pytest.raises(BackendError, match=told):
+        opened(half_bundle, "ort-tensorrt")
+
+
 def test_a_node_that_runs_elsewhere_is_refused(
     driver: DriverDouble, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
