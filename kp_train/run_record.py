@@ -19,7 +19,7 @@ from kp_runtime.spec import MANIFEST_NAME
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, Source, held_out_of, is_held_out, recorded_fraction
 
-__all__ = ["ancestry", "least_held_out", "run_record", "split_by_person", "stored_record"]
+__all__ = ["ancestry", "check_known", "least_held_out", "run_record", "split_by_person", "stored_record"]
 
 
 _NAMES = "a person is a file's name up to its last underscore: name the files so that each differs, as anna_001.jpg"
@@ -101,6 +101,7 @@ def stored_record(
     """
     try:
         stored: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        check_known(run, stored["config"], type(config))
         before = dataclasses.asdict(type(config)()) | stored["config"]  # a setting that the run's release did not have
         data = [(s["sha256"], s["weight"]) for s in stored["sources"]]
         named = stored.get("held_out", {}).get("sha256")  # of a folder the hash above knows no names
@@ -118,6 +119,16 @@ def stored_record(
         raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
     made_by = _made_by()
     return stored if made_by.items() <= stored.items() else stored | {"resumed_by": made_by}
+
+
+def check_known(run: Path, began: dict[str, Any], kind: type[TrainConfig | DetectorConfig]) -> None:
+    """Refuses a run with settings that this release does not have, and so could not go on by.
+
+    Raises:
+        KpError: it has one.
+    """
+    if newer := sorted(began.keys() - {field.name for field in dataclasses.fields(kind)}):
+        raise KpError(f"the run in {run} was begun by a newer kp (its setting {newer[0]!r:.80}); go on with that one")
 
 
 def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ from kp_train.data import Source
 from kp_train.dataset import check_memory, is_stop, start_of_workers
 from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
 from kp_train.face_windows import Pictures, WindowDataset
-from kp_train.run_record import run_record, split_by_person, stored_record
+from kp_train.run_record import check_known, run_record, split_by_person, stored_record
 
 __all__ = ["begun_config", "train_detector"]
 
@@ -136,10 +136,11 @@ def begun_config(run: Path) -> DetectorConfig:
     """The settings that the run in a folder began with; the default ones where none has begun."""
     try:
         began = json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]
+        check_known(run, began, DetectorConfig)
         return dataclasses.replace(DetectorConfig(), **began)
     except FileNotFoundError:
         return DetectorConfig()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
 
 

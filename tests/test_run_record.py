@@ -14,7 +14,7 @@ from kp_runtime.errors import DataError, KpError
 from kp_runtime.files import git_revision
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import load_checkpoint, save_checkpoint
-from kp_train.config import TrainConfig, recipe
+from kp_train.config import DetectorConfig, TrainConfig, recipe
 from kp_train.data import read_source
 from kp_train.model import KeypointNet
 from kp_train.run_record import ancestry, run_record, split_by_person, stored_record
@@ -68,12 +68,24 @@ def test_a_run_that_goes_on_by_other_versions_says_so(tmp_path: Path, monkeypatc
     }
 
 
-def test_a_record_that_is_nested_without_end_is_told(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("[" * 100_000)
-    with pytest.raises(KpError, match=r"run\.json can't be read \(.*\); begin a new run with another --out"):
-        stored_record(tmp_path, [], TrainConfig())
-    with pytest.raises(KpError, match=r"run\.json can't be read \(.*\); begin a new run with another --out"):
-        begun_config(tmp_path)
+def test_a_run_with_settings_of_a_newer_release_does_not_go_on_without_them(tmp_path: Path) -> None:
+    for config, go_on in [
+        (TrainConfig(), lambda: stored_record(tmp_path, [], TrainConfig())),
+        (DetectorConfig(), lambda: begun_config(tmp_path)),
+    ]:
+        settings = dataclasses.asdict(config) | {"turn": 30}
+        (tmp_path / "run.json").write_text(json.dumps({"config": settings, "sources": []}))
+        with pytest.raises(KpError, match=r"was begun by a newer kp \(its setting 'turn'\); go on with that one"):
+            go_on()
+
+
+def test_a_record_that_can_not_be_read_is_told(tmp_path: Path) -> None:
+    for text in ("[" * 100_000, '{"config": 5, "sources": []}'):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(KpError, match=r"run\.json can't be read \(.*\); begin a new run with another --out"):
+            stored_record(tmp_path, [], TrainConfig())
+        with pytest.raises(KpError, match=r"run\.json can't be read \(.*\); begin a new run with another --out"):
+            begun_config(tmp_path)
 
 
 def test_a_source_s_name_that_is_no_text_can_be_read_again(tmp_path: Path) -> None:
