@@ -144,8 +144,8 @@ def test_the_unit_is_an_ordinary_user_s_and_reads_only() -> None:
     (environment,) = [value for name, value in service if name == "Environment"]
     set_here = dict(word.split("=", 1) for word in shlex.split(environment) if word.startswith("KP_"))
     assert set_here.keys() - {"KP_CACHE"} <= variables_of_the_service()
-    assert set_here["KP_MODEL"].startswith("/srv/")
-    assert set_here["KP_DETECTOR"].startswith("own=/srv/")
+    assert set_here["KP_MODEL"] == "/srv/kp/current/model"
+    assert set_here["KP_DETECTOR"] == "own=/srv/kp/current/face-detector", "one link switches all of a release"
     assert not any(name.endswith("Paths") for name, _ in service), "a path that is not there would be no start"
     assert ("DevicePolicy", "closed") in service
     assert ("DeviceAllow", "/dev/nvmap rw") in service
