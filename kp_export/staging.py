@@ -37,7 +37,7 @@ def alone(target: Path) -> Iterator[None]:
     """No other process of this project changes the bundle meanwhile.
 
     Raises:
-        ExportError: another one does.
+        ExportError: another one does, or there is no lock to be had.
     """
     target = target.resolve()
     with contextlib.ExitStack() as stack:
@@ -156,15 +156,20 @@ def locked(path: Path, target: Path) -> Iterator[None]:
     """Holds the lock file `path`, which is gone afterwards, while `target` is written.
 
     Raises:
-        ExportError: another process holds it.
+        ExportError: another process holds it, or it can't be had.
     """
     with contextlib.ExitStack() as stack:
         while True:
-            file = stack.enter_context(open(path, "w"))
             try:
+                file = stack.enter_context(open(path, "w"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise ExportError(f"another command is at work on {target}; wait for it to end") from error
+            except OSError as error:  # another user's that was left, or NFS without locks
+                raise ExportError(
+                    f"can't write {target}: its lock {path} can't be had ({error.strerror or error}); see that this "
+                    "user may write there and that the disk has locks, or take a folder elsewhere"
+                ) from error
             # the one before may have removed the file between our opening and locking it
             if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
                 break

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TextIO
 
@@ -52,6 +55,27 @@ def test_who_may_not_write_beside_a_bundle_needs_no_lock(tmp_path: Path, monkeyp
         monkeypatch.setattr("os.access", lambda path, mode: False)
         with alone(tmp_path / "bundle"), alone(Path("/")):
             pass
+
+
+@pytest.mark.parametrize("work", [alone, staging])
+def test_a_lock_that_can_not_be_had_is_told(
+    work: Callable[[Path], AbstractContextManager[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NFS without its lock daemon, or where a killed command of another user has left its file."""
+    (tmp_path / "b").mkdir()
+
+    def none(file: TextIO, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    told = r"its lock .*/\.b\.lock can't be had \({}\); see that .* disk has locks"
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(ExportError, match=told.format("No locks available")), work(tmp_path / "b"):
+        pass
+    monkeypatch.undo()
+    (tmp_path / ".b.lock").unlink()
+    (tmp_path / ".b.lock").mkdir()
+    with pytest.raises(ExportError, match=told.format("Is a directory")), work(tmp_path / "b"):
+        pass
 
 
 @pytest.mark.parametrize("anew", [False, True])
