@@ -363,7 +363,7 @@ def load(
         MissingExtraError: the engine's package is not installed, or, for `public_key`, cryptography.
 
     Warns:
-        TunedWarning: this machine is not the one that `tuned` was made on; says what differs.
+        TunedWarning: this machine, or how it is set, is not what `tuned` was made on; says what differs.
     """
     if tuned is not None:
         from kp_runtime.tuned import open_tuned

@@ -1,7 +1,7 @@
 """The settings file of `kp tune`: what ran fastest on one machine, opened by `load(tuned=…)`.
 
 The file names a model file by its sha256, so another model is refused. It names the machine by what
-decides its speed; on another one the settings still give the same keypoints, perhaps not the
+decides its speed; under other conditions the settings still give the same keypoints, perhaps not the
 fastest way, so that is a warning.
 """
 
@@ -23,7 +23,7 @@ from kp_runtime.cores import checked_cores
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, BundleError, InputError, KpWarning, MissingExtraError
 from kp_runtime.files import as_path, read_plain, write_file
-from kp_runtime.machine import changes, machine_conditions, machine_from_system
+from kp_runtime.machine import changes, driver_version, machine_conditions, machine_from_system
 from kp_runtime.spec import Manifest
 
 __all__ = ["Tuned", "TunedWarning", "open_tuned", "tuned_conditions", "tuned_from_file", "write_tuned"]
@@ -36,7 +36,7 @@ AGAIN = "run kp tune here"
 
 
 class TunedWarning(KpWarning):
-    """Settings that were tuned on another machine than this."""
+    """Settings that were tuned under other conditions: on another machine, or on this one as it was set then."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,10 @@ class Tuned:
 def tuned_conditions(backend: Backend) -> dict[str, object]:
     """What decides how fast an open engine runs here, by a name for people."""
     ort = sys.modules.get("onnxruntime") if backend.name.startswith("ort") else None
+    gpu = backend.driver if isinstance(backend, DeviceBackend) else None
     return machine_conditions(machine_from_system(versions=False)) | {
-        "GPU": backend.driver.arch if isinstance(backend, DeviceBackend) else None,
+        "GPU": gpu and gpu.arch,
+        "NVIDIA driver": gpu and driver_version(),
         "onnxruntime": getattr(ort, "__version__", None),
     }
 
@@ -150,7 +152,7 @@ def open_tuned(
         BackendError: the engine can't run it here, or there are fewer cores than it has threads.
 
     Warns:
-        TunedWarning: this machine is not the one that was tuned on; says what differs.
+        TunedWarning: this machine, or how it is set, is not what was tuned on; says what differs.
     """
     path = as_path(path, "tuned")
     tuned = tuned_from_file(path)
@@ -172,9 +174,11 @@ def open_tuned(
         raise
     except (BackendError, InputError) as error:  # what is wrong with the caller's own is known by now
         raise BackendError(f"the settings of {path} can't be used here: {error}; {AGAIN}") from error
-    if differs := changes(tuned.machine, tuned_conditions(backend)):
+    here = tuned_conditions(backend)
+    both = [name for name in here if name in tuned.machine]  # an older release recorded less
+    if differs := changes({name: tuned.machine[name] for name in both}, {name: here[name] for name in both}):
         warnings.warn(
-            f"{path} was tuned on another machine ({'; '.join(differs):.500}): it need not be the fastest here; "
+            f"{path} was tuned under other conditions ({'; '.join(differs):.500}): it need not be the fastest here; "
             f"{AGAIN}",
             TunedWarning,
             stacklevel=3,

@@ -92,7 +92,7 @@ def test_settings_are_kept_where_stdout_is_gone(
     assert (tmp_path / "t.tried.json").is_file()
 
 
-def test_another_machine_is_a_line(
+def test_other_conditions_are_a_line(
     capsys: pytest.CaptureFixture[str], net: Path, astronaut: Path, tmp_path: Path
 ) -> None:
     settings = tmp_path / "t.json"
@@ -103,7 +103,7 @@ def test_another_machine_is_a_line(
     status, _, err = kp(capsys, "predict", astronaut, "--tuned", settings, "--out", tmp_path / "out")
     assert status == 0
     assert err.count("\n") == 1
-    assert "was tuned on another machine (CPU PDP-11, then" in err
+    assert "was tuned under other conditions (CPU PDP-11, then" in err
     shutil.copy(net / "model.fp32.onnx", net / "model.int8.onnx")
     make_bundle(net, {"fp32": 0.0})
     status, _, err = kp(capsys, "predict", astronaut, "--tuned", settings, "--out", tmp_path / "out")

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -79,12 +80,26 @@ def test_another_model_is_refused(settings_of: Callable[..., Path]) -> None:
         kp_runtime.load(tuned=settings_of(file="model.fp16.onnx"))
 
 
-def test_another_machine_is_warned_of(settings_of: Callable[..., Path]) -> None:
+def test_other_conditions_are_warned_of(settings_of: Callable[..., Path]) -> None:
     machine = tuned_from_file(settings_of()).machine
     with pytest.warns(
-        TunedWarning, match=r"tuned on another machine \(CPU PDP-11, then .*; onnxruntime 1.0, then .*\): it need not"
+        TunedWarning, match=r"under other conditions \(CPU PDP-11, then .*; onnxruntime 1.0, then .*\): it need not"
     ):
         kp_runtime.load(tuned=settings_of(machine=machine | {"CPU": "PDP-11", "onnxruntime": "1.0"}))
+
+
+def test_what_an_older_release_did_not_record_is_no_other_condition(settings_of: Callable[..., Path]) -> None:
+    machine = tuned_from_file(settings_of()).machine
+    machine = {name: value for name, value in machine.items() if name not in ("CPU", "NVIDIA driver")}
+    kp_runtime.load(tuned=settings_of(machine=machine | {"socket": "AM4"}))  # a warning would be an error
+
+
+def test_a_gpu_s_settings_hold_for_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kp_runtime.tuned.DeviceBackend", SimpleNamespace)
+    monkeypatch.setattr("kp_runtime.tuned.driver_version", lambda: "540.4.0")
+    backend: Any = SimpleNamespace(name="tensorrt", driver=SimpleNamespace(arch="sm_87"))
+    found = kp_runtime.tuned.tuned_conditions(backend)
+    assert {"GPU": "sm_87", "NVIDIA driver": "540.4.0"}.items() <= found.items()
 
 
 def test_settings_that_cannot_be_used_here(settings_of: Callable[..., Path]) -> None:
