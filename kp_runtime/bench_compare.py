@@ -125,7 +125,7 @@ def _clock(least: float | None, most: float | None) -> str | None:
 
 def _notes(old: Bench, new: Bench) -> Iterator[str]:
     yield from changes(_software(old), _software(new))
-    before, after = ({file.file: file for file in bench.files} for bench in (old, new))
+    before, after = old.named_files(), new.named_files()
     for name in (name for name in before if name in after):
         yield from changes(
             {f"sha256 of {name}": before[name].sha256[:12], f"engine of {name}": before[name].backend},

@@ -39,6 +39,9 @@ __all__ = [
 ]
 
 SCHEMA = 1
+_TRT = re.compile(r"\.trt\d+(\.\d+)*(\.post\d+)?(?=\..*plan$)")
+"""TensorRT's version in a plan's name."""
+
 _ADDED: dict[str, dict[str, Any]] = {
     "": {"left_out": {}}, "setup": {"gpu": None}, "setup.settings": {"cores": None, "backend": "auto"},
 }  # fmt: skip
@@ -235,8 +238,19 @@ class Bench:
     def cases(self) -> dict[str, Times]:
         """Everything that was timed, by a name for people."""
         stages = {f"stage {name}": times for name, times in self.photo.stages.items()}
-        network = {f"{case.file}, batch {case.batch}": case.times for case in self.network}
+        names = {file.file: name for name, file in self.named_files().items()}
+        network = {f"{names.get(case.file, case.file)}, batch {case.batch}": case.times for case in self.network}
         return {"whole photo": self.photo.whole} | stages | network
+
+    def named_files(self) -> dict[str, FileRun]:
+        """The files that ran, by the name under which two results have them.
+
+        A plan's is without TensorRT's version, as the one after an update is to be compared with the one before, or
+        its own where two differ in that alone.
+        """
+        short = [_TRT.sub("", file.file) for file in self.files]
+        pairs = zip(short, self.files, strict=True)
+        return {name if short.count(name) == 1 else file.file: file for name, file in pairs}
 
 
 def times_from_turns(turns: Sequence[Sequence[float]]) -> Times:

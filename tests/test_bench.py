@@ -441,6 +441,23 @@ def test_another_gpu_is_refused(bench: Bench) -> None:
     assert obstacles(setups[2], setups[2]) == []
 
 
+def with_plans(bench: Bench, *names: str) -> Bench:
+    files = tuple(dataclasses.replace(bench.files[0], file=name, sha256=name[::-1]) for name in names)
+    network = tuple(dataclasses.replace(bench.network[0], file=name) for name in names)
+    return dataclasses.replace(bench, files=files, network=network)
+
+
+def test_a_plan_is_compared_with_the_one_before_an_update_of_tensorrt(bench: Bench) -> None:
+    old, new, built = (f"model.fp16.sm87.trt{version}.dla0.plan" for version in ("10.3.0", "10.16.1", "10.16.1.post1"))
+    found = compared(with_plans(steady(bench), old), with_plans(steady(bench), new))
+    assert found.alone == ()
+    assert found.cases[-1].case == "model.fp16.sm87.dla0.plan, batch 1"
+    assert any(note.startswith("sha256 of model.fp16.sm87.dla0.plan ") for note in found.notes)
+    both = with_plans(steady(bench), old, built)
+    assert [*both.named_files()] == [old, built], "each by its own name where one result has both"
+    assert compared(both, both).cases[-1].case == f"{built}, batch 1"
+
+
 def with_machine(bench: Bench, **fields: Any) -> Bench:
     machine = dataclasses.replace(bench.setup.machine, **fields)
     return dataclasses.replace(bench, setup=dataclasses.replace(bench.setup, machine=machine))
