@@ -351,6 +351,7 @@ def evaluate(
             print_groups(more)
     if record is not None:
         shown = how | (detector_record(named) if named else {})
+        shown |= {"nme_unit": "longer side"} if spec.scheme == "own" else {}  # once it was the root of the box's area
         shown |= {"sources": [{"name": one.name, "sha256": one.sha256} for one in sources]}
         if model.is_file() and (entry := opened.manifest.files[model.name]).kind != "checkpoint":
             shown |= {"precision": entry.precision, "sha256": entry.sha256}

@@ -147,6 +147,14 @@ def test_coco_is_refused_before_a_photo_is_read(
     assert not (tmp_path / "o").exists()
 
 
+def test_what_the_nme_is_counted_in_is_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_checkpoint(tmp_path, KeypointNet(64, points=5), Manifest(ModelSpec("five", 64, points=5, scheme="own")))
+    cv2.imwrite(str(tmp_path / "a_0.png"), np.zeros((90, 90), np.uint8))
+    (tmp_path / "a_0.pts").write_text(pts_text(FIVE))
+    assert kp(capsys, "eval", tmp_path, "--data", tmp_path, "--record", "mine")[0] == 0
+    assert Manifest.read(tmp_path).accuracy["mine"]["nme_unit"] == "longer side"
+
+
 @pytest.mark.parametrize("command", ["eval", "predict"])
 def test_whose_boxes_a_detector_gives_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     save_checkpoint(tmp_path, KeypointNet(64, points=5), Manifest(ModelSpec("five", 64, points=5, scheme="own")))

@@ -504,7 +504,7 @@ def test_recorded_rises_between_bundles(tmp_path: Path) -> None:
     (name,) = manifest.accuracy
     for before, after in (
         ({"boxes": "keypoints"}, {"boxes": "detector"}), ({"mirror": False}, {"mirror": True}),
-        ({}, {"precision": "int8"}),
+        ({}, {"precision": "int8"}), ({}, {"nme_unit": "longer side"}),
         ({"looks": 1}, {"looks": 2}), ({"missed": 0}, {"missed": 9}), ({"detector": "own"}, {"detector": "haar"}),
         ({"detector": "own", "detector_sha256": "a"}, {"detector": "own", "detector_sha256": "b"}),
         ({"split": "rows"}, {"split": "person"}), ({"sources": [{"sha256": "a"}]}, {"sources": [{"sha256": "b"}]}),
