@@ -197,15 +197,15 @@ class Blur:
         x0, x1 = _widened(x0, x1, canvas.shape[1])
         y0, y1 = _widened(y0, y1, canvas.shape[0])
         side = max(float(np.ptp(outline, axis=0).max()) / self._cells, _LEAST_CELL)
-        part = canvas[y0:y1, x0:x1]
+        cv2, shift, part = import_cv2(), 4, canvas[y0:y1, x0:x1]
         mosaic = np.empty_like(part)
         for top, bottom in pairwise(_cuts(y1 - y0, side)):
             for left, right in pairwise(_cuts(x1 - x0, side)):
-                mosaic[top:bottom, left:right] = np.rint(part[top:bottom, left:right].mean(axis=(0, 1)))
-        cv2, shift = import_cv2(), 4
+                sums = np.array(cv2.sumElems(part[top:bottom, left:right])[:3])
+                mosaic[top:bottom, left:right] = np.rint(sums / ((bottom - top) * (right - left)))
         fixed = np.clip(np.rint((outline - (x0, y0)) * 2**shift), -(2**26), 2**26).astype(np.int32)
         mask = cv2.fillConvexPoly(np.zeros(part.shape[:2], np.uint8), fixed, 1, cv2.LINE_8, shift)
-        part[mask > 0] = mosaic[mask > 0]
+        cv2.copyTo(mosaic, mask, part)
 
 
 def face_outline(face_xy: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -69,7 +69,8 @@ def mesh_positions(
         high = np.ceil(np.max([a, b, c], axis=0) - grid[0, 0] + 1).clip(0, (width, height)).astype(int)
         window = (slice(low[1], high[1]), slice(low[0], high[0]))
         weights = (grid[window] - a) @ np.linalg.inv(sides).T
-        inside = (weights.min(axis=-1, initial=1) >= -1e-9) & (weights.sum(axis=-1) <= 1 + 1e-9)
+        u, v = weights[..., 0], weights[..., 1]
+        inside = (u >= -1e-9) & (v >= -1e-9) & (u + v <= 1 + 1e-9)
         corner, *others = picture_xy[triangle]
         positions[window][inside] = corner + weights[inside] @ (np.array(others) - corner)
     return positions
