@@ -171,8 +171,9 @@ def locked(path: Path, target: Path) -> Iterator[None]:
                     "user may write there and that the disk has locks, or take a folder elsewhere"
                 ) from error
             # the one before may have removed the file between our opening and locking it
-            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                break
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                    break
         try:
             yield
         finally:

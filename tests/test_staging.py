@@ -101,6 +101,21 @@ def test_a_lock_whose_file_is_gone_when_it_is_had_is_taken_again(
     assert not path.exists()
 
 
+def test_a_lock_whose_file_goes_while_it_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, fstat, asked = tmp_path / ".b.lock", os.fstat, []
+
+    def late(file: int) -> os.stat_result:
+        if not asked:
+            path.unlink()
+        asked.append(file)
+        return fstat(file)
+
+    monkeypatch.setattr("os.fstat", late)
+    with locked(path, tmp_path / "b"):
+        assert len(asked) == 2
+    assert not path.exists()
+
+
 def test_a_swap_that_fails_puts_the_old_bundle_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "x").write_text("old")
