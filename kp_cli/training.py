@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import shlex
@@ -132,16 +133,19 @@ def train(
     from kp_train.data import parse_source
     from kp_train.train import train as run
 
-    path = run(
-        [parse_source(text, config.points) for text in data], config, out, name=name, weights=weights, init=init,
-        teachers=teacher or [], resume=resume, devices=devices, accelerator=accelerator, strategy=strategy,
-        workers=workers, picture_every=picture_every, progress=is_terminal(sys.stdout),
-    )  # fmt: skip
+    sources = [parse_source(text, config.points) for text in data]
+    with contextlib.ExitStack() as lock:
+        rank_zero_only(lock.enter_context)(_alone_in(out))  # the other workers are this command too
+        path = run(
+            sources, config, out, name=name, weights=weights, init=init, teachers=teacher or [], resume=resume,
+            devices=devices, accelerator=accelerator, strategy=strategy, workers=workers, picture_every=picture_every,
+            progress=is_terminal(sys.stdout),
+        )  # fmt: skip
     run_folder, refitted = shlex.quote(str(out)), shlex.quote(f"{out}-refitted")
     lines = [f"checkpoint: {path}", f"curves: tensorboard --logdir {run_folder}"]
     if config.box == "keypoints":
-        sources = " ".join(f"--data {shlex.quote(text)}" for text in data)
-        lines.append(f"next: kp refit {run_folder} {sources} --out {refitted}  # minutes that are worth many epochs")
+        same_data = " ".join(f"--data {shlex.quote(text)}" for text in data)
+        lines.append(f"next: kp refit {run_folder} {same_data} --out {refitted}  # minutes that are worth many epochs")
         lines.append(f"then: kp export {refitted} --fp16")
     else:  # the last layer is solved on boxes around the points
         lines.append(f"next: kp export {run_folder} --fp16")
@@ -263,10 +267,12 @@ def train_detector(
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     began = begun_config(out) if resume else DetectorConfig()
     config = dataclasses.replace(began, **{key: value for key, value in given.items() if value is not None})
-    run(
-        [parse_source(text) for text in data], read_pictures(no_faces or []), config, out, name=name, resume=resume,
-        workers=workers, threads=threads, say=lambda text: print(text, flush=True),
-    )  # fmt: skip
+    sources, pictures = [parse_source(text) for text in data], read_pictures(no_faces or [])
+    with _alone_in(out):
+        run(
+            sources, pictures, config, out, name=name, resume=resume, workers=workers, threads=threads,
+            say=lambda text: print(text, flush=True),
+        )  # fmt: skip
     exported = export_detector(out, score)
     tell(f"detector: {exported}", f"next: kp predict photo.jpg --detector own={shlex.quote(str(out))}")
 
@@ -370,6 +376,15 @@ def evaluate(
     raise_lost()
     for name in names if not as_json else ():
         tell(name)
+
+
+def _alone_in(run: Path) -> contextlib.AbstractContextManager[None]:
+    """No other command is at work on a run meanwhile, whose folder need not be there yet."""
+    from kp_export.staging import alone
+
+    with contextlib.suppress(OSError):  # the run says it
+        run.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return alone(run)
 
 
 def _quiet_training() -> None:

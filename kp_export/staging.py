@@ -42,7 +42,7 @@ def alone(target: Path) -> Iterator[None]:
     target = target.resolve()
     with contextlib.ExitStack() as stack:
         # who may not write beside the bundle, where the lock lies, can't replace it either
-        if target.name and os.access(target.parent, os.W_OK):
+        if target.name and os.access(target.parent, os.W_OK | os.X_OK):
             stack.enter_context(locked(_beside(target, "lock"), target))
             _put_back(target)
         yield
@@ -173,6 +173,7 @@ def locked(path: Path, target: Path) -> Iterator[None]:
             # the one before may have removed the file between our opening and locking it
             with contextlib.suppress(FileNotFoundError):
                 if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                    os.register_at_fork(after_in_child=file.close)  # else whoever outlives us would hold the lock
                     break
         try:
             yield

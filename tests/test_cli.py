@@ -19,6 +19,7 @@ import typer.main
 import kp_cli
 import kp_runtime
 from kp_cli import report
+from kp_export.staging import alone
 from kp_runtime.doctor import Diagnosis
 from kp_runtime.ray_batches import BatchResult
 from kp_runtime.spec import Manifest
@@ -385,6 +386,33 @@ def test_a_run_ends_with_the_commands_that_come_next(
     else:
         refit = ["kp", "refit", str(out), "--data", f"{data}=1.5", "--out", f"{out}-refitted"]
         assert commands == [refit, ["kp", "export", f"{out}-refitted", "--fp16"]]
+
+
+@pytest.mark.parametrize("command", ["train", "train-detector"])
+def test_one_command_at_a_time_trains_in_a_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The states of two would be mixed; the workers of one run are the same command."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from kp_train.synthetic import write_csv_source
+
+    said, data, runs = [], write_csv_source(tmp_path / "faces", people=2), tmp_path / "runs"
+    words = (command, "--data", data, "--out", runs / "a")
+
+    def run(*args: object, **rest: object) -> Path:
+        said.append(kp(capsys, *words)[2] if not said else "")
+        return runs / "a"
+
+    monkeypatch.setattr("kp_train.train.train", run)
+    monkeypatch.setattr("kp_train.train_detector.train_detector", run)
+    monkeypatch.setattr("kp_export.detector_bundle.export_detector", lambda out, score: out)
+    assert kp(capsys, *words)[0] == 0
+    assert said == [f"kp: another command is at work on {runs / 'a'}; wait for it to end\n"]
+    assert not list(runs.iterdir())
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with alone(runs / "a"):
+        assert kp(capsys, *words)[0] == (command != "train")
 
 
 def test_a_system_that_locks_files_otherwise_is_told(

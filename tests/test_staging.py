@@ -6,7 +6,9 @@ import errno
 import fcntl
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -114,6 +116,34 @@ def test_a_lock_whose_file_goes_while_it_is_looked_at(tmp_path: Path, monkeypatc
     with locked(path, tmp_path / "b"):
         assert len(asked) == 2
     assert not path.exists()
+
+
+KILLED = """
+import os, sys, time
+from pathlib import Path
+from kp_export.staging import alone
+with alone(Path(sys.argv[1])):
+    if os.fork() == 0:
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+    time.sleep(600)
+"""
+
+
+def test_a_worker_that_outlives_a_killed_command_holds_no_lock(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", KILLED, tmp_path / "b"], stdout=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        worker = int(command.stdout.readline())
+        with pytest.raises(ExportError, match="another command is at work"), alone(tmp_path / "b"):
+            pass
+        command.kill()
+        command.wait()
+        try:
+            with alone(tmp_path / "b"):
+                pass
+        finally:
+            os.kill(worker, signal.SIGKILL)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_swap_that_fails_puts_the_old_bundle_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
