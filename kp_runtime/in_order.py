@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from kp_runtime.cores import check_process
 from kp_runtime.errors import BackendError
 
-__all__ = ["InOrder", "SideBySide"]
+__all__ = ["InOrder", "SideBySide", "no_thread"]
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -39,9 +39,7 @@ class InOrder:
                 worker.submit(int)
         except RuntimeError as error:
             if "interpreter shutdown" not in str(error):
-                raise BackendError(
-                    f"no thread could be started ({error}); end other programs, or raise the limit: ulimit -u"
-                ) from error
+                raise no_thread(error) from error
         self._room = threading.BoundedSemaphore(most)
         self._closed = False
         self._turn = threading.Lock()
@@ -113,6 +111,11 @@ class InOrder:
         self._closed = True
         for worker in self._line:
             worker.shutdown()
+
+
+def no_thread(error: RuntimeError) -> BackendError:
+    """What to say where the system starts no thread."""
+    return BackendError(f"no thread could be started ({error}); end other programs, or raise the limit: ulimit -u")
 
 
 def _answer(task: list[Any]) -> None:

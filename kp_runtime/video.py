@@ -23,6 +23,7 @@ from kp_runtime.effects import Effect
 from kp_runtime.errors import BackendError, ImageError, KpError
 from kp_runtime.frame import Frame, bgr_copy, import_cv2
 from kp_runtime.geometry import boxes_from_points
+from kp_runtime.in_order import no_thread
 from kp_runtime.track import Track, Tracker
 from kp_runtime.video_sink import Sink
 from kp_runtime.video_source import Source, VideoFrame
@@ -71,6 +72,9 @@ class Ahead(Generic[T]):
         room: most items that wait.
         newest: drop the oldest waiting item rather than stop; `dropped` counts them.
         stop: once it is set, only what waits is given, as what is asked for the next item may never answer.
+
+    Raises:
+        BackendError: no thread could be started.
     """
 
     def __init__(
@@ -84,7 +88,10 @@ class Ahead(Generic[T]):
         self.dropped = 0
         # the thread alone has them: with it a generator ends, and a camera is free while its run's error is told
         self._thread = threading.Thread(target=self._work, args=(items,), daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise no_thread(error) from error
 
     def __iter__(self) -> Iterator[T]:
         """The items, in order."""
@@ -212,6 +219,7 @@ def run_video(
 
     Raises:
         ImageError: the source broke off, or its frames changed their size; what came before is written.
+        BackendError: no thread could be started.
         KpError: a sink can't write any more; the other files are finished, and it says what each holds.
     """
     stop = stop or threading.Event()
@@ -236,14 +244,15 @@ def run_video(
             yield frame, tracks, picture
 
     begin, came, frames = time.perf_counter(), 0, 0
-    read = Ahead(_until(source, stop, stage), room, newest=source.live, stop=stop)
-    found = Ahead(tracked(), room)
-    drawn = Ahead(pictured(), room)
-    if metrics:
-        metrics.queues({"read": read.waiting, "tracked": found.waiting, "drawn": drawn.waiting})
-        metrics.dropped(lambda: read.dropped)
     failed: dict[int, KpError] = {}  # by the id of the sink, or of the source
+    steps: list[Ahead[Any]] = []
     try:
+        steps.append(read := Ahead(_until(source, stop, stage), room, newest=source.live, stop=stop))
+        steps.append(found := Ahead(tracked(), room))
+        steps.append(drawn := Ahead(pictured(), room))
+        if metrics:
+            metrics.queues({"read": read.waiting, "tracked": found.waiting, "drawn": drawn.waiting})
+            metrics.dropped(lambda: read.dropped)
         for frame, tracks, picture in drawn:
             with stage("write"):
                 for sink in sinks:
@@ -261,13 +270,13 @@ def run_video(
     except KpError as error:
         failed[id(source)] = error
     finally:
-        for ahead in (read, found, drawn):
-            ahead.close()
-        with contextlib.ExitStack() as closing:  # every one of them, whatever another raises
+        with contextlib.ExitStack() as closing:  # every one of them, whatever another raises, from the last one on
             if window is not None:
                 closing.callback(window.close)
             for sink in reversed(sinks):
                 closing.callback(_close, sink, frames > 0, failed)
+            for ahead in reversed(steps):  # a second Ctrl-C ends the wait for a camera that hangs
+                closing.callback(ahead.close)
     files = tuple(sink.path for sink in sinks if frames and id(sink) not in failed)
     if failed:
         first, *others = failed.values()

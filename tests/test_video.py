@@ -19,6 +19,7 @@ from kp_runtime.track import Track, Tracker
 from kp_runtime.video import Ahead, Window, draw_tracks, run_video
 from kp_runtime.video_sink import Sink, open_sinks
 from kp_runtime.video_source import FileSource, FolderSource, LiveSource, VideoFrame
+from tests.conftest import no_thread_at
 
 SIZE_HW = (96, 128)
 T = TypeVar("T")
@@ -314,6 +315,34 @@ def test_stop_does_not_wait_for_a_camera_that_gives_nothing(tmp_path: Path) -> N
     assert not was_alive
     assert runs[0].stopped
     assert len(runs[0].files[0].read_text().splitlines()) == runs[0].frames > 0
+
+
+def test_a_second_ctrl_c_leaves_a_whole_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes while the last frame of a camera that hangs is waited for."""
+
+    class Interrupted(Ahead[T]):
+        def close(self) -> None:
+            super().close()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("kp_runtime.video.Ahead", Interrupted)
+    source = FileSource(video(tmp_path / "a.avi"))
+    with pytest.raises(KeyboardInterrupt):
+        run_video(source, one_face(), sinks_for(source, tmp_path / "out", "jsonl"))
+    assert len((tmp_path / "out" / "a_keypoints.jsonl").read_text().splitlines()) == 20
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_a_step_whose_thread_can_not_be_started_ends_the_others(
+    fails: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, begun = FileSource(Path("v"), capture=Camera(*[9] * 200), name="v"), set(threading.enumerate())
+    sinks = sinks_for(source, tmp_path, "jsonl")
+    no_thread_at(monkeypatch, fails)
+    with pytest.raises(BackendError, match=r"no thread could be started \(can't start new thread\); end other"):
+        run_video(source, one_face(), sinks)
+    assert set(threading.enumerate()) <= begun
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_window_is_shown_every_frame_and_may_end_the_run(tmp_path: Path) -> None:
