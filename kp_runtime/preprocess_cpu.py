@@ -82,8 +82,12 @@ class CpuCropper:
         def cut(part: slice) -> None:
             crops_from_frame(frame, crop_from_image[part], size, crops[part], self._scratch())
 
-        with on_cores(self._cores):
-            self._threads.run(cut, [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)])
+        try:
+            with on_cores(self._cores):
+                self._threads.run(cut, [slice(n * i // parts, n * (i + 1) // parts) for i in range(parts)])
+        except BaseException:  # of a signal, which ends the wait for a thread that writes here still
+            self._own.scratch = Scratch()
+            raise
         return crops
 
     def close(self) -> None:

@@ -215,6 +215,41 @@ def test_where_a_thread_can_not_be_started_the_others_do_its_part(
     assert sys.getrefcount(bgr) == known  # nothing waits for a thread that may come
 
 
+def test_what_a_signal_s_error_leaves_at_work_writes_into_no_later_crops(
+    bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that of a deadline by SIGALRM, or Ctrl-C: it ends the wait for the other threads."""
+    cropper, matrices, frames = CpuCropper(2), grid(8), [Frame(image, "bgr") for image in (bgr, bgr[::-1].copy())]
+    began, late, over = (threading.Event() for _ in range(3))
+    caller = threading.current_thread()
+
+    def cut(frame: Frame, *words: Any) -> np.ndarray:
+        if frame is frames[0]:
+            if threading.current_thread() is caller:
+                assert began.wait(60)
+                return words[2]
+            began.set()
+            assert late.wait(60)
+        crops = crops_from_frame(frame, *words)
+        if frame is frames[0]:
+            over.set()
+        return crops
+
+    def wait(helpers: list[Any]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preprocess_cpu, "crops_from_frame", cut)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr("kp_runtime.in_order.wait", wait)
+        with pytest.raises(KeyboardInterrupt):
+            cropper.crops_from_frame(frames[0], matrices, 64)
+    found = cropper.crops_from_frame(frames[1], matrices[:7], 64)
+    late.set()
+    assert over.wait(60)
+    assert np.array_equal(found, crops_from_frame(frames[1], matrices[:7], 64))
+    cropper.close()
+
+
 @pytest.mark.parametrize("bad", [0, 30])
 def test_a_part_that_fails_is_the_callers_error(bad: int, bgr: np.ndarray) -> None:
     cropper, matrices = CpuCropper(2), grid(32)
