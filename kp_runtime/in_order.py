@@ -159,7 +159,7 @@ class SideBySide:
             for _ in parts[1:]:
                 helpers.append(pool.submit(work))
         except RuntimeError:  # the system starts no more, the main thread is over, or `close` was faster
-            self._leave(pool).shutdown(wait=False, cancel_futures=True)  # nothing stays in its queue
+            self._leave(pool).shutdown(cancel_futures=True)  # nothing stays there, or with another's thread
         try:
             work()
         finally:

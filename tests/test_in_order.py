@@ -5,12 +5,12 @@ import subprocess
 import sys
 import threading
 import weakref
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
 from kp_runtime.errors import BackendError
-from kp_runtime.in_order import InOrder
+from kp_runtime.in_order import InOrder, SideBySide
 from tests.conftest import no_thread_at
 
 WAIT = 60
@@ -186,6 +186,46 @@ def test_a_thread_that_can_not_be_started_is_told_at_once(fails: int, monkeypatc
     line = InOrder(2, 1)
     assert [line.submit(lambda: 1, lambda value: value + 1).result(WAIT) for _ in range(3)] == [2, 2, 2]
     line.close()
+
+
+def test_where_a_thread_can_not_be_started_another_calls_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes free just then, and takes a part of the call that could not have one of its own."""
+    pool, start, shutdown = SideBySide(3, "parts"), threading.Thread.start, ThreadPoolExecutor.shutdown
+    busy, free, taken, asked = (threading.Event() for _ in range(4))
+
+    def first(part: int) -> None:
+        if threading.current_thread() is not other:
+            busy.set()
+        assert (busy if threading.current_thread() is other else free).wait(WAIT)
+
+    def second(part: int) -> int:
+        if threading.current_thread().name.startswith("parts"):
+            taken.set()
+            assert asked.wait(WAIT)
+        return part + 1
+
+    def fails(thread: threading.Thread) -> None:
+        if not thread.name.startswith("parts"):
+            return start(thread)
+        free.set()
+        assert taken.wait(WAIT)
+        raise RuntimeError("can't start new thread")
+
+    def noted(pool: ThreadPoolExecutor, wait: bool = True, **rest: bool) -> None:
+        if wait:
+            asked.set()
+        shutdown(pool, wait, **rest)
+
+    other = threading.Thread(target=pool.run, args=(first, [1, 2]))
+    other.start()
+    assert busy.wait(WAIT)
+    monkeypatch.setattr(threading.Thread, "start", fails)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", noted)
+    try:
+        assert pool.run(second, [1, 2, 3]) == [2, 3, 4]
+    finally:
+        asked.set()
+        other.join()
 
 
 def test_a_closed_line() -> None:
