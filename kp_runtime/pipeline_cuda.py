@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -63,7 +64,7 @@ class CudaPipeline:
         check_golden_crop(backend.golden, backend.spec, partial(crops_to_host, backend.driver, self._kernels))
         self._switch = GraphSwitch()
         self._free: list[_Lane] = []
-        self._taken: list[_Lane | None] = []  # None: being opened
+        self._taken: weakref.WeakSet[_Turn] = weakref.WeakSet()
         self._changed = threading.Condition()
         self._warming = threading.Lock()
         self._closed = False
@@ -72,13 +73,13 @@ class CudaPipeline:
     def graphs(self) -> GraphReport:
         """The graphs that there are."""
         with self._changed:
-            lanes = [*self._free, *filter(None, self._taken)]
+            lanes = [*self._free, *(turn.lane for turn in self._taken if turn.lane is not None)]
         return GraphReport(tuple(sorted(key for lane in lanes for key in lane.graph_keys())), self._switch.off)
 
     def start(self, frame: Frame | DeviceFrame, crop_from_image: NDArray[np.float64]) -> Callable[[], Answer]:
         """Tells the GPU what to do, and gives the function that waits for the answer.
 
-        That function must be called once, by any thread. The frame must stay as it is until then.
+        That function is called once, by any thread, or forgotten. The frame must stay as it is until then.
 
         Args:
             frame: the image.
@@ -95,20 +96,13 @@ class CudaPipeline:
         if len(crop_from_image) == 0:
             return lambda: Answer.empty(spec)
         faces = faces_from_matrices(crop_from_image, spec.size, frame.size_hw)
-        lane = self._take(len(faces))
+        turn = self._take(len(faces))
         try:
-            lane.start(frame, faces)
+            turn.opened().start(frame, faces)
         except BaseException:
-            self._give(lane)
+            turn.close()
             raise
-
-        def finish() -> Answer:
-            try:
-                return lane.answer(len(faces))
-            finally:
-                self._give(lane)
-
-        return finish
+        return turn
 
     def timed(self, frame: Frame | DeviceFrame, crop_from_image: NDArray[np.float64], stage: Any) -> Answer:
         """The same without a graph, and with a wait after each stage; `stage` is a `timing.StageTimer`."""
@@ -117,8 +111,8 @@ class CudaPipeline:
             with stage("crop"), stage("infer"):
                 return Answer.empty(spec)
         faces = faces_from_matrices(crop_from_image, spec.size, frame.size_hw)
-        with self._lane(len(faces)) as lane:
-            return lane.timed(frame, faces, stage)
+        with self._take(len(faces)) as turn:
+            return turn.opened().timed(frame, faces, stage)
 
     def warmup(self, faces: int) -> None:
         """Opens all lanes with room for `faces`; captures graphs of the largest of 1, 2, 4, … and `faces` BGR faces.
@@ -128,10 +122,10 @@ class CudaPipeline:
             BackendError: CUDA or the engine failed.
         """
         sizes = warmup_sizes(faces)[::-1]  # a lane keeps the first graphs
-        with self._warming, contextlib.ExitStack() as lanes:  # two that wait for each other's lanes would wait for ever
-            for lane in [lanes.enter_context(self._lane(sizes[0])) for _ in range(LANES)]:
+        with self._warming, contextlib.ExitStack() as turns:  # two that wait for each other's lanes would wait for ever
+            for turn in [turns.enter_context(self._take(sizes[0])) for _ in range(LANES)]:
                 for n in sizes:
-                    lane.warmup(CHANNELS["bgr"], n)
+                    turn.opened().warmup(CHANNELS["bgr"], n)
 
     def close(self) -> None:
         """Waits for the calls under way and frees everything; later calls fail. A second call does nothing."""
@@ -147,43 +141,61 @@ class CudaPipeline:
             for lane in lanes:
                 last.callback(lane.close)
 
-    @contextlib.contextmanager
-    def _lane(self, faces: int) -> Iterator[_Lane]:
-        lane = self._take(faces)
-        try:
-            yield lane
-        finally:
-            self._give(lane)
-
-    def _take(self, faces: int) -> _Lane:
-        """A free lane with room for so many faces; opened, or waited for."""
+    def _take(self, faces: int) -> _Turn:
+        """A turn at a free lane with room for so many faces; opened, or waited for."""
+        turn = _Turn(self._give, faces)
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._free or len(self._taken) < LANES)
             if self._closed:
                 raise BackendError("this model is closed; load it again")
-            lane = self._free.pop() if self._free else None
-            self._taken.append(lane)
-        if lane is not None and lane.max_faces >= faces:
-            return lane
+            self._taken.add(turn)
+            turn.lane = self._free.pop() if self._free else None
+        if (smaller := turn.lane) is not None and smaller.max_faces >= faces:
+            return turn
         try:
             room = max(_LEAST_FACES, 1 << (faces - 1).bit_length())
-            larger = _Lane(self._backend, self._kernels, self._switch, room)
+            turn.lane = _Lane(self._backend, self._kernels, self._switch, room)
         except BaseException:
-            self._give(lane)  # with a smaller one nothing is lost
+            turn.close()  # with a smaller one nothing is lost
             raise
-        with self._changed:
-            self._taken[self._taken.index(lane)] = larger
-        if lane is not None:
+        if smaller is not None:
             with contextlib.suppress(BackendError):  # no reason against the new one
-                lane.close()
-        return larger
+                smaller.close()
+        return turn
 
-    def _give(self, lane: _Lane | None) -> None:
+    def _give(self, turn: _Turn) -> None:
         with self._changed:
-            self._taken.remove(lane)
-            if lane is not None:
-                self._free.append(lane)
+            self._taken.discard(turn)
+            if turn.lane is not None:
+                self._free.append(turn.lane)
+                turn.lane = None
             self._changed.notify_all()
+
+
+class _Turn(Closing):
+    """A call's turn at a lane, which is free again once this is closed or forgotten: an error may come at any time.
+
+    Called, it waits for the answer.
+    """
+
+    def __init__(self, give: Callable[[_Turn], None], faces: int) -> None:
+        self._give, self._faces = give, faces
+        self.lane: _Lane | None = None
+
+    def opened(self) -> _Lane:
+        """The lane, while it has one."""
+        assert self.lane is not None
+        return self.lane
+
+    def __call__(self) -> Answer:
+        with self:
+            return self.opened().answer(self._faces)
+
+    def close(self) -> None:
+        """Gives the lane back; a second call does nothing."""
+        if self.lane is not None:
+            self.lane.leave()
+        self._give(self)
 
 
 @dataclass(frozen=True)
@@ -299,9 +311,15 @@ class _Lane(Closing):
         while self._graphs:
             self._graphs.popitem()[1].close(self._driver)
 
+    def leave(self) -> None:
+        """Waits for an answer that nobody took."""
+        if self._frame is not None:
+            self._settle()
+
     def _settle(self) -> None:
         """After an error: waits until the stream uses nothing any more."""
         with contextlib.suppress(BackendError):
+            self._driver.make_current()
             self._driver.call("cuStreamSynchronize", self._stream)
         self._frame = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import threading
 import time
 import warnings
@@ -30,6 +31,8 @@ from kp_runtime.backend import Backend, BackendReport
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.cuda_driver import CudaDriver, Memory
 from kp_runtime.cuda_graphs import captured
+from kp_runtime.frame import as_frame
+from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.pipeline_cuda import GRAPHS, LANES
 from kp_runtime.spec import Manifest, file_entry
 from kp_runtime.tune_results import TuneSettings
@@ -437,6 +440,51 @@ def test_calls_after_one_that_failed(function: str, model: Model, cpu: Model, dr
             model(picture(0), boxes_of(0, 2), timer=StageTimer())
     driver.failing.clear()
     check(model, cpu, picture(3), boxes_of(3, 2))
+
+
+class LateError(Exception):
+    """A deadline's, by SIGALRM."""
+
+
+def test_calls_after_one_that_a_signal_s_error_ended_anywhere(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    image, boxes, before = picture(0), boxes_of(0, 2), sys.gettrace()
+    for _ in range(3):
+        model(image, boxes)  # its graph is there
+    left = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal left
+        if not frame.f_code.co_filename.endswith("pipeline_cuda.py"):
+            return None
+        if event == "line":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise LateError
+        return trace
+
+    for line in range(1000):
+        left = line
+        sys.settrace(trace)
+        try:
+            model(image, boxes)
+            break
+        except LateError:
+            pass
+        finally:
+            sys.settrace(before)
+        assert not model._gpu._taken, line
+    assert line > 30
+    check(model, cpu, picture(1), boxes_of(1, 2))
+
+
+def test_an_answer_that_nobody_takes_leaves_its_lane(model: Model, cpu: Model, driver: DriverDouble) -> None:
+    matrices = matrices_from_boxes(boxes_of(0, 2), model.spec.size, model.spec.margin)
+    for _ in range(LANES + 1):
+        model._gpu.start(as_frame(picture(0)), matrices)
+        assert not model._gpu._taken
+        assert driver.asked[-1][0] == "cuStreamSynchronize"  # the frame may go
+    check(model, cpu, picture(1), boxes_of(1, 2))
 
 
 def test_a_gpu_that_dies_within_a_with_block_is_told_by_the_call(driver: DriverDouble) -> None:
