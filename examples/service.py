@@ -46,10 +46,11 @@ from starlette.requests import ClientDisconnect
 
 import kp_runtime
 from kp_runtime.backend import Backend
-from kp_runtime.cores import default_threads
+from kp_runtime.cores import check_process, default_threads
 from kp_runtime.default_model import MODEL_VARIABLE, default_bundle
 from kp_runtime.detect import box_advice
 from kp_runtime.detector_by_name import DETECTOR_VARIABLE, detector_name
+from kp_runtime.in_order import InOrder
 from kp_runtime.prometheus import Metrics
 from kp_runtime.track import FindFaces
 
@@ -144,7 +145,7 @@ class BatchingBackend(Backend):
         self.calls = self.faces = 0
         self._backend, self._wait_s, self._enough = backend, wait_s, enough
         self._arrival = threading.Condition()
-        self._one = ThreadPoolExecutor(1, "engine")
+        self._one = InOrder(1, most=64)
         self._batch = Batch()
 
     @property
@@ -153,6 +154,7 @@ class BatchingBackend(Backend):
         return self._batch.faces
 
     def _run(self, crops: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        check_process(self._process)
         answer: Future[list[NDArray[np.float32]]] = Future()
         with self._arrival:
             self._batch.jobs.append((crops, answer))
@@ -173,12 +175,13 @@ class BatchingBackend(Backend):
 
     def begin(self, crop: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Makes calls of up to `enough` faces find everything ready; the keypoints of a crop."""
-        self._one.submit(self._backend.warmup, self._enough).result()
+        self._one.submit(lambda: self._backend.warmup(self._enough)).result()
         return self.alone(crop)
 
     def alone(self, crop: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The keypoints of a crop, which waits for no other: what fails a call of many is no error of its own."""
-        return self._one.submit(self._backend.infer, crop).result()
+        keypoints: NDArray[np.float32] = self._one.submit(lambda: self._backend.infer(crop)).result()
+        return keypoints
 
 
 class Service:

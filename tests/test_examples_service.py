@@ -161,6 +161,46 @@ def test_the_health_check_shares_no_call(service: Any) -> None:
     assert engine.batches == [1, 3]
 
 
+AT_THE_END = """
+import threading, time
+from concurrent.futures import thread
+from examples.service import BatchingBackend
+from tests.test_examples_service import CountingBackend, crops_of
+
+def work():
+    while not thread._shutdown:
+        time.sleep(0.01)
+    print(batching.infer(crops_of(7))[0, 0, 0], batching.alone(crops_of(8))[0, 0, 0])
+
+engine = CountingBackend()
+engine.may_run.set()
+batching = BatchingBackend(engine, 0.001, 1)
+batching.begin(crops_of(5))
+threading.Thread(target=work).start()
+"""
+
+
+def test_a_request_at_work_when_the_program_ends_is_answered(service: Any) -> None:
+    """As after Ctrl-C under load; who else waits for the same call would hold the end up for ever."""
+    command = [sys.executable, "-c", AT_THE_END]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.stdout, ended.stderr) == ("7.0 8.0\n", "")
+
+
+def test_a_process_that_was_forked_from_the_one_with_the_engine_s_thread_is_refused(
+    service: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a worker of gunicorn --preload is."""
+    engine = CountingBackend()
+    engine.may_run.set()
+    batching = service.BatchingBackend(engine, wait_s=0.001, enough=1)
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    for ask_engine in (batching.infer, batching.infer, batching.alone):
+        with pytest.raises(kp_runtime.BackendError, match=r"stayed behind when process \d+ forked this one"):
+            ask_engine(crops_of(7))
+    assert batching.waiting == 0
+
+
 @pytest.mark.parametrize(
     ("check", "most_s", "said"),
     [
