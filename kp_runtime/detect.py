@@ -97,7 +97,7 @@ class _OpenCvDetector(ABC):
 
     def __init__(self) -> None:
         self._cv2 = import_cv2()
-        self._turn = threading.Lock()
+        self._process, self._turn = os.getpid(), threading.Lock()
 
     def __call__(self, image: Frame | NDArray[Any], layout: str = "bgr") -> NDArray[np.float64]:
         """Finds the faces of an image.
@@ -115,6 +115,8 @@ class _OpenCvDetector(ABC):
             BackendError: OpenCV failed.
         """
         frame = as_frame(image, layout)
+        if os.getpid() != self._process:  # forked, maybe while another thread had its turn
+            self._process, self._turn = os.getpid(), threading.Lock()
         with self._turn:
             try:
                 boxes = self.raw(frame)

@@ -76,6 +76,17 @@ def test_haars_smallest_face_is_a_share_of_the_shorter_side(size_hw: tuple[int, 
 
 
 @needs_haar
+def test_a_process_that_was_forked_while_another_thread_had_its_turn_waits_for_none(
+    photo: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = HaarDetector()
+    known = detector(photo)
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    with ThreadPoolExecutor(1) as thread, detector._turn:
+        assert np.array_equal(thread.submit(detector, photo).result(60), known)
+
+
+@needs_haar
 def test_what_opencv_fails_on_is_told() -> None:
     def fails(*_: object, **__: object) -> None:
         raise cv2.error("(-4:Insufficient memory) Failed to allocate 6000000000 bytes")
