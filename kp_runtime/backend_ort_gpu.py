@@ -18,7 +18,7 @@ import contextlib
 import io
 import os
 import shlex
-import threading
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -139,8 +139,7 @@ class _Sessions:
     ) -> None:
         self._ort, self._model, self._driver = ort, model, driver
         self._provider, self._options, self._missing = provider, options, missing
-        self._lock = threading.Lock()
-        self._left: _Opened | None = None
+        self._left: deque[_Opened] = deque(maxlen=1)  # no lock: what is forgotten comes back at any time
 
     def take(self) -> _Opened:
         """A session that nobody else uses.
@@ -148,14 +147,13 @@ class _Sessions:
         Raises:
             BackendError: ONNX Runtime refuses the file, or no memory is left for another session.
         """
-        with self._lock:
-            opened, self._left = self._left, None
-        return opened or self._open()
+        with contextlib.suppress(IndexError):
+            return self._left.pop()
+        return self._open()
 
     def give(self, opened: _Opened) -> None:
         """Takes a session back, whose stream has nothing to do."""
-        with self._lock:
-            self._left = opened
+        self._left.append(opened)
 
     def _open(self) -> _Opened:
         ort = self._ort

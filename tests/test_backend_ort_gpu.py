@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
@@ -107,6 +108,28 @@ def test_each_lane_has_a_session_and_a_stream_of_its_own(driver: DriverDouble, b
     assert (driver.memory, Session.open) == ({}, 0)
     asked = [name for name, *_ in driver.asked]
     assert asked.count("cuStreamCreate") == asked.count("cuStreamDestroy") == 3
+
+
+def test_a_forgotten_lane_s_session_comes_back_while_another_one_is_ended(
+    driver: DriverDouble, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the collector runs there."""
+    engine = opened(bundle)
+    sessions, make_current = engine._sessions, engine.driver.make_current
+    three = [sessions.take() for _ in range(3)]
+
+    def collected() -> None:
+        if three:
+            sessions.give(three.pop())
+        make_current()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.driver, "make_current", collected)
+        giving = threading.Thread(target=lambda: [sessions.give(three.pop()) for _ in range(2)], daemon=True)
+        giving.start()
+        giving.join(30)
+    assert not giving.is_alive()
+    assert Session.open == 2  # the golden crop's thread has the other one
 
 
 def test_no_memory_for_another_session(driver: DriverDouble, bundle: Path, rng: Any) -> None:
