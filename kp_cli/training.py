@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ from kp_cli.report import (
     tell,
 )
 from kp_runtime.cores import checked_threads
-from kp_runtime.errors import BundleError, InputError
+from kp_runtime.errors import BundleError, ExportError, InputError
 
 
 class Recipe(str, enum.Enum):
@@ -378,13 +379,24 @@ def evaluate(
         tell(name)
 
 
-def _alone_in(run: Path) -> contextlib.AbstractContextManager[None]:
-    """No other command is at work on a run meanwhile, whose folder need not be there yet."""
-    from kp_export.staging import alone
+@contextlib.contextmanager
+def _alone_in(run: Path) -> Iterator[None]:
+    """No other command is at work on a run meanwhile, as far as the system has locks; its folder need not be there."""
+    with contextlib.ExitStack() as lock:
+        try:
+            from kp_export.staging import alone
 
-    with contextlib.suppress(OSError):  # the run says it
-        run.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return alone(run)
+            with contextlib.suppress(OSError):  # the run says it
+                run.absolute().parent.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(alone(run))
+        except ModuleNotFoundError as error:
+            if error.name != "fcntl":  # which Windows lacks
+                raise
+        except ExportError as error:
+            if isinstance(error.__cause__, BlockingIOError):
+                raise
+            note(f"{run} is not locked, see that no other command trains there ({error.__cause__})")
+        yield
 
 
 def _quiet_training() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import typer.main
@@ -413,6 +415,24 @@ def test_one_command_at_a_time_trains_in_a_folder(
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     with alone(runs / "a"):
         assert kp(capsys, *words)[0] == (command != "train")
+
+
+@pytest.mark.parametrize("locks", ["none on Windows", "none on a disk"])
+def test_a_run_needs_no_lock_where_there_are_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: str
+) -> None:
+    from kp_train.synthetic import write_csv_source
+
+    data, run = write_csv_source(tmp_path / "faces", people=2), tmp_path / "runs" / "a"
+    monkeypatch.setattr("kp_train.train.train", lambda *args, **rest: run)
+    if locks == "none on a disk":
+        monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
+    else:
+        monkeypatch.delitem(sys.modules, "kp_export.staging", raising=False)
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    status, _, err = kp(capsys, "train", "--data", data, "--out", run)
+    told = f"{run} is not locked, see that no other command trains there ([Errno 38] Function not implemented)\n"
+    assert (status, err) == (0, told if locks == "none on a disk" else "")
 
 
 def test_a_system_that_locks_files_otherwise_is_told(
