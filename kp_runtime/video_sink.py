@@ -63,9 +63,12 @@ class Sink(Protocol):
 
 
 def open_sinks(
-    formats: Sequence[str], out: Path, stem: str, *, rate: float, size_hw: tuple[int, int], live: bool, points: int = 68
-) -> list[Sink]:
-    """Opens `out/<stem>_keypoints.<suffix>` for each format; `points` is their number a face.
+    formats: Sequence[str], out: Path, stem: str, *, rate: float, size_hw: tuple[int, int], live: bool,
+    points: int = 68, drawn: str = "keypoints",
+) -> list[Sink]:  # fmt: skip
+    """Opens `out/<stem>_<drawn>.<suffix>` for each format of pictures, `out/<stem>_keypoints.<suffix>` for the others.
+
+    `points` is their number a face.
 
     Raises:
         InputError: an unknown format.
@@ -79,7 +82,7 @@ def open_sinks(
     sinks: list[Sink] = []
     try:
         for name in dict.fromkeys(formats):
-            path = out / f"{stem}_keypoints{FORMATS[name]}"
+            path = out / f"{stem}_{drawn if name in _CODECS else 'keypoints'}{FORMATS[name]}"
             _clear_of_the_dead(path)
             if name in _CODECS:
                 sinks.append(VideoSink(path, _CODECS[name], rate, size_hw, by_clock=live))

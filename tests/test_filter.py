@@ -217,7 +217,10 @@ def test_hiding_looks_for_faces_on_every_frame(
 
 def test_run_takes_an_effect(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path) -> None:
     path = video(tmp_path / "talk.avi", 5)
-    words = (path, "--effect", "blur", "--model", bundle, "--out", tmp_path, "--format", "mp4", "--threads", 1)
+    (older := tmp_path / "talk_keypoints.mp4").write_text("with points, and the faces unhidden")
+    words = (path, "--effect", "blur", "--model", bundle, "--out", tmp_path, "--threads", 1)
     status, _, err = kp(capsys, "run", *words)
     assert (status, err) == (0, "")
-    assert len(levels(tmp_path / "talk_keypoints.mp4")) == 5
+    assert len(levels(tmp_path / "talk_blur.mp4")) == 5
+    assert older.read_text() == "with points, and the faces unhidden"
+    assert (tmp_path / "talk_keypoints.jsonl").is_file()  # rows are of points, whatever is drawn
