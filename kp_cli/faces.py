@@ -94,7 +94,6 @@ def predict(
         NotDrawnError,
         Photo,
         check_formats,
-        photos_from_paths,
         predict_photo,
         results_json,
     )
@@ -104,7 +103,7 @@ def predict(
         raise InputError("--box is instead of detecting: leave out --detector")
     if times and as_json:
         raise InputError("--times prints a table: leave out --json")
-    paths = photos_from_paths(photos)
+    paths = _photos(photos)
     if len(paths) > 1 and (box or drawn):
         raise InputError(f"--box and --drawn go with one photo, got {len(paths)}")
     check_file(drawn)
@@ -170,6 +169,16 @@ def predict(
         raise KpError("; ".join([*failed, *undrawn, *unwritten]))
     if stop.is_set():
         raise typer.Exit(130)  # as a shell reports Ctrl-C
+
+
+def _photos(named: list[Path]) -> list[Path]:
+    """The photos of the command line; says which pictures of a folder are left out."""
+    from kp_runtime.photos import photos_from_paths, unread_pictures
+
+    photos = photos_from_paths(named)
+    for line in unread_pictures(named):
+        note(line)
+    return photos
 
 
 def _check_detector(spec: Any, detector: str) -> None:
@@ -263,12 +272,11 @@ def _predict_on_ray(
 
     from kp_runtime.detector_by_name import load_detector
     from kp_runtime.files import sha256_of_file
-    from kp_runtime.photos import photos_from_paths
     from kp_runtime.pipeline import load
     from kp_runtime.ray_batches import Tools, predict_batches
     from kp_runtime.spec import MANIFEST_NAME, Manifest, folder_of
 
-    paths, threads = photos_from_paths(photos), 1 if threads is None else threads
+    paths, threads = _photos(photos), 1 if threads is None else threads
     bundle = bundle_or_default(model).resolve()
     folder = folder_of(bundle)
     spec = Manifest.read(folder).spec
@@ -338,10 +346,10 @@ def put_effect(
     quiet_opencv()
     from kp_runtime.effect_pictures import open_effect
     from kp_runtime.files import make_folder
-    from kp_runtime.photos import FailedPhoto, Photo, faces_seen, photos_from_paths, predict_photo
+    from kp_runtime.photos import FailedPhoto, Photo, faces_seen, predict_photo
 
     put = open_effect(effect)
-    paths = photos_from_paths(photos)
+    paths = _photos(photos)
     targets = [out / f"{path.stem}_{Path(effect).stem}.jpg" for path in paths]
     _check_targets(paths, targets)
     opened = load_model(model, tuned, "auto", threads, public_key)

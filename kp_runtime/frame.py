@@ -19,6 +19,7 @@ from kp_runtime.files import as_path, open_plain
 __all__ = [
     "CHANNELS",
     "IMAGE_SUFFIXES",
+    "OTHER_SUFFIXES",
     "Frame",
     "Scratch",
     "as_frame",
@@ -37,6 +38,11 @@ CHANNELS = {"bgr": 3, "rgb": 3, "bgra": 4, "rgba": 4, "gray": 1, "nv12": 1, "i42
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 """Of files that are taken for photos where a folder is named."""
+
+OTHER_SUFFIXES = (
+    ".heic", ".heif", ".avif", ".gif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2"
+)  # fmt: skip
+"""Of pictures, camera raws among them, that are not: most OpenCVs have no decoder for them."""
 
 _LARGEST_PICTURE = (1 << 31) - 1  # bytes of a file; OpenCV counts them in 31 bits
 

@@ -16,7 +16,7 @@ from kp_runtime.detect import Detector
 from kp_runtime.draw import put_boxes, put_keypoints
 from kp_runtime.errors import ImageError, InputError, KpError, reason_of
 from kp_runtime.files import files_with_suffix, write_file
-from kp_runtime.frame import IMAGE_SUFFIXES, bgr_copy, cv2_name, image_from_file, import_cv2
+from kp_runtime.frame import IMAGE_SUFFIXES, OTHER_SUFFIXES, bgr_copy, cv2_name, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
 from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
 from kp_runtime.pipeline import Model
@@ -34,6 +34,7 @@ __all__ = [
     "photos_from_paths",
     "predict_photo",
     "results_json",
+    "unread_pictures",
     "write_results",
 ]
 
@@ -81,7 +82,8 @@ def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
         if path.is_dir():
             inside = files_with_suffix(path.iterdir(), IMAGE_SUFFIXES)
             if not inside:
-                raise ImageError(f"{path} holds no photos ({', '.join(IMAGE_SUFFIXES)})")
+                left = "".join(f"; {line}" for line in unread_pictures([path]))
+                raise ImageError(f"{path} holds no photos ({', '.join(IMAGE_SUFFIXES)}){left}")
             photos += inside
         elif path.is_file():
             photos.append(path)
@@ -90,6 +92,16 @@ def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
         else:
             raise ImageError(f"there is no photo or folder at {path}")
     return photos
+
+
+def unread_pictures(paths: Sequence[Path]) -> list[str]:
+    """A line a folder that holds pictures in formats which `photos_from_paths` leaves out."""
+    lines = []
+    for folder in filter(Path.is_dir, paths):
+        if left := files_with_suffix(folder.iterdir(), OTHER_SUFFIXES):
+            names = ", ".join(path.name for path in left[:3]) + f" and {len(left) - 3} more" * (len(left) > 3)
+            lines.append(f"{folder} holds pictures whose format is not read: {names}; save them as JPEG")
+    return lines
 
 
 def predict_photo(

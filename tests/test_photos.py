@@ -57,7 +57,10 @@ def test_photos_of_a_folder_and_by_name(tmp_path: Path) -> None:
 
 def test_folder_without_photos(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(ImageError, match=r"holds no photos \(\.jpg, \.jpeg, \.png"):
+    with pytest.raises(ImageError, match=r"holds no photos \(\.jpg, \.jpeg, \.png.*\)$"):
+        photos_from_paths([tmp_path])
+    (tmp_path / "a.HEIC").write_text("")
+    with pytest.raises(ImageError, match=r"holds no photos .* is not read: a\.HEIC; save them as JPEG$"):
         photos_from_paths([tmp_path])
 
 

@@ -46,6 +46,19 @@ def test_predict_draws_and_writes(
     assert np.abs(drawn.astype(int) - cv2.imread(str(astronaut))).max() > 100
 
 
+@pytest.mark.parametrize("command", [("predict",), ("filter", "--effect", "blur")])
+def test_pictures_of_a_folder_that_are_not_read_are_said(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    shutil.copy(astronaut, tmp_path / "a.png")
+    for name in ("IMG_1.HEIC", "b.avif", "c.gif", "d.heic", "notes.txt"):
+        (tmp_path / name).write_text("")
+    status, out, err = kp(capsys, *command, tmp_path, "--model", bundle, "--out", tmp_path / "out", "--json")
+    assert (status, len(json.loads(out))) == (0, 1)
+    told = "holds pictures whose format is not read: IMG_1.HEIC, b.avif, c.gif and 1 more; save them as JPEG"
+    assert err.splitlines()[0] == f"{tmp_path} {told}"
+
+
 def test_kp_run_takes_no_model_of_whole_frames(
     capsys: pytest.CaptureFixture[str], astronaut: Path, tmp_path: Path
 ) -> None:
