@@ -180,7 +180,8 @@ def as_frame(image: Frame | NDArray[Any], layout: str = "bgr") -> Frame:
     if layout not in ("bgr", "rgb"):
         raise ImageError(f"the channel order must be 'bgr' or 'rgb', got {layout!r}")
     if not isinstance(image, np.ndarray):
-        raise ImageError(f"an image must be a numpy array, got {type(image).__name__}; cv2.imread gives one")
+        hint = "kp_runtime.image_from_file gives one, and says what is wrong with a file"
+        raise ImageError(f"an image must be a numpy array, got {type(image).__name__}; {hint}")
     if image.dtype != np.uint8:
         deep = "; scale it down first, the camera's own white to 255: (image >> 8).astype(np.uint8), of 12 bits >> 4"
         hint = deep if image.dtype == np.uint16 else ""

@@ -44,7 +44,7 @@ def picture() -> np.ndarray:
         (np.zeros(5, np.uint8), r"got shape \(5,\)"),
         (np.zeros((0, 5, 3), np.uint8), r"the image is empty: its shape is \(0, 5, 3\)"),
         ([[1, 2], [3, 4]], "must be a numpy array, got list"),
-        (None, "must be a numpy array, got NoneType; cv2.imread gives one"),
+        (None, "must be a numpy array, got NoneType; kp_runtime.image_from_file gives one, and says"),
     ],
 )
 def test_bad_arrays(image: object, message: str) -> None:
