@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,8 @@ def photos_from_paths(paths: Sequence[Path]) -> list[Path]:
         elif path.exists():
             raise ImageError(f"{path} is a pipe or a device; photos are read from files: write it into one first")
         else:
-            raise ImageError(f"there is no photo or folder at {path}")
+            address = "; of an address, download it first" if re.match("[a-z][a-z0-9]+:/", str(path)) else ""
+            raise ImageError(f"there is no photo or folder at {path}{address}")
     return photos
 
 

@@ -65,8 +65,10 @@ def test_folder_without_photos(tmp_path: Path) -> None:
 
 
 def test_path_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"there is no photo or folder at .*none\.jpg"):
+    with pytest.raises(ImageError, match=r"there is no photo or folder at .*none\.jpg$"):
         photos_from_paths([tmp_path / "none.jpg"])
+    with pytest.raises(ImageError, match=r"at https:/.*a\.jpg; of an address, download it first$"):
+        photos_from_paths([Path("https://example.org/a.jpg")])
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(ImageError, match="pipe is a pipe or a device; photos are read from files"):
         photos_from_paths([tmp_path / "pipe"])
