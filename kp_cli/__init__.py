@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode=None,  # rich takes half as long to import as a short command takes to run
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="68 facial keypoints, from PyTorch to the edge, provably unchanged.",
     epilog="From train on, commands need kp-edge-tools beside kp-edge; a checkout has both.",
 )

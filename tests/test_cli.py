@@ -55,6 +55,7 @@ def test_help_names_every_option(
     monkeypatch.setenv("COLUMNS", "80")
     status, out, _ = kp(capsys, *command, "--help")
     assert status == 0
+    assert kp(capsys, *command, "-h")[:2] == (0, out)
     assert "Usage" in out
     if not command:
         assert all(name in out for name in COMMANDS)
