@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -242,10 +243,14 @@ def _note_lost(photo: Any, limit: float | None) -> None:
 
 
 def _check_labels(photos: list[Path], out: Path) -> None:
-    """Refuses to write `.pts` files where the photos have theirs: these may be labels."""
+    """Refuses to write `.pts` files where the photos have theirs, of an earlier run too: these may be labels."""
     beside = {folder for path in photos for folder in (path.parent.resolve(), path.resolve().parent)}  # of links too
-    if out.resolve() in beside and (labels := sorted(out.glob("*.pts"))):
+    labels = sorted(out.glob("*.pts"))
+    if labels and out.resolve() in beside:
         raise InputError(f"{labels[0]} and its like lie beside the photos and may be labels; name another --out")
+    stems = {path.stem for path in photos}
+    if there := [file for file in labels if {file.stem, re.sub(r"_[0-9]+$", "", file.stem)} & stems]:
+        raise InputError(f"{there[0]} is there already and may be a label made by hand; name another --out")
 
 
 def _check_targets(photos: list[Path], drawn: list[Path]) -> None:

@@ -190,6 +190,22 @@ def test_labels_beside_the_photos_are_not_written_over(
     assert label.read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["a.pts", "a_0.pts"])
+def test_pts_files_of_an_earlier_run_are_not_written_over(
+    name: str, capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    """They may be corrected by hand, and of another number of faces they would stay beside the new ones."""
+    photo, out = tmp_path / "a.png", tmp_path / "out"
+    shutil.copy(astronaut, photo)
+    out.mkdir()
+    (out / name).write_text("mine")
+    words = ("predict", photo, "--out", out, "--format", "pts", "--model", bundle)
+    told = f"kp: {out / name} is there already and may be a label made by hand; name another --out\n"
+    assert kp(capsys, *words)[::2] == (1, told)
+    (out / name).rename(out / "b.pts")  # another photo's
+    assert kp(capsys, *words)[0] == 0
+
+
 def test_without_a_bundle_it_is_the_default_one(
     capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
