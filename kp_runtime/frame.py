@@ -266,7 +266,11 @@ def image_from_bytes(data: bytes | bytearray | memoryview, origin: str = "the im
             raise ImageError(f"{origin} has more pixels than are taken; OPENCV_IO_MAX_IMAGE_PIXELS sets it") from error
         raise ImageError(f"{origin} can't be decoded: {reason_of(error)}") from error
     if image is None:
-        raise ImageError(f"{origin} is no image that OpenCV can decode (JPEG, PNG, BMP, TIFF, WebP)")
+        suffix = Path(origin).suffix.lower()
+        hint = "; save it as JPEG" if suffix in OTHER_SUFFIXES else ""
+        if suffix in (".mp4", ".mov", ".m4v", ".avi", ".mkv", ".webm"):
+            hint = "; kp run takes videos"
+        raise ImageError(f"{origin} is no image that OpenCV can decode (JPEG, PNG, BMP, TIFF, WebP){hint}")
     if image.dtype != np.uint8:
         raise ImageError(
             f"{origin} has {image.dtype} samples; save it with 8 bits a channel, "

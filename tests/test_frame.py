@@ -52,6 +52,14 @@ def test_bad_arrays(image: object, message: str) -> None:
         as_frame(image)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"), [("a.jpg", ""), ("a.HEIC", "; save it as JPEG"), ("a.MOV", "; kp run takes videos")]
+)
+def test_what_to_do_with_what_is_no_image(name: str, hint: str) -> None:
+    with pytest.raises(ImageError, match=rf"{name} is no image that OpenCV can decode \(.*\){hint}$"):
+        image_from_bytes(b"no image", name)
+
+
 def test_bad_channel_order() -> None:
     with pytest.raises(ImageError, match="must be 'bgr' or 'rgb', got 'gbr'"):
         as_frame(np.zeros((5, 5, 3), np.uint8), "gbr")
