@@ -157,8 +157,10 @@ def predict(
             _note_lost(photo, opened.spec.lost_limit)
         if times:
             print_times(timer.summaries())
-        for file in [*(p.drawn for p in found if p.drawn), *written][-8:]:
-            tell(file)
+        pictures = [photo.drawn for photo in found if photo.drawn]
+        for files, kind in ((pictures, "drawn photos"), (written, "files")):
+            for line in files if len(files) <= _IN_A_LINE else [f"{len(files)} {kind} in {out}"]:
+                tell(line)
     if stop.is_set():
         note(f"stopped after {len(results)} of {len(paths)} photos; what is written is of these")
     if failed:

@@ -190,6 +190,16 @@ def test_labels_beside_the_photos_are_not_written_over(
     assert label.read_text() == "mine"
 
 
+def test_many_drawn_photos_are_counted(
+    capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
+) -> None:
+    for i in range(6):
+        shutil.copy(astronaut, tmp_path / f"{i}.png")
+    out = tmp_path / "out"
+    lines = kp(capsys, "predict", tmp_path, "--out", out, "--model", bundle)[1].splitlines()
+    assert lines[6:] == [f"6 drawn photos in {out}", str(out / "keypoints.json")]
+
+
 @pytest.mark.parametrize("name", ["a.pts", "a_0.pts"])
 def test_pts_files_of_an_earlier_run_are_not_written_over(
     name: str, capsys: pytest.CaptureFixture[str], bundle: Path, astronaut: Path, tmp_path: Path
