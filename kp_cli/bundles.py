@@ -86,15 +86,14 @@ def export(
     triton = triton and triton.resolve()  # the working folder may be the bundle, which is replaced
     if engine is Engine.required and blocker:
         raise ExportError(f"no plan can be built here: {blocker}")
-    from kp_export.bundle import export_bundle
     from kp_export.staging import mend
     from kp_runtime.spec import Manifest
+
+    mend(own)
+    points = Manifest.read(own).spec.points  # what is wrong with the path is told before PyTorch's seconds
+    from kp_export.bundle import export_bundle
     from kp_train.data import parse_source
 
-    points = 68
-    if data or calibration:
-        mend(own)
-        points = Manifest.read(own).spec.points
     with told_of_bundle(out or own, own):
         report = export_bundle(
             checkpoint,
