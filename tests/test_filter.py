@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -207,6 +208,7 @@ def test_hiding_looks_for_faces_on_every_frame(
         asked.append(settings)
         return one_face()
 
+    importlib.import_module("kp_runtime.prometheus")  # whose tracker is made of the real one
     monkeypatch.setattr("kp_cli.video.open_detector", open_detector)
     monkeypatch.setattr("kp_runtime.track.Tracker", tracker)
     path = video(tmp_path / "talk.avi", 2)
