@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_export.evaluate import Evaluation, OpenModel, answer_in_frames
-from kp_runtime.frame import Frame
+from kp_runtime.frame import Frame, Scratch
 from kp_runtime.geometry import boxes_from_points, moved_box
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.bar import Bar, no_bar
@@ -50,6 +50,27 @@ class Robustness:
     mirrored: float
 
 
+@dataclass(frozen=True, eq=False)
+class _Enlarged(Frame):
+    """A `gray` frame so many times as large, by OpenCV's bilinear; of it only what is read is made."""
+
+    times: int = 1
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        height, width = self.data.shape
+        return height * self.times, width * self.times
+
+    def luma(self, x0: int, y0: int, x1: int, y1: int, scratch: Scratch | None = None) -> NDArray[np.uint8]:
+        import cv2
+
+        # a power of two, so the places that are sampled are the whole photo's, bit for bit; a pixel around them is read
+        k, left, top = self.times, max(x0 // self.times - 1, 0), max(y0 // self.times - 1, 0)
+        part = self.data[top : -(-y1 // k) + 1, left : -(-x1 // k) + 1]
+        large = cv2.resize(part, None, fx=k, fy=k, interpolation=cv2.INTER_LINEAR)
+        return np.asarray(large[y0 - top * k : y1 - top * k, x0 - left * k : x1 - left * k], np.uint8)
+
+
 @dataclass(frozen=True)
 class Group:
     """NME of the faces between two bounds of a property: `[low, high)`, without an end where `high` is None."""
@@ -84,10 +105,11 @@ def robustness(
     for face in bar(faces):
         luma, box = luma_of_face(face), boxes_from_points(face.xy)
         last = luma.shape[1] - 1
-        views = [(luma, box), *((luma, moved_box(box, JITTER * x, JITTER * y, 1 + JITTER * k)) for x, y, k in SHAKES)]
-        views += [(_enlarged(luma, k), (box + 0.5) * k - 0.5) for k in ENLARGED]
-        views.append((np.ascontiguousarray(luma[:, ::-1]), np.array([last - box[2], box[1], last - box[0], box[3]])))
-        frames, boxes = [Frame(shown, "gray") for shown, _ in views], np.stack([box for _, box in views])
+        frame, mirrored = Frame(luma, "gray"), Frame(np.ascontiguousarray(luma[:, ::-1]), "gray")
+        views = [(frame, box), *((frame, moved_box(box, JITTER * x, JITTER * y, 1 + JITTER * k)) for x, y, k in SHAKES)]
+        views += [(_Enlarged(luma, "gray", times=k), (box + 0.5) * k - 0.5) for k in ENLARGED]
+        views.append((mirrored, np.array([last - box[2], box[1], last - box[0], box[3]])))
+        frames, boxes = [shown for shown, _ in views], np.stack([box for _, box in views])
         points, _ = answer_in_frames(model, frames, boxes, looks, mirror)
         points[n:-1] = [(xy + 0.5) / k - 0.5 for xy, k in zip(points[n:-1], ENLARGED, strict=True)]
         points[-1] = points[-1][MIRROR] * (-1, 1) + (last, 0)
@@ -107,12 +129,6 @@ def robustness(
 
 def _distance(a: NDArray[np.float64], b: NDArray[np.float64], eyes: NDArray[np.float64]) -> float:
     return float((np.linalg.norm(a - b, axis=-1).mean(axis=1) / eyes).mean())
-
-
-def _enlarged(luma: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
-    import cv2
-
-    return np.asarray(cv2.resize(luma, None, fx=k, fy=k, interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def turns(truth: NDArray[np.float64]) -> NDArray[np.float64]:

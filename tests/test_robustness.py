@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
 from kp_export.evaluate import Evaluation, OpenModel, evaluate
-from kp_export.robustness import SHAKES, _enlarged, groups, robustness, turns
+from kp_export.robustness import ENLARGED, SHAKES, _Enlarged, groups, robustness, turns
 from kp_runtime.backend import Answer
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import Manifest, ModelSpec
@@ -102,7 +103,31 @@ def test_photos_are_seen_enlarged_and_mirrored(faces: tuple[Face, ...]) -> None:
     found = robustness(OpenModel("centre of light", Manifest(spec=spec), answer), faces)
     assert 0 < max(found.enlarged.values()) < 0.001
     assert 0 < found.mirrored < 0.001
-    np.testing.assert_array_equal(_enlarged(np.array([[0, 100]], np.uint8), 2), [[0, 25, 75, 100]] * 2)
+
+
+@pytest.mark.parametrize("size_hw", [(1, 2), (5, 3), (61, 90)])
+def test_a_window_of_an_enlarged_photo_is_that_of_the_whole(
+    size_hw: tuple[int, int], rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, at the photo's edges too; and no more than the window and what lies around it is enlarged."""
+    luma, resize, made = rng.integers(0, 256, size_hw, np.uint8), cv2.resize, []
+
+    def counted(*args: object, **options: object) -> np.ndarray:
+        made.append(resize(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(cv2, "resize", counted)
+    for k in ENLARGED:
+        whole, frame = resize(luma, None, fx=k, fy=k, interpolation=cv2.INTER_LINEAR), _Enlarged(luma, "gray", times=k)
+        assert frame.size_hw == whole.shape
+        for _ in range(50):
+            (y0, y1), (x0, x1) = (np.sort(rng.choice(side + 1, 2, replace=False)).tolist() for side in whole.shape)
+            for window in ((x0, y0, x1, y1), (0, y0, x1, whole.shape[0]), (x0, 0, whole.shape[1], y1)):
+                x, y, right, bottom = window
+                np.testing.assert_array_equal(frame.luma(*window), whole[y:bottom, x:right])
+                assert made[-1].size <= (right - x + 4 * k) * (bottom - y + 4 * k)
+    known = _Enlarged(np.array([[0, 100]], np.uint8), "gray", times=2)
+    np.testing.assert_array_equal(known.luma(0, 0, 4, 2), [[0, 25, 75, 100]] * 2)
 
 
 def turned(turn: float, eyes: float) -> Face:
