@@ -33,7 +33,7 @@ from kp_runtime.recorded_rise import Rise
 from kp_runtime.scheme68 import mean_of_mirrored
 from kp_runtime.spec import Manifest
 from kp_train.bar import Bar, no_bar
-from kp_train.data import Face, Source, evenly_spread, held_out_of, luma_of_face
+from kp_train.data import Face, Source, evenly_spread, faces_with_frames, held_out_of
 from kp_train.metrics import Accuracy, accuracy, interval_over_people, point_errors
 from kp_train.run_record import ancestry, least_held_out
 
@@ -190,12 +190,12 @@ def evaluate(
     scores: list[NDArray[np.float32]] = []
     boxes: list[NDArray[np.float64]] = []
     sizes: list[tuple[int, int]] = []
+    boxes_in = None if detector is None else functools.lru_cache(maxsize=1)(detector)  # once for the faces of a photo
     batches = [faces[i : i + BATCH] for i in range(0, len(faces), BATCH)]
     for batch in bar(batches):
         frames, found = [], []
-        for face in batch:
-            frame = Frame(luma_of_face(face), "gray")
-            box = frame_box(frame.size_hw) if spec.box == "frame" else _box(face, frame, detector)
+        for face, frame in faces_with_frames(batch):
+            box = frame_box(frame.size_hw) if spec.box == "frame" else _box(face, frame, boxes_in)
             if box is None:
                 continue
             frames.append(frame)
@@ -304,5 +304,7 @@ def answer_in_frames(
     return points, lost_score
 
 
-def _box(face: Face, frame: Frame, detector: Detector | None) -> NDArray[np.float64] | None:
-    return boxes_from_points(face.xy) if detector is None else box_of_face(detector(frame), face.xy)
+def _box(
+    face: Face, frame: Frame, boxes_in: Callable[[Frame], NDArray[np.float64]] | None
+) -> NDArray[np.float64] | None:
+    return boxes_from_points(face.xy) if boxes_in is None else box_of_face(boxes_in(frame), face.xy)

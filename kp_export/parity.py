@@ -22,7 +22,7 @@ from kp_runtime.interchange import as_text
 from kp_runtime.scheme68 import regions_of
 from kp_runtime.spec import ModelSpec
 from kp_train.bar import Bar, no_bar
-from kp_train.data import Source, evenly_spread, luma_of_face
+from kp_train.data import Source, evenly_spread, faces_with_frames
 from kp_train.metrics import nme_unit, point_errors
 
 __all__ = [
@@ -180,9 +180,9 @@ def faces_from_sources(sources: Sequence[Source], spec: ModelSpec, most: int = 5
     faces = [face for source in sources for face in source.faces]
     chosen = [faces[i] for i in evenly_spread(len(faces), most)]
     crops, points, beside = [], [], []
-    for face in chosen:
-        luma = luma_of_face(face)
-        box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(face.xy)
+    for face, frame in faces_with_frames(chosen):
+        luma = frame.data
+        box = frame_box(frame.size_hw) if spec.box == "frame" else boxes_from_points(face.xy)
         matrix = matrices_from_boxes(box[None], spec.size, spec.margin)[0]
         crops.append(crop_from_luma(luma, matrix, spec.size))
         points.append(apply_matrix(matrix, face.xy))

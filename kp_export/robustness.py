@@ -17,7 +17,7 @@ from kp_runtime.frame import Frame, Scratch
 from kp_runtime.geometry import boxes_from_points, moved_box
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.bar import Bar, no_bar
-from kp_train.data import Face, luma_of_face
+from kp_train.data import Face, faces_with_frames
 from kp_train.metrics import nme_unit, point_errors
 
 __all__ = ["Group", "Robustness", "groups", "robustness", "turns"]
@@ -102,10 +102,10 @@ def robustness(
         DataError: an image can't be read.
     """
     found, n = [], 1 + len(SHAKES)
-    for face in bar(faces):
-        luma, box = luma_of_face(face), boxes_from_points(face.xy)
+    for face, frame in faces_with_frames(bar(faces)):
+        luma, box = frame.data, boxes_from_points(face.xy)
         last = luma.shape[1] - 1
-        frame, mirrored = Frame(luma, "gray"), Frame(np.ascontiguousarray(luma[:, ::-1]), "gray")
+        mirrored = Frame(np.ascontiguousarray(luma[:, ::-1]), "gray")
         views = [(frame, box), *((frame, moved_box(box, JITTER * x, JITTER * y, 1 + JITTER * k)) for x, y, k in SHAKES)]
         views += [(_Enlarged(luma, "gray", times=k), (box + 0.5) * k - 0.5) for k in ENLARGED]
         views.append((mirrored, np.array([last - box[2], box[1], last - box[0], box[3]])))

@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import math
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import DataError, ImageError
-from kp_runtime.frame import IMAGE_SUFFIXES, as_frame, image_from_file
+from kp_runtime.frame import IMAGE_SUFFIXES, Frame, as_frame, image_from_file
 from kp_runtime.interchange import LabelledFace, as_text, faces_from_file
 from kp_runtime.pts import pts_files
 from kp_runtime.scheme68 import POINTS
@@ -34,6 +34,7 @@ __all__ = [
     "Face",
     "Source",
     "evenly_spread",
+    "faces_with_frames",
     "held_out_fraction",
     "held_out_of",
     "is_held_out",
@@ -232,6 +233,20 @@ def lumas_of_faces(faces: Sequence[Face]) -> list[NDArray[np.uint8]]:
             decoded[face.image] = luma_from_file(face.image)
         _check_place(face, *decoded[face.image].shape)
     return [decoded[face.image] for face in faces]
+
+
+def faces_with_frames(faces: Iterable[Face]) -> Iterator[tuple[Face, Frame]]:
+    """Each face with its photo in grey, one after the other; faces of one photo in a row share its frame.
+
+    Raises:
+        DataError: as `lumas_of_faces`.
+    """
+    image, frame = None, None
+    for face in faces:
+        if frame is None or face.image != image:
+            image, frame = face.image, Frame(luma_from_file(face.image), "gray")
+        _check_place(face, *frame.size_hw)
+        yield face, frame
 
 
 def luma_of_face(face: Face) -> NDArray[np.uint8]:

@@ -16,7 +16,8 @@ from kp_runtime.errors import BackendError, BundleError, DataError, InputError, 
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.spec import Manifest, ModelSpec
-from kp_train.data import Face, Source, is_held_out, read_source
+from kp_train import data
+from kp_train.data import Face, Source, is_held_out, luma_from_file, read_source
 from kp_train.metrics import interval_over_people
 from kp_train.synthetic import mean_shape, write_csv_source
 from tests.models import SIZE
@@ -181,6 +182,25 @@ def test_a_detectors_boxes_and_misses(source: Source) -> None:
     assert result.interval == pytest.approx((0, 0), abs=1e-6)
     with pytest.raises(DataError, match="found none of the 24 faces"):
         evaluate(oracle(source, spec), source.faces, lambda image, layout="bgr": np.empty((0, 4)))  # type: ignore[arg-type]
+
+
+def test_the_faces_of_a_photo_are_looked_for_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is decoded once, too; each face gets its own box, and one beside the photo is still refused."""
+    first, last = source.faces[0], source.faces[-1]
+    small = dataclasses.replace(first, xy=(first.xy - first.xy.mean(axis=0)) * 0.5 + first.xy.mean(axis=0))
+    known, read, seen = dataclasses.replace(source, faces=(first, small, last, first)), [], []
+    monkeypatch.setattr(data, "luma_from_file", lambda path: read.append(path) or luma_from_file(path))
+
+    def detector(image: Frame, layout: str = "bgr") -> np.ndarray:
+        seen.append(image)
+        return np.stack([boxes_from_points(face.xy) for face in known.faces])
+
+    result = evaluate(oracle(known, ModelSpec("x", SIZE)), known.faces, detector)
+    assert result.accuracy.nme < 1e-6
+    assert read == [first.image, last.image, first.image]
+    assert len(seen) == 3
+    with pytest.raises(DataError, match="none of its face's points lies in them"):
+        evaluate(oracle(known, ModelSpec("x", SIZE)), [first, dataclasses.replace(first, xy=first.xy + 1e4)], detector)
 
 
 def test_a_frame_model_sees_the_original_projects_view(source: Source) -> None:
