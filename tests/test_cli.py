@@ -183,7 +183,7 @@ def test_a_file_beside_no_manifest_is_named(
         (("bench", "{bundle}", "--compare", "nowhere.json"), "nowhere.json can't be read"),
         (("bench", "{bundle}", "--compare", "{bundle}/manifest.json"), "is no results file of kp bench"),
         (("inspect", "nowhere"), "is not a bundle"),
-        (("export", "nowhere"), "there is no checkpoint at nowhere"),
+        (("export", "nowhere"), "nowhere is not a bundle: there is nothing at"),
         (("eval", "nowhere", "--data", "x"), "nowhere is not a bundle: there is nothing at"),
         (("eval", "{bundle}/model.fp32.onnx", "--data", "x"), "neither a CSV"),
         (("export", "{bundle}", "--engine", "required"), "no plan can be built here: TensorRT is not installed here"),
