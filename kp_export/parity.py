@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kp_runtime.backend import Answer
 from kp_runtime.errors import MissingExtraError, ParityError
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
-from kp_runtime.interchange import as_text
+from kp_runtime.labelled_face import as_text
 from kp_runtime.scheme68 import regions_of
 from kp_runtime.spec import ModelSpec
 from kp_train.bar import Bar, no_bar

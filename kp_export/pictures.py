@@ -16,7 +16,7 @@ from kp_runtime.errors import MissingExtraError
 from kp_runtime.files import write_file, writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import apply_matrix, matrices_from_boxes
-from kp_runtime.interchange import as_text
+from kp_runtime.labelled_face import as_text
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.scheme68 import CONTOURS, EYE_CORNERS, MIRROR, POINTS
 from kp_train.data import luma_of_face

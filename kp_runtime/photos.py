@@ -19,7 +19,8 @@ from kp_runtime.errors import ImageError, InputError, KpError, reason_of
 from kp_runtime.files import files_with_suffix, write_file
 from kp_runtime.frame import IMAGE_SUFFIXES, OTHER_SUFFIXES, bgr_copy, cv2_name, image_from_file, import_cv2
 from kp_runtime.geometry import frame_box
-from kp_runtime.interchange import LabelledFace, check_format, faces_to_file
+from kp_runtime.interchange import check_format, faces_to_file
+from kp_runtime.labelled_face import LabelledFace
 from kp_runtime.pipeline import Model
 from kp_runtime.results import Keypoints
 from kp_runtime.scheme68 import POINTS

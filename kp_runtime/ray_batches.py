@@ -30,9 +30,10 @@ import numpy as np
 from kp_runtime.cores import default_threads
 from kp_runtime.detect import Detector
 from kp_runtime.errors import BackendError, DataError, InputError, KpError, MissingExtraError, reason_of
+from kp_runtime.face_table import import_pyarrow, parquet_table
 from kp_runtime.files import write_file, writing
 from kp_runtime.frame import import_cv2
-from kp_runtime.interchange import LabelledFace, as_text, import_pyarrow, parquet_table
+from kp_runtime.labelled_face import LabelledFace, as_text
 from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 

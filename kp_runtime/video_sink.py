@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import InputError, KpError
+from kp_runtime.face_table import import_pyarrow
 from kp_runtime.files import make_folder, short_name, sync
 from kp_runtime.frame import cv2_name, import_cv2
-from kp_runtime.interchange import import_pyarrow
 from kp_runtime.track import Track
 from kp_runtime.video_source import VideoFrame
 

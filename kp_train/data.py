@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from kp_runtime.errors import DataError, ImageError
 from kp_runtime.frame import IMAGE_SUFFIXES, Frame, as_frame, image_from_file
-from kp_runtime.interchange import LabelledFace, as_text, faces_from_file
+from kp_runtime.interchange import faces_from_file
+from kp_runtime.labelled_face import LabelledFace, as_text
 from kp_runtime.pts import pts_files
 from kp_runtime.scheme68 import POINTS
 from kp_runtime.spec import Manifest

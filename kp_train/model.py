@@ -18,7 +18,7 @@ from torchvision.models import ResNet18_Weights, resnet18
 
 from kp_runtime.errors import KpError
 from kp_runtime.files import sha256_of_file
-from kp_runtime.interchange import as_text
+from kp_runtime.labelled_face import as_text
 from kp_runtime.scheme68 import POINTS
 
 __all__ = ["KeypointNet", "load_backbone_weights"]

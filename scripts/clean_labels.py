@@ -24,7 +24,8 @@ from kp_cli.report import one_line_errors
 from kp_runtime.errors import InputError
 from kp_runtime.files import make_folder
 from kp_runtime.geometry import boxes_from_points
-from kp_runtime.interchange import LabelledFace, faces_to_file
+from kp_runtime.interchange import faces_to_file
+from kp_runtime.labelled_face import LabelledFace
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import mirror_from_pairs
 from kp_train.checkpoint import load_checkpoint

@@ -236,7 +236,8 @@ def _points_csv(folder: Path) -> str:
 
 def labels_case(folder: Path) -> Case:
     """Labels of every format that kp convert reads."""
-    from kp_runtime.interchange import LabelledFace, faces_from_file, faces_to_file
+    from kp_runtime.interchange import faces_from_file, faces_to_file
+    from kp_runtime.labelled_face import LabelledFace
     from kp_train.synthetic import mean_shape
 
     xy = (mean_shape() * 10 + 20).astype(np.float32)

@@ -22,7 +22,8 @@ from kp_cli.report import one_line_errors
 from kp_runtime.errors import InputError, KpError
 from kp_runtime.files import write_file
 from kp_runtime.geometry import boxes_from_points
-from kp_runtime.interchange import LabelledFace, faces_to_file
+from kp_runtime.interchange import faces_to_file
+from kp_runtime.labelled_face import LabelledFace
 from kp_runtime.scheme68 import POINTS
 from kp_train.data import Face, Source, luma_from_file, read_source
 

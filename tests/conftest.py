@@ -160,3 +160,14 @@ def no_thread_at(monkeypatch: pytest.MonkeyPatch, fails: int) -> threading.Event
 
     monkeypatch.setattr(threading.Thread, "start", started)
     return failed
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> typing.Any:
+    """The module `examples.service`."""
+    pytest.importorskip("fastapi", reason="fastapi, which the service is made of, is not installed")
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[1])
+    monkeypatch.setenv("OPENCV_IO_MAX_IMAGE_PIXELS", "40000000")  # so that what the service sets is undone
+    import examples.service
+
+    return examples.service

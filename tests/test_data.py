@@ -20,7 +20,8 @@ from kp_export.parity import faces_from_sources
 from kp_runtime.errors import DataError
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
-from kp_runtime.interchange import LabelledFace, faces_from_file, faces_to_file, with_sizes
+from kp_runtime.interchange import faces_from_file, faces_to_file, with_sizes
+from kp_runtime.labelled_face import LabelledFace
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import augment_from_name

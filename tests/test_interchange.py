@@ -14,14 +14,8 @@ import numpy as np
 import pytest
 
 from kp_runtime.errors import DataError, ImageError, InputError, KpError, MissingExtraError
-from kp_runtime.interchange import (
-    FORMATS,
-    LabelledFace,
-    faces_from_file,
-    faces_to_file,
-    format_of,
-    with_sizes,
-)
+from kp_runtime.interchange import FORMATS, faces_from_file, faces_to_file, format_of, with_sizes
+from kp_runtime.labelled_face import LabelledFace
 from kp_runtime.pts import pts_text
 
 PLACES = {"pts": "out", "coco": "faces.json", "csv": "faces.csv", "parquet": "faces.parquet"}

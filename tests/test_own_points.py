@@ -14,7 +14,8 @@ import torch
 
 import kp_runtime
 from kp_runtime.errors import BundleError, DataError, InputError, KpError
-from kp_runtime.interchange import LabelledFace, faces_to_file
+from kp_runtime.interchange import faces_to_file
+from kp_runtime.labelled_face import LabelledFace
 from kp_runtime.pts import pts_text
 from kp_runtime.scheme68 import MIRROR, mean_of_mirrored
 from kp_runtime.spec import Manifest, ModelSpec
