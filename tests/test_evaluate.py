@@ -16,7 +16,6 @@ from kp_runtime.errors import BackendError, BundleError, DataError, InputError, 
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
 from kp_runtime.spec import Manifest, ModelSpec
-from kp_train import data
 from kp_train.data import Face, Source, is_held_out, luma_from_file, read_source
 from kp_train.metrics import interval_over_people
 from kp_train.synthetic import mean_shape, write_csv_source
@@ -189,7 +188,7 @@ def test_the_faces_of_a_photo_are_looked_for_once(source: Source, monkeypatch: p
     first, last = source.faces[0], source.faces[-1]
     small = dataclasses.replace(first, xy=(first.xy - first.xy.mean(axis=0)) * 0.5 + first.xy.mean(axis=0))
     known, read, seen = dataclasses.replace(source, faces=(first, small, last, first)), [], []
-    monkeypatch.setattr(data, "luma_from_file", lambda path: read.append(path) or luma_from_file(path))
+    monkeypatch.setattr("kp_train.data.luma_from_file", lambda path: read.append(path) or luma_from_file(path))
 
     def detector(image: Frame, layout: str = "bgr") -> np.ndarray:
         seen.append(image)
