@@ -31,15 +31,7 @@ def check_coco(points: int) -> None:
 
 
 def read_coco(path: Path, points: int) -> list[LabelledFace]:
-    """The labelled faces of a file, of all its categories that have keypoints.
-
-    Args:
-        path: the file.
-        points: how many each face has.
-
-    Raises:
-        DataError: it is no such file, or a face in it can't be used; says where.
-    """
+    """Those of all categories that have keypoints; the rest is as in `interchange.faces_from_file`."""
     text = text_of(path)
     try:
         document = json.loads(text)

@@ -28,15 +28,7 @@ __all__ = ["import_pyarrow", "parquet_table", "read_csv", "read_parquet", "write
 
 
 def read_csv(path: Path, points: int) -> list[LabelledFace]:
-    """The labelled faces of a file, with a header line or none.
-
-    Args:
-        path: the file.
-        points: how many each face has.
-
-    Raises:
-        DataError: it is no such file, or a face in it can't be used; says where.
-    """
+    """Those below a header line or none; the rest is as in `interchange.faces_from_file`."""
     faces = []
     try:
         with opened_text(path) as file:
@@ -124,16 +116,7 @@ def write_csv(faces: Sequence[LabelledFace], path: Path) -> list[Path]:
 
 
 def read_parquet(path: Path, points: int) -> list[LabelledFace]:
-    """The labelled faces of a file with the columns of `parquet_table`.
-
-    Args:
-        path: the file.
-        points: how many each face has.
-
-    Raises:
-        DataError: it is no such file, or a face in it can't be used; says where.
-        MissingExtraError: pyarrow is not installed.
-    """
+    """Those of a file with the columns of `parquet_table`; the rest is as in `interchange.faces_from_file`."""
     pa, pq = import_pyarrow()
     faces = []
     try:
