@@ -64,8 +64,13 @@ class Together(Callback):
         checkpoint["measured"] = self.measured = {k: float(v) for k, v in trainer.callback_metrics.items()}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Takes it from a stored state; one of an earlier release has none."""
+        """Takes it from a stored state; one of an earlier release has none.
+
+        The sampler learns of the epoch here: Lightning tells it once it has begun, and by then workers of its loader
+        have fetched what they give first.
+        """
         self.measured = checkpoint.get("measured", {})
+        trainer.datamodule.sampler.set_epoch(checkpoint["epoch"] + 1)  # type: ignore[attr-defined]
 
 
 class StateKeeper(ModelCheckpoint):

@@ -222,7 +222,8 @@ def train(
         _print_biases(sources, biases, "mirrored faces keep to that")
     callbacks: list[Callback] = [FacesPicture(val_set, run / "pictures", picture_every)]
     if config.ema:  # behind the pictures, as it takes its weights out again when validation ends
-        callbacks.append(EMAWeightAveraging(decay=config.ema))
+        # before the network is moved there, and Lightning would leave the averaged one where the network is now
+        callbacks.append(EMAWeightAveraging(trainer.strategy.root_device, decay=config.ema))
     trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
     data = [(source.sha256, source.weight) for source in sources]
     beginning = {"settings": dataclasses.asdict(config), "data": data, "teachers": taught.records, "state": resume}

@@ -90,6 +90,25 @@ def test_the_script_writes_what_training_reads_and_says_where_labels_went_wrong(
         script(monkeypatch, run, path, path, "--out", tmp_path / "new")
 
 
+def test_who_was_trained_on_by_an_earlier_run_is_not_held_out(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It knows them by heart, and would tell the labels' bias too small."""
+    manifest = Manifest.read(run)
+    start = {"training": TRAINING | {"held_out": {"val_fraction": 0.1}}}
+    dataclasses.replace(manifest, training=TRAINING | {"start": start}).write(run)
+    fractions: list[float] = []
+
+    def noted(net: object, spec: object, source: Source, fraction: float, *others: object) -> clean_labels.Cleaned:
+        fractions.append(fraction)
+        xy = np.stack([face.xy for face in source.faces])
+        return clean_labels.Cleaned(xy, np.zeros(len(xy)), np.zeros(len(xy), bool))
+
+    monkeypatch.setattr(clean_labels, "cleaned", noted)
+    script(monkeypatch, run, write_csv_source(tmp_path, people=2), "--out", tmp_path / "out")
+    assert fractions == [0.1]
+
+
 def test_a_file_in_the_folder_s_place_is_told_before_the_work(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -164,12 +164,12 @@ def test_a_run_goes_on_with_the_averaging_that_it_began_with(
     faces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An earlier release had another default than one by the run's length."""
-    decays: list[float] = []
+    given: list[tuple[torch.device, float]] = []
 
     class Noted(EMAWeightAveraging):
-        def __init__(self, decay: float) -> None:
-            decays.append(decay)
-            super().__init__(decay=decay)
+        def __init__(self, device: torch.device, decay: float) -> None:
+            given.append((device, decay))
+            super().__init__(device, decay=decay)
 
     monkeypatch.setattr("kp_train.train.EMAWeightAveraging", Noted)
     begun(faces, tmp_path, {}, ema=0.998)
@@ -177,7 +177,7 @@ def test_a_run_goes_on_with_the_averaging_that_it_began_with(
         run(faces, tmp_path, ema=0.9, resume=True)
     with pytest.raises(KpError, match="does not fit this release"):  # its state is of nothing
         run(faces, tmp_path, ema=None, resume=True)
-    assert decays == [0.998]
+    assert given == [(torch.device("cpu"), 0.998)]
 
 
 def test_another_number_of_devices_can_not_resume_a_run(faces: Path, tmp_path: Path) -> None:
@@ -220,10 +220,10 @@ def test_a_run_that_was_killed_at_its_end_ends_as_an_undisturbed_one(
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def _six_epochs(faces: Path, out: Path) -> list[str]:
+def _six_epochs(faces: Path, out: Path, workers: int) -> list[str]:
     return [
         sys.executable, "-m", "kp_cli", "train", "--data", str(faces), "--out", str(out), "--size", "64",
-        "--epochs", "6", "--batch-size", "8", "--weights", "none", "--workers", "0",
+        "--epochs", "6", "--batch-size", "8", "--weights", "none", "--workers", str(workers),
         "--accelerator", "cpu",
     ]  # fmt: skip
 
@@ -236,9 +236,9 @@ def _last_weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def undisturbed(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The weights of six epochs without a kill."""
+    """The weights of six epochs without a kill, and without processes that read ahead."""
     out = tmp_path_factory.mktemp("undisturbed") / "r"
-    subprocess.run(_six_epochs(faces, out), env=ONE_THREAD, capture_output=True, timeout=300, check=True)
+    subprocess.run(_six_epochs(faces, out, 0), env=ONE_THREAD, capture_output=True, timeout=300, check=True)
     return _last_weights(out)
 
 
@@ -257,7 +257,8 @@ def interruptible() -> Iterator[None]:
 def test_a_killed_run_ends_where_an_undisturbed_one_does(
     faces: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path, how: signal.Signals
 ) -> None:
-    command = _six_epochs(faces, tmp_path / "r")
+    """One that reads ahead, too: that begins before Lightning has restored the epoch."""
+    command = _six_epochs(faces, tmp_path / "r", 1)
     first = subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert first.stdout is not None
     for line in first.stdout:

@@ -111,7 +111,7 @@ def trained(place: Path, name: str, kill: str = "nobody") -> str:
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1",
         str(place / "worker.py"), "train", "--data", str(place / "training_frames_keypoints.csv"),
         "--out", str(place / name), "--size", "64", "--epochs", str(EPOCHS), "--batch-size", "4", "--ema", "0.9",
-        "--weights", "none", "--workers", "0", "--accelerator", "cpu",
+        "--weights", "none", "--workers", "1", "--accelerator", "cpu",
     ]  # fmt: skip
     own = {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "KP_TEST_KILL": kill}
     done = subprocess.run(
