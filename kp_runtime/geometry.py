@@ -39,6 +39,7 @@ __all__ = [
     "box_of_face",
     "boxes_from_points",
     "boxes_to_compare",
+    "crop_from_bands",
     "crop_from_luma",
     "crop_from_window",
     "crop_plan",
@@ -53,6 +54,11 @@ __all__ = [
 ]
 
 FloatArray = NDArray[np.floating]
+
+_BAND = 1 << 20
+"""Pixels that are turned grey and averaged at a time. A face of video is one band or two; a photo's face of 12 million
+would leave that much memory, and as much again, with every thread that ever cut one.
+"""
 
 _FAR = 32767 << 10
 """The farthest position that `remap` takes, in 1024ths of a pixel; all beyond it has the edge's grey level, as this."""
@@ -298,8 +304,30 @@ def crop_from_window(
     Returns:
         `(size, size)` uint8 (`out` when given).
     """
-    scratch = scratch or Scratch()
-    source = luma if plan.block == 1 else _block_means(luma, plan.block, scratch)
+    return crop_from_bands(lambda x0, y0, x1, y1: luma[y0 - plan.y0 : y1 - plan.y0], plan, size, out, scratch)
+
+
+def crop_from_bands(
+    luma: Callable[[int, int, int, int], NDArray[np.uint8]],
+    plan: CropPlan,
+    size: int,
+    out: NDArray[np.uint8] | None = None,
+    scratch: Scratch | None = None,
+) -> NDArray[np.uint8]:
+    """As `crop_from_window`, from what gives a part of the image, as `Frame.luma` does.
+
+    Where blocks are averaged it is asked for bands of the window, of about a million pixels or one row of blocks.
+    """
+    scratch, k, width = scratch or Scratch(), plan.block, plan.x1 - plan.x0
+    if k == 1:
+        source = luma(plan.x0, plan.y0, plan.x1, plan.y1)
+    else:
+        source = scratch.array("means", (-(-(plan.y1 - plan.y0) // k), -(-width // k)))
+        rows = max(_BAND // (width * k), 1)
+        for i in range(0, len(source), rows):
+            y = plan.y0 + i * k
+            band = luma(plan.x0, y, plan.x1, min(y + rows * k, plan.y1))
+            _block_means(band, k, source[i : i + rows], scratch)
     return way_to_sample()(source, plan.source_from_crop, size, out, scratch)
 
 
@@ -402,7 +430,7 @@ def _fixed_point_maps(
     return pixels, weights
 
 
-def _block_means(luma: NDArray[np.uint8], k: int, scratch: Scratch) -> NDArray[np.uint8]:
+def _block_means(luma: NDArray[np.uint8], k: int, means: NDArray[np.uint8], scratch: Scratch) -> None:
     """Means of whole k x k blocks, rounded half up, the edge repeated to fill the last ones.
 
     In integers, so that every processor gives the same. OpenCV's area resizing does that for 2 x 2 blocks
@@ -415,27 +443,29 @@ def _block_means(luma: NDArray[np.uint8], k: int, scratch: Scratch) -> NDArray[n
         whole[height:, :width] = luma[-1]
         whole[:, width:] = whole[:, width - 1 : width]
         luma = whole
-    return _halved(luma, scratch) if k == 2 and _halves_exactly() else _integer_means(luma, k, scratch)
+    if k == 2 and _halves_exactly():
+        _halved(luma, means)
+    else:
+        _integer_means(luma, k, means, scratch)
 
 
 @functools.cache
 def _halves_exactly() -> bool:
     """Whether the OpenCV that is here gives the rule's means of 2 x 2 blocks, found on a small picture."""
     picture = (np.arange(40 * 56) ** 3 % 1013 % 256).astype(np.uint8).reshape(40, 56)  # all levels
-    return np.array_equal(_halved(picture, Scratch()), _integer_means(picture, 2, Scratch()))
+    found, wanted = np.empty((2, 20, 28), np.uint8)
+    _halved(picture, found)
+    _integer_means(picture, 2, wanted, Scratch())
+    return np.array_equal(found, wanted)
 
 
-def _halved(luma: NDArray[np.uint8], scratch: Scratch) -> NDArray[np.uint8]:
+def _halved(luma: NDArray[np.uint8], means: NDArray[np.uint8]) -> None:
     cv2 = import_cv2()
-    height, width = luma.shape[0] // 2, luma.shape[1] // 2
-    means = scratch.array("means", (height, width))
-    cv2.resize(luma, (width, height), dst=means, interpolation=cv2.INTER_AREA)
-    return means
+    cv2.resize(luma, means.shape[::-1], dst=means, interpolation=cv2.INTER_AREA)
 
 
-def _integer_means(luma: NDArray[np.uint8], k: int, scratch: Scratch) -> NDArray[np.uint8]:
-    height, width = luma.shape[0] // k, luma.shape[1] // k
-    means = scratch.array("means", (height, width))
+def _integer_means(luma: NDArray[np.uint8], k: int, means: NDArray[np.uint8], scratch: Scratch) -> None:
+    height, width = means.shape
     # the sum of a white block and the rounding must fit
     wide = np.uint16 if k < 16 else np.uint32 if k <= 4096 else np.uint64
     rows = scratch.array("rows", (height, width * k), wide)
@@ -449,4 +479,3 @@ def _integer_means(luma: NDArray[np.uint8], k: int, scratch: Scratch) -> NDArray
     sums += k * k // 2
     sums //= k * k
     np.copyto(means, sums, casting="unsafe")
-    return means

@@ -45,7 +45,7 @@ class Model:
 
     May be shared between threads when its backend may, as all of this package may; a result is the
     caller's own. On a CPU each thread keeps the working memory of its largest call (a crop of every
-    face, the grey levels of the largest face) and uses it again. On a GPU the threads share two lanes
+    face, a few MiB for grey levels) and uses it again. On a GPU the threads share two lanes
     (`pipeline_cuda`), and a call waits for a free one. `close`, or the end of a `with` block, frees
     what was kept; the engine itself goes with the last reference to `backend`.
 

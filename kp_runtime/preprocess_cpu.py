@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.cores import check_process, on_cores
 from kp_runtime.frame import Frame, Scratch
-from kp_runtime.geometry import crop_from_window, crop_plan
+from kp_runtime.geometry import crop_from_bands, crop_plan
 from kp_runtime.in_order import SideBySide
 
 __all__ = ["CpuCropper", "crops_from_frame"]
@@ -42,10 +43,10 @@ def crops_from_frame(
     """
     crops = np.empty((len(crop_from_image), 1, size, size), np.uint8) if out is None else out
     scratch = scratch or Scratch()
+    luma = functools.partial(frame.luma, scratch=scratch)
     for matrix, crop in zip(crop_from_image, crops, strict=True):
         plan = crop_plan(matrix, size, frame.size_hw)
-        luma = frame.luma(plan.x0, plan.y0, plan.x1, plan.y1, scratch)
-        crop_from_window(luma, plan, size, crop[0], scratch)
+        crop_from_bands(luma, plan, size, crop[0], scratch)
     return crops
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from kp_runtime import preprocess_cpu
 from kp_runtime.cores import usable_cores
-from kp_runtime.frame import Frame, as_frame
+from kp_runtime.frame import Frame, Scratch, as_frame
 from kp_runtime.geometry import crop_from_luma, matrices_from_boxes
 from kp_runtime.preprocess_cpu import CpuCropper, crops_from_frame
 from tests.conftest import no_thread_at
@@ -77,6 +77,29 @@ def test_one_by_one_from_the_whole_image_gives_the_same_bits(bgr: np.ndarray, ma
     crops = crops_from_frame(as_frame(bgr), matrices, SIZE)
     for crop, matrix in zip(crops, matrices, strict=True):
         assert np.array_equal(crop[0], crop_from_luma(reference_luma(bgr), matrix, SIZE))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "gray"])
+def test_a_face_that_is_cut_in_bands_has_the_same_bits(
+    layout: str, bgr: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frame = Frame(bgr[..., 0], "gray") if layout == "gray" else frame_in(layout, bgr)
+    boxes = np.array([[0, 0, 401, 299], [-90, -40, 300, 310], [20, 30, 390, 270]], float)
+    crops = [(size, matrices_from_boxes(boxes, size, 1.2, angle=0.2)) for size in (200, 64, 7)]
+    wanted = [crops_from_frame(frame, matrices, size) for size, matrices in crops]
+    for pixels in (1, 5000, 60_000):
+        monkeypatch.setattr("kp_runtime.geometry._BAND", pixels)
+        for (size, matrices), cut in zip(crops, wanted, strict=True):
+            assert np.array_equal(crops_from_frame(frame, matrices, size), cut)
+
+
+def test_a_huge_face_leaves_little_memory_with_the_thread_that_cut_it() -> None:
+    """Of 12 million pixels, the grey levels and their whole blocks; each thread of a service would keep them."""
+    scratch, boxes = Scratch(), np.array([[200.0, 100, 3801, 2900]])
+    frame = Frame(np.zeros((2999, 3999, 3), np.uint8), "bgr")
+    for size in (64, 999):
+        crops_from_frame(frame, matrices_from_boxes(boxes, size, 1.3), size, scratch=scratch)
+    assert sum(block.size for block in scratch._blocks.values()) < 4 << 20
 
 
 def test_out_is_filled_in_place(bgr: np.ndarray, matrices: np.ndarray) -> None:
