@@ -221,6 +221,7 @@ def image_from_file(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
         InputError: `path` is none.
         ImageError: the file is missing, cut off, 16 bits deep, or no image. Damage inside a JPEG is not noticed: the
             decoder fills what it can't read.
+        MemoryError: there is none for its pixels.
         MissingExtraError: OpenCV is not installed.
     """
     return image_from_bytes(bytes_of_picture(as_path(path, "an image's file")), str(path))
@@ -249,6 +250,7 @@ def image_from_bytes(data: bytes | bytearray | memoryview, origin: str = "the im
 
     Raises:
         ImageError: the image is cut off, 16 bits deep, or none.
+        MemoryError: there is none for its pixels.
         MissingExtraError: OpenCV is not installed.
     """
     if isinstance(data, memoryview):
@@ -264,6 +266,8 @@ def image_from_bytes(data: bytes | bytearray | memoryview, origin: str = "the im
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
             raise ImageError(f"{origin} has more pixels than are taken; OPENCV_IO_MAX_IMAGE_PIXELS sets it") from error
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError(f"{origin} can't be decoded: {reason_of(error)}") from error
         raise ImageError(f"{origin} can't be decoded: {reason_of(error)}") from error
     if image is None:
         suffix = Path(origin).suffix.lower()

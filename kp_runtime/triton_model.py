@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kp_runtime.backend_by_name import golden_error, open_backend
 from kp_runtime.detect import box_advice
 from kp_runtime.detector_by_name import load_detector
-from kp_runtime.errors import BackendError, ImageError, InputError, KpError
+from kp_runtime.errors import BackendError, ImageError, InputError, KpError, reason_of
 from kp_runtime.frame import as_frame, image_from_bytes
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
 from kp_runtime.golden import GOLDEN_NAME, check_golden_crop, golden_from_bytes
@@ -124,6 +124,8 @@ class ImagesModel:
                 looked.append([self._crops(data, i) for i, data in enumerate(images)])
             except KpError as error:
                 looked.append(error)
+            except MemoryError as error:
+                looked.append(BackendError(f"there is too little memory now: {reason_of(error)}; try again"))
         crops = [found for call in looked if not isinstance(call, KpError) for *_, found in call]
         try:
             given = self._backend.answer(np.concatenate([self._no_crops, *crops]))

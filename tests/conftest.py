@@ -171,3 +171,16 @@ def service(monkeypatch: pytest.MonkeyPatch) -> typing.Any:
     import examples.service
 
     return examples.service
+
+
+def short_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenCV has no memory for the pixels of an image."""
+    import cv2
+
+    error = cv2.error("error: (-4:Insufficient memory) Failed to allocate 108000000 bytes")
+    error.code = cv2.Error.StsNoMem
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cv2, "imdecode", fail)

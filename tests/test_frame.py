@@ -12,6 +12,7 @@ import pytest
 
 from kp_runtime.errors import ImageError, InputError, MissingExtraError
 from kp_runtime.frame import Frame, _is_cut_off, as_frame, image_from_bytes, image_from_file
+from tests.conftest import short_of_memory
 
 # a TIFF header and one tag, 0x0112: turn by 90 degrees clockwise to see the picture upright
 EXIF_TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
@@ -146,6 +147,13 @@ def test_missing_file(tmp_path: Path) -> None:
         image_from_file(tmp_path / "none.jpg")
     with pytest.raises(InputError, match="an image's file must be a path, as text or of pathlib; got NoneType"):
         image_from_file(None)  # type: ignore[arg-type]
+
+
+def test_too_little_memory_is_no_fault_of_the_image(picture: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encoded(picture, ".png")
+    short_of_memory(monkeypatch)
+    with pytest.raises(MemoryError, match=r"the image can't be decoded: .*Failed to allocate 108000000 bytes"):
+        image_from_bytes(data)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/zero")])

@@ -22,6 +22,7 @@ from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.spec import Manifest
 from kp_runtime.triton_model import PROBE, ImagesModel, TritonPythonModel, check_numpy, threads_of
+from tests.conftest import short_of_memory
 from tests.models import LOST_LIMIT, tiny_bundle
 
 
@@ -137,6 +138,17 @@ def test_a_bad_image_is_its_callers_alone(images: ImagesModel, astronaut: Path) 
     assert isinstance(cut_off, ImageError)
     assert isinstance(fine, list)
     assert fine[0][1].shape == (1, 68, 2)
+
+
+def test_an_image_that_no_memory_holds_is_its_callers_alone(
+    images: ImagesModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short_of_memory(monkeypatch)
+    failed, fine = images([[jpeg(np.zeros((40, 30, 3), np.uint8))], []])
+    told = "there is too little memory now: image 0 can't be decoded: .*Failed to allocate .* bytes; try again"
+    assert isinstance(failed, BackendError)
+    assert re.fullmatch(told, str(failed))
+    assert fine == []
 
 
 def test_an_image_of_too_many_faces_is_its_callers_alone(
