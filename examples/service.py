@@ -9,8 +9,8 @@ How to ask      curl --data-binary @photo.jpg http://127.0.0.1:8000/keypoints
 Settings        environment variables, see `Settings`; with `uvicorn`, host and port are its own options, and so are
                 --no-access-log and --timeout-graceful-shutdown, which the program has set
 Errors          {"detail": "one line"}: 400 no image, 408 slow upload, 413 too large or too many faces, 415 neither
-                JPEG nor PNG, 503 busy or ending (with Retry-After), 500 the engine failed, 501 metrics without
-                prometheus_client
+                JPEG nor PNG, 503 busy, ending or short of memory (with Retry-After), 500 the engine failed, 501
+                metrics without prometheus_client
 How it ends     with status 1 where the engine fails or hangs, so that systemd or Docker start it again: see `watch`;
                 at SIGTERM when what it has let in is answered, or `body_seconds` and 5 s have passed
 What was run    here, on x86-64 CPUs: the tests, in one process and over a socket. Not run: GPU engines
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import faulthandler
 import functools
 import os
@@ -61,6 +62,9 @@ PIXELS_VARIABLE = "OPENCV_IO_MAX_IMAGE_PIXELS"
 """Where OpenCV reads how many pixels it takes; the error of an image with more names it."""
 MOST_FACES = 256
 """On an image: one of 135 KB can show 20,000, which keep the engine for very long."""
+
+SMALL_BYTES = 8 << 20
+"""Of an image that waits for the engine without the place of its detector; 32 of 40 megapixels are 4 GB."""
 
 
 @dataclass(frozen=True)
@@ -215,15 +219,16 @@ class Service:
 
     def answer(self, data: bytes) -> dict[str, Any]:
         """The keypoints of all faces, as `Keypoints.to_json`."""
-        detector = self._detectors.get()
-        try:
+        with contextlib.ExitStack() as place:
+            detector = self._detectors.get()
+            place.callback(self._detectors.put, detector)
             image = kp_runtime.image_from_bytes(data)
             boxes = np.asarray(detector(image))
-        finally:
-            self._detectors.put(detector)
-        if len(boxes) > MOST_FACES:
-            raise HTTPException(413, f"an image may have {MOST_FACES} faces; send a part of it")
-        found = self._model(image, boxes)
+            if len(boxes) > MOST_FACES:
+                raise HTTPException(413, f"an image may have {MOST_FACES} faces; send a part of it")
+            if image.nbytes <= SMALL_BYTES:
+                place.close()
+            found = self._model(image, boxes)
         if self.metrics:
             self.metrics.frames.inc()
             self.metrics.faces.inc(len(found))
@@ -332,7 +337,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings, app.state.service = settings, service
     metrics = service.metrics
     if metrics:
-        metrics.errors_may_be("request", "400", "408", "413", "415", "503", "BackendError", "ImageError")
+        metrics.errors_may_be("request", "400", "408", "413", "415", "503", "BackendError", "ImageError", "MemoryError")
         metrics.queues({"requests": lambda: door.inside, "crops": lambda: service.batching.waiting})
 
     @app.post("/keypoints")
@@ -367,12 +372,24 @@ def create_app(settings: Settings) -> FastAPI:
             return JSONResponse({"detail": most}, 413)
         return JSONResponse({"detail": str(error)}, 400 if isinstance(error, kp_runtime.ImageError) else 500)
 
+    @app.exception_handler(MemoryError)
+    async def too_little(_: Request, error: Exception) -> JSONResponse:
+        detail = "there is too little memory now; try again in a second, or send a smaller image"
+        return JSONResponse({"detail": detail}, 503, {"Retry-After": "1"})
+
     return app
+
+
+def give_memory_back() -> None:
+    """Makes blocks of 1 MiB and more go back to the system once they are free; glibc would leave each thread some."""
+    with contextlib.suppress(AttributeError, TypeError):  # other systems' libraries have no mallopt
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD in its malloc.h
 
 
 @functools.cache
 def app_or_exit() -> FastAPI:
     """The application with the environment's settings, watched; an error is one line and exit status 1."""
+    give_memory_back()
     try:
         app = create_app(Settings.from_environment())
     except kp_runtime.KpError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import queue
@@ -25,6 +26,7 @@ import pytest
 
 import kp_runtime
 from kp_export.sign import new_key
+from tests.conftest import short_of_memory
 from tests.models import LOST_LIMIT, tiny_bundle
 from tests.test_examples_batching import until
 from tests.tolerances import FP32_PX, assert_close
@@ -251,6 +253,74 @@ def test_too_many_faces_are_refused_before_the_engine_sees_them(
 
     asyncio.run(talk())
     assert app.state.service.batching.calls == 0
+
+
+@pytest.mark.parametrize("small_bytes", [8 << 20, 0])
+def test_a_large_image_keeps_its_place_until_it_is_answered(
+    small_bytes: int, service: Any, bundle: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a slow engine all that were let in would lie in memory, decoded."""
+    monkeypatch.setattr(service, "default_threads", lambda: 1)
+    monkeypatch.setattr(service, "SMALL_BYTES", small_bytes)
+    running, leave = service.Service(service.Settings(model=str(bundle))), threading.Event()
+    running.batching._one.submit(leave.wait)
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            asked = threads.submit(running.answer, astronaut.read_bytes())
+            until(lambda: running.batching.waiting == 1)
+            assert running._detectors.empty() == (small_bytes == 0)
+        finally:
+            leave.set()
+        assert len(asked.result()["faces"]) == 1
+    assert not running._detectors.empty()
+
+
+def test_too_little_memory_for_an_image_is_no_fault_of_the_image(
+    service: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = service.create_app(service.Settings(model=str(bundle)))
+    plain = cv2.imencode(".png", np.zeros((40, 30), np.uint8))[1].tobytes()
+    short_of_memory(monkeypatch)
+
+    async def talk() -> None:
+        async with client_of(app) as client:
+            answer = await client.post("/keypoints", content=plain)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            detail = "there is too little memory now; try again in a second, or send a smaller image"
+            assert answer.json() == {"detail": detail}
+
+    asyncio.run(talk())
+
+
+LARGE_BLOCKS = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+import numpy as np
+import examples.service as service
+
+def resident_kib():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmRSS"))
+
+service.give_memory_back()
+together = threading.Barrier(8)
+
+def work(_):
+    together.wait(30)
+    for mib in (16, 12):
+        np.ones(mib << 20, np.uint8)
+
+with ThreadPoolExecutor(8) as threads:
+    before = resident_kib()
+    list(threads.map(work, range(8)))
+    print((resident_kib() - before) >> 10)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the system's C library has no mallopt")
+def test_what_images_took_goes_back_to_the_system(service: Any) -> None:
+    done = subprocess.run([sys.executable, "-c", LARGE_BLOCKS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert int(done.stdout or "99") < 12, f"of 8 threads, MiB: {done.stdout}{done.stderr}"
 
 
 def test_health_checks_that_come_together_are_one(service: Any, bundle: Path) -> None:
