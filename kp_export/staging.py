@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kp_runtime.errors import ExportError
+from kp_runtime.files import sync
 from kp_runtime.spec import MANIFEST_NAME, Manifest, any_manifest
 
 __all__ = ["alone", "check_replaced", "locked", "mend", "staging"]
@@ -98,11 +100,12 @@ def staging(target: Path) -> Iterator[Path]:
             _put_back(target)
             for stale in (stage, old):
                 shutil.rmtree(stale, ignore_errors=True)
-            if target.exists():
-                shutil.copytree(target, stage, copy_function=_link_or_copy)
-            else:
-                stage.mkdir()
             try:
+                if target.exists():
+                    shutil.copytree(target, stage, copy_function=_link_or_copy)
+                    _check_movable(stage, target)
+                else:
+                    stage.mkdir()
                 yield stage
                 _swap(stage, target, old)
             finally:
@@ -115,6 +118,21 @@ def staging(target: Path) -> Iterator[Path]:
 
 def _beside(target: Path, kind: str) -> Path:
     return target.with_name(f".{target.name}.{kind}")
+
+
+def _check_movable(stage: Path, target: Path) -> None:
+    """Before the work, while both have the same files, they are exchanged there and back.
+
+    Raises:
+        ExportError: the bundle can't be moved: it came with a container's image, or is mounted from the same disk.
+    """
+    if _exchanged(stage, target):
+        _exchanged(stage, target)
+    elif ctypes.get_errno() in (errno.EXDEV, errno.EBUSY):
+        raise ExportError(
+            f"the bundle {target} can't be moved, as it came with a container's image or is a mount point; work on a "
+            "copy of it (cp -r), or mount the folder that it lies in"
+        )
 
 
 def _swap(stage: Path, target: Path, old: Path) -> None:
@@ -136,9 +154,10 @@ def _swap(stage: Path, target: Path, old: Path) -> None:
 def _exchanged(one: Path, other: Path) -> bool:
     """Two folders get each other's name in one step, so that a loss of power leaves both.
 
-    False, and nothing was done, where the system or the file system can't: macOS, NFS.
+    False, and nothing was done, where the system or the file system can't: macOS, NFS. `ctypes.get_errno` says why.
     """
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    ctypes.set_errno(0)
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     paths = (_HERE, os.fsencode(one), _HERE, os.fsencode(other))
     return renameat2 is not None and renameat2(*paths, _EXCHANGE) == 0
 
@@ -148,7 +167,9 @@ def _link_or_copy(source: str, target: str) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        shutil.copyfile(source, target)
+        sync(Path(target))  # the old one is removed in the end
+        shutil.copystat(source, target)
 
 
 @contextlib.contextmanager

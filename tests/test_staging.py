@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TextIO
 
 import pytest
@@ -183,7 +185,7 @@ def test_a_bundle_is_never_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_where_folders_can_not_be_exchanged_they_are_moved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "b").mkdir()
     assert not _exchanged(tmp_path / "b", tmp_path / "none")
-    monkeypatch.setattr("ctypes.CDLL", lambda name: object())  # macOS, which has no renameat2
+    monkeypatch.setattr("ctypes.CDLL", lambda name, **_: object())  # macOS, which has no renameat2
     with staging(tmp_path / "b") as stage:
         (stage / "y").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
@@ -197,6 +199,30 @@ def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: p
         with pytest.raises(ExportError, match=rf"{target} is a mount point, .*; mount the folder"), staging(target):
             pytest.fail("it was staged")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("reason", [errno.EXDEV, errno.EBUSY, errno.EINVAL])
+def test_a_bundle_that_can_not_be_moved_is_refused_before_the_work(
+    reason: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a container's image, whose lower layer stays where it is, or mounted from the same disk; not one on NFS."""
+
+    def refuses(*_: object) -> int:
+        ctypes.set_errno(reason)
+        return -1
+
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("old")
+    monkeypatch.setattr("ctypes.CDLL", lambda name, **_: SimpleNamespace(renameat2=refuses))
+    if reason == errno.EINVAL:
+        with staging(tmp_path / "b"):
+            pass
+    else:
+        told = r"b can't be moved, as .* container's image .*; work on a copy of it \(cp -r\), or mount the folder"
+        with pytest.raises(ExportError, match=told), staging(tmp_path / "b"):
+            pytest.fail("it was staged")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert contents(tmp_path / "b") == {"x": b"old"}
 
 
 def test_what_a_killed_export_left_is_cleared_away(tmp_path: Path) -> None:
@@ -216,9 +242,13 @@ def test_where_a_file_can_not_be_linked_it_is_copied(tmp_path: Path, monkeypatch
     def refused(source: str, target: str) -> None:
         raise PermissionError(1, "Operation not permitted")
 
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "x").write_text("old")
+    old, synced = tmp_path / "b" / "x", []
+    old.parent.mkdir()
+    old.write_text("old")
+    old.chmod(0o444)
     monkeypatch.setattr("os.link", refused)
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(os.pread(file, 9, 0)))
     with staging(tmp_path / "b") as stage:
         (stage / "y").write_text("new")
     assert contents(tmp_path / "b") == {"x": b"old", "y": b"new"}
+    assert (synced, old.stat().st_mode & 0o777) == ([b"old"], 0o444)
