@@ -81,8 +81,8 @@ def open_backend(
             `BACKENDS`; a named one is never replaced by another.
         precision: `auto` or one of `spec.PRECISIONS`; a named one is never replaced by another.
         threads: threads of the engine on the CPU, 1 to the cores that it may use; None uses all of them, or
-            as many as a container's CPU quota allows. The calling thread is one of them: with 1 none is started. See
-            docs/resources.md.
+            as many as its container's or unit's CPU quota allows. The calling thread is one of them: with 1 none is
+            started. See docs/resources.md.
         public_key: whose signature the bundle must have: a PEM file's path, its bytes, or the key's
             32 bytes. None asks for none. See docs/signing.md.
         golden: whether the golden crop is compared.

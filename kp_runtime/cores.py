@@ -9,6 +9,7 @@ that were forbidden to the process (`taskset`); and of one that isn't there it o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import operator
 import os
@@ -37,18 +38,32 @@ def usable_cores() -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
-    """Cores' worth of time that a container's limit leaves (cgroup v2), None without one; `root` is where files lie."""
+    """Cores' worth of time that limits leave: a container's, a systemd unit's, of a group around them (cgroup v2).
+
+    None without one; `root` is where files lie.
+    """
+    own = re.search("^0::/(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE)
+    names = own[1].split("/") if own else []
+    folders = itertools.accumulate(names, operator.truediv, initial=root / "sys/fs/cgroup")
+    limits = [_text(folder / "cpu.max").split() for folder in folders]
+    quotas = [
+        int(words[0]) / int(words[1])
+        for words in limits
+        if len(words) == 2 and all(word.isdigit() for word in words) and words[1] != "0"  # "max" is no limit
+    ]
+    return min(quotas, default=None)
+
+
+def _text(path: Path) -> str:
+    """A file of the system's, empty where it is not there."""
     try:
-        words = (root / "sys/fs/cgroup/cpu.max").read_text(errors="replace").split()
+        return path.read_text(errors="replace")
     except OSError:
-        return None
-    if len(words) != 2 or not all(word.isdigit() for word in words) or words[1] == "0":
-        return None  # "max" is no limit
-    return int(words[0]) / int(words[1])
+        return ""
 
 
 def default_threads(root: Path = Path("/")) -> int:
-    """How many threads where nobody says: one for each usable core, but no more than a container's quota keeps busy."""
+    """How many threads where nobody says: one for each usable core, but no more than the quota keeps busy."""
     cores, quota = usable_cores(), cpu_quota(root)
     return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 

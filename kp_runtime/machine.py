@@ -74,7 +74,7 @@ class Machine:
         cpu: the processor's name.
         cores: logical cores of the machine.
         cores_usable: those that this process may run on.
-        cpu_quota: cores' worth of time that a container's limit leaves (cgroup v2).
+        cpu_quota: cores' worth of time that a container's or systemd unit's limit leaves (cgroup v2).
         architecture: such as `x86_64` or `aarch64`.
         instructions: those of `INSTRUCTIONS` that the processor has.
         mhz: clock of the first core now; its governor may choose `mhz_least` to `mhz_most`.

@@ -344,7 +344,7 @@ def load(
         backend: `auto` takes the best engine that works here, and `model.backend.report` says why;
             `tensorrt`, `ort-tensorrt`, `ort-cuda` or `ort-cpu` is never replaced by another.
         threads: threads of the engine on the CPU, the calling one with them; None uses all cores that it may,
-            or as many as its container's CPU quota allows.
+            or as many as its container's or unit's CPU quota allows.
         precision: `auto`, or `fp32`, `fp16`, `int8` or `int8-trt`, which is never replaced by another.
         public_key: whose signature the bundle must have: a PEM file's path, its bytes, or the key's
             32 bytes. None asks for none.

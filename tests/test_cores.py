@@ -15,7 +15,15 @@ import pytest
 import kp_runtime
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.backend_ort import OrtCpuBackend
-from kp_runtime.cores import checked_cores, checked_threads, cores_from_text, default_threads, on_cores, usable_cores
+from kp_runtime.cores import (
+    checked_cores,
+    checked_threads,
+    cores_from_text,
+    cpu_quota,
+    default_threads,
+    on_cores,
+    usable_cores,
+)
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.spec import Manifest
 from tests.conftest import DETECTOR
@@ -76,6 +84,22 @@ def test_a_containers_quota_bounds_the_threads_of_whoever_names_no_number(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     assert default_threads(tmp_path) == threads
     assert checked_threads(64) == usable_cores() == 64
+
+
+@pytest.mark.parametrize(
+    ("group", "quota"),
+    [("/a.slice/kp.service", 1.5), ("/a.slice", 2.0), ("/", 4.0), ("/b.slice/deeper", 0.5), ("/none/there", 4.0)],
+)
+def test_the_quota_is_the_least_of_the_groups_around_a_process(group: str, quota: float, tmp_path: Path) -> None:
+    """systemd's CPUQuota= is told in the unit's own group, and a limit of a slice holds for all in it."""
+    limits = {".": 4, "a.slice": 2, "a.slice/kp.service": 1.5, "b.slice": 0.5, "b.slice/deeper": 3, "c": 1}
+    for name, cores in limits.items():
+        folder = tmp_path / "sys/fs/cgroup" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "cpu.max").write_text(f"{cores * 100000:.0f} 100000\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"4:memory:/c\n1:name=systemd:/c\n0::{group}\n")
+    assert cpu_quota(tmp_path) == quota
 
 
 @two_cores
