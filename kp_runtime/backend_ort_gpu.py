@@ -291,7 +291,10 @@ def _absent(ort: Any, provider: str, driver: CudaDriver) -> str:
 
     have = f"onnxruntime {ort.__version__} has no {provider}, only {', '.join(ort.get_available_providers())}"
     if driver.arch in JETSON_GPUS:
-        return f"{have}; no public wheel has code for a Jetson's GPU: take the backend tensorrt (kp plan), or ort-cpu"
+        return (
+            f"{have}; no wheel on PyPI has code for a Jetson's GPU: take the backend tensorrt (kp plan), or ort-cpu; "
+            "the Jetson AI Lab's wheels were not tried"
+        )
     wheel = f"'kp-edge[ort-gpu]'{_release(driver) and ' ' + repr('onnxruntime-gpu' + _release(driver))}"
     if all(any(metadata.distributions(name=name)) for name in ("onnxruntime", "onnxruntime-gpu")):
         return (

@@ -313,7 +313,10 @@ def provider(here: Surroundings, gpu: Gpu | None, answer: Outcome) -> list[Findi
     subject = "ONNX Runtime on the GPU"
     advice = f"pip uninstall -y {' '.join(here.wheels(ORT_WHEELS)) or 'onnxruntime'}, then install onnxruntime-gpu"
     if gpu.arch in JETSON_GPUS:
-        advice = "no public wheel has code for a Jetson's GPU: take the backend tensorrt (kp plan)"
+        advice = (
+            "no wheel on PyPI has code for a Jetson's GPU: take the backend tensorrt (kp plan); the Jetson AI Lab's "
+            "wheels were not tried"
+        )
     if "CUDAExecutionProvider" not in answer.facts["providers"]:
         return [Finding(subject, WARNING, "it has no CUDA provider", advice)]
     if not answer.facts["gpu_code"]:

@@ -257,7 +257,7 @@ def test_gpus_that_do_not_work(
      "pip install --force-reinstall --no-deps onnxruntime-gpu"),
     ({}, ["onnxruntime-gpu==1.23.0.post1"], "ONNX Runtime", "ok", "1.23.0: TensorrtExecutionProvider", ""),
     ({"onnxruntime": answered(version="1.23.0", providers=CPU, gpu_code=None)}, ["onnxruntime==1.23.0"],
-     "ONNX Runtime on the GPU", "warning", "no CUDA provider", "backend tensorrt (kp plan)"),
+     "ONNX Runtime on the GPU", "warning", "no CUDA provider", "no wheel on PyPI has code for a Jetson's GPU"),
     ({"onnxruntime": answered(version="1.23.0", providers=CPU, gpu_code=None),
       "driver": answered(cuda=12060, status=0, devices=[DEVICE | {"capability": 90}])}, ["onnxruntime==1.23.0"],
      "ONNX Runtime on the GPU", "warning", "no CUDA provider", "pip uninstall -y onnxruntime, then"),
