@@ -104,6 +104,10 @@ class PlanBuilder:
         if options.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         if options.hardware_compatible:
+            if self.device.l4t:
+                raise ExportError(
+                    "NVIDIA does not support hardware-compatible plans on JetPack; build without hardware_compatible"
+                )
             if int(self.device.compute_capability.split(".")[0]) < 8:
                 raise ExportError(
                     f"a hardware-compatible plan needs an Ampere GPU (8.0) or newer, {self.device.name} has "

@@ -43,8 +43,7 @@ def build(folder: Path, trt: Any, options: PlanOptions | None = None, precision:
         options,
         precision=precision,
         trt=trt,
-        device=ORIN,
-        **{"cache_folder": folder / "cache"} | rest,
+        **{"device": ORIN, "cache_folder": folder / "cache"} | rest,
     )
 
 
@@ -69,7 +68,7 @@ def test_report_fits_into_a_manifest(folder: Path, version: str) -> None:
 def test_network_is_strongly_typed_and_no_flag_lowers_precision(folder: Path, version: str) -> None:
     trt = tensorrt_double(version)
     options = PlanOptions(version_compatible=True, hardware_compatible=True)
-    build(folder, trt, options)
+    build(folder, trt, options, device=dataclasses.replace(ORIN, l4t=None))
     assert trt.tape.network_flags == [1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)]
     assert trt.tape.flags_set == ["VERSION_COMPATIBLE"]
     assert not LOWERING & set(trt.tape.flags_set + trt.tape.flags_cleared)
@@ -255,6 +254,11 @@ def test_hardware_compatibility_needs_ampere(folder: Path, version: str) -> None
             folder / "model.fp16.onnx", folder / "a.plan", PlanOptions(hardware_compatible=True), precision="fp16",
             trt=tensorrt_double(version), device=xavier, cache_folder=folder,
         )  # fmt: skip
+
+
+def test_hardware_compatibility_is_not_for_a_jetson(folder: Path, version: str) -> None:
+    with pytest.raises(ExportError, match="not support hardware-compatible plans on JetPack; build without hardware_c"):
+        build(folder, tensorrt_double(version), PlanOptions(hardware_compatible=True))
 
 
 def test_file_that_is_not_there(tmp_path: Path, version: str) -> None:
