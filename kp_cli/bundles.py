@@ -183,7 +183,8 @@ def verify(
         else:
             print_parity([f.parity for f in result.files if f.parity])
             for verdict in result.files:
-                tell(f"{verdict.file}: {verdict.verdict}" + (f", {verdict.reason}" if verdict.reason else ""))
+                told_at_the_end = verdict.verdict == "failed" or verdict.required
+                tell(f"{verdict.file}: {verdict.verdict if told_at_the_end else verdict.reason or verdict.verdict}")
             tell(f"signature: {signature}")
     if page is not None:
         verification_page(result, page)

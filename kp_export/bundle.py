@@ -132,7 +132,7 @@ def export_bundle(
             for precision in ("fp32", *(p for p in precisions if p != "fp32")):
                 export.add(precision)
         except ParityError as error:
-            raise ParityError(f"{error}; nothing was replaced") from error
+            raise ParityError(f"{error}; nothing was replaced; what to do: docs/parity.md") from error
         files = {CHECKPOINT_NAME: manifest.files[CHECKPOINT_NAME], **export.files, GOLDEN_NAME: golden_entry}
         files = _with_kept(files, old)
         known: dict[str, dict[str, Any]] = {}

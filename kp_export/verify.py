@@ -130,7 +130,10 @@ def check_verification(verification: Verification) -> None:
         return
     bad = [file for file in verification.files if file.verdict == "failed" or file.required]
     reasons = [_reason(file) for file in bad if file.verdict != "passed"]
-    raise ParityError("; ".join(reasons) or f"no file of {verification.bundle} could be compared on this machine")
+    if not reasons:
+        raise ParityError(f"no file of {verification.bundle} could be compared on this machine")
+    strays = any(file.verdict == "failed" for file in bad)
+    raise ParityError("; ".join(reasons) + "; what to do: docs/parity.md" * strays)
 
 
 def verification_json(verification: Verification) -> dict[str, Any]:

@@ -21,6 +21,7 @@ import typer.main
 import kp_cli
 import kp_runtime
 from kp_cli import report
+from kp_export.parity import LIMITS
 from kp_export.staging import alone
 from kp_runtime.doctor import Diagnosis
 from kp_runtime.ray_batches import BatchResult
@@ -349,7 +350,9 @@ def test_doctor_gives_a_backend_its_time(
     assert given == [7]
 
 
-def test_export_and_verify_as_typed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_export_and_verify_as_typed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small_checkpoint(tmp_path / "run")
     status, out, err = kp(capsys, "export", tmp_path / "run", "--out", tmp_path / "b")
     assert status == 0
@@ -361,6 +364,12 @@ def test_export_and_verify_as_typed(capsys: pytest.CaptureFixture[str], tmp_path
     assert status == 0
     assert "model.fp32.onnx: passed" in out
     assert (tmp_path / "page" / "verify.html").is_file()
+    monkeypatch.setitem(LIMITS, "fp32", dataclasses.replace(LIMITS["fp32"], max_px=-1.0))
+    status, out, err = kp(capsys, "verify", tmp_path / "b")
+    assert status == 1
+    assert "\nmodel.fp32.onnx: failed\n" in out
+    assert err.count("model.fp32.onnx is too far from PyTorch: worst point") == 1
+    assert err.endswith("; what to do: docs/parity.md\n")
     status, out, _ = kp(capsys, "inspect", tmp_path / "b")
     assert "21 fp32" in out
 

@@ -85,7 +85,7 @@ def test_what_counts_as_passed(files: list[tuple[str, str]], passed: bool) -> No
     result = Verification(Path("x"), ModelSpec("x", SIZE), "", faces, np.empty((0, 68, 2), np.float32), verdicts)
     assert result.passed == passed
     if ("plan", "failed") in files:
-        with pytest.raises(ParityError, match=r"^far off$"):
+        with pytest.raises(ParityError, match=r"^far off; what to do: docs/parity\.md$"):
             check_verification(result)
 
 
