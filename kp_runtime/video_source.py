@@ -203,15 +203,9 @@ class FileSource:
         if self._is_read:
             raise InputError(f"{self.name} can be read once; open it again")
         self._is_read = True
-        image, index, seconds, last = self._first, 0, 0.0, 0.0
+        index, seconds, last = 0, -1 / self.rate, 0.0  # a step before the first frame
         try:
-            while True:
-                yield VideoFrame(index, seconds, image)
-                index += 1
-                read, image = self._capture.read()
-                if not read:
-                    break
-                stamp = self._stamp() - self._begin
+            for image, stamp in self._stamped():
                 if self._rate_given:
                     seconds = index / self.rate
                 elif stamp <= last:
@@ -221,6 +215,8 @@ class FileSource:
                 else:  # after two of one time it takes a few frames until the stamps are ahead again
                     seconds = max(stamp, seconds + _LEAST_STEP_S)
                 last = stamp
+                yield VideoFrame(index, seconds, image)
+                index += 1
         finally:
             self._capture.release()
         if self._is_here and ends_early(self._path):
@@ -233,6 +229,21 @@ class FileSource:
             if not self._is_here:
                 raise ImageError(f"{self.name} broke off: {told}")
             self._say(f"{self.name}: {told}; it was trimmed, or is damaged inside")
+
+    def _stamped(self) -> Iterator[tuple[NDArray[np.uint8], float]]:
+        """The frames and their times since the first one's, each read when the next one is.
+
+        A single time that is ahead of the next one, which goes on from the one before, is wrong: the middle is taken.
+        """
+        image: NDArray[np.uint8] | None = self._first
+        last = stamp = 0.0
+        while image is not None:
+            read, coming = self._capture.read()
+            after = self._stamp() - self._begin if read else math.inf
+            if last < after < stamp:
+                stamp = (last + after) / 2
+            yield image, stamp
+            image, last, stamp = coming if read else None, stamp, after
 
     def _stamp(self) -> float:
         """The time of the last frame; older OpenCVs give that of the next one."""

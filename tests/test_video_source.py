@@ -215,10 +215,22 @@ def test_a_clock_that_begins_anew_goes_on() -> None:
     np.testing.assert_allclose(np.diff(seconds), [*[0.08] * 49, 0.04, *[0.08] * 49])
 
 
-def test_one_wrong_stamp_is_passed_over() -> None:
+def test_a_clock_that_jumps_ahead_is_believed() -> None:
+    """As in a recording that was cut."""
+
+    class Cut(Shown):
+        def get(self, what: int) -> float:
+            return super().get(what) + (6e4 if what == cv2.CAP_PROP_POS_MSEC and self.at > 50 else 0)
+
+    seconds = [frame.seconds for frame in FileSource(Path("a.mp4"), capture=Cut(99, 99), name="a")]
+    np.testing.assert_allclose(np.diff(seconds), [*[0.04] * 49, 60.04, *[0.04] * 48])
+
+
+@pytest.mark.parametrize("stamp", [0.0, 2100.0, 3.6e6])
+def test_one_wrong_stamp_is_passed_over(stamp: float) -> None:
     class Wrong(Shown):
         def get(self, what: int) -> float:
-            return 0.0 if what == cv2.CAP_PROP_POS_MSEC and self.at == 50 else super().get(what)
+            return stamp if what == cv2.CAP_PROP_POS_MSEC and self.at == 50 else super().get(what)
 
     seconds = [frame.seconds for frame in FileSource(Path("a.ts"), capture=Wrong(99, 99), name="a")]
     np.testing.assert_allclose(seconds, np.arange(99) / 25)
