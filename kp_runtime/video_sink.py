@@ -15,7 +15,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,7 +83,6 @@ def open_sinks(
     try:
         for name in dict.fromkeys(formats):
             path = out / f"{stem}_{drawn if name in _CODECS else 'keypoints'}{FORMATS[name]}"
-            _clear_of_the_dead(path)
             if name in _CODECS:
                 sinks.append(VideoSink(path, _CODECS[name], rate, size_hw, by_clock=live))
             else:
@@ -95,29 +94,57 @@ def open_sinks(
     return sinks
 
 
-def _temporary(path: Path) -> Path:
-    """Beside the target, with its suffix, which tells OpenCV the container; in containers, processes share numbers."""
-    return path.with_name(f".{short_name(path.stem)}.{os.getpid()}.{secrets.token_hex(4)}.tmp{path.suffix}")
+class _Temporary:
+    """A file beside its target until it takes its name, and a lock as long as its process lives.
 
+    It has the target's suffix, which tells OpenCV the container. The lock is a file of its own, as into a locked one
+    FFmpeg can't write on some network disks. What killed runs left of the same target is removed.
+    """
 
-def _clear_of_the_dead(path: Path) -> None:
-    """Removes temporary files of the same target whose processes were killed and are gone."""
-    name = short_name(path.stem)
-    for left in path.parent.glob(f".{glob.escape(name)}.*.tmp{path.suffix}"):
-        number = left.name.removeprefix(f".{name}.").partition(".")[0]
-        if os.name == "posix" and number.isascii() and number.isdigit() and not _is_alive(int(number)):
-            with contextlib.suppress(OSError):
+    def __init__(self, target: Path) -> None:
+        name, end = short_name(target.stem), f".tmp{target.suffix}"
+        for left in target.parent.glob(f".{glob.escape(name)}.*{end}.lock"):
+            with contextlib.suppress(ImportError, OSError), _locked(left, "r+b", wait=False):
+                left.with_suffix("").unlink(missing_ok=True)
                 left.unlink()
+        self._target, self.path = target, target.with_name(f".{name}.{secrets.token_hex(8)}{end}")
+        self._lock_path, self._lock = self.path.with_name(f"{self.path.name}.lock"), contextlib.ExitStack()
+        with contextlib.suppress(ImportError, OSError):  # where there are no locks, nobody removes what is left
+            self._lock.enter_context(_locked(self._lock_path, "wb", wait=True))
+
+    def end(self, keep: bool) -> None:
+        """Gives the file its name, or removes it."""
+        try:
+            if keep:
+                sync(self.path)
+                os.replace(self.path, self._target)
+            else:
+                self.path.unlink(missing_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise KpError(f"can't write {self._target}: {reason}; what was written is {self.path}") from error
+        finally:
+            self._lock.close()
+            with contextlib.suppress(OSError):
+                self._lock_path.unlink()
 
 
-def _is_alive(process: int) -> bool:
+def _locked(path: Path, mode: str, *, wait: bool) -> IO[bytes]:
+    """A file that no other process has locked meanwhile.
+
+    Raises:
+        OSError: another one has, or the disk has no locks.
+        ImportError: the system, Windows, has none of these.
+    """
+    import fcntl
+
+    file = open(path, mode)  # noqa: SIM115 - open as long as it is locked
     try:
-        os.kill(process, 0)  # signal 0 asks, and does nothing
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # it is somebody else's, or no process' number
-        return True
-    return True
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 class VideoSink:
@@ -143,16 +170,17 @@ class VideoSink:
         if rate > 65:  # MPEG-4 counts a second in up to 65,535 parts, and OpenCV takes thousandths of a frame
             rate = round(rate, 2 if rate < 655 else 1)
         self.path, self._cv2, self._rate, self._by_clock = path, cv2, rate, by_clock
-        self._temporary, self._written, self._left_out = _temporary(path.absolute()), 0, 0
+        self._temporary = _Temporary(Path(cv2_name(path.absolute())))
+        self._written = self._left_out = 0
         self._last: NDArray[np.uint8] | None = None
         fourcc = cv2.VideoWriter_fourcc(*codec)
         self._writer: Any = None
         # what the encoder does not take ends the process in OpenCV 4.5.4, JetPack 6's, so it is not asked
         most = _MOST_PX[codec]
         if max(size_hw) <= most and rate >= _SLOWEST:
-            self._writer = cv2.VideoWriter(cv2_name(self._temporary), fourcc, rate, size_hw[::-1])
+            self._writer = cv2.VideoWriter(str(self._temporary.path), fourcc, rate, size_hw[::-1])
         if self._writer is None or not self._writer.isOpened():
-            self._temporary.unlink(missing_ok=True)
+            self._temporary.end(keep=False)
             raise KpError(
                 f"can't write the video {path} of {size_hw[1]} x {size_hw[0]} px at {rate:g} frames/s; check the "
                 f"folder and the room on its disk; a side may have {most} px here, and the rate be {_SLOWEST} and "
@@ -174,12 +202,12 @@ class VideoSink:
         """See `Sink.close`; looks whether all is there, as OpenCV does not tell of a full disk."""
         self._writer.release()
         if not keep:
-            self._temporary.unlink(missing_ok=True)
+            self._temporary.end(keep=False)
             return
-        check = self._cv2.VideoCapture(str(self._temporary))
+        check = self._cv2.VideoCapture(str(self._temporary.path))
         there = int(check.get(self._cv2.CAP_PROP_FRAME_COUNT)) if check.isOpened() else 0
         check.release()
-        _end(self._temporary, self.path, keep=there > 0)
+        self._temporary.end(keep=there > 0)
         if there < self._written:
             have = f"{self.path} has {there}" if there else f"can't write {self.path}: it would have none"
             raise KpError(f"{have} of the {self._written} frames written to it; is the disk full?")
@@ -195,12 +223,13 @@ class LinesSink:
     pictures = False
 
     def __init__(self, path: Path) -> None:
-        self.path, self._temporary = path, _temporary(path)
+        self.path, self._temporary = path, _Temporary(path)
         self._whole = 0  # bytes that are in the file for certain
         self._error: OSError | None = None
         try:
-            self._file = open(self._temporary, "wb")  # noqa: SIM115 - open until close()
+            self._file = open(self._temporary.path, "wb")  # noqa: SIM115 - open until close()
         except OSError as error:
+            self._temporary.end(keep=False)
             raise _unwritable(path, error) from error
 
     def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
@@ -221,12 +250,12 @@ class LinesSink:
         except OSError as error:
             self._error = self._error or error
         if self._error is None:
-            _end(self._temporary, self.path, keep)
+            self._temporary.end(keep)
             return
         kept = keep and self._whole > 0
         if kept:
-            os.truncate(self._temporary, self._whole)
-        _end(self._temporary, self.path, kept)
+            os.truncate(self._temporary.path, self._whole)
+        self._temporary.end(kept)
         raise _unwritable(self.path, self._error, "it ends with the last frame that fitted" if kept else "")
 
 
@@ -242,7 +271,7 @@ class ParquetSink:
 
     def __init__(self, path: Path, points: int = 68) -> None:
         pa, pq = import_pyarrow()
-        self.path, self._temporary, self._pa = path, _temporary(path), pa
+        self.path, self._temporary, self._pa = path, _Temporary(path), pa
         self._rows: list[dict[str, Any]] = []
         self._error: Exception | None = None
         point = pa.list_(pa.float32(), 2)
@@ -252,8 +281,9 @@ class ParquetSink:
             ("lost_score", pa.float32()),
         ])  # fmt: skip
         try:
-            self._writer = pq.ParquetWriter(self._temporary, self._schema)
+            self._writer = pq.ParquetWriter(self._temporary.path, self._schema)
         except OSError as error:
+            self._temporary.end(keep=False)
             raise _unwritable(path, error) from error
 
     def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
@@ -268,7 +298,7 @@ class ParquetSink:
             if self._error is None:
                 self._to_disk(self._flush)
             self._to_disk(self._writer.close)
-        _end(self._temporary, self.path, keep and self._error is None)
+        self._temporary.end(keep and self._error is None)
         if self._error is not None:
             raise _unwritable(self.path, self._error)
 
@@ -294,18 +324,6 @@ def _row(frame: VideoFrame, track: Track) -> dict[str, Any]:
         "keypoints_xy": np.round(track.xy.astype(np.float64), 3).tolist(),
         "lost_score": round(track.lost_score, 5),
     }
-
-
-def _end(temporary: Path, path: Path, keep: bool) -> None:
-    """Gives the file its name, or removes it."""
-    try:
-        if not keep:
-            temporary.unlink(missing_ok=True)
-            return
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise KpError(f"can't write {path}: {error.strerror or error}; what was written is {temporary}") from error
 
 
 def _unwritable(path: Path, error: Exception, left: str = "") -> KpError:

@@ -336,7 +336,7 @@ def test_parquet_on_a_full_disk_leaves_the_older_file_and_closes_the_others(
     table, pictures = sinks_for(source, tmp_path, "parquet", "avi")
     assert isinstance(table, ParquetSink)
     table._writer.close()
-    disk = FullDisk(table._temporary, 2000)
+    disk = FullDisk(table._temporary.path, 2000)
     table._writer = pq.ParquetWriter(pa.PythonFile(disk, "w"), table._schema)
     with pytest.raises(KpError, match=r"can't write .*frames_keypoints.parquet: .*No space left"):
         run_video(source, one_face(), [table, pictures])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -54,21 +54,29 @@ def test_nothing_to_write_makes_no_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="whether a process lives is asked by signal 0, which is POSIX")
-def test_what_killed_runs_left_beside_the_target_is_cleared(tmp_path: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such locks")
+def test_what_killed_runs_left_beside_the_target_is_cleared_and_what_others_write_is_not(tmp_path: Path) -> None:
+    """Whoever else writes may have this process' number, in another container."""
     stem = ".a[1]_keypoints"
-    kept = [
-        f"{stem}.{os.getppid()}.tmp.mp4", f"{stem}.x.tmp.mp4", f"{stem}.{child.pid}.tmp.avi",
-        f".b{stem}.{child.pid}.tmp.mp4", f"{stem}.{'9' * 30}.tmp.mp4",
-        f"{stem}.{os.getppid()}.0badcafe.tmp.mp4",
-    ]  # fmt: skip
-    for name in (*kept, f"{stem}.{child.pid}.tmp.mp4", f"{stem}.{child.pid}.0badcafe.tmp.jsonl"):
+    kept = [f"{stem}.1.tmp.mp4", f"{stem}.2.tmp.avi", f"{stem}.2.tmp.avi.lock", f".b{stem}.1.tmp.mp4.lock", "a1.lock"]
+    left = [f"{stem}.{end}" for end in ("3.tmp.mp4", "3.tmp.mp4.lock", "4.tmp.jsonl.lock")]
+    for name in (*kept, *left):
         (tmp_path / name).touch()
+    others = open_sinks(["mp4", "jsonl"], tmp_path, "a[1]", rate=25, size_hw=SIZE_HW, live=False)
+    assert not {path.name for path in tmp_path.iterdir()} & set(left)
     for sink in open_sinks(["mp4", "jsonl"], tmp_path, "a[1]", rate=25, size_hw=SIZE_HW, live=False):
         sink.close(keep=False)
-    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+    for sink in others:
+        sink.write(VideoFrame(0, 0, picture(1)), (), picture(1))
+        sink.close()
+    assert {path.name for path in tmp_path.iterdir()} == {*kept, "a[1]_keypoints.mp4", "a[1]_keypoints.jsonl"}
+
+
+def test_a_disk_without_locks_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
+    sink = LinesSink(tmp_path / "a.jsonl")
+    sink.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_two_runs_of_one_process_number_share_no_temporary_file(tmp_path: Path) -> None:
@@ -134,7 +142,7 @@ def on_a_full_disk(sink: Sink, room: int) -> Sink:
     """The same sink of lines, on such a disk."""
     assert isinstance(sink, LinesSink)
     sink._file.close()
-    sink._file = FullDisk(sink._temporary, room)  # type: ignore[assignment]
+    sink._file = FullDisk(sink._temporary.path, room)  # type: ignore[assignment]
     return sink
 
 
@@ -247,7 +255,7 @@ def test_a_format_that_is_named_twice_is_written_once(tmp_path: Path) -> None:
 
 def test_lines_can_be_read_as_they_come(tmp_path: Path) -> None:
     sink, track = LinesSink(tmp_path / "a.jsonl"), Track(1, np.zeros(4), np.zeros((68, 2), np.float32), 0.123456)
-    (file,) = tmp_path.iterdir()
+    (file,) = tmp_path.glob("*.jsonl")
     for index in range(3):
         sink.write(VideoFrame(index, index / 3, picture(0)), (track,), None)
         lines = file.read_bytes().splitlines()
