@@ -124,7 +124,7 @@ def run(
         step = stack.enter_context(frames_progress(frames.name, frames.count))
         sinks = open_sinks(
             wanted, out, frames.stem, rate=frames.rate, size_hw=frames.size_hw, live=frames.live,
-            points=opened.spec.points, drawn=Path(effect).stem if effect else "keypoints",
+            points=opened.spec.points, drawn=Path(effect).stem if effect else "keypoints", say=note,
         )  # fmt: skip
         result = run_video(frames, tracker, sinks, draw=draw, window=window, stop=stop, step=step, metrics=watch)
     if as_json:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
+import math
 import os
 import secrets
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -39,7 +41,8 @@ _MOST_PX = {"mp4v": 8191, "MJPG": 65_500}
 """The most pixels a side: MPEG-4 counts them in 13 bits, JPEG in 16."""
 
 _SLOWEST = 0.01  # frames a second
-_LONGEST_S = 60  # that a frame of a file is shown
+_LONGEST_S = 60  # that a frame is shown
+_LONGEST_FILL_S = 5.0  # for the repeats between two frames of a live source, which goes on meanwhile
 _ROWS_AT_ONCE = 1000
 
 
@@ -64,11 +67,11 @@ class Sink(Protocol):
 
 def open_sinks(
     formats: Sequence[str], out: Path, stem: str, *, rate: float, size_hw: tuple[int, int], live: bool,
-    points: int = 68, drawn: str = "keypoints",
+    points: int = 68, drawn: str = "keypoints", say: Callable[[str], None] = lambda text: None,
 ) -> list[Sink]:  # fmt: skip
     """Opens `out/<stem>_<drawn>.<suffix>` for each format of pictures, `out/<stem>_keypoints.<suffix>` for the others.
 
-    `points` is their number a face.
+    `points` is their number a face; `say` is told at the end, in a line, that a video is shorter than what it shows.
 
     Raises:
         InputError: an unknown format.
@@ -84,7 +87,7 @@ def open_sinks(
         for name in dict.fromkeys(formats):
             path = out / f"{stem}_{drawn if name in _CODECS else 'keypoints'}{FORMATS[name]}"
             if name in _CODECS:
-                sinks.append(VideoSink(path, _CODECS[name], rate, size_hw, by_clock=live))
+                sinks.append(VideoSink(path, _CODECS[name], rate, size_hw, by_clock=live, say=say))
             else:
                 sinks.append(LinesSink(path) if name == "jsonl" else ParquetSink(path, points))
     except BaseException:
@@ -156,8 +159,10 @@ class VideoSink:
         rate: frames a second.
         size_hw: of all frames.
         by_clock: frames come when they come, and those that come too fast are left out. Otherwise each is written.
-            In both cases one is repeated until the next came: the video lasts as long as what it shows. (But for a
-            file whose times jump by over a minute, or whose frames come faster than its rate for a while.)
+            In both cases one is repeated until the next came: the video lasts as long as what it shows. (But where
+            times jump by over a minute, where a file's frames come faster than its rate for a while, and by the clock
+            where the repeats take over half of the time that they fill, or over five seconds.)
+        say: is told at the end, in a line, that the video is a second or more shorter than what it shows.
 
     Raises:
         KpError: OpenCV can't write there.
@@ -165,12 +170,15 @@ class VideoSink:
 
     pictures = True
 
-    def __init__(self, path: Path, codec: str, rate: float, size_hw: tuple[int, int], *, by_clock: bool) -> None:
+    def __init__(
+        self, path: Path, codec: str, rate: float, size_hw: tuple[int, int], *, by_clock: bool,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:  # fmt: skip
         cv2 = import_cv2()
         if rate > 65:  # MPEG-4 counts a second in up to 65,535 parts, and OpenCV takes thousandths of a frame
             rate = round(rate, 2 if rate < 655 else 1)
         self.path, self._cv2, self._rate, self._by_clock = path, cv2, rate, by_clock
-        self._temporary = _Temporary(Path(cv2_name(path.absolute())))
+        self._temporary, self._say = _Temporary(Path(cv2_name(path.absolute()))), say
         self._written = self._left_out = 0
         self._last: NDArray[np.uint8] | None = None
         fourcc = cv2.VideoWriter_fourcc(*codec)
@@ -189,14 +197,20 @@ class VideoSink:
 
     def write(self, frame: VideoFrame, tracks: Sequence[Track], drawn: NDArray[np.uint8] | None) -> None:
         """Adds a frame."""
+        assert drawn is not None  # as `pictures` says
         due = round(frame.seconds * self._rate) + 1 - self._left_out
-        times = max(0 if self._by_clock else 1, due - self._written)
-        if not self._by_clock and times > _LONGEST_S * self._rate:
-            self._left_out, times = self._left_out + times - 1, 1
-        for i in range(times, 0, -1):
-            self._writer.write(drawn if i == 1 or self._last is None else self._last)
-        self._written += times
+        gap = (due - self._written) / self._rate
+        end = time.monotonic() + min(gap / 2, _LONGEST_FILL_S) if self._by_clock else math.inf
+        while self._written < due - 1 and gap <= _LONGEST_S and time.monotonic() < end:
+            self._put(drawn if self._last is None else self._last)
+        if self._written < due or not self._by_clock:
+            self._put(drawn)
+        self._left_out += max(0, due - self._written)
         self._last = drawn
+
+    def _put(self, picture: NDArray[np.uint8]) -> None:
+        self._writer.write(picture)
+        self._written += 1
 
     def close(self, keep: bool = True) -> None:
         """See `Sink.close`; looks whether all is there, as OpenCV does not tell of a full disk."""
@@ -208,6 +222,10 @@ class VideoSink:
         there = int(check.get(self._cv2.CAP_PROP_FRAME_COUNT)) if check.isOpened() else 0
         check.release()
         self._temporary.end(keep=there > 0)
+        if self._left_out >= self._rate:
+            slow = ", and what the encoder was too slow for" if self._by_clock else ""
+            shorter = f"{self._left_out / self._rate:.0f} s shorter than what it shows"
+            self._say(f"{self.path} is {shorter}: pauses of over a minute are left out{slow}")
         if there < self._written:
             have = f"{self.path} has {there}" if there else f"can't write {self.path}: it would have none"
             raise KpError(f"{have} of the {self._written} frames written to it; is the disk full?")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -38,6 +39,42 @@ def test_a_files_uneven_frames_are_repeated_and_none_is_left_out(tmp_path: Path)
         sink.write(frame, (), frame.image)
     sink.close()
     assert levels(tmp_path / "a.avi") == pytest.approx([0, 0, 0, 40, 80, 120, 160, 200, 200, 240], abs=3)
+
+
+def test_a_slow_encoder_shortens_a_live_video_and_does_not_hold_it_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 20 frames a second, where the camera says 30: repeats take no more than half of the time that they fill."""
+    clock, said = [0.0], list[str]()
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    class Slow:
+        def __init__(self, writer: cv2.VideoWriter) -> None:
+            self.writer, self.release = writer, writer.release
+
+        def write(self, image: np.ndarray) -> None:
+            clock[0] += 1 / 20
+            self.writer.write(image)
+
+    (sink,) = open_sinks(["avi"], tmp_path, "a", rate=30, size_hw=SIZE_HW, live=True, say=said.append)
+    assert isinstance(sink, VideoSink)
+    sink._writer = Slow(sink._writer)
+    times = []
+    while clock[0] < 20:
+        times.append(clock[0])
+        sink.write(VideoFrame(len(times), clock[0], picture(7)), (), picture(7))
+    assert max(np.diff(times)) < 0.2
+    sink.write(VideoFrame(len(times), clock[0] + 50, picture(7)), (), picture(7))  # it was away
+    assert clock[0] - times[-1] < 6
+    times.append(clock[0] + 600)
+    sink.write(VideoFrame(len(times), times[-1], picture(7)), (), picture(7))  # for long
+    assert clock[0] < 26
+    sink.close()
+    short = round(times[-1] - len(levels(sink.path)) / 30)
+    assert said == [
+        f"{sink.path} is {short} s shorter than what it shows: pauses of over a minute are left out, "
+        "and what the encoder was too slow for"
+    ]
 
 
 @pytest.mark.parametrize("rate", [66.457, 119.88, 239.794, 333.333, 999.9])
