@@ -3,7 +3,7 @@
 Every sink writes beside its target and takes the target's name when it is closed, whatever ended the run; so
 a file of that name can always be read. Where no frame came through, an older file of that name stays. A sink that
 can't write any more keeps what can be read: JSON Lines and videos end early, and of Parquet, whose end tells where all
-is, nothing is left.
+is, nothing is left; nor of an MP4 where the disk did not tell that its room ran out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -43,6 +44,8 @@ _MOST_PX = {"mp4v": 8191, "MJPG": 65_500}
 _SLOWEST = 0.01  # frames a second
 _LONGEST_S = 60  # that a frame is shown
 _LONGEST_FILL_S = 5.0  # for the repeats between two frames of a live source, which goes on meanwhile
+_ROOM = 1 << 20  # bytes of a disk that are kept for buffers, and for the rows written beside
+_INDEX = 32  # bytes a frame that are kept for the index at a video's end; of mp4 it took 15, of avi 19
 _ROWS_AT_ONCE = 1000
 
 
@@ -181,6 +184,7 @@ class VideoSink:
         self._temporary, self._say = _Temporary(Path(cv2_name(path.absolute()))), say
         self._written = self._left_out = 0
         self._last: NDArray[np.uint8] | None = None
+        self._error: KpError | None = None
         fourcc = cv2.VideoWriter_fourcc(*codec)
         self._writer: Any = None
         # what the encoder does not take ends the process in OpenCV 4.5.4, JetPack 6's, so it is not asked
@@ -209,6 +213,12 @@ class VideoSink:
         self._last = drawn
 
     def _put(self, picture: NDArray[np.uint8]) -> None:
+        with contextlib.suppress(OSError):  # a disk that does not tell may have room
+            disk = shutil.disk_usage(self._temporary.path.parent)
+            # what the encoder and its buffer hold is less than two pictures that are not compressed
+            if disk.total and disk.free < _ROOM + _INDEX * self._written + 2 * picture.nbytes:
+                self._error = KpError(f"its disk is nearly full, {disk.free / 1e6:.1f} MB are left")
+                raise _unwritable(self.path, self._error)
         self._writer.write(picture)
         self._written += 1
 
@@ -220,8 +230,14 @@ class VideoSink:
             return
         check = self._cv2.VideoCapture(str(self._temporary.path))
         there = int(check.get(self._cv2.CAP_PROP_FRAME_COUNT)) if check.isOpened() else 0
-        check.release()
-        self._temporary.end(keep=there > 0)
+        try:
+            if there < self._written:  # the head of what found no room does not count it
+                there = 0
+                while check.grab():
+                    there += 1
+        finally:
+            check.release()
+            self._temporary.end(keep=there > 0)
         if self._left_out >= self._rate:
             slow = ", and what the encoder was too slow for" if self._by_clock else ""
             shorter = f"{self._left_out / self._rate:.0f} s shorter than what it shows"
@@ -229,6 +245,8 @@ class VideoSink:
         if there < self._written:
             have = f"{self.path} has {there}" if there else f"can't write {self.path}: it would have none"
             raise KpError(f"{have} of the {self._written} frames written to it; is the disk full?")
+        if self._error is not None:
+            raise _unwritable(self.path, self._error, "it ends with the last frame that fitted" if there else "")
 
 
 class LinesSink:

@@ -274,6 +274,35 @@ def test_a_video_that_is_not_whole_is_said(tmp_path: Path, room: int, told: str)
     assert len(levels(tmp_path / "a.avi")) == 3 if room else not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("kind", ["avi", "mp4"])
+def test_a_video_ends_while_its_disk_has_room_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    source = FolderSource(folder_of_frames(tmp_path / "frames"))
+    free = [4 << 20] * 3 + [1 << 20] * 9
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: Mock(total=9 << 20, free=free.pop(0)))
+    told = r"keypoints.{0}: its disk is nearly full, 1.0 MB are left; it ends with the last frame that fitted".format
+    with pytest.raises(KpError, match=told(kind)):
+        run_video(source, one_face(), sinks_for(source, tmp_path, kind))
+    assert len(levels(tmp_path / f"frames_keypoints.{kind}")) == 3
+
+
+def test_a_video_whose_head_tells_no_frames_keeps_those_that_can_be_read(tmp_path: Path) -> None:
+    """As an AVI's on a disk that was full before it had its end."""
+    sink = VideoSink(tmp_path / "a.avi", "MJPG", 10.0, SIZE_HW, by_clock=False)
+    for index in range(200):
+        noise = np.random.default_rng(index).integers(0, 255, (*SIZE_HW, 3), np.uint8)
+        sink.write(VideoFrame(index, index / 10, noise), (), noise)
+    data = sink._temporary.path.read_bytes()
+    sink._writer.release()
+    sink._writer = Mock()
+    sink._temporary.path.write_bytes(data)
+    with pytest.raises(KpError) as raised:
+        sink.close()
+    assert f"a.avi has {len(levels(sink.path))} of the 200 frames" in str(raised.value)
+    assert len(levels(sink.path)) > 100
+
+
 @pytest.mark.parametrize(("live", "frames"), [(True, 1), (False, 3)])
 def test_frames_that_come_too_fast_are_left_out_of_a_live_video_alone(tmp_path: Path, live: bool, frames: int) -> None:
     (sink,) = open_sinks(["avi"], tmp_path, "a", rate=10, size_hw=SIZE_HW, live=live)
