@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import re
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,12 @@ _LARGEST_PICTURE = (1 << 31) - 1  # bytes of a file; OpenCV counts them in 31 bi
 _LUMA_PLANES = ("gray", "nv12", "i420")
 _VIDEO = ("nv12", "i420")
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _MARKER = re.compile(rb"\xff+")  # how one begins: a JPEG may have any number of fill bytes (ISO/IEC 10918-1, B.1.1.2)
 _ALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length of their own: TEM, restarts (B.1.1.3)
-_MOST_MARKERS = 10_000  # in front of a JPEG's scan; an upload of markers alone would keep all threads waiting
+_MOST_MARKERS = 10_000  # in front of a JPEG's scan, or chunks; an upload of these alone would keep all threads waiting
+_FLIPS = {2: 1, 3: -1, 4: 0, 6: 1, 7: -1, 8: 0}
+"""What cv2.flip is told for an orientation (Exif 2.3, 4.6.4); over 4 the picture is transposed first."""
 
 # ITU-T H.273, 8.3, VideoFullRangeFlag 0: 16 is black, 235 is white
 _STRETCHED = np.clip((np.arange(256) - 16) * 255 / 219 + 0.5, 0, 255).astype(np.uint8)
@@ -259,10 +263,11 @@ def image_from_bytes(data: bytes | bytearray | memoryview, origin: str = "the im
         raise ImageError(f"{origin} must be given as bytes, got {type(data).__name__}; image_from_file takes a path")
     if _is_cut_off(data):
         raise ImageError(f"{origin} is cut off: the end of the image is missing; copy or download it again")
-    cv2 = import_cv2()
+    cv2, turn = import_cv2(), _orientation(data)
     buffer = np.frombuffer(data, np.uint8)
     try:
-        image = cv2.imdecode(buffer, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH) if data else None
+        flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | (cv2.IMREAD_IGNORE_ORIENTATION if turn > 1 else 0)
+        image = cv2.imdecode(buffer, flags) if data else None
     except cv2.error as error:
         if "CV_IO_MAX_IMAGE" in str(error):
             raise ImageError(f"{origin} has more pixels than are taken; OPENCV_IO_MAX_IMAGE_PIXELS sets it") from error
@@ -280,12 +285,46 @@ def image_from_bytes(data: bytes | bytearray | memoryview, origin: str = "the im
             f"{origin} has {image.dtype} samples; save it with 8 bits a channel, "
             "the camera's own white, such as 4095 of 12 bits, as 255"
         )
-    return image  # type: ignore[no-any-return]
+    image = cv2.transpose(image) if turn > 4 else image
+    return cv2.flip(image, _FLIPS[turn]) if turn in _FLIPS else image  # type: ignore[no-any-return]
+
+
+def _orientation(data: bytes | bytearray) -> int:
+    """That of a PNG's or WebP's EXIF, 1 to 8: not every OpenCV turns these. 1, upright, of what all of them turn."""
+    if data.startswith(_PNG):
+        at, head, behind = 8, struct.Struct(">I4s"), 4  # a checksum behind each chunk
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        at, head, behind = 12, struct.Struct("<4sI"), 0
+    else:
+        return 1
+    for _ in range(_MOST_MARKERS):
+        if at + 8 > len(data):
+            break
+        one, other = head.unpack_from(data, at)
+        name, size = (other, one) if behind else (one, other)
+        at += 8
+        if name in (b"eXIf", b"EXIF"):
+            return _orientation_of_exif(bytes(data[at : at + size]).removeprefix(b"Exif\0\0"))
+        at += size + (behind or size % 2)
+    return 1
+
+
+def _orientation_of_exif(tiff: bytes) -> int:
+    """The tag 0x0112 of a TIFF header's first directory (Exif 2.3, 4.6.2)."""
+
+    def number(at: int, length: int) -> int:
+        return int.from_bytes(tiff[at : at + length], "little" if tiff.startswith(b"II") else "big")
+
+    first = number(4, 4) + 2
+    for at in range(first, first + 12 * number(first - 2, 2), 12):
+        if number(at, 2) == 0x0112:
+            return turn if 1 <= (turn := number(at + 8, 2)) <= 8 else 1
+    return 1
 
 
 def _is_cut_off(data: bytes | bytearray) -> bool:
     """Whether a JPEG or PNG lacks its end; OpenCV would decode it and leave the rest grey."""
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+    if data.startswith(_PNG):
         return b"IEND" not in data
     if not data.startswith(b"\xff\xd8"):
         return False

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import struct
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,74 @@ import numpy as np
 import pytest
 
 from kp_runtime.errors import ImageError, InputError, MissingExtraError
-from kp_runtime.frame import Frame, _is_cut_off, as_frame, image_from_bytes, image_from_file
+from kp_runtime.frame import (
+    IMAGE_SUFFIXES,
+    Frame,
+    _is_cut_off,
+    _orientation,
+    as_frame,
+    image_from_bytes,
+    image_from_file,
+)
 from tests.conftest import short_of_memory
 
-# a TIFF header and one tag, 0x0112: turn by 90 degrees clockwise to see the picture upright
-EXIF_TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
+
+def exif(orientation: int, order: str = ">") -> bytes:
+    """A TIFF header and one tag, 0x0112."""
+    start = b"MM" if order == ">" else b"II"
+    return start + struct.pack(f"{order}HIHHHIHHI", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+
+
+# turn by 90 degrees clockwise to see the picture upright
+EXIF_TURNED = b"Exif\0\0" + exif(6)
 
 
 def encoded(image: np.ndarray, suffix: str) -> bytes:
     return bytes(cv2.imencode(suffix, image)[1])
+
+
+def turned_jpeg(image: np.ndarray, orientation: int) -> bytes:
+    return with_app1(encoded(image, ".jpg"), b"Exif\0\0" + exif(orientation))
+
+
+def turned_png(image: np.ndarray, orientation: int) -> bytes:
+    png, chunk = encoded(image, ".png"), b"eXIf" + exif(orientation)
+    return png[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[33:]
+
+
+def turned_webp(image: np.ndarray, orientation: int, prefix: bytes = b"", order: str = "<") -> bytes:
+    """Lossless; in front of the picture a chunk of odd length, as any may be that a reader does not know."""
+    picture = bytes(cv2.imencode(".webp", image, [cv2.IMWRITE_WEBP_QUALITY, 101])[1])[12:]
+    if picture.startswith(b"VP8X"):  # OpenCV 5's own
+        picture = picture[18:]
+    (height, width), kept = image.shape[:2], prefix + exif(orientation, order)
+    sides = b"".join((side - 1).to_bytes(3, "little") for side in (width, height))
+    chunks = [(b"VP8X", b"\x08\0\0\0" + sides), (b"KEEP", b"odd"), (b"EXIF", kept)]
+    full, odd, last = (name + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2) for name, body in chunks)
+    body = b"WEBP" + full + odd + picture + last
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def turned_tiff(image: np.ndarray, orientation: int) -> bytes:
+    """OpenCV's file with another directory at its end."""
+    tiff = encoded(image, ".tif")
+    at = int.from_bytes(tiff[4:8], "little")
+    tags = [tiff[i : i + 12] for i in range(at + 2, at + 2 + 12 * int.from_bytes(tiff[at : at + 2], "little"), 12)]
+    tags = [tag for tag in tags if tag[:2] != b"\x12\x01"] + [struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0)]
+    tags.sort(key=lambda tag: int.from_bytes(tag[:2], "little"))
+    tiff += b"\0" * (len(tiff) % 2)
+    directory = struct.pack("<H", len(tags)) + b"".join(tags) + bytes(4)
+    return tiff[:4] + struct.pack("<I", len(tiff)) + tiff[8:] + directory
+
+
+TURNED = {
+    ".jpg": turned_jpeg,
+    ".jpeg": turned_jpeg,
+    ".png": turned_png,
+    ".webp": turned_webp,
+    ".tif": turned_tiff,
+    ".tiff": turned_tiff,
+}
 
 
 def with_app1(jpeg: bytes, body: bytes) -> bytes:
@@ -135,11 +196,39 @@ def test_grey_and_alpha_files_come_as_bgr(channels: int, picture: np.ndarray, tm
     assert np.array_equal(image_from_file(tmp_path / "a.png"), wanted)
 
 
-def test_exif_rotation_comes_upright(picture: np.ndarray, tmp_path: Path) -> None:
-    path = tmp_path / "turned.jpg"
-    path.write_bytes(with_app1(encoded(picture, ".jpg"), EXIF_TURNED))
-    plain = cv2.imdecode(np.frombuffer(encoded(picture, ".jpg"), np.uint8), cv2.IMREAD_COLOR)
-    assert np.array_equal(image_from_file(path), np.rot90(plain, -1))
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", sorted(set(IMAGE_SUFFIXES) - {".bmp"}))  # it has no EXIF
+def test_exif_rotation_comes_upright(suffix: str, orientation: int, picture: np.ndarray, tmp_path: Path) -> None:
+    """OpenCV 4.5.4 turns no PNG, and none before 4.13 a WebP."""
+    path = tmp_path / f"turned{suffix}"
+    path.write_bytes(TURNED[suffix](picture, orientation))
+    upright = {
+        2: picture[:, ::-1],
+        3: np.rot90(picture, 2),
+        4: picture[::-1],
+        5: picture.transpose(1, 0, 2),
+        6: np.rot90(picture, -1),
+        7: np.rot90(picture, 2).transpose(1, 0, 2),
+        8: np.rot90(picture),
+    }.get(orientation, picture)
+    read = image_from_file(path)
+    assert read.shape == upright.shape
+    assert np.abs(read.astype(int) - upright).mean() < (5 if "jp" in suffix else 0.01)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("prefix", [b"", b"Exif\0\0"])
+def test_exif_of_a_webp_as_its_writers_write_it(prefix: bytes, order: str, picture: np.ndarray) -> None:
+    assert np.array_equal(image_from_bytes(turned_webp(picture, 8, prefix, order)), np.rot90(picture))
+
+
+@pytest.mark.parametrize("kept", range(0, 26, 5))
+def test_a_webp_with_a_cut_off_exif_comes_as_it_is(kept: int, picture: np.ndarray) -> None:
+    webp = turned_webp(picture, 6)
+    at = len(webp) - len(exif(6)) - 8
+    end = b"EXIF" + struct.pack("<I", kept) + exif(6)[:kept] + b"\0" * (kept % 2)
+    cut = b"RIFF" + struct.pack("<I", at + len(end) - 8) + webp[8:at] + end
+    assert image_from_bytes(cut).shape in (picture.shape, (60, 40, 3))
 
 
 def test_missing_file(tmp_path: Path) -> None:
@@ -215,8 +304,20 @@ def test_markers_without_a_length_are_passed_over(before: bytes, picture: np.nda
         image_from_bytes(whole[:-20])
 
 
-@pytest.mark.parametrize("repeated", [b"\xff", b"\xff\xd0", b"\xff\xe0\0\2"], ids=["fill", "RST0", "APP0"])
-def test_an_upload_of_markers_alone_takes_few_steps(repeated: bytes) -> None:
+@pytest.mark.parametrize(
+    ("asked", "begin", "repeated"),
+    [
+        (_is_cut_off, b"\xff\xd8", b"\xff"),
+        (_is_cut_off, b"\xff\xd8", b"\xff\xd0"),
+        (_is_cut_off, b"\xff\xd8", b"\xff\xe0\0\2"),
+        (_orientation, b"\x89PNG\r\n\x1a\n", bytes(12)),
+        (_orientation, b"RIFF\0\0\0\0WEBP", bytes(8)),
+    ],
+    ids=["fill", "RST0", "APP0", "PNG", "WebP"],
+)
+def test_an_upload_of_markers_alone_takes_few_steps(
+    asked: Callable[[bytes], int], begin: bytes, repeated: bytes
+) -> None:
     """Each holds Python's lock, for which all other threads wait."""
     steps = 0
 
@@ -228,10 +329,10 @@ def test_an_upload_of_markers_alone_takes_few_steps(repeated: bytes) -> None:
     before = sys.gettrace()
     sys.settrace(step)
     try:
-        cut_off = _is_cut_off(b"\xff\xd8" + 100_000 * repeated)
+        answer = asked(begin + 100_000 * repeated)
     finally:
         sys.settrace(before)
-    assert cut_off
+    assert answer == 1  # cut off, or upright
     assert steps < 100_000
 
 
