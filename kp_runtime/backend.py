@@ -134,6 +134,19 @@ class Backend(ABC):
                 )
         return Answer.of(given)
 
+    def check_finite(self, answer: Answer) -> None:
+        """Refuses an answer with a number that is none; `answer` itself gives it, for `kp verify` to look at.
+
+        Raises:
+            BackendError: a keypoint or a lost score is not finite.
+        """
+        if not all(np.isfinite(array).all() for array in answer.outputs()):
+            report = getattr(self, "report", None)  # as in __repr__
+            raise BackendError(
+                f"{report.file if report else self.spec.name} on {self.name} answers points that are not finite, as "
+                "fp16 does that overflows; take fp32, and ask kp verify which of the bundle's files are right"
+            )
+
     def warmup(self, faces: int = 1) -> None:
         """Runs 1, 2, 4, … up to `faces` crops, until calls of these sizes find everything ready and chosen.
 

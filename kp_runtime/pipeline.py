@@ -125,7 +125,7 @@ class Model:
             InputError: `out` has another shape or dtype, or `looks` or `mirror` is not possible with this model.
             ImageError: an image that is not taken.
             BoxError: a box that is not finite, has no size, or does not touch the image.
-            BackendError: the engine failed, or the model is closed.
+            BackendError: the engine failed or gave points that are not finite, or the model is closed.
             MissingExtraError: OpenCV, which cuts crops on a CPU, is not installed.
         """
         self._check_open()
@@ -258,7 +258,7 @@ class Model:
             with stage("infer"):
                 answer = self.backend.answer(crops)
         with stage("map back"):
-            return _mapped(answer, frame, boxes, matrices, out)
+            return _mapped(self.backend, answer, frame, boxes, matrices, out)
 
     def _started(
         self,
@@ -273,7 +273,7 @@ class Model:
         frame, boxes = self._checked(image, boxes_xyxy, layout, out)
         matrices = self._matrices(boxes, mirror)
         wait = gpu.start(frame, matrices)
-        return lambda: _mapped(wait(), frame, boxes, matrices, out)
+        return lambda: _mapped(self.backend, wait(), frame, boxes, matrices, out)
 
     def _matrices(self, boxes: NDArray[np.float64], mirror: bool) -> NDArray[np.float64]:
         """Of the boxes' crops, `(n, 2, 3)`; with `mirror` those of the mirrored ones behind them, `(2 n, 2, 3)`."""
@@ -309,6 +309,7 @@ class Model:
 
 
 def _mapped(
+    backend: Backend,
     answer: Answer,
     frame: Frame | DeviceFrame,
     boxes: NDArray[np.float64],
@@ -316,6 +317,7 @@ def _mapped(
     out: NDArray[np.float32] | None,
 ) -> Keypoints:
     """Answers for the crops, for the mirrored ones too where there are twice as many, as those for the image."""
+    backend.check_finite(answer)
     mapped, n, lost = apply_matrix(invert_matrix(matrices), answer.keypoints), len(boxes), answer.lost_score
     if len(matrices) > n:
         mapped = mean_of_mirrored(mapped)

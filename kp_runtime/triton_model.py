@@ -129,6 +129,7 @@ class ImagesModel:
         crops = [found for call in looked if not isinstance(call, KpError) for *_, found in call]
         try:
             given = self._backend.answer(np.concatenate([self._no_crops, *crops]))
+            self._backend.check_finite(given)
         except KpError as error:
             return [call if isinstance(call, KpError) else error for call in looked]
         ends = np.cumsum([len(found) for found in crops], dtype=int)

@@ -203,6 +203,32 @@ class OneSpot(Backend):
         return [np.full((len(crops), 68, 2), 5, np.float32)]
 
 
+@pytest.mark.parametrize(("output", "wrong"), [(0, np.nan), (0, -np.inf), (1, np.nan)])
+def test_points_that_are_no_numbers_are_no_answer(
+    output: int, wrong: float, bundle: Path, image: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They went into files as they were: NaN is no JSON."""
+    model, boxes, out = load(bundle, threads=1), [BOX, [20, 30, 80, 100]], np.ones((2, 68, 2), np.float32)
+    right = model.backend._run
+
+    def overflowing(crops: np.ndarray) -> list[np.ndarray]:
+        given = [array.copy() for array in right(crops)]
+        given[output][1, -1] = wrong
+        return given
+
+    monkeypatch.setattr(model.backend, "_run", overflowing)
+    message = "model.fp32.onnx on ort-cpu answers points that are not finite, as fp16 does that overflows; take fp32"
+    for call in (
+        lambda: model(image, boxes, out=out),
+        lambda: model(image, boxes, timer=StageTimer(), mirror=True),
+        lambda: model.submit(image, boxes).result(60),
+    ):
+        with pytest.raises(BackendError, match=message):
+            call()
+    assert (out == 1).all()
+    model.close()
+
+
 def test_a_second_look_that_has_no_box_leaves_the_first(image: np.ndarray) -> None:
     model = Model(OneSpot(ModelSpec("x", SIZE)))
     assert np.array_equal(model(image, [[20, 30, 80, 100]], looks=2).xy, model(image, [[20, 30, 80, 100]]).xy)

@@ -30,9 +30,10 @@ from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.pipeline_cuda import LANES
 from kp_runtime.spec import Manifest, file_entry
 from kp_runtime.tune_results import TuneSettings
+from tests import device_double
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.device_double import DeviceDouble
-from tests.models import tiny_bundle
+from tests.models import tiny_bundle, tiny_outputs
 
 HEIGHT, WIDTH = 240, 320
 
@@ -330,6 +331,23 @@ def test_engines_that_fail(driver: DriverDouble, cpu: Model) -> None:
                 model(picture(0), boxes_of(0, 2))
         backend.fails = False
         check(model, cpu, picture(0), boxes_of(0, 2))
+
+
+def test_points_that_are_no_numbers_are_no_answer(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a plain call, by one of a CUDA graph, in stages and in the background."""
+    image, boxes = picture(0), boxes_of(0, 2)
+    for _ in range(2):
+        model(image, boxes)
+    assert model.graphs.captured
+    monkeypatch.setattr(device_double, "tiny_outputs", lambda crops: [a * np.nan for a in tiny_outputs(crops)])
+    for call in (
+        lambda: model(image, boxes),
+        lambda: model(image, boxes[:1]),
+        lambda: model(image, boxes, timer=StageTimer()),
+        lambda: model.submit(image, boxes).result(60),
+    ):
+        with pytest.raises(BackendError, match="none on double answers points that are not finite"):
+            call()
 
 
 def test_kp_tune_tries_a_plan(

@@ -162,6 +162,17 @@ def test_an_image_of_too_many_faces_is_its_callers_alone(
     assert isinstance(fine, list)
 
 
+def test_points_that_are_no_numbers_are_no_answer(
+    images: ImagesModel, astronaut: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To a client they would be rows that hold no face."""
+    right = images._backend._run
+    monkeypatch.setattr(images._backend, "_run", lambda crops: [array * np.float32("nan") for array in right(crops)])
+    (answer,) = images([[jpeg(kp_runtime.image_from_file(astronaut))]])
+    assert isinstance(answer, BackendError)
+    assert "points that are not finite" in str(answer)
+
+
 def test_the_probe_runs_the_network(images: ImagesModel) -> None:
     ((boxes, keypoints, scores),) = images([[PROBE]])[0]  # type: ignore[misc]
     assert (boxes.shape, keypoints.shape, scores.shape) == ((0, 4), (0, 68, 2), (0, 1))
