@@ -44,8 +44,8 @@ class OneEuro:
             Float64, the shape of `value`.
 
         Raises:
-            InputError: `value` is no array of numbers or has another shape than before, `seconds` is not finite, or
-                `unit` is not over 0.
+            InputError: `value` is no array of finite numbers or has another shape than before, `seconds` is not finite,
+                or `unit` is not over 0.
         """
         if not (isinstance(unit, SupportsFloat) and unit > 0):
             raise InputError(f"a OneEuro's unit must be over 0, got {unit!r:.40}")
@@ -55,6 +55,8 @@ class OneEuro:
             new = np.asarray(value, np.float64)
         except (TypeError, ValueError) as error:
             raise InputError(f"a OneEuro smooths an array of numbers, got {value!r:.40}") from error
+        if not np.isfinite(new).all():
+            raise InputError("a OneEuro smooths finite numbers: where points are lost, leave the call out")
         step = seconds - self._seconds
         if math.isinf(step) or step < -1:
             self._value, self._speed, self._seconds = new.copy(), np.zeros(new.shape), seconds

@@ -94,6 +94,7 @@ def test_a_value_of_another_shape_is_refused() -> None:
     ("value", "seconds", "message"),
     [
         ("a", 0.0, "smooths an array of numbers, got 'a'"),
+        (np.array([0, np.nan]), 0.0, "smooths finite numbers: where points are lost, leave the call out"),
         (np.zeros(2), float("nan"), "time must be a finite number of seconds, got nan"),
         (np.zeros(2), None, "time must be a finite number of seconds, got None"),
     ],
