@@ -33,11 +33,15 @@ from kp_runtime.timing import StageTimer
 if TYPE_CHECKING:
     from kp_runtime.pipeline_cuda import CudaPipeline
 
-__all__ = ["IN_FLIGHT", "Model", "boxes_of_next_look", "checked_boxes", "load"]
+__all__ = ["IN_FLIGHT", "LARGEST_BOX", "Model", "boxes_of_next_look", "checked_boxes", "load"]
 
 
 IN_FLIGHT = 4
 """Most frames of `Model.submit` that are under way or waiting: two on a GPU, and as many behind them."""
+
+
+LARGEST_BOX = 100
+"""Most longer sides of the image in that of a box."""
 
 
 class Model:
@@ -424,6 +428,6 @@ def _box_fault(box: list[float], size_hw: tuple[int, int]) -> str | None:
         return "is under one pixel wide and high, or ends before it begins (the order is x0, y0, x1, y1)"
     if x1 <= 0 or y1 <= 0 or x0 >= width or y0 >= height:
         return f"lies outside the {width} x {height} image"
-    if max(x1 - x0, y1 - y0) > 100 * max(height, width):
-        return "is over 100 times the image"
+    if max(x1 - x0, y1 - y0) > LARGEST_BOX * max(height, width):
+        return f"is over {LARGEST_BOX} times the image"
     return None

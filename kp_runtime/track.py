@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from kp_runtime.errors import InputError
 from kp_runtime.frame import Frame, as_frame
 from kp_runtime.geometry import boxes_to_compare, overlaps
+from kp_runtime.pipeline import LARGEST_BOX
 from kp_runtime.results import Keypoints
 from kp_runtime.smooth import OneEuro
 
@@ -363,15 +364,20 @@ def disagreement(
 
 
 def _on_image(box: NDArray[np.float64], size_wh: tuple[int, ...]) -> bool:
-    """Whether a box has its centre on the image and some size."""
-    centre, size = (box[:2] + box[2:]) / 2, box[2:] - box[:2]
-    return bool((centre >= 0).all() and (centre < size_wh).all() and size.max() >= _SMALLEST)
+    """Whether a box has its centre on the image and a size that can be looked at."""
+    centre = (box[:2] + box[2:]) / 2
+    return bool((centre >= 0).all() and (centre < size_wh).all() and _has_size(box, size_wh))
 
 
 def _touches(box: NDArray[np.float64], size_wh: tuple[int, ...]) -> bool:
-    """Whether any of a box is on the image, and it has some size."""
-    on_it = (box[2:] > 0).all() and (box[:2] < size_wh).all()
-    return bool(on_it and (box[2:] - box[:2]).max() >= _SMALLEST)
+    """Whether any of a box is on the image, and it has a size that can be looked at."""
+    return bool((box[2:] > 0).all() and (box[:2] < size_wh).all() and _has_size(box, size_wh))
+
+
+def _has_size(box: NDArray[np.float64], size_wh: tuple[int, ...]) -> bool:
+    """Whether a face can have this box, and a model takes it, that of the second look too."""
+    side = float((box[2:] - box[:2]).max())
+    return _SMALLEST <= side < LARGEST_BOX / _ENLARGED * max(size_wh)
 
 
 def _overlap(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

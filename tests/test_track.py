@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -25,6 +26,19 @@ LITE = Path(__file__).resolve().parents[1] / "engines" / "resnet18-68-lite"
 IMAGE = np.zeros((720, 1280, 3), np.uint8)
 Way = Callable[[int], "tuple[float, float] | None"]
 """Where a face's centre is on a frame; None where it is away or hidden."""
+
+
+class Grown:
+    """A model whose points lie far apart from the fourth frame on."""
+
+    def __init__(self, world: World, side: int) -> None:
+        self.world, self.spec, self.side = world, world.spec, side
+
+    def __call__(self, image: np.ndarray, boxes_xyxy: object, /) -> Keypoints:
+        found = self.world(image, boxes_xyxy)
+        shape = mean_shape() / np.ptp(mean_shape(), axis=0).max()
+        far = (shape * self.side + (640, 360)).astype(np.float32)
+        return replace(found, xy=np.broadcast_to(far, found.xy.shape)) if self.world.now > 3 else found
 
 
 @pytest.fixture(params=[False, True], ids=["two looks", "own score"], autouse=True)
@@ -341,6 +355,16 @@ def test_a_face_that_shrinks_to_a_spot_is_lost(trust: bool) -> None:
     world = Shrinking()
     found = world.run(world.tracker(trust_detector=trust, detect_every=1), range(15))
     assert [len(tracks) for tracks in found] == [1] * 10 + [0] * 5
+
+
+@pytest.mark.parametrize("side", [91 * 1280, 105 * 1280])
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_face_that_grows_beyond_all_images_is_lost(trust: bool, side: int) -> None:
+    """A model refuses such boxes, and the second look's, which are larger; it had ended the run."""
+    world = World(lambda i: (640, 360))
+    tracker = Tracker(Grown(world, side), world.detect, TrackerSettings(trust_detector=trust, smooth=False))
+    for world.now in range(8):
+        tracker(IMAGE, world.now / 30)
 
 
 @pytest.mark.parametrize("trust", [False, True])
