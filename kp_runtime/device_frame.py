@@ -17,7 +17,7 @@ from kp_runtime.frame import CHANNELS, check_layout, size_hw_from_shape
 __all__ = ["PER_THREAD_STREAM", "DeviceFrame", "is_on_gpu"]
 
 _LONGEST = 32767
-"""OpenCV's warpAffine takes no longer images; here they stop where the CPU path stops."""
+"""Longer images, which the CPU path takes, were not tried with the kernel."""
 
 _DEFAULT_STREAM = 1  # the legacy one, as both interfaces number it
 PER_THREAD_STREAM = 2
