@@ -38,6 +38,9 @@ _SMALLEST = 4.0
 _COVERED = 5
 """Frames on which the box of a face that something begins to cover may slide along with it, until the face is lost."""
 
+_GONE = 1.0
+"""The `lost_score` of a lost face that is given on: about what a model says where there is none."""
+
 
 class FindPoints(Protocol):
     """What a tracker needs of a `Model`."""
@@ -104,8 +107,8 @@ class TrackerSettings:
         same: overlap from which two tracks are taken for one face; likewise a detection that is trusted and a track.
         smooth: smooth the points (One-Euro); off for measurements.
         trust_detector: what the detector takes for a face is one on that frame, even where its points tell otherwise,
-            and a face that is lost is given on for `keep` frames, where it is awaited: for hiding faces, where one too
-            many is better than one too few.
+            and a face that is lost is given on for `keep` frames with its last points, in two tracks of its id: where
+            it was last seen and where it is awaited. For hiding faces, where one too many is better than one too few.
 
     Raises:
         InputError: a setting is no number, or one that can't be.
@@ -132,14 +135,20 @@ class TrackerSettings:
 
 @dataclass
 class _Face:
-    """What is remembered of a followed face: its last boxes, its motion a frame, for how long it is away."""
+    """What is remembered of a followed face: its last boxes and points, its motion a frame, how long it is away."""
 
     id: int
     box: NDArray[np.float64]
+    xy: NDArray[np.float32]
     motion: NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     away: int = 0
     smooth: OneEuro = field(default_factory=OneEuro)
     past: deque[NDArray[np.float64]] = field(default_factory=lambda: deque(maxlen=2 * _COVERED))
+
+    @property
+    def seen(self) -> NDArray[np.float64]:
+        """Where it was found for the last time."""
+        return self.past[-1]
 
     @property
     def awaited(self) -> NDArray[np.float64]:
@@ -156,13 +165,13 @@ class _Face:
         place: NDArray[np.float64] = last + np.tile(motion, 2) * (_COVERED + 1 + self.away)
         return place
 
-    def move_to(self, box: NDArray[np.float64]) -> None:
+    def move_to(self, box: NDArray[np.float64], xy: NDArray[np.float32]) -> None:
         if self.away:  # it comes from elsewhere: neither speed nor old points tell anything
             self.motion, self.smooth = np.zeros(2), OneEuro()
             self.past.clear()
         else:
             self.motion = (self.motion + (box - self.box).reshape(2, 2).mean(axis=0)) / 2
-        self.box, self.away = box, 0
+        self.box, self.xy, self.away = box, xy, 0
         self.past.append(box)
 
 
@@ -228,15 +237,14 @@ class Tracker:
         again, is_there = (self._settings.keep, _touches) if trust else (self._settings.again, _on_image)
         asked = [face for face in self._known if face.away <= again and is_there(face.box, size_wh)]
         looks = zip(asked, self._look(image, size_wh, [face.box for face in asked]), strict=True)
-        looked = {face.id: look for face, look in looks}
-        found = {key: look for key, look in looked.items() if self._is_face(look, size_wh)}
+        found = {face.id: look for face, look in looks if self._is_face(look, size_wh)}
         self._drop_doubles(found)
         self._until_detection -= 1
         if self._until_detection <= 0 or any(face.away == 0 and face.id not in found for face in self._known):
             self._detect(image, size_wh, found)
         for face in self._known:
             if face.id in found:
-                face.move_to(found[face.id].box)
+                face.move_to(found[face.id].box, found[face.id].xy)
             else:
                 self.lost += not face.away
                 face.box, face.away = face.awaited, face.away + 1
@@ -247,8 +255,13 @@ class Tracker:
             for face in self._known:
                 face.smooth = OneEuro()
         self._seconds = seconds
-        given = self._with_lost(found, looked, size_wh) if trust else found
-        return tuple(self._track(face, given[face.id], seconds) for face in self._known if face.id in given)
+        tracks = []
+        for face in self._known:
+            if face.id in found:
+                tracks.append(self._track(face, found[face.id], seconds))
+            elif trust:
+                tracks += self._hidden(face, found, size_wh)
+        return tuple(tracks)
 
     def _look(self, image: Any, size_wh: tuple[int, ...], boxes: Sequence[NDArray[np.float64]]) -> list[_Look]:
         """A look at all boxes, or two where the model does not say what is lost, by one call of it."""
@@ -269,17 +282,14 @@ class Tracker:
         """Whether it is a face that can be followed."""
         return look.score <= self._limit and _on_image(look.box, size_wh)
 
-    def _with_lost(
-        self, found: dict[int, _Look], looked: dict[int, _Look], size_wh: tuple[int, ...]
-    ) -> dict[int, _Look]:
-        """The faces of a frame with those that were lost, but for what slid onto one that is found."""
-        lost = {
-            key: look
-            for key, look in looked.items()
-            if _touches(look.box, size_wh)
-            and all(_overlap(look.box, other.box) < self._settings.same for other in found.values())
-        }
-        return lost | found
+    def _hidden(self, face: _Face, found: dict[int, _Look], size_wh: tuple[int, ...]) -> list[Track]:
+        """A lost face as it was last seen, there and where it is awaited, but for where one that is found hides it."""
+        return [
+            Track(face.id, box, (face.xy + (box - face.seen)[:2]).astype(np.float32), _GONE)
+            for box in (face.seen, face.box)
+            if _touches(box, size_wh)
+            and all(_overlap(box, other.box) < self._settings.same for other in found.values())
+        ]
 
     def _drop_doubles(self, found: dict[int, _Look]) -> None:
         """Where two tracks slid onto one face, the one that was awaited there stays."""
@@ -321,7 +331,7 @@ class Tracker:
                 face.away = max(face.away, 1)
             else:
                 self.faces += 1
-                face = _Face(self.faces, look.box)
+                face = _Face(self.faces, look.box, look.xy)
                 self._known.append(face)
             found[face.id] = look
 
