@@ -326,6 +326,8 @@ class Tracker:
             lost = [face for face in self._known if face.id not in found]
             places = [face.awaited for face in lost] + [face.awaited_uncovered for face in lost]
             match = _matches(look.box[None], places, self._settings.match)
+            # it may have stopped; only now, as where one of two who cross is awaited, the other was seen
+            match = match or _matches(look.box[None], [face.seen for face in lost], self._settings.match)
             if match:
                 face = lost[match[0][1] % len(lost)]
                 face.away = max(face.away, 1)

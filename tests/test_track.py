@@ -261,6 +261,28 @@ def test_a_lost_face_is_awaited_farther_on_with_each_frame() -> None:
     assert [ids(tracks) for tracks in found] == [[1]] * 6 + [[]] * 12 + [[1]] * 6
 
 
+@pytest.mark.parametrize("back", [300, 300 + 4 * 12], ids=["where it began", "where it was last seen"])
+def test_a_face_that_moved_and_stopped_comes_back_with_its_id(back: int) -> None:
+    """As a head does that leans or turns away; by then it is awaited elsewhere."""
+    world = World(lambda t: (300 + 4 * min(max(t - 4, 0), 12), 300) if t < 17 else (back, 300) if t >= 42 else None)
+    found = world.run(world.tracker(search_every=1), range(46))
+    assert [ids(tracks) for tracks in found] == [[1]] * 17 + [[]] * 25 + [[1]] * 4
+
+
+def test_two_who_cross_unseen_keep_their_ids_though_each_comes_back_where_the_other_was() -> None:
+    """As behind a pole, a little faster there: what is found is first compared with where each is awaited."""
+
+    def way(t: int, sign: int) -> tuple[float, float] | None:
+        return None if 20 <= t < 30 else (500 + sign * (4 * t - (106 if t < 20 else 90)), 300)
+
+    world = World(lambda t: way(t, 1), lambda t: way(t, -1))
+    found = world.run(world.tracker(search_every=1), range(40))
+    before, after = ({track.id: track.xy[:, 0].mean() for track in found[t]} for t in (15, 35))
+    assert not any(found[20:30])
+    assert set(before) == set(after) == {1, 2}
+    assert (before[1] < before[2]) != (after[1] < after[2])
+
+
 def test_a_lost_face_does_not_cost_the_detector_every_frame() -> None:
     world = World(lambda t: (300, 300) if t < 10 else None)
     tracker = world.tracker()
