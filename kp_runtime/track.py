@@ -41,6 +41,9 @@ _COVERED = 5
 _GONE = 1.0
 """The `lost_score` of a lost face that is given on: about what a model says where there is none."""
 
+_STALL_S = 5.0
+"""Seconds without a frame after which the same people are expected, as after a hiccup of a stream."""
+
 
 class FindPoints(Protocol):
     """What a tracker needs of a `Model`."""
@@ -209,7 +212,7 @@ class Tracker:
         self._limit = own if self._settings.lost is None else self._settings.lost
         self._known: list[_Face] = []
         self._until_detection = 0
-        self._seconds = -math.inf
+        self._seconds, self._step = -math.inf, math.inf
         self.detector_runs: int = 0
         self.faces: int = 0
         self.lost: int = 0
@@ -221,6 +224,7 @@ class Tracker:
             image: a `Frame`, or uint8 `(h, w, 3)` BGR or grey `(h, w)`; the same size as the frames before. The model
                 and the detector are given it as it is.
             seconds: the frame's time, for the smoothing. Where it is not after the last frame's, this begins anew.
+                After a gap of over 5 s, and of over `keep` times the step before, nobody is awaited any more.
 
         Returns:
             A track a face in view, in order of their ids.
@@ -234,6 +238,9 @@ class Tracker:
             raise InputError(f"a frame's time must be a finite number of seconds, got {seconds!r:.40}")
         size_wh = as_frame(image).size_hw[::-1]
         trust = self._settings.trust_detector
+        step = float(seconds) - self._seconds
+        if step > max(_STALL_S, self._settings.keep * self._step):  # others may be there; what is hidden stays so
+            self._known, self._until_detection = self._known if trust else [], 0
         again, is_there = (self._settings.keep, _touches) if trust else (self._settings.again, _on_image)
         asked = [face for face in self._known if face.away <= again and is_there(face.box, size_wh)]
         looks = zip(asked, self._look(image, size_wh, [face.box for face in asked]), strict=True)
@@ -251,10 +258,10 @@ class Tracker:
         self._known = [face for face in self._known if face.away <= self._settings.keep]
         if not found or any(face.away for face in self._known):
             self._until_detection = min(self._until_detection, self._settings.search_every)
-        if seconds <= self._seconds:  # what it says of speeds would be wrong, and the last answer is of another frame
+        if step <= 0:  # what it says of speeds would be wrong, and the last answer is of another frame
             for face in self._known:
                 face.smooth = OneEuro()
-        self._seconds = seconds
+        self._seconds, self._step = float(seconds), step
         tracks = []
         for face in self._known:
             if face.id in found:

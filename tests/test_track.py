@@ -283,6 +283,22 @@ def test_two_who_cross_unseen_keep_their_ids_though_each_comes_back_where_the_ot
     assert (before[1] < before[2]) != (after[1] < after[2])
 
 
+@pytest.mark.parametrize(
+    ("step", "gap", "found"), [(1 / 30, 50, [2]), (1 / 30, 4, [1]), (10, 10, [1]), (10, 299, [1])], ids=str
+)
+@pytest.mark.parametrize("trust", [False, True])
+def test_after_a_long_gap_another_may_be_in_the_place(step: float, gap: float, found: list[int], trust: bool) -> None:
+    """Long by the pace of the frames: a picture each ten seconds has none; what is hidden stays so."""
+    world = World(lambda t: (300, 300))
+    tracker = world.tracker(trust_detector=trust)
+    for world.now in range(40):
+        tracker(IMAGE, step * world.now)
+    runs = tracker.detector_runs
+    tracks = tracker(IMAGE, step * 39 + gap)
+    assert ids(tracks) == ([1] if trust else found)
+    assert (tracker.detector_runs > runs) == (found == [2])
+
+
 def test_a_lost_face_does_not_cost_the_detector_every_frame() -> None:
     world = World(lambda t: (300, 300) if t < 10 else None)
     tracker = world.tracker()
