@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 import typing
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pytest
 from tests.models import tiny_bundle
 
 if typing.TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from kp_runtime import Model
     from tests.cuda_driver_double import DriverDouble
@@ -50,6 +51,19 @@ def bundle_with_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of an untrained network in fp32 and fp16, as `kp export` makes it; tests that change it copy it."""
+    from kp_export.bundle import export_bundle
+    from tests.test_export import known_graph, small_checkpoint
+
+    folder = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("kp_export.bundle.onnx_from_checkpoint", known_graph)
+        export_bundle(small_checkpoint(folder / "run"), folder / "bundle", precisions=("fp32", "fp16"))
+    return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel of kp-edge."""
     from wheels import build_project_wheel
@@ -63,6 +77,18 @@ def tools_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from wheels import build_tools_wheel
 
     return build_tools_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home, who names no place for caches either."""
+
+    def home() -> Path:
+        raise RuntimeError("could not determine home directory")
+
+    for name in ("KP_CACHE", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", home)
 
 
 @pytest.fixture
@@ -143,6 +169,14 @@ def shared_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("the real data sets are not beside this checkout")
     return SHARED / "data"
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for what another thread or process is about to do; a minute is for machines that are busy."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "it did not happen within a minute"
+        time.sleep(0.002)
 
 
 def no_thread_at(monkeypatch: pytest.MonkeyPatch, fails: int) -> threading.Event:

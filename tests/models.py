@@ -23,6 +23,11 @@ from kp_train.synthetic import golden_face, mean_shape
 SIZE, LOST_LIMIT = 64, 0.5
 
 
+def some_crops(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Noise, `(n, 1, SIZE, SIZE)` uint8."""
+    return rng.integers(0, 256, (n, 1, SIZE, SIZE), dtype=np.uint8)
+
+
 def tiny_keypoints(crops: np.ndarray) -> np.ndarray:
     """`(n, 1, size, size)` uint8 to `(n, 68, 2)` float32: what the tiny graph computes."""
     size = crops.shape[-1]

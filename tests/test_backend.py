@@ -7,7 +7,6 @@ import re
 import shutil
 import sys
 import threading
-import time
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from kp_runtime.errors import (
 from kp_runtime.feeding import TRIES
 from kp_runtime.golden import GOLDEN_NAME
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from tests.conftest import until
 from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints, tiny_scores
 from tests.tolerances import FP32_PX, MAP_PX, assert_close
 
@@ -354,10 +354,7 @@ def test_threads_of_a_dropped_backend_end(bundle: Path) -> None:
     assert any(thread.name.startswith("kp-faces") for thread in threading.enumerate())
     del backend
     gc.collect()
-    end = time.monotonic() + 10
-    while any(thread.name.startswith("kp-faces") for thread in threading.enumerate()):
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(lambda: not any(thread.name.startswith("kp-faces") for thread in threading.enumerate()))
 
 
 def test_auto_keeps_the_reasons_of_every_engine(bundle: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from kp_runtime.pipeline_cuda import LANES
 from kp_runtime.spec import Manifest, file_entry
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.emulation import EmulatedKernel
-from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints, tiny_outputs, tiny_scores
+from tests.models import SIZE, some_crops, tiny_bundle, tiny_graph, tiny_keypoints, tiny_outputs, tiny_scores
 from tests.ort_gpu_double import REAL, Session
 from tests.test_pipeline_cuda import boxes_of, picture
 from tests.tolerances import FP32_PX, assert_close
@@ -72,10 +72,6 @@ def opened(bundle: Path, backend: str = "ort-cuda", **more: Any) -> DeviceBacken
     found = open_backend(bundle, backend, **more)
     assert isinstance(found, DeviceBackend)
     return found
-
-
-def some_crops(rng: np.random.Generator, n: int) -> np.ndarray:
-    return rng.integers(0, 256, (n, 1, SIZE, SIZE), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("backend", NAMES)

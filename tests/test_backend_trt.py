@@ -23,7 +23,7 @@ from kp_runtime.pipeline import load
 from kp_runtime.spec import Manifest, file_entry
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.emulation import EmulatedKernel
-from tests.models import SIZE, tiny_bundle, tiny_keypoints, tiny_scores
+from tests.models import SIZE, some_crops, tiny_bundle, tiny_keypoints, tiny_scores
 from tests.real_tensorrt import WHEELS
 from tests.tensorrt_double import PLAN, TENSORS, tensorrt_double
 from tests.tolerances import FP32_PX, MAP_PX, assert_close
@@ -77,10 +77,6 @@ def opened(bundle: Path, **more: Any) -> DeviceBackend:
     backend = open_backend(bundle, "tensorrt", **more)
     assert isinstance(backend, DeviceBackend)
     return backend
-
-
-def some_crops(rng: np.random.Generator, n: int) -> np.ndarray:
-    return rng.integers(0, 256, (n, 1, SIZE, SIZE), dtype=np.uint8)
 
 
 def streams(driver: DriverDouble, function: str = "cuStreamCreate") -> int:

@@ -112,14 +112,7 @@ def test_folder(compiler: Compiler, monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert cache_folder() == tmp_path / "cache" / "kp-edge"
 
 
-def test_without_a_home_nothing_is_kept(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_home() -> Path:
-        raise RuntimeError("could not determine home directory")
-
-    monkeypatch.delenv("KP_CACHE", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv("LOCALAPPDATA", raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
+def test_without_a_home_nothing_is_kept(compiler: Compiler, no_home: None) -> None:
     assert cubin_from_source("abc", "sm_87", "test") == b"cba"
 
 

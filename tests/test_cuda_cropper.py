@@ -6,7 +6,6 @@ import gc
 import sys
 import weakref
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from kp_runtime.preprocess_cuda import CropKernels, CudaCropper
 from kp_runtime.probes import crops as crops_on_the_gpu
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.emulation import EmulatedKernel
+from tests.test_pipeline_cuda import on_device
 
 SIZE = 48
 
@@ -30,13 +30,6 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> DriverDouble:
     double = DriverDouble(None)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", double)
     return double
-
-
-def on_device(driver: DriverDouble, frame: Frame, **more: Any) -> DeviceFrame:
-    """A frame of the double's device memory, which is the host's."""
-    data = frame.data
-    driver.lend(data)
-    return DeviceFrame(data.ctypes.data, frame.size_hw, data.strides[0], frame.layout, frame.range, owner=data, **more)
 
 
 def some_matrices(rng: np.random.Generator, n: int) -> np.ndarray:

@@ -203,6 +203,7 @@ def test_several_faces_no_face_and_a_huge_one(image: np.ndarray, name: str) -> N
 
 def test_a_large_face_is_drawn_in_tiles(picture: Picture, image: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = picture(image, FACE[None])
+    assert (whole != image).any()
     monkeypatch.setattr(effects, "_TILE", 37)
     assert np.array_equal(picture(image, FACE[None]), whole)
 

@@ -6,8 +6,6 @@ import dataclasses
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 import kp_runtime
 from kp_runtime.backend import Backend
 from kp_runtime.spec import ModelSpec
+from tests.conftest import until
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,15 +42,6 @@ class CountingBackend(Backend):
 
 def crops_of(*levels: int) -> np.ndarray:
     return np.broadcast_to(np.array(levels, np.uint8)[:, None, None, None], (len(levels), 1, 32, 32))
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Waits for what another thread is about to do; a test that hangs fails."""
-    for _ in range(3000):
-        if true():
-            return
-        time.sleep(0.01)
-    raise AssertionError("it did not happen within 30 s")
 
 
 def test_what_waits_behind_a_call_shares_the_next(service: Any) -> None:

@@ -45,14 +45,6 @@ def small_checkpoint(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export")
-    small_checkpoint(folder / "run")
-    export_bundle(folder / "run", folder / "bundle", precisions=("fp32", "fp16"))
-    return folder / "bundle"
-
-
 GRAPHS: dict[tuple[str, str], bytes] = {}
 
 

@@ -17,10 +17,10 @@ from onnx import numpy_helper
 import kp_export.int8_from_onnx as quantiser
 from kp_export.first_convolution import fold_first_convolution, round_first_convolution, unfold_first_convolution
 from kp_export.int8_from_onnx import Int8Choice, int8_from_onnx
-from kp_export.onnx_from_checkpoint import onnx_from_checkpoint
 from kp_export.parity import FaceSet
 from kp_runtime.spec import ModelSpec
 from kp_train.model import KeypointNet
+from tests.test_export import known_graph
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -48,7 +48,7 @@ def quantised(
             torch.nn.init.normal_(module.bias)
     spec = ModelSpec("small", size)
     fp32 = folder / "fp32.onnx"
-    onnx_from_checkpoint(net.eval(), spec, fp32, precision="fp32", checkpoint_sha256="0" * 64)
+    known_graph(net.eval(), spec, fp32, precision="fp32", checkpoint_sha256=f"{size} {reduce} {seed}")
     monkeypatch.setattr(quantiser, "fold_first_convolution", lambda model: False)
     out = folder / "int8.onnx"
     faces = FaceSet(("noise",) * 8, noise(8, size, white), "noise")

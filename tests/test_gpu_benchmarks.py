@@ -50,6 +50,7 @@ from kp_runtime.preprocess_cuda import CropKernels
 from kp_runtime.spec import Manifest, ModelSpec
 from kp_train.checkpoint import save_checkpoint
 from kp_train.model import KeypointNet
+from tests.conftest import until
 from tests.cuda_driver_double import DriverDouble
 from tests.device_double import DeviceDouble
 from tests.emulation import EmulatedKernel
@@ -373,17 +374,12 @@ def test_what_takes_minutes_to_make_ready_comes_last(tmp_path: Path) -> None:
 
 def test_a_session_that_is_stopped_stops_its_step(tmp_path: Path) -> None:
     with session_of(tmp_path, 'echo $$ >"$(dirname "$0")/pid"; exec sleep 60') as begun:
-        while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
-            time.sleep(0.01)
+        until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
         begun.terminate()
         assert begun.communicate(timeout=30)[0].startswith("doctor stopped, ")
     assert begun.returncode == 130
     step = Path("/proc") / (tmp_path / "pid").read_text().strip()
-    for _ in range(3000):  # it is told, and needs a moment
-        if not step.exists():
-            break
-        time.sleep(0.01)
-    assert not step.exists()
+    until(lambda: not step.exists())  # it is told, and needs a moment
     assert not list((tmp_path / "out").glob("export*"))
 
 

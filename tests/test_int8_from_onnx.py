@@ -19,7 +19,6 @@ from onnx import TensorProto, numpy_helper
 import kp_export.int8_from_onnx as module
 from kp_export.bundle import export_bundle
 from kp_export.int8_from_onnx import CHOICES, check_calibration
-from kp_export.onnx_from_checkpoint import onnx_from_checkpoint
 from kp_export.operators import operator_problems
 from kp_export.parity import LIMITS, FaceSet, Limit, Parity, check_parity, faces_from_sources
 from kp_runtime.backend import Answer
@@ -255,13 +254,8 @@ def test_ranges_are_found_as_was_asked(
         raise RuntimeError("seen")
 
     monkeypatch.setattr("onnxruntime.quantization.quantize_static", quantise)
-    onnx_from_checkpoint(
-        KeypointNet(SIZE).eval(),
-        ModelSpec("x", SIZE),
-        tmp_path / "a.onnx",
-        precision="fp32",
-        checkpoint_sha256="0" * 64,
-    )
+    net, spec = KeypointNet(SIZE).eval(), ModelSpec("x", SIZE)
+    known_graph(net, spec, tmp_path / "a.onnx", precision="fp32", checkpoint_sha256="ranges")
     faces = FaceSet(("x",) * 80, np.zeros((80, 1, SIZE, SIZE), np.uint8), "x")
     choice = module.Int8Choice(method)
     with pytest.raises(ExportError, match=r"quantiser fails on a\.onnx: seen"):
@@ -278,7 +272,7 @@ def test_dark_calibration_faces_clip_no_bright_ones(reduce: int, precision: str,
     fp32, out = tmp_path / "a.onnx", tmp_path / "b.onnx"
     net, spec = KeypointNet(SIZE, reduce).eval(), ModelSpec("x", SIZE)
     torch.nn.init.ones_(net.backbone.bn1.bias)  # as trained, the first convolution has a bias
-    onnx_from_checkpoint(net, spec, fp32, precision="fp32", checkpoint_sha256="0" * 64)
+    known_graph(net, spec, fp32, precision="fp32", checkpoint_sha256=f"dark {reduce}")
     dark = FaceSet(("x",) * 4, np.random.default_rng(1).integers(9, 99, (4, 1, SIZE, SIZE), dtype=np.uint8), "x")
     module.int8_from_onnx(fp32, out, precision=precision, calibration=dark, choice=CHOICES[0])
     model = onnx.load(out)

@@ -42,19 +42,6 @@ def test_graph_of_the_contract_is_taken(tmp_path: Path) -> None:
     check_operators(tmp_path / "tiny.onnx")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_exported_graphs_are_taken(tmp_path: Path, precision: str) -> None:
-    from kp_export.onnx_from_checkpoint import onnx_from_checkpoint
-    from kp_runtime.spec import ModelSpec
-    from kp_train.model import KeypointNet
-
-    path = tmp_path / "model.onnx"
-    net = KeypointNet().eval()
-    onnx_from_checkpoint(net, ModelSpec("new", size=64), path, precision=precision, checkpoint_sha256="0")
-    assert operator_problems(path) == ()
-
-
 def test_unknown_operator_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path, [helper.make_node("Det", ["x"], ["y"], name="d")])
     with pytest.raises(ExportError, match=r"refuse g\.onnx: node d \(Det\): the operator is not supported"):

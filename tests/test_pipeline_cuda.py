@@ -107,6 +107,7 @@ def test_the_golden_crop_is_cut_on_the_gpu(
 
 
 def on_device(driver: DriverDouble, frame: Frame, **more: Any) -> DeviceFrame:
+    """A frame of the double's device memory, which is the host's."""
     data = frame.data
     driver.lend(data)
     return DeviceFrame(data.ctypes.data, frame.size_hw, data.strides[0], frame.layout, frame.range, owner=data, **more)

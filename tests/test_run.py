@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
@@ -25,9 +24,11 @@ from kp_runtime.video import run_video
 from kp_runtime.video_sink import ParquetSink
 from kp_runtime.video_source import FileSource, FolderSource, VideoFrame
 from tests.test_cli import kp
+from tests.test_report import Terminal
 from tests.test_video import folder_of_frames, levels, one_face, picture, sinks_for, video
 from tests.test_video_sink import FullDisk
 
+ROOT = Path(__file__).resolve().parents[1]
 ENDLESS = """
 import sys, numpy as np
 import kp_cli, kp_runtime.video_source as sources
@@ -55,7 +56,7 @@ def test_ctrl_c_finishes_the_files(bundle: Path, tmp_path: Path, number: signal.
     words = ["--model", bundle, "--out", tmp_path, "--format", "mp4", "--format", "jsonl", "--threads", "1"]
     child = subprocess.Popen(
         [sys.executable, "-c", ENDLESS, *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
@@ -80,7 +81,7 @@ def test_ctrl_c_is_the_end_of_a_camera(bundle: Path, tmp_path: Path) -> None:
     words = ["--model", bundle, "--out", tmp_path, "--format", "jsonl", "--threads", "1"]
     child = subprocess.Popen(
         [sys.executable, "-c", "import time\n" + camera, *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
@@ -240,17 +241,13 @@ def test_closing_the_window_is_an_end_like_any_other(
 
 
 def test_progress_tells_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
     with frames_progress("talk[/b].mp4", 200) as step:
         step(50)
         step(100)
-    shown = sys.stderr.getvalue()  # type: ignore[attr-defined]
+    shown = terminal.getvalue()
     assert "talk[/b].mp4" in shown
     assert "100/200" in shown
     assert re.search(r"\d\.\d frames/s", shown)

@@ -39,7 +39,7 @@ from kp_runtime.tuned import Tuned, write_tuned
 from kp_train.synthetic import write_csv_source
 from tests.models import SIZE, tiny_bundle
 from tests.test_cli import kp
-from tests.test_export import small_checkpoint
+from tests.test_export import known_graph, small_checkpoint
 
 MODEL = "model.fp32.onnx"
 ENGINES = Path(__file__).resolve().parents[1] / "engines"
@@ -405,8 +405,9 @@ def test_eval_record_takes_the_signature_away_and_says_so(
 
 
 def test_export_and_verify_say_what_became_of_the_signature(
-    capsys: pytest.CaptureFixture[str], keys: Path, tmp_path: Path
+    capsys: pytest.CaptureFixture[str], keys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("kp_export.bundle.onnx_from_checkpoint", known_graph)
     run = small_checkpoint(tmp_path / "run")
     sign_bundle(run, keys / "ours.pem")
     status, _, err = kp(capsys, "export", run, "--engine", "never")

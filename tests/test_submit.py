@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 from kp_runtime import BackendError, BoxError, Frame, ImageError, InputError, Model
 from kp_runtime.pipeline import IN_FLIGHT
 from kp_runtime.pipeline_cuda import LANES
+from tests.conftest import until
 from tests.cuda_driver_double import DriverDouble
 from tests.device_double import DeviceDouble
 from tests.test_pipeline_cuda import asked, boxes_of, on_device, picture
@@ -45,14 +45,6 @@ def test_submitted_frames_come_in_order_and_right(both: list[Model], cpu: Model)
             assert np.abs(future.result(60).xy - cpu(picture(i), boxes_of(i, i % 4)).xy).max(initial=0) <= 1e-3
         either.submit(picture(0), boxes_of(0, 1)).result(60)
         assert done == list(range(20))
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Waits for another thread; a minute is for machines that are busy."""
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def test_a_frame_is_copied_while_another_is_computed(model: Model, driver: DriverDouble, cpu: Model) -> None:

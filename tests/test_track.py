@@ -513,7 +513,9 @@ def test_a_face_that_is_covered_bit_by_bit_comes_back_with_its_id() -> None:
 
 def test_two_tracks_never_share_a_face() -> None:
     world = World(lambda t: (400 - min(t, 60), 300), lambda t: (600 - 3 * t, 300) if t < 55 else None)
-    for tracks in world.run(world.tracker(), range(120)):
+    found = world.run(world.tracker(), range(120))
+    assert max(map(len, found)) == 2
+    for tracks in found:
         boxes = [boxes_from_points(track.xy) for track in tracks]
         assert all(overlaps(a[None], b[None])[0, 0] < 0.6 for i, a in enumerate(boxes) for b in boxes[:i])
 

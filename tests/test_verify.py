@@ -17,7 +17,6 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from kp_export.bundle import export_bundle
 from kp_export.parity import FaceSet, bundled_faces, faces_from_sources
 from kp_export.verify import FileVerdict, Verification, check_verification, verification_json, verify_bundle
 from kp_export.verify_page import verification_page
@@ -44,13 +43,6 @@ class Tags(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, dict(attrs)))
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("verify")
-    export_bundle(small_checkpoint(folder / "run"), folder / "bundle", precisions=("fp32", "fp16"))
-    return folder / "bundle"
 
 
 @pytest.mark.parametrize("name", ["resnet18-68", "resnet18-68-lite"])

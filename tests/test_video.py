@@ -19,7 +19,7 @@ from kp_runtime.track import Track, Tracker
 from kp_runtime.video import Ahead, Window, draw_tracks, run_video
 from kp_runtime.video_sink import Sink, open_sinks
 from kp_runtime.video_source import FileSource, FolderSource, LiveSource, VideoFrame
-from tests.conftest import no_thread_at
+from tests.conftest import no_thread_at, until
 
 SIZE_HW = (96, 128)
 T = TypeVar("T")
@@ -133,26 +133,15 @@ def test_ahead_keeps_order_and_raises_after_the_items() -> None:
     assert taken == list(range(100))
 
 
-def settled(value: object) -> object:
-    """What `value()` is when it no longer changes."""
-    before, end = None, time.monotonic() + 5
-    while time.monotonic() < end:
-        now = value()  # type: ignore[operator]
-        if now == before:
-            return now
-        before = now
-        time.sleep(0.15)
-    return before
-
-
 def test_ahead_is_bounded() -> None:
     made: list[int] = []
     ahead = Ahead((made.append(i) or i for i in range(1000)), 3)
-    assert settled(lambda: len(made)) == 4  # three wait, one is held
-    assert ahead.dropped == 0
+    until(lambda: len(made) >= 4)  # three wait, one is held
+    time.sleep(0.15)
+    assert (len(made), ahead.dropped) == (4, 0)
     ahead.close()
-    assert settled(lambda: len(made)) == 4
     assert not ahead._thread.is_alive()
+    assert len(made) == 4
 
 
 def test_ahead_is_closed_when_its_thread_is_done() -> None:
