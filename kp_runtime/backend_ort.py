@@ -63,6 +63,8 @@ class OrtCpuBackend(Backend):
             start = time.perf_counter()
             outputs = self._fed(crops, way)
             self._feeder.record(len(crops), way, time.perf_counter() - start)
+        except KpWarning:  # who has made warnings errors gets it as it is
+            raise
         except Exception as error:  # onnxruntime's exceptions share no base of their own
             reason = reason_of(error)
             raise BackendError(f"ONNX Runtime failed on {len(crops)} crops: {reason}; try fewer at once") from error

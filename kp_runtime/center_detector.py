@@ -73,6 +73,7 @@ class CenterDetector:
         public_key: PublicKey | None = None,
     ) -> None:
         manifest = DetectorManifest.read(bundle, public_key)
+        import_cv2()  # which the first image takes
         self.spec: DetectorSpec = manifest.spec
         self.score: float = self.spec.score if score is None else score
         check_score(self.score)
@@ -103,8 +104,9 @@ class CenterDetector:
         frame = as_frame(image, layout)
         return largest_first(self.find(frame).boxes_xyxy, frame)
 
-    def find(self, frame: Frame) -> Found:
-        """All faces of an image with their scores, best first."""
+    def find(self, image: Frame | NDArray[Any], layout: str = "bgr") -> Found:
+        """All faces of an image with their scores, best first; takes and raises what a call does."""
+        frame = as_frame(image, layout)
         boxes, scores = [np.empty((0, 4))], [np.empty(0)]
         for level, scale_xy in self._levels(frame):
             cells = self.cells(level)

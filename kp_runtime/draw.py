@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from operator import index
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,14 +29,14 @@ def draw_keypoints(
         image: `(h, w, 3)` uint8 BGR, with a fourth channel that is left out, or grey, or a `Frame`; not changed.
         xy: `(n, 68, 2)` float, pixels of the image; `n` may be 0. Of another number of points, only points are drawn.
         lines: draw the contours too.
-        color: of the contours, BGR.
+        color: of the contours, BGR, whole numbers from 0 to 255.
 
     Returns:
         `(h, w, 3)` uint8 BGR, a new array.
 
     Raises:
         ImageError: not an image.
-        InputError: not points, or points that are not finite.
+        InputError: not points, points that are not finite, or no such colour.
         MissingExtraError: OpenCV is not installed.
     """
     canvas = bgr_copy(image)
@@ -47,6 +49,7 @@ def put_keypoints(
 ) -> None:
     """Draws contours and points on `(h, w, 3)` uint8 BGR itself; see `draw_keypoints`."""
     cv2, points = import_cv2(), point_array(xy)
+    bgr = _checked(color)
     if points.size == 0:
         return
     if points.ndim not in (2, 3) or points.shape[-1] != 2 or not np.isfinite(points).all():
@@ -58,10 +61,21 @@ def put_keypoints(
         fixed = np.clip(np.rint(face * 2**_SHIFT), -(2**26), 2**26).astype(np.int32)
         if lines and len(face) == POINTS:
             contours = [fixed[list(indices)] for indices in CONTOURS.values()]
-            cv2.polylines(canvas, contours, False, color, max(1, round(extent / 220)), cv2.LINE_AA, _SHIFT)
+            cv2.polylines(canvas, contours, False, bgr, max(1, round(extent / 220)), cv2.LINE_AA, _SHIFT)
         radius = max(1.0, extent / 110)
         for x, y in fixed.tolist():
             cv2.circle(canvas, (x, y), round(radius * 2**_SHIFT), _POINT, -1, cv2.LINE_AA, _SHIFT)
+
+
+def _checked(color: Sequence[SupportsIndex]) -> tuple[int, ...]:
+    """A colour for OpenCV, which takes no numbers of NumPy."""
+    try:
+        bgr = tuple(index(value) for value in color)
+    except TypeError:
+        bgr = ()
+    if len(bgr) != 3 or not all(0 <= value <= 255 for value in bgr):
+        raise InputError(f"a colour is three whole numbers from 0 to 255, blue, green and red, got {color!r:.40}")
+    return bgr
 
 
 def put_boxes(canvas: NDArray[np.uint8], boxes_xyxy: ArrayLike) -> None:

@@ -24,9 +24,18 @@ class OneEuro:
         min_cutoff: cutoff in Hz of what does not move; lower is steadier.
         beta: Hz for each unit a second; higher lags less.
         speed_cutoff: cutoff in Hz of the speed itself.
+
+    Raises:
+        InputError: a cutoff that is not over 0, or a `beta` under 0.
     """
 
     def __init__(self, min_cutoff: float = 0.6, beta: float = 5.0, speed_cutoff: float = 1.0) -> None:
+        numbers = all(isinstance(v, SupportsFloat) and math.isfinite(v) for v in (min_cutoff, beta, speed_cutoff))
+        if not (numbers and min_cutoff > 0 and beta >= 0 and speed_cutoff > 0):
+            raise InputError(
+                f"a OneEuro's cutoffs must be finite numbers over 0, and its beta at least 0, got {min_cutoff!r:.20}, "
+                f"{beta!r:.20} and {speed_cutoff!r:.20}"
+            )
         self._min_cutoff, self._beta, self._speed_cutoff = min_cutoff, beta, speed_cutoff
         self._seconds = -math.inf
         self._value = self._speed = np.zeros(0)

@@ -8,6 +8,7 @@ import shutil
 import sys
 import threading
 import types
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -310,12 +311,21 @@ def test_a_model_of_a_relative_path_goes_on_in_another_folder(
 
 
 @two_cores
-def test_an_open_model_goes_on_when_its_bundle_is_gone(tmp_path: Path, crops: np.ndarray) -> None:
+@pytest.mark.parametrize("warns", ["default", "error"])
+def test_an_open_model_goes_on_when_its_bundle_is_gone(tmp_path: Path, crops: np.ndarray, warns: str) -> None:
     backend = open_backend(tiny_bundle(tmp_path / "bundle"), threads=2)
     backend.settle(len(crops), "side by side")  # which needs the file once more
     shutil.rmtree(tmp_path / "bundle")
-    with pytest.warns(KpWarning, match="no longer fed side by side: .*model.fp32.onnx stands in the manifest but"):
+    what = "no longer fed side by side: .*model.fp32.onnx stands in the manifest but"
+    if warns == "error":  # no failure of the engine, as which it was raised
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", KpWarning)
+            with pytest.raises(KpWarning, match=what):
+                backend.infer(crops)
         first = backend.infer(crops)
+    else:
+        with pytest.warns(KpWarning, match=what):
+            first = backend.infer(crops)
     for keypoints in (first, backend.infer(crops), backend.infer(crops)):  # later ones warn no more
         assert_close(keypoints, tiny_keypoints(crops), FP32_PX, "keypoints")
 

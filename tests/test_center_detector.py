@@ -194,6 +194,7 @@ def test_every_layout_gives_the_same(bundle: Path) -> None:
     wanted = detector(image)
     assert len(wanted) == 1
     assert np.array_equal(detector(image[:, :, ::-1], "rgb"), wanted)
+    assert len(detector.find(image[:, :, ::-1], "rgb").scores) == 1
     video = cv2.cvtColor(image, cv2.COLOR_BGR2YUV_I420)
     assert np.allclose(detector(Frame(video, "i420", "limited")), wanted)
 

@@ -33,6 +33,15 @@ def test_contours_can_be_left_out_and_coloured(image: np.ndarray) -> None:
     assert (points[:, :, 0] == points[:, :, 2]).all()
 
 
+def test_a_colour_is_three_whole_numbers_of_any_kind(image: np.ndarray) -> None:
+    """OpenCV refuses NumPy's by an error of its own, as in a colour of a palette."""
+    red, palette = draw_keypoints(image, FACE, color=(0, 0, 255)), np.array([[0, 0, 255]], np.uint8)
+    assert (draw_keypoints(image, FACE, color=tuple(palette[0])) == red).all()
+    for wrong in ("red", (255, 0), (300, 0, 0), (0.5, 0, 0), None):
+        with pytest.raises(InputError, match="a colour is three whole numbers from 0 to 255"):
+            draw_keypoints(image, FACE, color=wrong)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("shape", [(240, 200), (240, 200, 1), (240, 200, 3), (240, 200, 4)])
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_any_image_and_any_number_of_faces(shape: tuple[int, ...], n: int) -> None:

@@ -119,3 +119,9 @@ def test_answers_are_the_callers_own() -> None:
     first = smooth(np.zeros(2), 0.0)
     first += 5
     assert np.array_equal(smooth(np.zeros(2), 0.1), np.zeros(2))
+
+
+@pytest.mark.parametrize("settings", [{"min_cutoff": -1}, {"beta": np.nan}, {"speed_cutoff": 0}, {"min_cutoff": "x"}])
+def test_settings_that_smooth_nothing_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="cutoffs must be finite numbers over 0, and its beta at least 0"):
+        OneEuro(**settings)
