@@ -197,12 +197,15 @@ def run(options: argparse.Namespace) -> None:
     detector = kp_runtime.load_detector(options.detector)
     tracker = kp_runtime.Tracker(model, detector, kp_runtime.TrackerSettings(detect_every=options.detect_every))
     video = VideoFile(options.drawn) if options.drawn else None
+    began = 0.0
     try:
         for sample in camera:
             unix_s, nanoseconds = time.time(), sample.get_buffer().pts  # since the pipeline started, or all bits set
             time_s = nanoseconds / 1e9 if nanoseconds < 2**64 - 1 else None
+            if time_s is not None:
+                began = time.monotonic() - time_s
             with frame_of(sample) as frame:
-                tracks = tracker(frame, time.monotonic() if time_s is None else time_s)
+                tracks = tracker(frame, time.monotonic() - began if time_s is None else time_s)
                 if video:
                     video.write(frame, tracks)
             height, width = frame.size_hw
