@@ -91,6 +91,12 @@ def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "home", home)
 
 
+@pytest.fixture(params=[False, True], ids=["two looks", "own score"])
+def says(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up models that do not say that a face is lost, and ones that do."""
+    monkeypatch.setattr("tests.face_world.World.says", request.param)
+
+
 @pytest.fixture
 def half_a_pixel_off(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on all crops are cut half a pixel to one side, on a CPU as on a GPU."""
