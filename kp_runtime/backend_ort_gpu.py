@@ -28,7 +28,7 @@ from kp_runtime.cubin import cache_folder
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend, Lane
 from kp_runtime.errors import BackendError, reason_of
-from kp_runtime.machine import JETSON_GPUS
+from kp_runtime.machine import JETSON_GPUS, NO_JETSON_WHEEL
 from kp_runtime.spec import FileEntry, ModelSpec
 
 __all__ = ["OrtCudaBackend", "OrtGpuBackend", "OrtTensorRtBackend"]
@@ -291,10 +291,7 @@ def _absent(ort: Any, provider: str, driver: CudaDriver) -> str:
 
     have = f"onnxruntime {ort.__version__} has no {provider}, only {', '.join(ort.get_available_providers())}"
     if driver.arch in JETSON_GPUS:
-        return (
-            f"{have}; no wheel on PyPI has code for a Jetson's GPU: take the backend tensorrt (kp plan), or ort-cpu; "
-            "the Jetson AI Lab's wheels were not tried"
-        )
+        return f"{have}; {NO_JETSON_WHEEL}"
     wheel = f"'kp-edge[ort-gpu]'{_release(driver) and ' ' + repr('onnxruntime-gpu' + _release(driver))}"
     if all(any(metadata.distributions(name=name)) for name in ("onnxruntime", "onnxruntime-gpu")):
         return (

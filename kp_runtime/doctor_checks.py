@@ -20,7 +20,7 @@ import numpy as np
 
 from kp_runtime.backend_trt import OLDEST, is_too_old
 from kp_runtime.gpu_code import GpuCode
-from kp_runtime.machine import JETSON_GPUS, driver_version, jetson_from_system
+from kp_runtime.machine import JETSON_GPUS, NO_JETSON_WHEEL, driver_version, jetson_from_system
 from kp_runtime.probes import Outcome, ask
 
 __all__ = [
@@ -313,10 +313,7 @@ def provider(here: Surroundings, gpu: Gpu | None, answer: Outcome) -> list[Findi
     subject = "ONNX Runtime on the GPU"
     advice = f"pip uninstall -y {' '.join(here.wheels(ORT_WHEELS)) or 'onnxruntime'}, then install onnxruntime-gpu"
     if gpu.arch in JETSON_GPUS:
-        advice = (
-            "no wheel on PyPI has code for a Jetson's GPU: take the backend tensorrt (kp plan); the Jetson AI Lab's "
-            "wheels were not tried"
-        )
+        advice = NO_JETSON_WHEEL
     if "CUDAExecutionProvider" not in answer.facts["providers"]:
         return [Finding(subject, WARNING, "it has no CUDA provider", advice)]
     if not answer.facts["gpu_code"]:

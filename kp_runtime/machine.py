@@ -21,6 +21,7 @@ from kp_runtime.cores import cpu_quota, usable_cores
 __all__ = [
     "INSTRUCTIONS",
     "JETSON_GPUS",
+    "NO_JETSON_WHEEL",
     "Jetson",
     "Machine",
     "changes",
@@ -37,6 +38,12 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd
 
 JETSON_GPUS = ("sm_87", "sm_110")
 """Orin's and Thor's, which no other board has. A container may hide the system's files, but not these."""
+
+NO_JETSON_WHEEL = (
+    "no wheel on PyPI has code for a Jetson's GPU, and the Jetson AI Lab's were not tried: take the backend tensorrt "
+    "(kp plan), or ort-cpu"
+)
+"""What is told of ONNX Runtime there."""
 
 _GPU = re.compile(r"gpu|gm20b|gp10b|gv11b|ga10b|gb10b")
 """Names of Jetson GPUs among the devices whose clock changes."""

@@ -28,13 +28,13 @@ from kp_runtime.spec import Manifest
 from kp_train.augment import face_augment, mirror_from_pairs
 from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint
-from kp_train.data import Face, Source, evenly_spread, held_out_fraction, is_held_out, luma_of_face
+from kp_train.data import Face, Source, evenly_spread, is_held_out, luma_of_face
 from kp_train.dataset import FaceDataset
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.lost_score import FACES, LIMIT, VIEWS, AnyPlace, ScoreQuality, elsewhere, score_quality, solved_score
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
-from kp_train.run_record import ancestry, least_held_out
+from kp_train.run_record import unseen_fraction
 
 __all__ = ["NothingGainedError", "Refit", "refit", "solved_head", "training_config"]
 
@@ -134,8 +134,7 @@ def refit(
         raise InputError("this model sees whole photos, not face boxes; kp refit is for models of face crops")
     weights = {kind: float(weight) for kind, weight in boxes.items() if kind != FOUND or detector is not None}
     _check_boxes(weights)
-    # where a run before it does not say, whom the last one held out has to do
-    fraction = least_held_out(ancestry(manifest.training)) or held_out_fraction(manifest)
+    fraction = unseen_fraction(manifest)
     pairs = training_config(manifest).get("pairs", "")
     if has_begun(run):
         raise KpError(f"{run} already holds a run; name another folder with --out")

@@ -15,11 +15,19 @@ from typing import Any
 
 from kp_runtime.errors import DataError, KpError
 from kp_runtime.files import git_revision
-from kp_runtime.spec import MANIFEST_NAME
+from kp_runtime.spec import MANIFEST_NAME, Manifest
 from kp_train.config import DetectorConfig, TrainConfig
-from kp_train.data import Face, Source, held_out_of, is_held_out, recorded_fraction
+from kp_train.data import Face, Source, held_out_fraction, held_out_of, is_held_out, recorded_fraction
 
-__all__ = ["ancestry", "check_known", "least_held_out", "run_record", "split_by_person", "stored_record"]
+__all__ = [
+    "ancestry",
+    "check_known",
+    "least_held_out",
+    "run_record",
+    "split_by_person",
+    "stored_record",
+    "unseen_fraction",
+]
 
 
 _NAMES = "a person is a file's name up to its last underscore: name the files so that each differs, as anna_001.jpg"
@@ -149,6 +157,17 @@ def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
 def least_held_out(records: Sequence[dict[str, Any]]) -> float:
     """The share of people whom none of these runs saw, of a model and what it began at; 0 where one does not say."""
     return min(recorded_fraction(record) or 0.0 for record in records)
+
+
+def unseen_fraction(manifest: Manifest) -> float:
+    """The share of people to judge a model by: whom no run that led to it saw.
+
+    Where a run before the last one does not say, whom the last one held out has to do.
+
+    Raises:
+        DataError: the last one does not say either.
+    """
+    return least_held_out(ancestry(manifest.training)) or held_out_fraction(manifest)
 
 
 def _sha256_of_names(faces: Sequence[Face]) -> str:

@@ -29,12 +29,12 @@ from kp_runtime.labelled_face import LabelledFace
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import mirror_from_pairs
 from kp_train.checkpoint import load_checkpoint
-from kp_train.data import Source, held_out_fraction, is_held_out, read_source
+from kp_train.data import Source, is_held_out, read_source
 from kp_train.label_bias import bias_of, from_both_sides
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
 from kp_train.refit import training_config
-from kp_train.run_record import ancestry, least_held_out
+from kp_train.run_record import unseen_fraction
 
 FARTHEST = 10
 
@@ -92,9 +92,7 @@ def main() -> None:
     if not 0 < args.share <= 1:
         raise InputError(f"--share must be over 0 and at most 1, got {args.share:g}")
     net, manifest = load_checkpoint(args.model)
-    spec = manifest.spec
-    # where a run before it does not say, whom the last one held out has to do
-    fraction = least_held_out(ancestry(manifest.training)) or held_out_fraction(manifest)
+    spec, fraction = manifest.spec, unseen_fraction(manifest)
     order = mirror_from_pairs(training_config(manifest).get("pairs", ""), spec.points)
     if spec.box != "keypoints" or order is None:
         raise InputError(f"{args.model} can't clean labels: that takes a model of face crops whose pairs are known")

@@ -364,7 +364,7 @@ def test_onnxruntime_without_the_provider(
     monkeypatch.setattr(metadata, "distributions", lambda name: [name] * (name in installed))
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     # an Orin: also in a container that hides what its system's files say
-    with pytest.raises(BackendError, match="no wheel on PyPI has code for a Jetson's GPU: take the backend") as caught:
+    with pytest.raises(BackendError, match="no wheel on PyPI has code for a Jetson's GPU, and") as caught:
         opened(bundle)
     assert "uninstall" not in str(caught.value)
     monkeypatch.setattr(driver, "_cuDeviceGetAttribute", lambda attribute, _: attribute + 1)  # 9.8
