@@ -20,6 +20,7 @@ if typing.TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from kp_runtime import Model
+    from kp_runtime.bench_results import Bench
     from tests.cuda_driver_double import DriverDouble
     from tests.emulation import EmulatedKernel
 
@@ -61,6 +62,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patched.setattr("kp_export.bundle.onnx_from_checkpoint", known_graph)
         export_bundle(small_checkpoint(folder / "run"), folder / "bundle", precisions=("fp32", "fp16"))
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def bench(bundle: Path, astronaut: Path) -> Bench:
+    """A quick run of `kp bench`."""
+    from kp_runtime.bench import run_bench
+    from tests.bench_run import QUICK, astronaut_box
+
+    return run_bench(bundle, astronaut, astronaut_box, QUICK)
 
 
 @pytest.fixture(scope="session")

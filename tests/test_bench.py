@@ -1,8 +1,8 @@
+"""The one measured run of `kp bench`: what is measured, in which order, and what ran."""
+
 from __future__ import annotations
 
 import dataclasses
-import json
-import re
 import shutil
 import subprocess
 import sys
@@ -15,16 +15,12 @@ import pytest
 
 from kp_runtime.backend import Backend
 from kp_runtime.bench import StagedCalls, _measure, _open, boxes_in_turn, run_bench
-from kp_runtime.bench_compare import check_alike, compared, obstacles
 from kp_runtime.bench_results import (
     Bench,
     BenchSettings,
     Setup,
     Times,
-    json_from_bench,
-    results_from_file,
     times_from_turns,
-    write_results,
 )
 from kp_runtime.cold_start import PROCESSES, cold_starts
 from kp_runtime.cores import usable_cores
@@ -35,12 +31,7 @@ from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.spec import Manifest, ModelSpec, file_entry
 from kp_runtime.timing import StageTimer, measure_in_turns, summary_from_turns
-
-QUICK = BenchSettings(batches=(1, 3), seconds=0, samples=3, threads=1)
-
-
-def astronaut_box(image: object, layout: str = "bgr") -> np.ndarray:
-    return np.array([[181.0, 88.0, 269.0, 178.0]])
+from tests.bench_run import QUICK, astronaut_box
 
 
 def nothing(image: object, layout: str = "bgr") -> np.ndarray:
@@ -55,11 +46,6 @@ def two_precisions(bundle: Path, folder: Path) -> Path:
     entry = dataclasses.replace(manifest.files["model.fp32.onnx"], precision="fp16")
     dataclasses.replace(manifest, files=manifest.files | {"model.fp16.onnx": entry}).write(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def bench(bundle: Path, astronaut: Path) -> Bench:
-    return run_bench(bundle, astronaut, astronaut_box, QUICK)
 
 
 def check_times(times: Times) -> None:
@@ -298,244 +284,3 @@ def test_settings_that_make_no_sense(
 def test_photo_without_a_face(bundle: Path, astronaut: Path) -> None:
     with pytest.raises(ImageError, match=r"no face was found on .*astronaut\.png; bench on a photo with one"):
         run_bench(bundle, astronaut, nothing, QUICK)
-
-
-def test_a_document_is_read_as_it_was_written(bench: Bench, tmp_path: Path) -> None:
-    path = write_results(bench, tmp_path / "deep" / "b.json")
-    assert results_from_file(path) == bench
-    raw = json.loads(path.read_text())
-    assert raw == json.loads(json.dumps(json_from_bench(bench)))
-    assert (raw["schema"], next(iter(raw))) == (1, "schema")
-    assert any(
-        line.strip().startswith("[0.") or line.strip().startswith("[1") for line in path.read_text().splitlines()
-    )
-    raw["later"] = raw["setup"]["later"] = "a field that is added"
-    path.write_text(json.dumps(raw))
-    assert results_from_file(path) == bench
-
-
-def test_odd_names_survive_the_document(bench: Bench, tmp_path: Path) -> None:
-    odd = dataclasses.replace(bench.setup, photo="a [  1,  2 ]\n[\n 3\n].png \udcff")
-    other = dataclasses.replace(bench, setup=odd)
-    assert results_from_file(write_results(other, tmp_path / "b.json")) == other
-
-
-def changed(raw: Any, path: list[Any], value: Any) -> Any:
-    """A document with one value replaced."""
-    raw = json.loads(json.dumps(raw))
-    inner = raw
-    for key in path[:-1]:
-        inner = inner[key]
-    inner[path[-1]] = value
-    return raw
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        (["schema"], 2, "has schema 2, this release reads 1: run kp bench --out again"),
-        (["schema"], "1", "has schema '1'"),
-        (["network"], {}, "network must be a list, got {}"),
-        (["network", 0, "batch"], "8", "network.batch must be a whole number, got 8"),
-        (["network", 0, "batch"], 0, "a batch size must be 1 or more, got 0"),
-        (["network", 0, "times", "turns_ms", 0, 0], 0, "each sample must be over 0 ms"),
-        (["network", 0, "times", "turns_ms", 0, 0], float("nan"), "turns_ms must be a number, got nan"),
-        (["network", 0, "times", "turns_ms"], [], "must have turns"),
-        (["network", 0, "times", "turns_ms"], [[]], "each turn samples"),
-        (["network", 0, "times", "summary", "p99_ms"], 1e-9, "percentiles must rise"),
-        (["setup", "machine", "cores"], True, "setup.machine.cores must be a whole number, got True"),
-        (["setup", "machine", "versions", "numpy"], 2, "setup.machine.versions.numpy must be text, got 2"),
-        (["setup", "machine"], None, "setup.machine must be an object"),
-        (["files", 0], {"file": "a"}, "files lacks sha256"),
-    ],
-)
-def test_a_wrong_document_is_said(bench: Bench, tmp_path: Path, path: list[Any], value: Any, message: str) -> None:
-    file = tmp_path / "b.json"
-    file.write_text(json.dumps(changed(json_from_bench(bench), path, value)))
-    with pytest.raises(InputError) as caught:
-        results_from_file(file)
-    assert message in str(caught.value)
-    assert str(file) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("{", "is no JSON"), ("[]", "is no results file"), ('{"schema": 1}', "is no results file"), ("\udcff", "no JSON")],
-)
-def test_what_is_no_document(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "b.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(InputError, match=message):
-        results_from_file(tmp_path / "b.json")
-    with pytest.raises(InputError, match="can't be read"):
-        results_from_file(tmp_path / "none.json")
-
-
-def leaves(raw: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    items = raw.items() if isinstance(raw, dict) else enumerate(raw[:1]) if isinstance(raw, list) else ()
-    return [path, *(leaf for key, value in items for leaf in leaves(value, (*path, key)))]
-
-
-def test_no_wrong_value_is_more_than_one_line(bench: Bench, tmp_path: Path) -> None:
-    """Whatever stands in a field, the answer is results or an InputError."""
-    small, file = json.loads(json.dumps(json_from_bench(steady(bench)))), tmp_path / "b.json"
-    for path in leaves(small)[1:]:
-        for value in (None, -1, 10**400, "x", [], {}):
-            file.write_text(json.dumps(changed(small, list(path), value)))
-            said = ""
-            try:
-                results_from_file(file)
-            except InputError as error:
-                said = str(error)
-            assert "\n" not in said
-
-
-def slower(times: Times, factor: float) -> Times:
-    return times_from_turns([[ms * factor / 1e3 for ms in turn] for turn in times.turns_ms])
-
-
-def steady(bench: Bench, factor: float = 1.0) -> Bench:
-    """The same with times that hardly vary; those of the first network case are `factor` times as long."""
-    even = times_from_turns([[0.010, 0.0101, 0.0102]] * 10)
-    network = [dataclasses.replace(case, times=even) for case in bench.network]
-    network[0] = dataclasses.replace(network[0], times=slower(even, factor))
-    stages = dict.fromkeys(bench.photo.stages, even)
-    photo = dataclasses.replace(bench.photo, whole=even, stages=stages)
-    return dataclasses.replace(bench, network=tuple(network), photo=photo)
-
-
-@pytest.mark.parametrize(("factor", "verdict"), [(2.0, "slower"), (0.5, "faster"), (1.0, "not distinguishable")])
-def test_a_case_is_compared_with_itself(bench: Bench, factor: float, verdict: str) -> None:
-    found = compared(steady(bench), steady(bench, factor))
-    verdicts = {case.case: case.verdict for case in found.cases}
-    assert verdicts.pop("model.fp32.onnx, batch 1") == verdict
-    assert set(verdicts.values()) == {"not distinguishable"}
-    (case,) = [case for case in found.cases if case.case == "model.fp32.onnx, batch 1"]
-    assert case.ratio.value == pytest.approx(factor)
-    assert case.new_ms / case.old_ms == pytest.approx(factor)
-    assert case.ratio.low <= case.ratio.value <= case.ratio.high
-    assert (found.obstacles, found.alone) == ((), ())
-    assert "not interleaved" in found.notes[-1]
-
-
-def test_a_case_of_few_turns_is_said(bench: Bench) -> None:
-    many = steady(bench)
-    first, *others = many.network
-
-    def cut(turns: int) -> Bench:
-        few = times_from_turns([list(turn) for turn in first.times.turns_ms[:turns]])
-        return dataclasses.replace(many, network=(dataclasses.replace(first, times=few), *others))
-
-    for pair in ((cut(5), many), (many, cut(5))):
-        told = [note for note in compared(*pair).notes if "under 6 turns" in note]
-        assert len(told) == 1
-        assert "model.fp32.onnx, batch 1;" in told[0]
-        assert "batch 4" not in told[0]
-    assert not any("turns" in note for note in compared(cut(6), many).notes)
-    assert not any("turns" in note for note in compared(many, many).notes)
-
-
-def test_another_gpu_is_refused(bench: Bench) -> None:
-    setups = [dataclasses.replace(bench.setup, gpu=gpu) for gpu in (None, "Orin (sm_87)", "AGX Orin (sm_87)")]
-    assert obstacles(setups[0], setups[1]) == ["GPU not known, then Orin (sm_87)"]
-    assert obstacles(setups[1], setups[2]) == ["GPU Orin (sm_87), then AGX Orin (sm_87)"]
-    assert obstacles(setups[2], setups[2]) == []
-
-
-def with_plans(bench: Bench, *names: str) -> Bench:
-    files = tuple(dataclasses.replace(bench.files[0], file=name, sha256=name[::-1]) for name in names)
-    network = tuple(dataclasses.replace(bench.network[0], file=name) for name in names)
-    return dataclasses.replace(bench, files=files, network=network)
-
-
-def test_a_plan_is_compared_with_the_one_before_an_update_of_tensorrt(bench: Bench) -> None:
-    old, new, built = (f"model.fp16.sm87.trt{version}.dla0.plan" for version in ("10.3.0", "10.16.1", "10.16.1.post1"))
-    found = compared(with_plans(steady(bench), old), with_plans(steady(bench), new))
-    assert found.alone == ()
-    assert found.cases[-1].case == "model.fp16.sm87.dla0.plan, batch 1"
-    assert any(note.startswith("sha256 of model.fp16.sm87.dla0.plan ") for note in found.notes)
-    both = with_plans(steady(bench), old, built)
-    assert [*both.named_files()] == [old, built], "each by its own name where one result has both"
-    assert compared(both, both).cases[-1].case == f"{built}, batch 1"
-
-
-def with_machine(bench: Bench, **fields: Any) -> Bench:
-    machine = dataclasses.replace(bench.setup.machine, **fields)
-    return dataclasses.replace(bench, setup=dataclasses.replace(bench.setup, machine=machine))
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"cpu": "other"}, "CPU .*, then other"),
-        ({"cores": 999}, "cores .*, then 999"),
-        ({"cores_usable": 998}, "cores that the process may use .*, then 998"),
-        ({"cpu_quota": 0.5}, "CPU quota .*, then 0.5"),
-        ({"architecture": "riscv64"}, "architecture .*, then riscv64"),
-        ({"governor": "odd"}, "governor .*, then odd"),
-        ({"mhz_least": 1510.0, "mhz_most": 1510.4}, "CPU clock .*, then 1510 to 1510 MHz"),
-        ({"device": "odd board"}, "device .*, then odd board"),
-        ({"instructions": ("i8mm", "amx_int8")}, "instructions .*, then amx_int8 i8mm"),
-    ],
-)
-def test_another_machine_is_refused(bench: Bench, fields: dict[str, Any], message: str) -> None:
-    old, other = steady(bench), steady(with_machine(bench, **fields))
-    with pytest.raises(InputError, match=message + ".*measure both alike, or add --compare-anyway"):
-        compared(old, other)
-    found = compared(old, other, anyway=True)
-    assert len(found.obstacles) == 1
-    assert len(found.cases) == 8
-
-
-def test_another_power_mode_is_refused(bench: Bench) -> None:
-    from kp_runtime.machine import Jetson
-
-    old, new = (Jetson("R36", mode, None, None, None, None) for mode in ("MAXN 0", "15W 1"))
-    found = obstacles(with_machine(bench, jetson=old).setup, with_machine(bench, jetson=new).setup)
-    assert found == ["power mode MAXN 0, then 15W 1"]
-    old, new = (Jetson("R36", None, status, None, None, None) for status in ("pmode:0000", "pmode:0001"))
-    found = obstacles(with_machine(bench, jetson=old).setup, with_machine(bench, jetson=new).setup)
-    assert found == ["power mode pmode:0000, then pmode:0001"], "where nvpmodel does not answer"
-    old, new = (Jetson("R36", None, None, now, least, 1020.0) for now, least in ((306.0, 306.0), (1020.0, 1020.0)))
-    found = obstacles(with_machine(bench, jetson=old).setup, with_machine(bench, jetson=new).setup)
-    assert found == ["GPU clock 306 to 1020 MHz, then 1020 to 1020 MHz"], "what jetson_clocks changes"
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"settings": dataclasses.replace(QUICK, threads=None)}, "threads 1, then of the engine's choice"),
-        ({"photo_sha256": "0" * 64}, "photo's sha256 88431cd.*, then 0000"),
-        ({"faces": 2}, "faces 1, then 2"),
-    ],
-)
-def test_other_settings_are_refused(bench: Bench, fields: dict[str, Any], message: str) -> None:
-    setup = dataclasses.replace(bench.setup, **fields)
-    with pytest.raises(InputError, match=message):
-        check_alike(bench.setup, setup)
-
-
-def test_what_one_compares_is_told_not_refused(bench: Bench) -> None:
-    new = with_machine(bench, versions=bench.setup.machine.versions | {"onnxruntime": "99"})
-    file = dataclasses.replace(bench.files[0], sha256="f" * 64, backend="other")
-    new = dataclasses.replace(new, files=(file,), network=steady(bench).network[:1], load_before=None)
-    old = dataclasses.replace(steady(bench), load_before=(0.5, 0.4, 0.3))
-    found = compared(old, new)
-    notes = "\n".join(found.notes)
-    assert ", then 99" in notes
-    assert f"sha256 of model.fp32.onnx {bench.files[0].sha256[:12]}, then ffffffffffff" in notes
-    assert "engine of model.fp32.onnx ort-cpu, then other" in notes
-    assert "before the old run 0.50, before the new not known" in notes
-    assert found.alone == ("only in the old results: model.fp32.onnx, batch 3",)
-    assert compared(new, old).alone == ("only in the new results: model.fp32.onnx, batch 3",)
-    versions = bench.setup.machine.versions | {"a library": "2"}
-    other = with_machine(bench, system="an OS", kernel="7.0", versions=versions)
-    setup, photo = (
-        dataclasses.replace(other.setup, detector="a detector"),
-        dataclasses.replace(bench.photo, file="x.plan"),
-    )
-    notes = "\n".join(compared(bench, dataclasses.replace(other, setup=setup, photo=photo)).notes)
-    for told in (
-        "system .*, then an OS", "kernel .*, then 7.0", "detector astronaut_box, then a detector",
-        "the photo's model file model.fp32.onnx, then x.plan", "a library not known, then 2",
-    ):  # fmt: skip
-        assert re.search(f"^{told}$", notes, re.MULTILINE), told
