@@ -22,7 +22,7 @@ from benchmarks.record import record_from
 from benchmarks.table import finish
 from kp_runtime.cores import checked_threads
 from kp_runtime.errors import KpError, reason_of
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from kp_runtime.timing import Ratio, TimeSummary, measure_in_turns, ratio_of_medians, summary_from_turns
 
 __all__ = ["LIMITS_PX", "Case", "Comparison", "Int8Ratio", "compare"]

@@ -29,7 +29,7 @@ from kp_export.first_convolution import unfold_first_convolution
 from kp_runtime.backend import Backend
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.errors import BackendError, MissingExtraError
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.config import has_bfloat16
 

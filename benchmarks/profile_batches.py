@@ -28,7 +28,7 @@ from benchmarks.record import record_from
 from benchmarks.table import finish
 from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BackendError, InputError
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 
 __all__ = ["FileProfile", "OperatorTime", "Profile", "profile_file"]
 

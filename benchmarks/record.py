@@ -17,7 +17,7 @@ from typing import Any
 from kp_runtime.bench_results import write_document
 from kp_runtime.errors import InputError
 from kp_runtime.machine import load_average, machine_from_system
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from kp_runtime.timing import Ratio, ratio_of_medians
 
 __all__ = [

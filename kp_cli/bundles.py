@@ -87,7 +87,7 @@ def export(
     if engine is Engine.required and blocker:
         raise ExportError(f"no plan can be built here: {blocker}")
     from kp_export.staging import mend
-    from kp_runtime.spec import Manifest
+    from kp_runtime.manifest import Manifest
 
     mend(own)
     points = Manifest.read(own).spec.points  # what is wrong with the path is told before PyTorch's seconds
@@ -167,8 +167,8 @@ def verify(
     from kp_export.parity import bundled_faces, faces_from_sources
     from kp_export.verify import check_verification, verification_json, verify_bundle
     from kp_export.verify_page import verification_page
+    from kp_runtime.manifest import Manifest
     from kp_runtime.signing import signature_state
-    from kp_runtime.spec import Manifest
     from kp_train.data import parse_source
 
     bundle = folder_or_default(bundle)
@@ -214,7 +214,7 @@ def plan(
     """
     from kp_export.plan_bundle import add_plan
     from kp_export.plan_options import PlanOptions
-    from kp_runtime.spec import Manifest
+    from kp_runtime.manifest import Manifest
 
     bundle = folder_or_default(bundle)
     options = PlanOptions(
@@ -281,8 +281,8 @@ def inspect(
     Example: kp inspect out/resnet18-68
     """
     from kp_runtime.errors import BundleError
+    from kp_runtime.manifest import any_manifest
     from kp_runtime.signing import signature_state
-    from kp_runtime.spec import any_manifest
 
     folder = folder_or_default(bundle)
     manifest = any_manifest(folder, public_key)

@@ -279,9 +279,9 @@ def _predict_on_ray(
 
     from kp_runtime.detector_by_name import load_detector
     from kp_runtime.files import sha256_of_file
+    from kp_runtime.manifest import MANIFEST_NAME, Manifest, folder_of
     from kp_runtime.pipeline import load
     from kp_runtime.ray_batches import Tools, predict_batches
-    from kp_runtime.spec import MANIFEST_NAME, Manifest, folder_of
 
     paths, threads = _photos(photos), 1 if threads is None else threads
     bundle = bundle_or_default(model).resolve()

@@ -210,7 +210,7 @@ def tune(
     rise_of = None
     if data:
         from kp_export.evaluate import measured_rise
-        from kp_runtime.spec import Manifest
+        from kp_runtime.manifest import Manifest
         from kp_train.data import parse_source
 
         points = Manifest.read(first).spec.points

@@ -99,7 +99,7 @@ def bundle_or_default(named: Path | None) -> Path:
 
 def folder_or_default(named: Path | None) -> Path:
     """The folder of `bundle_or_default`, which may be a model file of it."""
-    from kp_runtime.spec import folder_of
+    from kp_runtime.manifest import folder_of
 
     return folder_of(bundle_or_default(named))
 
@@ -133,7 +133,7 @@ def load_model(
 
 def _note_plan(bundle: Path, report: Any) -> None:
     """Says so where a bundle has a plan and none that runs here."""
-    from kp_runtime.spec import Manifest, folder_of
+    from kp_runtime.manifest import Manifest, folder_of
 
     reasons = [text for text in report.rejected if text.startswith("tensorrt: ")]
     if reasons and any(entry.kind == "plan" for entry in Manifest.read(folder_of(bundle)).files.values()):

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 import typer
 
 from kp_runtime.errors import BundleError, KpError
-from kp_runtime.spec import DetectorManifest
+from kp_runtime.manifest import DetectorManifest
 
 __all__ = [
     "build_progress",

@@ -182,7 +182,7 @@ def refit(
     """
     import torch
 
-    from kp_runtime.spec import Manifest
+    from kp_runtime.manifest import Manifest
     from kp_train.data import parse_source
     from kp_train.refit import ALIKE
     from kp_train.refit import refit as run
@@ -312,7 +312,7 @@ def evaluate(
     from kp_export.evaluate import held_out_faces, open_model, trained_on
     from kp_export.robustness import groups, robustness
     from kp_export.staging import alone
-    from kp_runtime.spec import Manifest
+    from kp_runtime.manifest import Manifest
     from kp_train.data import parse_source
 
     if detector != "auto" and boxes is not Boxes.detector:

@@ -41,10 +41,11 @@ from kp_runtime.files import write_file, writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.golden import GOLDEN_NAME, Golden, golden_from_bytes
+from kp_runtime.manifest import MANIFEST_NAME, PRECISIONS, FileEntry, Manifest, file_entry
 from kp_runtime.pipeline import load
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.recorded_rise import PARITY_NAME, parity_rows
-from kp_runtime.spec import MANIFEST_NAME, PRECISIONS, FileEntry, Manifest, ModelSpec, file_entry
+from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Source, is_held_out
 from kp_train.model import KeypointNet

@@ -20,7 +20,7 @@ from kp_runtime import __version__
 from kp_runtime.center_detector import MODEL_NAME, CenterDetector
 from kp_runtime.files import writing
 from kp_runtime.golden import GOLDEN_NAME
-from kp_runtime.spec import DetectorManifest, file_entry
+from kp_runtime.manifest import DetectorManifest, file_entry
 from kp_train.checkpoint import CHECKPOINT_NAME, load_detector
 from kp_train.detector_net import ConvLayer, DetectorNet
 from kp_train.synthetic import drawn_face

@@ -27,11 +27,11 @@ from kp_runtime.geometry import (
     matrices_from_boxes,
     mirrored_matrices,
 )
+from kp_runtime.manifest import Manifest
 from kp_runtime.pipeline import boxes_of_next_look
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.recorded_rise import Rise
 from kp_runtime.scheme68 import mean_of_mirrored
-from kp_runtime.spec import Manifest
 from kp_train.bar import Bar, no_bar
 from kp_train.data import Face, Source, evenly_spread, faces_with_frames, held_out_of
 from kp_train.metrics import Accuracy, accuracy, interval_over_people, point_errors

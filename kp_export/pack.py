@@ -11,7 +11,7 @@ from pathlib import Path
 from kp_export.staging import check_replaced, mend, staging
 from kp_runtime.errors import BundleError
 from kp_runtime.files import write_file, writing
-from kp_runtime.spec import MANIFEST_NAME, FileEntry, Manifest, any_manifest, file_entry
+from kp_runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, any_manifest, file_entry
 
 __all__ = ["pack_bundle"]
 

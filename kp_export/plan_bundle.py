@@ -15,7 +15,7 @@ from kp_runtime import __version__
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.backend_trt import MODULES, tensorrt_module
 from kp_runtime.errors import BackendError, ExportError, IntegrityError, KpError
-from kp_runtime.spec import Manifest, file_entry
+from kp_runtime.manifest import Manifest, file_entry
 
 __all__ = ["add_plan"]
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from kp_runtime.errors import InputError, KpError
 from kp_runtime.files import write_file
+from kp_runtime.manifest import MANIFEST_NAME, any_manifest_of_bytes, manifest_bytes
 from kp_runtime.signing import PREFIX, SIGNATURE_NAME, cryptography_modules, pem_bytes
-from kp_runtime.spec import MANIFEST_NAME, any_manifest_of_bytes, manifest_bytes
 
 __all__ = ["new_key", "sign_bundle"]
 

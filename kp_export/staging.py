@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kp_runtime.errors import ExportError
 from kp_runtime.files import sync
-from kp_runtime.spec import MANIFEST_NAME, Manifest, any_manifest
+from kp_runtime.manifest import MANIFEST_NAME, Manifest, any_manifest
 
 __all__ = ["alone", "check_replaced", "locked", "mend", "staging"]
 

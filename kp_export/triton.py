@@ -28,7 +28,8 @@ from kp_runtime.backend_by_name import CPU_ORDER, ORDER, best_first
 from kp_runtime.errors import BundleError, ExportError
 from kp_runtime.files import sync
 from kp_runtime.golden import GOLDEN_NAME
-from kp_runtime.spec import FileEntry, Manifest, ModelSpec
+from kp_runtime.manifest import FileEntry, Manifest
+from kp_runtime.spec import ModelSpec
 from kp_runtime.triton_model import DETECTOR_FOLDER, PROBE
 
 __all__ = ["TritonModel", "TritonReport", "pbtxt", "write_repository"]

@@ -24,7 +24,8 @@ from kp_runtime.backend import Answer
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, BundleError, DataError, MissingExtraError, ParityError
-from kp_runtime.spec import FileEntry, Manifest, ModelSpec
+from kp_runtime.manifest import FileEntry, Manifest
+from kp_runtime.spec import ModelSpec
 from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 

@@ -39,11 +39,12 @@ if TYPE_CHECKING:
     )
     from kp_runtime.frame import Frame, image_from_bytes, image_from_file
     from kp_runtime.geometry import boxes_from_points
+    from kp_runtime.manifest import FileEntry, Manifest
     from kp_runtime.photos import NotDrawnError
     from kp_runtime.pipeline import Model, load
     from kp_runtime.results import Keypoints
     from kp_runtime.smooth import OneEuro
-    from kp_runtime.spec import DetectorSpec, FileEntry, Manifest, ModelSpec
+    from kp_runtime.spec import DetectorSpec, ModelSpec
     from kp_runtime.timing import StageTimer, TimeSummary
     from kp_runtime.track import FindFaces, FindPoints, Track, Tracker, TrackerSettings
     from kp_runtime.tuned import TunedWarning
@@ -116,11 +117,12 @@ _HOME = {
     "effects": ("Effect",),
     "frame": ("Frame", "image_from_bytes", "image_from_file"),
     "geometry": ("boxes_from_points",),
+    "manifest": ("FileEntry", "Manifest"),
     "photos": ("NotDrawnError",),
     "pipeline": ("Model", "load"),
     "results": ("Keypoints",),
     "smooth": ("OneEuro",),
-    "spec": ("DetectorSpec", "FileEntry", "Manifest", "ModelSpec"),
+    "spec": ("DetectorSpec", "ModelSpec"),
     "timing": ("StageTimer", "TimeSummary"),
     "track": ("FindFaces", "FindPoints", "Track", "Tracker", "TrackerSettings"),
     "tuned": ("TunedWarning",),

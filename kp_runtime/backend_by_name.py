@@ -19,7 +19,7 @@ from kp_runtime.cuda_driver import CudaDriver, has_driver
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.files import as_path
 from kp_runtime.golden import GOLDEN_NAME, Golden, golden_from_bytes
-from kp_runtime.spec import PRECISIONS, FileEntry, Manifest, folder_of
+from kp_runtime.manifest import PRECISIONS, FileEntry, Manifest, folder_of
 
 __all__ = [
     "AUTO",
@@ -79,7 +79,7 @@ def open_backend(
         backend: `auto` (a TensorRT plan that fits this machine, else ONNX Runtime's CUDA provider, else its CPU
             provider; the report says why; an engine on a GPU that can't cut crops there is passed over) or one of
             `BACKENDS`; a named one is never replaced by another.
-        precision: `auto` or one of `spec.PRECISIONS`; a named one is never replaced by another.
+        precision: `auto` or one of `manifest.PRECISIONS`; a named one is never replaced by another.
         threads: threads of the engine on the CPU, 1 to the cores that it may use; None uses all of them, or
             as many as its container's or unit's CPU quota allows. The calling thread is one of them: with 1 none is
             started. See docs/resources.md.

@@ -29,7 +29,8 @@ from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend, Lane
 from kp_runtime.errors import BackendError, reason_of
 from kp_runtime.machine import JETSON_GPUS, NO_JETSON_WHEEL
-from kp_runtime.spec import FileEntry, ModelSpec
+from kp_runtime.manifest import FileEntry
+from kp_runtime.spec import ModelSpec
 
 __all__ = ["OrtCudaBackend", "OrtGpuBackend", "OrtTensorRtBackend"]
 

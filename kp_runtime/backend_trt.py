@@ -26,7 +26,8 @@ from typing import Any
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.device_backend import DeviceBackend, Lane
 from kp_runtime.errors import BackendError, reason_of
-from kp_runtime.spec import FileEntry, Manifest, ModelSpec
+from kp_runtime.manifest import FileEntry, Manifest
+from kp_runtime.spec import ModelSpec
 
 __all__ = [
     "TensorRtBackend",

@@ -35,11 +35,11 @@ from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.machine import load_average, machine_from_system
+from kp_runtime.manifest import PRECISIONS, Manifest
 from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.probes import ask
-from kp_runtime.spec import PRECISIONS, Manifest
 from kp_runtime.timing import StageTimer, Turns, measure_in_turns
 
 __all__ = ["MOST_FACES", "boxes_in_turn", "run_bench"]

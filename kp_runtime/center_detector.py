@@ -22,8 +22,9 @@ from kp_runtime.errors import BackendError, reason_of
 from kp_runtime.frame import Frame, as_frame, import_cv2
 from kp_runtime.geometry import overlaps
 from kp_runtime.golden import GOLDEN_NAME, arrays_from_npz
+from kp_runtime.manifest import DetectorManifest
 from kp_runtime.signing import PublicKey
-from kp_runtime.spec import DetectorManifest, DetectorSpec
+from kp_runtime.spec import DetectorSpec
 
 __all__ = ["CenterDetector", "Found", "merged"]
 

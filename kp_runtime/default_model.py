@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from kp_runtime.errors import BundleError
-from kp_runtime.spec import MANIFEST_NAME
+from kp_runtime.manifest import MANIFEST_NAME
 
 __all__ = ["MODEL_DISTRIBUTION", "MODEL_VARIABLE", "default_bundle", "default_detector"]
 

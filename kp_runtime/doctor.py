@@ -16,8 +16,8 @@ from kp_runtime.backend_by_name import BACKENDS, ORDER
 from kp_runtime.backend_trt import MODULES as TENSORRT_MODULES
 from kp_runtime.doctor_checks import ABSENT, OK, PROBLEM, WARNING, Finding, Gpu, Surroundings
 from kp_runtime.errors import KpError
+from kp_runtime.manifest import Manifest, folder_of
 from kp_runtime.probes import Outcome
-from kp_runtime.spec import Manifest, folder_of
 
 __all__ = ["Diagnosis", "diagnose"]
 

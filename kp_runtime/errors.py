@@ -24,6 +24,7 @@ import copyreg
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 
@@ -125,3 +126,9 @@ def missing_or_broken(error: ImportError, module: str, package: str, extra: str,
 def reason_of(error: BaseException, lines: int | None = None) -> str:
     """What an error of a library says, as part of a line: all of it, or its first lines alone."""
     return " ".join(" ".join(str(error).strip().splitlines()[:lines]).split())[:400] or type(error).__name__
+
+
+def shortened(value: object, text: Callable[[Any], str] = repr) -> str:
+    """A value in a message: a hostile file's may be megabytes long."""
+    shown = text(value)
+    return shown if len(shown) <= 200 else shown[:200] + "…"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 
 __all__ = ["PARITY_NAME", "Rise", "parity_rows", "recorded_rise"]
 

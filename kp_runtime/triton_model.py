@@ -22,9 +22,9 @@ from kp_runtime.errors import BackendError, ImageError, InputError, KpError, rea
 from kp_runtime.frame import as_frame, image_from_bytes
 from kp_runtime.geometry import apply_matrix, invert_matrix, matrices_from_boxes
 from kp_runtime.golden import GOLDEN_NAME, check_golden_crop, golden_from_bytes
+from kp_runtime.manifest import Manifest
 from kp_runtime.pipeline import checked_boxes
 from kp_runtime.preprocess_cpu import CpuCropper
-from kp_runtime.spec import Manifest
 
 __all__ = ["DETECTOR_FOLDER", "PROBE", "ImagesModel", "TritonPythonModel", "check_numpy", "detector_of", "threads_of"]
 

@@ -29,10 +29,10 @@ from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import image_from_file
 from kp_runtime.machine import load_average, machine_from_system
+from kp_runtime.manifest import PRECISIONS, FileEntry, Manifest
 from kp_runtime.photos import predict_photo
 from kp_runtime.pipeline import Model
 from kp_runtime.recorded_rise import Rise, recorded_rise
-from kp_runtime.spec import PRECISIONS, FileEntry, Manifest
 from kp_runtime.timing import FEW_TURNS, measure_in_turns, ratio_of_medians
 from kp_runtime.tune_results import Trial, TuneSettings, Tuning
 from kp_runtime.tuned import Tuned, tuned_conditions

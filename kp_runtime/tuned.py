@@ -24,7 +24,7 @@ from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, BundleError, InputError, KpWarning, MissingExtraError
 from kp_runtime.files import as_path, read_plain, write_file
 from kp_runtime.machine import changes, driver_version, machine_conditions, machine_from_system
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 
 __all__ = ["Tuned", "TunedWarning", "open_tuned", "tuned_conditions", "tuned_from_file", "write_tuned"]
 

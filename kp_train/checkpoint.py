@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError
 from kp_runtime.files import make_folder, write_file, writing
-from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, Manifest, file_entry
+from kp_runtime.manifest import MANIFEST_NAME, DetectorManifest, Manifest, file_entry
 from kp_train.detector_net import DetectorNet
 from kp_train.model import KeypointNet
 

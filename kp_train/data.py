@@ -26,9 +26,9 @@ from kp_runtime.errors import DataError, ImageError
 from kp_runtime.frame import IMAGE_SUFFIXES, Frame, as_frame, image_from_file
 from kp_runtime.interchange import faces_from_file
 from kp_runtime.labelled_face import LabelledFace, as_text
+from kp_runtime.manifest import Manifest
 from kp_runtime.pts import pts_files
 from kp_runtime.scheme68 import POINTS
-from kp_runtime.spec import Manifest
 from kp_train.metrics import nme_unit
 
 __all__ = [

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import box_of_face
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from kp_train.augment import face_augment, mirror_from_pairs
 from kp_train.bar import Bar, no_bar
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, has_begun, load_checkpoint, save_checkpoint

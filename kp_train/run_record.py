@@ -15,7 +15,7 @@ from typing import Any
 
 from kp_runtime.errors import DataError, KpError
 from kp_runtime.files import git_revision
-from kp_runtime.spec import MANIFEST_NAME, Manifest
+from kp_runtime.manifest import MANIFEST_NAME, Manifest
 from kp_train.config import DetectorConfig, TrainConfig
 from kp_train.data import Face, Source, held_out_fraction, held_out_of, is_held_out, recorded_fraction
 

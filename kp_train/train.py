@@ -30,8 +30,9 @@ from torch.nn import functional as F
 from kp_runtime.errors import DataError, InputError, KpError, reason_of
 from kp_runtime.files import sha256_of_file, write_file
 from kp_runtime.labelled_face import as_text
+from kp_runtime.manifest import MANIFEST_NAME, Manifest
 from kp_runtime.scheme68 import POINTS
-from kp_runtime.spec import MANIFEST_NAME, Manifest, ModelSpec
+from kp_runtime.spec import ModelSpec
 from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.callbacks import EpochLines, FacesPicture, StateKeeper, Together
 from kp_train.checkpoint import (

@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from kp_runtime.errors import KpError
 from kp_runtime.files import write_file
-from kp_runtime.spec import MANIFEST_NAME, DetectorManifest, DetectorSpec
+from kp_runtime.manifest import MANIFEST_NAME, DetectorManifest
+from kp_runtime.spec import DetectorSpec
 from kp_train.checkpoint import (
     CHECKPOINT_NAME,
     LAST_STATE,

@@ -27,8 +27,8 @@ from kp_runtime.errors import InputError, KpError
 from kp_runtime.files import writing
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.manifest import Manifest
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest
 
 __all__ = ["Difference", "compare", "main", "record", "recording"]
 

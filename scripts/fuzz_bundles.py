@@ -30,7 +30,7 @@ def manifest_case(folder: Path) -> Case:
     """manifest.json: parsed, its files compared, shown as kp inspect does, and written again."""
     from kp_cli.report import print_bundle
     from kp_runtime.errors import BundleError
-    from kp_runtime.spec import Manifest
+    from kp_runtime.manifest import Manifest
     from tests.models import tiny_bundle
 
     bundle = tiny_bundle(folder / "b")
@@ -99,7 +99,7 @@ def detector_case(folder: Path) -> Case:
     import shutil
 
     from kp_runtime.center_detector import CenterDetector
-    from kp_runtime.spec import DetectorManifest
+    from kp_runtime.manifest import DetectorManifest
 
     shutil.copytree(ROOT / "engines/face-detector", folder / "b")
     page, bundle = folder / "b/manifest.json", folder / "b"
@@ -131,7 +131,7 @@ def detector_case(folder: Path) -> Case:
 def signature_case(folder: Path) -> Case:
     """Signed bundles: damaged signatures, manifests and keys. Only the untouched ones may pass."""
     from kp_export.sign import new_key, sign_bundle
-    from kp_runtime.spec import Manifest
+    from kp_runtime.manifest import Manifest
     from tests.models import tiny_bundle
 
     bundle = tiny_bundle(folder / "b")
@@ -275,7 +275,7 @@ def plan_case(folder: Path) -> Case:
     from kp_export.plan_options import PlanOptions
     from kp_export.precision_receipt import receipt_from_inspector
     from kp_runtime.backend_trt import plan_mismatch
-    from kp_runtime.spec import FileEntry, Manifest
+    from kp_runtime.manifest import FileEntry, Manifest
 
     made = {
         "compute_capability": "8.7", "tensorrt": "10.3.0.30", "cuda": "12.6", "gpu": "Orin", "seconds": 3.0,
@@ -329,7 +329,8 @@ def checkpoint_case(folder: Path) -> Case:
     """A checkpoint whose hash holds: damaged weights, and a damaged manifest beside good ones."""
     import torch
 
-    from kp_runtime.spec import Manifest, ModelSpec, file_entry
+    from kp_runtime.manifest import Manifest, file_entry
+    from kp_runtime.spec import ModelSpec
     from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
     from kp_train.model import KeypointNet
 

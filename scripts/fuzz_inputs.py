@@ -192,7 +192,7 @@ def bench_case(folder: Path) -> Case:
 
 def tuned_case(folder: Path) -> Case:
     """Settings of kp tune, up to the bundle that they name."""
-    from kp_runtime.spec import Manifest
+    from kp_runtime.manifest import Manifest
     from kp_runtime.tuned import Tuned, tuned_conditions, tuned_from_file
 
     machine = tuned_conditions(SimpleNamespace(name="ort-cpu"))

@@ -22,8 +22,8 @@ from kp_cli.report import one_line_errors
 from kp_runtime.files import writing
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.manifest import Manifest
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest
 from kp_runtime.timing import measure_in_turns, ratio_of_medians, summary_from_turns
 from scripts.architectures import BOXES, recording
 

@@ -39,8 +39,8 @@ from kp_runtime.errors import InputError
 from kp_runtime.files import writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points, moved_box, overlaps
+from kp_runtime.manifest import Manifest
 from kp_runtime.pipeline import Model, load
-from kp_runtime.spec import Manifest
 from kp_runtime.track import LOST, disagreement, second_looks
 from kp_train.data import Face, evenly_spread, luma_from_file, parse_source
 from kp_train.metrics import point_errors

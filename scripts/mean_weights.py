@@ -19,7 +19,7 @@ import torch
 
 from kp_cli.report import one_line_errors
 from kp_runtime.errors import InputError
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, load_checkpoint, save_checkpoint
 from kp_train.data import held_out_fraction
 from kp_train.model import KeypointNet

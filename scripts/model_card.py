@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.command import markdown_table, with_made_part
 from kp_cli.report import one_line_errors
 from kp_runtime.files import write_file
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 
 CARD = "MODEL_CARD.md"
 BEGIN = "<!-- begin: made by scripts/model_card.py -->"

@@ -26,7 +26,7 @@ from kp_cli.report import one_line_errors
 from kp_export.evaluate import evaluate, open_model
 from kp_runtime.errors import InputError
 from kp_runtime.files import write_file
-from kp_runtime.spec import MANIFEST_NAME
+from kp_runtime.manifest import MANIFEST_NAME
 from kp_train.checkpoint import has_begun
 from kp_train.config import TrainConfig, recipe
 from kp_train.data import Source, held_out_of, parse_source

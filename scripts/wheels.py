@@ -26,7 +26,7 @@ import kp_runtime
 from kp_export.pack import pack_bundle
 from kp_runtime.errors import ExportError, KpError
 from kp_runtime.files import sha256_of_file
-from kp_runtime.spec import MANIFEST_NAME
+from kp_runtime.manifest import MANIFEST_NAME
 
 __all__ = ["BUNDLE", "build_model_wheel", "build_project_wheel", "build_tools_wheel", "main"]
 

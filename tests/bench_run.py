@@ -6,12 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from kp_runtime.bench_results import (
-    Bench,
-    BenchSettings,
-    Times,
-    times_from_turns,
-)
+from kp_runtime.bench_results import Bench, BenchSettings, Times, times_from_turns
 
 QUICK = BenchSettings(batches=(1, 3), seconds=0, samples=3, threads=1)
 

@@ -16,8 +16,9 @@ from onnx import TensorProto, helper, numpy_helper
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import matrices_from_boxes
 from kp_runtime.golden import GOLDEN_NAME
+from kp_runtime.manifest import Manifest, file_entry
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from kp_runtime.spec import ModelSpec
 from kp_train.synthetic import golden_face, mean_shape
 
 SIZE, LOST_LIMIT = 64, 0.5

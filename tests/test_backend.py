@@ -33,7 +33,8 @@ from kp_runtime.errors import (
 )
 from kp_runtime.feeding import TRIES
 from kp_runtime.golden import GOLDEN_NAME
-from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from kp_runtime.manifest import Manifest, file_entry
+from kp_runtime.spec import ModelSpec
 from tests.conftest import until
 from tests.models import SIZE, tiny_bundle, tiny_graph, tiny_keypoints, tiny_scores
 from tests.tolerances import FP32_PX, MAP_PX, assert_close
@@ -186,7 +187,7 @@ def test_file_that_can_not_run(file: str, precision: str, message: str, bundle: 
 
 def test_a_file_named_by_its_path_is_hashed_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As it is read, and not before."""
-    monkeypatch.setattr("kp_runtime.spec.sha256_of_open_file", lambda _: pytest.fail("hashed by itself"))
+    monkeypatch.setattr("kp_runtime.manifest.sha256_of_open_file", lambda _: pytest.fail("hashed by itself"))
     assert open_backend(bundle / MODEL, threads=1).report.file == MODEL
 
 

@@ -19,8 +19,8 @@ from kp_runtime import BackendError, GraphWarning, MissingExtraError, Model, loa
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.backend_ort_gpu import OrtCudaBackend, OrtGpuBackend, OrtTensorRtBackend
 from kp_runtime.device_backend import DeviceBackend
+from kp_runtime.manifest import Manifest, file_entry
 from kp_runtime.pipeline_cuda import LANES
-from kp_runtime.spec import Manifest, file_entry
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.emulation import EmulatedKernel
 from tests.models import SIZE, some_crops, tiny_bundle, tiny_graph, tiny_keypoints, tiny_outputs, tiny_scores

@@ -19,8 +19,8 @@ from kp_runtime.backend_trt import MODULES, TensorRtBackend, tensorrt_module
 from kp_runtime.cuda_graphs import GraphWarning
 from kp_runtime.device_backend import DeviceBackend
 from kp_runtime.errors import BackendError, IntegrityError, MissingExtraError
+from kp_runtime.manifest import Manifest, file_entry
 from kp_runtime.pipeline import load
-from kp_runtime.spec import Manifest, file_entry
 from tests.cuda_driver_double import DriverDouble, Result
 from tests.emulation import EmulatedKernel
 from tests.models import SIZE, some_crops, tiny_bundle, tiny_keypoints, tiny_scores

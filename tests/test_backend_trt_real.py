@@ -26,7 +26,8 @@ import sys
 from kp_runtime.backend_trt import TensorRtBackend, tensorrt_module
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import BackendError
-from kp_runtime.spec import FileEntry, ModelSpec
+from kp_runtime.manifest import FileEntry
+from kp_runtime.spec import ModelSpec
 
 class Driver:  # says that all is well, as an older driver than TensorRT needs does
     cuda = "12.6"

@@ -15,21 +15,16 @@ import pytest
 
 from kp_runtime.backend import Backend
 from kp_runtime.bench import StagedCalls, _measure, _open, boxes_in_turn, run_bench
-from kp_runtime.bench_results import (
-    Bench,
-    BenchSettings,
-    Setup,
-    Times,
-    times_from_turns,
-)
+from kp_runtime.bench_results import Bench, BenchSettings, Setup, Times, times_from_turns
 from kp_runtime.cold_start import PROCESSES, cold_starts
 from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import as_frame, image_from_file
 from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.manifest import Manifest, file_entry
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from kp_runtime.spec import ModelSpec
 from kp_runtime.timing import StageTimer, measure_in_turns, summary_from_turns
 from tests.bench_run import QUICK, astronaut_box
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kp_runtime.errors import InputError
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from tests.test_cli import kp, status_of
 
 

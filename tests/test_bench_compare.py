@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 
 from kp_runtime.bench_compare import check_alike, compared, obstacles
-from kp_runtime.bench_results import (
-    Bench,
-    times_from_turns,
-)
+from kp_runtime.bench_results import Bench, times_from_turns
 from kp_runtime.errors import InputError
 from tests.bench_run import QUICK, steady
 

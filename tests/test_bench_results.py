@@ -9,12 +9,7 @@ from typing import Any
 
 import pytest
 
-from kp_runtime.bench_results import (
-    Bench,
-    json_from_bench,
-    results_from_file,
-    write_results,
-)
+from kp_runtime.bench_results import Bench, json_from_bench, results_from_file, write_results
 from kp_runtime.errors import InputError
 from tests.bench_run import steady
 

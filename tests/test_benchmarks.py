@@ -37,8 +37,9 @@ from kp_runtime.cores import checked_threads
 from kp_runtime.errors import BackendError, InputError, KpError
 from kp_runtime.frame import as_frame
 from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.manifest import Manifest
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import save_checkpoint
 from kp_train.model import KeypointNet
 from tests.models import LOST_LIMIT, SIZE, tiny_bundle, tiny_keypoints

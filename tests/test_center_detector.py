@@ -18,7 +18,8 @@ from kp_runtime.errors import BackendError, BundleError, ImageError, InputError,
 from kp_runtime.frame import Frame, image_from_file
 from kp_runtime.geometry import overlaps
 from kp_runtime.golden import GOLDEN_NAME
-from kp_runtime.spec import DetectorManifest, DetectorSpec, Manifest, file_entry
+from kp_runtime.manifest import DetectorManifest, Manifest, file_entry
+from kp_runtime.spec import DetectorSpec
 
 SHIPPED = Path(__file__).resolve().parents[1] / "engines" / "face-detector"
 LEFT, TOP, RIGHT, LOW = REACH = (10.0, 12.0, 14.0, 16.0)

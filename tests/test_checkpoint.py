@@ -11,7 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from kp_runtime.errors import BundleError, IntegrityError, KpError, SchemaError
-from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from kp_runtime.manifest import Manifest, file_entry
+from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import (
     CHECKPOINT_NAME,
     SafetensorsIO,

@@ -13,8 +13,9 @@ import torch
 
 from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.geometry import boxes_from_points
+from kp_runtime.manifest import Manifest
 from kp_runtime.scheme68 import MIRROR
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import save_checkpoint
 from kp_train.config import TrainConfig
 from kp_train.data import Source, is_held_out, luma_from_file, read_source

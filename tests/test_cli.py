@@ -24,8 +24,8 @@ from kp_cli import report
 from kp_export.parity import LIMITS
 from kp_export.staging import alone
 from kp_runtime.doctor import Diagnosis
+from kp_runtime.manifest import Manifest
 from kp_runtime.ray_batches import BatchResult
-from kp_runtime.spec import Manifest
 from kp_runtime.video import VideoRun
 from tests.test_export import small_checkpoint
 

@@ -24,7 +24,7 @@ from kp_runtime.cores import (
     usable_cores,
 )
 from kp_runtime.errors import BackendError, InputError
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from tests.conftest import DETECTOR
 from tests.models import SIZE
 

@@ -13,7 +13,7 @@ import pytest
 from kp_export.bundle import export_bundle
 from kp_export.evaluate import evaluate, open_model
 from kp_runtime import HaarDetector, image_from_file, load
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from kp_train.data import read_source
 from tests.tolerances import FP16_PX, FP32_PX
 

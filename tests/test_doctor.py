@@ -21,8 +21,8 @@ from kp_runtime.backend_by_name import BACKENDS
 from kp_runtime.doctor import Diagnosis, diagnose
 from kp_runtime.doctor_checks import Finding, Surroundings
 from kp_runtime.geometry import way_to_sample
+from kp_runtime.manifest import FileEntry, Manifest, file_entry
 from kp_runtime.probes import Outcome, ask
-from kp_runtime.spec import FileEntry, Manifest, file_entry
 from tests.conftest import DETECTOR
 from tests.models import tiny_bundle
 

@@ -16,7 +16,7 @@ import pytest
 
 from kp_export.staging import alone
 from kp_runtime.detect import HaarDetector
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from tests.test_cli import kp
 
 

@@ -15,7 +15,8 @@ from kp_runtime.backend import Answer
 from kp_runtime.errors import BackendError, BundleError, DataError, InputError, MissingExtraError
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.manifest import Manifest
+from kp_runtime.spec import ModelSpec
 from kp_train.data import Face, Source, is_held_out, luma_from_file, read_source
 from kp_train.metrics import interval_over_people
 from kp_train.synthetic import mean_shape, write_csv_source

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from kp_export.sign import new_key, sign_bundle
-from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
+from kp_runtime.manifest import FileEntry, Manifest, file_entry
+from kp_runtime.spec import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 HOST, STUB = ROOT / "examples" / "cpp_host", ROOT / "tests" / "tensorrt_stub"

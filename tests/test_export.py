@@ -25,8 +25,9 @@ from kp_export.parity import LIMITS, Limit, bundled_faces
 from kp_runtime.backend_by_name import GOLDEN_TOLERANCE_PX, open_backend
 from kp_runtime.errors import BackendError, BundleError, ExportError, InputError, IntegrityError, ParityError
 from kp_runtime.geometry import apply_matrix, crop_plan, invert_matrix, matrices_from_boxes
+from kp_runtime.manifest import Manifest, file_entry
 from kp_runtime.pipeline import load
-from kp_runtime.spec import Manifest, ModelSpec, file_entry
+from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from kp_train.model import KeypointNet
 from tests.tolerances import FP16_PX, FP32_PX

@@ -12,8 +12,9 @@ from kp_runtime.backend_by_name import golden_error, open_backend
 from kp_runtime.errors import BackendError, IntegrityError
 from kp_runtime.frame import Frame
 from kp_runtime.golden import GOLDEN_NAME, Golden, check_golden_crop
+from kp_runtime.manifest import Manifest
 from kp_runtime.preprocess_cpu import crops_from_frame
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.spec import ModelSpec
 from tests.models import SIZE, tiny_bundle, tiny_keypoints, tiny_outputs, tiny_scores
 from tests.test_backend import add_file, no_gpu  # noqa: F401  for all tests here, too
 

@@ -45,9 +45,10 @@ from kp_runtime.backend_by_name import BACKENDS
 from kp_runtime.cuda_driver import CudaDriver
 from kp_runtime.errors import BackendError, InputError
 from kp_runtime.gpu_code import gpu_code_from_library
+from kp_runtime.manifest import Manifest
 from kp_runtime.pipeline import load
 from kp_runtime.preprocess_cuda import CropKernels
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import save_checkpoint
 from kp_train.model import KeypointNet
 from tests.conftest import until

@@ -19,7 +19,7 @@ from kp_export.onnx_from_checkpoint import _TypedNet
 from kp_export.parity import FaceSet, bundled_faces
 from kp_export.verify import verify_bundle
 from kp_runtime.errors import ParityError
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from kp_train.checkpoint import load_checkpoint
 from tests.test_export import known_graph
 

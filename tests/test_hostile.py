@@ -22,7 +22,8 @@ from kp_runtime.device_frame import DeviceFrame
 from kp_runtime.errors import BackendError, BundleError, DataError, ExportError, ImageError, InputError, IntegrityError
 from kp_runtime.frame import Frame
 from kp_runtime.golden import golden_from_bytes
-from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
+from kp_runtime.manifest import FileEntry, Manifest, file_entry
+from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import SafetensorsIO, load_checkpoint
 from kp_train.data import read_source
 from tests.models import LOST_LIMIT, SIZE, tiny_graph

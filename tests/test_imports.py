@@ -8,7 +8,18 @@ from pathlib import Path
 
 import pytest
 
-ALLOWED = {"errors", "files", "frame", "geometry", "interchange", "labelled_face", "pts", "scheme68", "spec"}
+ALLOWED = {
+    "errors",
+    "files",
+    "frame",
+    "geometry",
+    "interchange",
+    "labelled_face",
+    "manifest",
+    "pts",
+    "scheme68",
+    "spec",
+}
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -24,7 +24,8 @@ from kp_export.parity import LIMITS, FaceSet, Limit, Parity, check_parity, faces
 from kp_runtime.backend import Answer
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.errors import DataError, ExportError, ParityError
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.manifest import Manifest
+from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import save_checkpoint
 from kp_train.data import Source, is_held_out, read_source
 from kp_train.dataset import FaceDataset

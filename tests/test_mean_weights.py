@@ -13,7 +13,8 @@ import torch
 
 from kp_cli.report import print_bundle
 from kp_runtime.errors import InputError, KpError
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.manifest import Manifest
+from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint, save_checkpoint
 from kp_train.model import KeypointNet
 

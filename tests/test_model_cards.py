@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from scripts import model_card
 
 BUNDLES = sorted(path.parent for path in (Path(__file__).resolve().parents[1] / "engines").glob("*/parity.json"))

@@ -16,9 +16,10 @@ import kp_runtime
 from kp_runtime.errors import BundleError, DataError, InputError, KpError
 from kp_runtime.interchange import faces_to_file
 from kp_runtime.labelled_face import LabelledFace
+from kp_runtime.manifest import Manifest
 from kp_runtime.pts import pts_text
 from kp_runtime.scheme68 import MIRROR, mean_of_mirrored
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.spec import ModelSpec
 from kp_train.augment import augment_from_name, mirror_from_pairs
 from kp_train.checkpoint import load_checkpoint, save_checkpoint
 from kp_train.config import TrainConfig

@@ -11,7 +11,7 @@ import pytest
 from kp_export.pack import pack_bundle
 from kp_runtime import load
 from kp_runtime.errors import BundleError, ExportError, IntegrityError
-from kp_runtime.spec import Manifest, file_entry
+from kp_runtime.manifest import Manifest, file_entry
 from tests.test_cli import kp
 
 

@@ -27,8 +27,8 @@ from kp_runtime.backend import Backend, BackendReport
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.frame import as_frame
 from kp_runtime.geometry import matrices_from_boxes
+from kp_runtime.manifest import Manifest, file_entry
 from kp_runtime.pipeline_cuda import LANES
-from kp_runtime.spec import Manifest, file_entry
 from kp_runtime.tune_results import TuneSettings
 from tests import device_double
 from tests.cuda_driver_double import DriverDouble, Result

@@ -19,9 +19,9 @@ from kp_runtime import BackendError, DeviceFrame, ImageError, Model, StageTimer,
 from kp_runtime.backend_by_name import kind_of
 from kp_runtime.backend_trt import MODULES
 from kp_runtime.cuda_driver import CudaDriver
+from kp_runtime.manifest import Manifest
 from kp_runtime.pipeline import IN_FLIGHT
 from kp_runtime.pipeline_cuda import LANES
-from kp_runtime.spec import Manifest
 from tests.tolerances import FP16_PX, GPU_PX, assert_close
 
 pytestmark = pytest.mark.gpu

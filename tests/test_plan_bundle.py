@@ -18,7 +18,7 @@ from kp_export.plan_bundle import add_plan
 from kp_export.plan_options import PlanOptions, rebuild_command
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.errors import BackendError, ExportError, IntegrityError, SchemaError
-from kp_runtime.spec import Manifest, file_entry
+from kp_runtime.manifest import Manifest, file_entry
 from kp_train.synthetic import write_csv_source
 from tests.cuda_driver_double import DriverDouble
 from tests.models import tiny_keypoints

@@ -16,7 +16,7 @@ import pytest
 import kp_runtime
 import kp_runtime.errors
 from kp_runtime.labelled_face import LabelledFace
-from kp_runtime.spec import DetectorManifest
+from kp_runtime.manifest import DetectorManifest
 from kp_runtime.track import Track
 from kp_runtime.video_source import VideoFrame
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from tests.test_imports import imported_modules
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from kp_runtime.manifest import Manifest, file_entry
 from kp_runtime.recorded_rise import recorded_rise
-from kp_runtime.spec import Manifest, file_entry
 from tests.test_tune import make_bundle
 
 

@@ -21,7 +21,8 @@ from kp_runtime.errors import BundleError, DataError, InputError, KpError
 from kp_runtime.files import sha256_of_file
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import boxes_from_points
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.manifest import Manifest
+from kp_runtime.spec import ModelSpec
 from kp_train.augment import Augment
 from kp_train.bar import no_bar
 from kp_train.checkpoint import check_start, load_checkpoint, save_checkpoint

@@ -18,8 +18,9 @@ from kp_export.parity import Parity
 from kp_runtime.bench_compare import CaseComparison, Comparison
 from kp_runtime.bench_results import ColdStart, times_from_turns
 from kp_runtime.errors import InputError
+from kp_runtime.manifest import FileEntry, Manifest
 from kp_runtime.recorded_rise import Rise
-from kp_runtime.spec import FileEntry, Manifest, ModelSpec
+from kp_runtime.spec import ModelSpec
 from kp_runtime.timing import FEW_TURNS, Ratio, TimeSummary
 from kp_runtime.tune_results import Trial
 from kp_runtime.video import VideoRun

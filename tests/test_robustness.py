@@ -11,8 +11,9 @@ import pytest
 from kp_export.evaluate import Evaluation, OpenModel, evaluate
 from kp_export.robustness import ENLARGED, SHAKES, _Enlarged, groups, robustness, turns
 from kp_runtime.backend import Answer
+from kp_runtime.manifest import Manifest
 from kp_runtime.scheme68 import MIRROR
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.spec import ModelSpec
 from kp_train.data import Face, read_source
 from kp_train.synthetic import mean_shape, write_csv_source
 

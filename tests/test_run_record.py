@@ -12,7 +12,8 @@ import pytest
 
 from kp_runtime.errors import DataError, KpError
 from kp_runtime.files import git_revision
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.manifest import Manifest
+from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import load_checkpoint, save_checkpoint
 from kp_train.config import DetectorConfig, TrainConfig, recipe
 from kp_train.data import read_source

@@ -33,8 +33,8 @@ from kp_runtime.errors import (
     MissingExtraError,
     SignatureError,
 )
+from kp_runtime.manifest import Manifest
 from kp_runtime.signing import PREFIX
-from kp_runtime.spec import Manifest
 from kp_runtime.tuned import Tuned, write_tuned
 from kp_train.synthetic import write_csv_source
 from tests.models import SIZE, tiny_bundle
@@ -131,15 +131,15 @@ def test_the_signature_is_looked_at_before_the_manifest(signed: Path, public: Pa
 
 def test_manifest_exchanged_after_it_was_verified(signed: Path, public: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was verified is what is parsed: the file is read once."""
-    import kp_runtime.spec
+    import kp_runtime.manifest
 
-    check = kp_runtime.spec.check_signature
+    check = kp_runtime.manifest.check_signature
 
     def check_then_change(*args: object) -> None:
         check(*args)  # type: ignore[arg-type]
         edit(signed / "manifest.json", b'"margin": 1.3', b'"margin": 4.0')
 
-    monkeypatch.setattr(kp_runtime.spec, "check_signature", check_then_change)
+    monkeypatch.setattr(kp_runtime.manifest, "check_signature", check_then_change)
     assert load(signed, threads=1, public_key=public).spec.margin == 1.3
 
 

@@ -21,7 +21,7 @@ import pytest
 from kp_export.pack import pack_bundle
 from kp_export.staging import _exchanged, alone, locked, mend, staging
 from kp_runtime.errors import BundleError, ExportError
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from tests.test_export import contents
 
 

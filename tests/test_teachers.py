@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kp_runtime.errors import InputError, KpError
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.manifest import Manifest
+from kp_runtime.spec import ModelSpec
 from kp_train.augment import augment_from_name
 from kp_train.checkpoint import LAST_STATE, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import recipe

@@ -18,7 +18,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kp_runtime.errors import DataError, InputError, KpError
-from kp_runtime.spec import Manifest, ModelSpec
+from kp_runtime.manifest import Manifest
+from kp_runtime.spec import ModelSpec
 from kp_train.callbacks import EpochLines, FacesPicture, Together
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint, save_checkpoint
 from kp_train.config import RECIPES, recipe

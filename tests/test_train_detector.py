@@ -18,7 +18,8 @@ from kp_export.detector_bundle import export_detector
 from kp_runtime.center_detector import MODEL_NAME, CenterDetector
 from kp_runtime.errors import BundleError, DataError, IntegrityError, KpError
 from kp_runtime.geometry import boxes_from_points, overlaps
-from kp_runtime.spec import DetectorManifest, DetectorSpec
+from kp_runtime.manifest import DetectorManifest
+from kp_runtime.spec import DetectorSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_detector, save_detector
 from kp_train.config import DetectorConfig
 from kp_train.data import Face, parse_source

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from kp_runtime.errors import BundleError, InputError, KpError
 from kp_runtime.files import sha256_of_file
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from kp_train.callbacks import EpochLines, StateKeeper
 from kp_train.checkpoint import CHECKPOINT_NAME, LAST_STATE, SafetensorsIO, load_checkpoint
 from kp_train.config import recipe

@@ -16,7 +16,7 @@ import kp_runtime
 from kp_export import triton
 from kp_export.triton import TritonModel, pbtxt, write_repository
 from kp_runtime.errors import BundleError, ExportError
-from kp_runtime.spec import DetectorManifest, Manifest, file_entry
+from kp_runtime.manifest import DetectorManifest, Manifest, file_entry
 from kp_runtime.triton_model import PROBE, detector_of
 from tests.conftest import DETECTOR
 from tests.models import tiny_bundle

@@ -20,7 +20,7 @@ from kp_export.triton import write_repository
 from kp_runtime import triton_model
 from kp_runtime.backend_ort import OrtCpuBackend
 from kp_runtime.errors import BackendError, ImageError, InputError
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from kp_runtime.triton_model import PROBE, ImagesModel, TritonPythonModel, check_numpy, threads_of
 from tests.conftest import short_of_memory
 from tests.models import LOST_LIMIT, tiny_bundle

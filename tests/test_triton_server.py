@@ -31,7 +31,7 @@ import pytest
 import kp_runtime
 from kp_export.triton import write_repository
 from kp_runtime.errors import BackendError
-from kp_runtime.spec import Manifest, file_entry
+from kp_runtime.manifest import Manifest, file_entry
 from kp_runtime.triton_health import check_triton
 from tests.tolerances import FP32_PX, assert_close
 

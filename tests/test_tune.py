@@ -19,7 +19,7 @@ from kp_runtime import tune
 from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, ImageError, InputError
 from kp_runtime.frame import image_from_file
-from kp_runtime.spec import Manifest, file_entry
+from kp_runtime.manifest import Manifest, file_entry
 from kp_runtime.tune import beside, run_tune
 from kp_runtime.tune_results import TuneSettings, Tuning, check_chosen, milliseconds_from_text, write_tuning
 from kp_runtime.tuned import tuned_from_file

@@ -16,7 +16,7 @@ import pytest
 import kp_runtime
 from kp_runtime.cores import usable_cores
 from kp_runtime.errors import BackendError, BundleError, InputError
-from kp_runtime.spec import Manifest
+from kp_runtime.manifest import Manifest
 from kp_runtime.tuned import Tuned, TunedWarning, tuned_from_file, write_tuned
 from tests.test_tune import make_bundle
 

@@ -24,7 +24,8 @@ from kp_runtime.backend import Backend
 from kp_runtime.backend_by_name import open_backend
 from kp_runtime.errors import BundleError, DataError, IntegrityError, MissingExtraError, ParityError
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
-from kp_runtime.spec import FileEntry, Manifest, ModelSpec, file_entry
+from kp_runtime.manifest import FileEntry, Manifest, file_entry
+from kp_runtime.spec import ModelSpec
 from kp_train.data import luma_of_face, read_source
 from kp_train.synthetic import write_csv_source
 from tests.test_export import SIZE, small_checkpoint

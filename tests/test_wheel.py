@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from wheels import build_model_wheel, build_project_wheel
 
 from kp_runtime.errors import BundleError, ExportError
-from kp_runtime.spec import any_manifest
+from kp_runtime.manifest import any_manifest
 from tests.models import tiny_bundle
 
 # not imported: setuptools refuses to be where the standard library's distutils was imported before

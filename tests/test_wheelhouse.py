@@ -18,7 +18,7 @@ from wheelhouse import TARGETS, fill_wheelhouse, main
 from wheels import build_model_wheel
 
 from kp_runtime.errors import ExportError, InputError
-from kp_runtime.spec import Manifest, file_entry
+from kp_runtime.manifest import Manifest, file_entry
 from tests.models import tiny_bundle
 
 pytestmark = pytest.mark.skipif(

@@ -13,7 +13,8 @@ import pytest
 
 from kp_runtime.errors import BundleError, InputError, IntegrityError, KpError, SchemaError
 from kp_runtime.files import sha256_of_file, writing
-from kp_runtime.spec import DetectorSpec, Manifest, ModelSpec, file_entry
+from kp_runtime.manifest import Manifest, file_entry
+from kp_runtime.spec import DetectorSpec, ModelSpec
 
 MODEL = "model.fp32.onnx"
 
@@ -281,10 +282,10 @@ def test_what_may_not_be_read_is_told_as_such(copied: Path, monkeypatch: pytest.
 
     manifest = Manifest.read(copied)
     told = r" can't be read \(Permission denied\); let this user read the bundle's folder and files"
-    monkeypatch.setattr("kp_runtime.spec.open_plain", refuse)
+    monkeypatch.setattr("kp_runtime.manifest.open_plain", refuse)
     with pytest.raises(IntegrityError, match=MODEL + told):
         manifest.check_file(copied, MODEL)
-    monkeypatch.setattr("kp_runtime.spec.read_plain", refuse)
+    monkeypatch.setattr("kp_runtime.manifest.read_plain", refuse)
     with pytest.raises(BundleError, match="manifest.json" + told):
         Manifest.read(copied)
 
