@@ -8,12 +8,15 @@ licences weights and data come. Its schema has a version; newer ones are refused
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -212,8 +215,9 @@ class Manifest:
             IntegrityError: the file is missing, cut off, another one, or no plain file.
         """
         entry, path = self.entry(bundle, name), Path(bundle) / name
-        with self._open(path, entry) as file:
-            self._compare(path, entry, sha256_of_open_file(file))
+        with self._opened(path, entry) as file:
+            found = sha256_of_open_file(file)
+        self._compare(path, entry, found)
         return path
 
     def read_file(self, bundle: str | os.PathLike[str], name: str) -> bytes:
@@ -223,29 +227,29 @@ class Manifest:
             BundleError, IntegrityError: as `check_file`.
         """
         entry, path = self.entry(bundle, name), Path(bundle) / name
-        with self._open(path, entry) as file:
+        with self._opened(path, entry) as file:
             data = file.read(entry.bytes)
         self._compare(path, entry, hashlib.sha256(data).hexdigest())
         return data
 
-    def _open(self, path: Path, entry: FileEntry) -> BufferedReader:
-        """One of the files, of the right size."""
+    @contextlib.contextmanager
+    def _opened(self, path: Path, entry: FileEntry) -> Iterator[BufferedReader]:
+        """One of the files, of the right size; a disk may fail when it is opened or later, while it is read."""
         try:
-            file = open_plain(path)
+            with open_plain(path) as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != entry.bytes:
+                    raise IntegrityError(
+                        f"{path} has {size} bytes, the manifest says {entry.bytes}: it is cut off or was "
+                        "replaced; copy the bundle again, or run kp export"
+                    )
+                yield file
         except FileNotFoundError as error:
             raise IntegrityError(
                 f"{path} stands in the manifest but is not there; copy the whole bundle, or run kp export"
             ) from error
         except OSError as error:
             raise IntegrityError(_unreadable(path, error)) from error
-        size = os.fstat(file.fileno()).st_size
-        if size != entry.bytes:
-            file.close()
-            raise IntegrityError(
-                f"{path} has {size} bytes, the manifest says {entry.bytes}: it is cut off or was "
-                "replaced; copy the bundle again, or run kp export"
-            )
-        return file
 
     def _compare(self, path: Path, entry: FileEntry, found: str) -> None:
         if found != entry.sha256:
@@ -320,6 +324,8 @@ def _unreadable(path: Path, error: Exception) -> str:
     advice = "a bundle's files are plain files in its own folder"
     if isinstance(error, PermissionError):
         advice = "let this user read the bundle's folder and files"
+    elif getattr(error, "errno", None) in (errno.EIO, errno.EBADMSG):
+        advice = "its disk fails: see what dmesg says, and copy the bundle to another disk from where it is whole"
     return f"{path} can't be read ({getattr(error, 'strerror', None) or error}); {advice}"
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import errno
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import kp_runtime
 from kp_runtime.errors import BundleError, InputError, IntegrityError, KpError, SchemaError
 from kp_runtime.files import sha256_of_file, writing
 from kp_runtime.manifest import Manifest, file_entry
@@ -288,6 +290,23 @@ def test_what_may_not_be_read_is_told_as_such(copied: Path, monkeypatch: pytest.
     monkeypatch.setattr("kp_runtime.manifest.read_plain", refuse)
     with pytest.raises(BundleError, match="manifest.json" + told):
         Manifest.read(copied)
+
+
+class FailingDisk(io.FileIO):
+    """A file that can be opened, and not read, as on a card with a bad sector."""
+
+    def readinto(self, *_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_disk_that_fails_while_a_file_is_read(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = Manifest.read(copied)
+    monkeypatch.setattr("kp_runtime.manifest.open_plain", lambda path: io.BufferedReader(FailingDisk(path)))
+    for read in (manifest.check_file, manifest.read_file):
+        with pytest.raises(IntegrityError, match=MODEL + r" can't be read \(Input/output error\); its disk fails: see"):
+            read(copied, MODEL)
+    with pytest.raises(IntegrityError, match="its disk fails"):  # not: update onnxruntime
+        kp_runtime.load(copied)
 
 
 @pytest.mark.parametrize("name", [MODEL, "manifest.json"])
