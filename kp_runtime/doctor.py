@@ -152,7 +152,16 @@ def _backend(name: str, answer: Outcome) -> Finding:
     if answer.state == "hung":
         return Finding(name, PROBLEM, answer.text, "where a first start only takes longer, raise --timeout")
     if answer.state == "crashed":
-        return Finding(name, PROBLEM, answer.text, "its libraries do not fit this driver or GPU; see the lines above")
+        return Finding(name, PROBLEM, answer.text, _advice_on_crash(name, answer))
     # a plan fits one GPU and one TensorRT: that none of a bundle's does is no fault of the machine
     wrong = name != "tensorrt" or "golden keypoint" in answer.text
     return Finding(name, PROBLEM if wrong else WARNING, answer.text, "see the lines above, or use another backend")
+
+
+def _advice_on_crash(name: str, answer: Outcome) -> str:
+    """What to do where an engine ended its process."""
+    if "SIGKILL" in answer.text:
+        return "end other programs, or let its container, unit or user have more memory"
+    if name == "ort-cpu":
+        return "see whether memory is short (free -m, ulimit -v); else install another release of onnxruntime"
+    return "its libraries do not fit this driver or GPU; see the lines above"

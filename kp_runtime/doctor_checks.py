@@ -230,14 +230,13 @@ def _no_gpu(here: Surroundings, answer: Outcome) -> Finding:
 def _nvidia_hardware(root: Path) -> str | None:
     """What the system's files say of an NVIDIA GPU."""
     for name in ("proc/driver/nvidia/version", "dev/nvidia0", "dev/nvhost-gpu", "dev/nvgpu"):
-        if (root / name).exists():
+        if os.path.exists(root / name):  # noqa: PTH110  pathlib's raises where it may not look
             return f"/{name} is there"
     for folder in sorted((root / "sys/bus/pci/devices").glob("*")):
-        vendor, kind = (
-            (folder / name).read_text().strip() if (folder / name).is_file() else "" for name in ("vendor", "class")
-        )
-        if vendor == "0x10de" and kind.startswith("0x03"):  # NVIDIA, a display controller
-            return f"an NVIDIA GPU at PCI {folder.name}"
+        with contextlib.suppress(OSError):  # not there, or hidden from this user
+            vendor, kind = ((folder / name).read_text().strip() for name in ("vendor", "class"))
+            if vendor == "0x10de" and kind.startswith("0x03"):  # NVIDIA, a display controller
+                return f"an NVIDIA GPU at PCI {folder.name}"
     return None
 
 

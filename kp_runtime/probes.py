@@ -107,7 +107,8 @@ def _end_of(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return f"the process was ended by {name}"
+    memory = ", as the system does where memory is short (dmesg tells)" if name == "SIGKILL" else ""
+    return f"the process was ended by {name}{memory}"
 
 
 def driver() -> Facts:

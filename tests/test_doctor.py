@@ -281,6 +281,7 @@ def test_gpus_that_do_not_work(
     ({"cv2": Outcome("failed", "ImportError: bad")}, ["opencv-python==4.12"], "OpenCV", "problem",
      "can't be imported: ImportError: bad", "pip install --force-reinstall opencv-python"),
     ({"backend ort-cuda": Outcome("crashed", "ended by SIGSEGV")}, [], "ort-cuda", "problem", "by SIGSEGV", "fit"),
+    ({"backend ort-cuda": Outcome("crashed", "ended by SIGKILL, as")}, [], "ort-cuda", "problem", "KILL", "memory"),
     ({"backend ort-cuda": Outcome("hung", "no answer within 300 s")}, [], "ort-cuda", "problem", "300 s", "--timeout"),
     ({"backend ort-cuda": Outcome("failed", "no cuDNN")}, [], "ort-cuda", "problem", "no cuDNN", "another backend"),
     ({"backend tensorrt": answered(file="model.plan", golden_error_px=0.5, warnings=["built with 8", "b"])}, [],
@@ -368,6 +369,23 @@ def test_what_may_not_be_read_is_no_end_of_the_report(
     assert "lies in no bundle" in about(looked(outside, tmp_path, PLAIN), "bundle").found
 
 
+@pytest.mark.parametrize("hidden", ["proc/driver/nvidia/version", "sys/bus/pci/devices/0000:01:00.0/vendor"])
+def test_files_of_the_system_that_are_hidden_are_no_end_of_the_report(
+    hidden: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look, read = os.stat, Path.read_text
+
+    def refuse(path: Any) -> None:
+        if str(path) == str(tmp_path / hidden):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "stat", lambda path, *given, **named: refuse(path) or look(path, *given, **named))
+    monkeypatch.setattr(Path, "read_text", lambda path, *given, **named: refuse(path) or read(path, *given, **named))
+    diagnosis = looked(bundle, tmp_path, PLAIN, files={"sys/bus/pci/devices/0000:01:00.0/vendor": "0x10de"})
+    assert about(diagnosis, "GPU").status == "absent"
+    assert diagnosis.healthy
+
+
 def test_of_two_packages_of_a_name_the_one_that_python_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("1", "2"):
         (tmp_path / version / f"d-{version}.dist-info").mkdir(parents=True)
@@ -420,6 +438,13 @@ def test_a_bundle_without_a_file_for_the_gpu_is_no_fault_of_the_machine(bundle: 
         finding = about(diagnosis, name)
         told = f"the bundle has no {kinds} file; kp export BUNDLE --fp16 --out FOLDER makes one"
         assert (finding.status, finding.found) == ("absent", told)
+
+
+def test_a_crash_on_the_cpu_is_no_fault_of_a_gpu(bundle: Path, tmp_path: Path) -> None:
+    crash = Outcome("crashed", "the process was ended by SIGSEGV")
+    finding = about(looked(bundle, tmp_path, PLAIN | {"backend ort-cpu": crash}), "ort-cpu")
+    assert "memory is short" in finding.advice
+    assert "GPU" not in finding.advice
 
 
 def test_nothing_works(bundle: Path, tmp_path: Path) -> None:
