@@ -201,7 +201,7 @@ def stopped_by_signals(stop: threading.Event, said: str = "") -> Iterator[thread
         stop.set()
         signal.signal(number, before[signal.Signals(number)])
         if said:
-            with contextlib.suppress(RuntimeError, OSError):  # in the midst of another line; no terminal any more
+            with contextlib.suppress(RuntimeError):  # in the midst of another line
                 note(said)
 
     for number in before:

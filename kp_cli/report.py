@@ -59,8 +59,9 @@ def tell(*lines: Any, err: bool = False) -> None:
 
 
 def note(text: str) -> None:
-    """Prints a line beside the result, on stderr."""
-    tell(text, err=True)
+    """Prints a line beside the result, on stderr; a log that takes none, as on a full disk, ends no work."""
+    with contextlib.suppress(OSError):
+        tell(text, err=True)
 
 
 def progress(text: str) -> Any:

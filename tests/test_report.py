@@ -140,6 +140,16 @@ def test_the_error_of_a_stdout_that_is_gone_waits(error: BaseException) -> None:
         raise_lost()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
+def test_a_log_on_a_full_disk_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        report.note("the camera is back")
+        with pytest.raises(SystemExit) as ended:
+            report.fail("kp", "no camera")
+    assert ended.value.code == 1
+
+
 def test_a_run_over_a_video_is_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     run = VideoRun(30, 2, 1, 5, 2.0, True, (Path("a.mp4"),))
     told = "x: 30 frames, stopped, 15.0 frames/s, 2 dropped to keep up, 1 track, detector on 5 frames"
