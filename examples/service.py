@@ -109,6 +109,27 @@ class Settings:
         return cls(**given)
 
 
+def say(line: str) -> None:
+    """Prints a line on stderr; a log that takes none, as on a full disk, is no reason not to serve."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+class Seldom:
+    """Says at most one line in so many seconds: what fails each request fails many. Used by one thread."""
+
+    def __init__(self, every_s: float = 10) -> None:
+        self._every_s, self._next, self._unsaid = every_s, 0.0, 0
+
+    def __call__(self, line: str) -> None:
+        """Says the line, or counts it for the next one."""
+        if time.monotonic() < self._next:
+            self._unsaid += 1
+            return
+        say(line + f" ({self._unsaid} more errors since the last line)" * bool(self._unsaid))
+        self._next, self._unsaid = time.monotonic() + self._every_s, 0
+
+
 @dataclass
 class Batch:
     """Crops that wait for the same network call, and where each caller's answer goes."""
@@ -197,9 +218,9 @@ class Service:
         model.check_boxes()
         report = model.backend.report
         rejected = f"; rejected: {' | '.join(report.rejected)}" * bool(report.rejected)
-        print(f"{report.backend} runs {report.file}{rejected}", file=sys.stderr)
+        say(f"{report.backend} runs {report.file}{rejected}")
         if advice := box_advice(model.spec):
-            print(advice, file=sys.stderr)
+            say(advice)
         model.close()  # its engine alone is used
         self.batching = BatchingBackend(model.backend, settings.wait_ms / 1000, settings.batch_faces)
         self.metrics = metrics_or_none()
@@ -267,7 +288,7 @@ def watch(check: Callable[[], object], every_s: float = 30, most_s: float = 120)
         try:
             check()
         except kp_runtime.KpError as error:
-            print(f"error: {error}; the service ends, to be started again", file=sys.stderr, flush=True)
+            say(f"error: {error}; the service ends, to be started again")
             os._exit(1)
 
 
@@ -334,6 +355,7 @@ def create_app(settings: Settings) -> FastAPI:
     threads = ThreadPoolExecutor(settings.max_requests, "request")  # who is let in never waits for a thread
     app = FastAPI(openapi_url=None)  # what it has is told above: no pages of FastAPI's own
     checking: asyncio.Task[dict[str, Any]] | None = None
+    seldom = Seldom()
     app.state.settings, app.state.service = settings, service
     metrics = service.metrics
     if metrics:
@@ -370,11 +392,15 @@ def create_app(settings: Settings) -> FastAPI:
         if PIXELS_VARIABLE in str(error):
             most = f"an image may have {settings.max_megapixels} megapixels; send a smaller one"
             return JSONResponse({"detail": most}, 413)
-        return JSONResponse({"detail": str(error)}, 400 if isinstance(error, kp_runtime.ImageError) else 500)
+        if isinstance(error, kp_runtime.ImageError):
+            return JSONResponse({"detail": str(error)}, 400)
+        seldom(f"error: {error}")  # whoever asked may tell nobody
+        return JSONResponse({"detail": str(error)}, 500)
 
     @app.exception_handler(MemoryError)
     async def too_little(_: Request, error: Exception) -> JSONResponse:
         detail = "there is too little memory now; try again in a second, or send a smaller image"
+        seldom(f"error: {detail}")
         return JSONResponse({"detail": detail}, 503, {"Retry-After": "1"})
 
     return app

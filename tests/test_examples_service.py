@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import io
 import json
 import os
 import queue
@@ -210,6 +211,40 @@ def test_the_service_says_at_its_start_what_runs_and_whose_boxes_it_takes(
     monkeypatch.setattr(service, "box_advice", lambda spec: f"boxes of {spec.name}")
     service.Service(service.Settings(model=str(bundle)))
     assert capsys.readouterr().err == f"{runs}boxes of tiny\n"
+
+
+def test_what_fails_requests_is_in_the_log_and_does_not_fill_it(
+    service: Any, bundle: Path, astronaut: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lost(*_: object) -> None:
+        raise kp_runtime.BackendError("the GPU is lost")
+
+    app = service.create_app(service.Settings(model=str(bundle)))
+    monkeypatch.setattr(app.state.service, "_model", lost)
+    capsys.readouterr()
+
+    async def talk() -> list[int]:
+        async with client_of(app) as client:
+            sent = [await client.post("/keypoints", content=astronaut.read_bytes()) for _ in range(3)]
+            return [answer.status_code for answer in sent]
+
+    assert asyncio.run(talk()) == [500] * 3
+    assert capsys.readouterr().err == "error: the GPU is lost\n"
+    seldom = service.Seldom(every_s=600)
+    for line in "abc":
+        seldom(line)
+    seldom._next = 0.0
+    seldom("d")
+    assert capsys.readouterr().err == "a\nd (2 more errors since the last line)\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
+def test_a_service_starts_where_its_log_is_on_a_full_disk(
+    service: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        assert service.Service(service.Settings(model=str(bundle))).check()["status"] == "ok"
 
 
 def test_a_full_service_says_so_at_once(service: Any, bundle: Path) -> None:
