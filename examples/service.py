@@ -52,6 +52,7 @@ from kp_runtime.default_model import MODEL_VARIABLE, default_bundle
 from kp_runtime.detect import box_advice
 from kp_runtime.detector_by_name import DETECTOR_VARIABLE, detector_name
 from kp_runtime.in_order import InOrder
+from kp_runtime.manifest import folder_of
 from kp_runtime.prometheus import Metrics
 from kp_runtime.track import FindFaces
 
@@ -218,7 +219,8 @@ class Service:
         model.check_boxes()
         report = model.backend.report
         rejected = f"; rejected: {' | '.join(report.rejected)}" * bool(report.rejected)
-        say(f"{report.backend} runs {report.file}{rejected}")
+        where = os.path.realpath(folder_of(Path(bundle)) / report.file)  # which release a link leads to
+        say(f"kp {kp_runtime.__version__}: {report.backend} runs {where}, sha256 {report.sha256}{rejected}")
         if advice := box_advice(model.spec):
             say(advice)
         model.close()  # its engine alone is used
@@ -269,6 +271,8 @@ class Service:
             "status": "ok",
             "backend": report.backend,
             "file": report.file,
+            "sha256": report.sha256,
+            "kp": kp_runtime.__version__,
             "rejected": report.rejected,
             "lost_limit": self.batching.spec.lost_limit,
             "calls": self.batching.calls,

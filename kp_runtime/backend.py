@@ -32,6 +32,7 @@ class BackendReport:
         rejected: what would have been preferred, engines and then precisions, each with the reason against it.
         golden_error_px: largest distance of the golden keypoints; None where none were compared.
         warnings: what speaks against the file, which runs all the same, such as a plan of another board's GPU.
+        sha256: of the file, as the manifest has it.
     """
 
     backend: str
@@ -40,6 +41,7 @@ class BackendReport:
     rejected: tuple[str, ...]
     golden_error_px: float | None
     warnings: tuple[str, ...] = ()
+    sha256: str | None = None
 
 
 class Answer(NamedTuple):

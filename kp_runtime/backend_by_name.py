@@ -171,7 +171,7 @@ def _opened(engine: str, asked: _Asked, rejected: list[str]) -> Backend:
     entry = asked.manifest.files[name]
     error = _checked_golden(backend, asked, entry) if asked.golden else None
     backend.report = BackendReport(
-        engine, name, entry.precision or "fp32", (*rejected, *passed_over), error, backend.warnings
+        engine, name, entry.precision or "fp32", (*rejected, *passed_over), error, backend.warnings, entry.sha256
     )
     return backend
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import os
 import re
 import shutil
@@ -110,7 +111,8 @@ def test_report(bundle: Path, tmp_path: Path) -> None:
     assert report.golden_error_px is not None
     assert report.golden_error_px < FP32_PX
     rejected = (f"tensorrt: {NO_DRIVER}", f"ort-cuda: {NO_DRIVER}", "int8: not in the bundle")
-    wanted = BackendReport("ort-cpu", MODEL, "fp32", rejected, report.golden_error_px)
+    sha256 = hashlib.sha256((bundle / MODEL).read_bytes()).hexdigest()
+    wanted = BackendReport("ort-cpu", MODEL, "fp32", rejected, report.golden_error_px, sha256=sha256)
     assert report == wanted
     assert open_backend(tiny_bundle(tmp_path, golden=False)).report.golden_error_px is None
 

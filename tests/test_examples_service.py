@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import hashlib
 import io
 import json
 import os
@@ -110,6 +111,7 @@ def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path)
     bmp = cv2.imencode(".bmp", image)[1].tobytes()
     app = service.create_app(service.Settings(model=str(bundle), max_upload_mib=1, max_requests=1))
     report = app.state.service.batching.report
+    sha256 = hashlib.sha256((bundle / "model.fp32.onnx").read_bytes()).hexdigest()
 
     async def talk() -> None:
         async with client_of(app) as client:
@@ -132,7 +134,7 @@ def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path)
             health = await client.get("/health")
             assert health.json() == {
                 "status": "ok", "backend": "ort-cpu", "file": "model.fp32.onnx", "rejected": list(report.rejected),
-                "lost_limit": LOST_LIMIT, "calls": 2, "faces": 2,
+                "lost_limit": LOST_LIMIT, "calls": 2, "faces": 2, "sha256": sha256, "kp": kp_runtime.__version__,
             }  # fmt: skip
             assert report.rejected[-1] == "int8: not in the bundle"
             app.state.service._expected += 1
@@ -202,10 +204,13 @@ def test_the_service_takes_no_model_of_whole_frames(service: Any, tmp_path: Path
 
 
 def test_the_service_says_at_its_start_what_runs_and_whose_boxes_it_takes(
-    service: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    service: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rejected = " | ".join(service.Service(service.Settings(model=str(bundle))).batching.report.rejected)
-    runs = f"ort-cpu runs model.fp32.onnx; rejected: {rejected}\n"
+    current = tmp_path / "current"
+    current.symlink_to(bundle)  # the line names the release behind it
+    report = service.Service(service.Settings(model=str(current))).batching.report
+    rejected, file = " | ".join(report.rejected), bundle.resolve() / "model.fp32.onnx"
+    runs = f"kp {kp_runtime.__version__}: ort-cpu runs {file}, sha256 {report.sha256}; rejected: {rejected}\n"
     assert "tensorrt: this machine has no NVIDIA driver" in rejected or "holds no TensorRT plan" in rejected
     assert capsys.readouterr().err == runs
     monkeypatch.setattr(service, "box_advice", lambda spec: f"boxes of {spec.name}")
