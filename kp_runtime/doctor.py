@@ -6,8 +6,9 @@ Files and package records are read in this process; whatever loads a library is 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ from kp_runtime.backend_by_name import BACKENDS, ORDER
 from kp_runtime.backend_trt import MODULES as TENSORRT_MODULES
 from kp_runtime.doctor_checks import ABSENT, OK, PROBLEM, WARNING, Finding, Gpu, Surroundings
 from kp_runtime.errors import KpError
+from kp_runtime.machine import Machine, machine_from_system
 from kp_runtime.manifest import Manifest, folder_of
 from kp_runtime.probes import Outcome
 
 __all__ = ["Diagnosis", "diagnose"]
+
+_HEEDED = ("KP_", "ORT_", "OMP_", "OPENBLAS_", "OPENCV_", "CUDA_", "NVIDIA_VISIBLE", "LD_", "PYTHONPATH")
+"""How the names of variables begin that kp and the libraries below it heed; of others, some may be secret."""
+
+_PACKAGES = ("kp-edge", "numpy", "onnxruntime", "opencv", "tensorrt", "cuda-", "nvidia-")
+"""How the names of packages begin that decide what runs."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +37,16 @@ class Diagnosis:
     Attributes:
         findings: a line each, in reading order.
         working: the backends that put the golden crop's keypoints where PyTorch does.
+        engines: of each backend that answered, what runs on it: the `BackendReport`'s fields.
+        machine: as `kp bench` records it, but that `versions` are those of the packages as they were installed.
+        environment: the variables that kp and the libraries below it heed.
     """
 
     findings: tuple[Finding, ...]
     working: tuple[str, ...]
+    engines: tuple[Mapping[str, Any], ...] = ()
+    machine: Machine | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def healthy(self) -> bool:
@@ -81,7 +95,7 @@ def diagnose(
     findings += [checks.detector(here.ask("detector", str(detector or ""), seconds=seconds))]
     manifest, found = _bundle(bundle, no_bundle)
     findings += [found]
-    working = []
+    working, engines = [], []
     for name in BACKENDS:
         if reason := _not_claimed(here, name, gpu, onnxruntime, tensorrt, manifest):
             findings += [Finding(name, ABSENT, reason)]
@@ -89,11 +103,18 @@ def diagnose(
         step(name)
         answer = here.ask("backend", name, str(bundle), seconds=backend_seconds)
         findings += [_backend(name, answer)]
-        working += [name] if answer.state == "answered" else []
+        if answer.state == "answered":
+            working += [name]
+            engines += [answer.facts]
     step("")
     if not working and all(finding.status != PROBLEM for finding in findings):
         findings += [Finding("backends", PROBLEM, "none works here", "start with: pip install 'kp-edge[ort]'")]
-    return Diagnosis(tuple(findings), tuple(working))
+    heeded = {name: here.environment[name] for name in sorted(here.environment) if name.startswith(_HEEDED)}
+    packages: dict[str, str | None] = {
+        name: here.packages[name] for name in sorted(here.packages) if name.startswith(_PACKAGES)
+    }
+    machine = dataclasses.replace(machine_from_system(here.root, versions=False), versions=packages)
+    return Diagnosis(tuple(findings), tuple(working), tuple(engines), machine, heeded)
 
 
 def _bundle(bundle: Path | None, reason: str) -> tuple[Manifest | None, Finding]:

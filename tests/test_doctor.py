@@ -136,6 +136,26 @@ def test_a_pc_without_a_gpu(bundle: Path, tmp_path: Path) -> None:
     assert set(states(diagnosis).values()) == {"ok", "absent"}
 
 
+def test_what_a_remote_engineer_needs_is_in_the_report(bundle: Path, tmp_path: Path) -> None:
+    files = {
+        "etc/os-release": 'PRETTY_NAME="Ubuntu 22.04"',
+        "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "x",
+    }
+    environment = {"KP_MODEL": "/srv/kp", "NVIDIA_API_KEY": "secret", "PASSWORD": "secret"}
+    diagnosis = looked(
+        bundle, tmp_path, PLAIN | {"backend ort-cpu": ask("backend", "ort-cpu", str(bundle), seconds=60)},
+        ["onnxruntime==1.23.0", "flask==3.0"], files, environment,
+    )  # fmt: skip
+    (engine,) = diagnosis.engines
+    assert (engine["backend"], engine["file"]) == ("ort-cpu", "model.fp32.onnx")
+    assert engine["sha256"] == Manifest.read(bundle).files["model.fp32.onnx"].sha256
+    machine = diagnosis.machine
+    assert machine is not None
+    assert (machine.system, machine.governor) == ("Ubuntu 22.04", "x")
+    assert machine.versions == {"onnxruntime": "1.23.0"}
+    assert diagnosis.environment == {"KP_MODEL": "/srv/kp"}
+
+
 @pytest.mark.usefixtures("all_backends")
 def test_a_jetson_on_which_all_works(planned: Path, tmp_path: Path) -> None:
     packages = ["onnxruntime-gpu==1.23.0", "cuda-bindings==12.9.0"]
