@@ -99,7 +99,10 @@ def test_a_huge_face_leaves_little_memory_with_the_thread_that_cut_it() -> None:
     frame = Frame(np.zeros((2999, 3999, 3), np.uint8), "bgr")
     for size in (64, 999):
         crops_from_frame(frame, matrices_from_boxes(boxes, size, 1.3), size, scratch=scratch)
-    assert sum(block.size for block in scratch._blocks.values()) < 4 << 20
+    blocks = {name: block.size for name, block in scratch._blocks.items()}
+    maps = blocks.keys() & {"pixels", "weights"}  # OpenCV 5 is told where to sample: of the crop's size, not the face's
+    assert sum(blocks[name] for name in blocks.keys() - maps) < 4 << 20
+    assert sum(blocks[name] for name in maps) in (0, 6 * 999**2)
 
 
 def test_out_is_filled_in_place(bgr: np.ndarray, matrices: np.ndarray) -> None:
