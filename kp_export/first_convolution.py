@@ -51,8 +51,8 @@ def round_first_convolution(model: Any, fp32: Any, crops: NDArray[np.uint8]) -> 
     if side < max(height, width):  # no filter lies in the image
         return False
     step = crops.shape[-1] // side  # a reduced network sees means of so many pixels
-    crops = crops.reshape(-1, 1, side, step, side, step).mean(axis=(3, 5)) if step > 1 else crops
-    windows = np.lib.stride_tricks.sliding_window_view(crops[:, 0], (height, width), axis=(1, 2))[:, ::5, ::5]
+    means = crops.reshape(-1, 1, side, step, side, step).mean(axis=(3, 5)) if step > 1 else crops
+    windows = np.lib.stride_tricks.sliding_window_view(means[:, 0], (height, width), axis=(1, 2))[:, ::5, ::5]
     seen = windows.reshape(-1, height * width).astype(np.float64)
     moment = seen.T @ seen / len(seen)
     if not moment.any():  # all is black

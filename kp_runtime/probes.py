@@ -219,9 +219,9 @@ def start(file: str, engine: str, threads: str) -> Facts:
 
     from kp_runtime.backend_by_name import open_backend
 
-    crop = np.frombuffer(sys.stdin.buffer.read(), np.uint8)
-    size = math.isqrt(len(crop))
-    crop = crop.reshape(1, 1, size, size)
+    levels = np.frombuffer(sys.stdin.buffer.read(), np.uint8)
+    size = math.isqrt(len(levels))
+    crop = levels.reshape(1, 1, size, size)
     base = _peak_kib()
     begun = time.perf_counter()
     backend = open_backend(file, engine, threads=json.loads(threads))

@@ -95,7 +95,8 @@ def mean_of_mirrored(xy: NDArray[np.floating]) -> NDArray[np.float64]:
     """
     check_mirrored(np.shape(xy)[1])
     straight, mirrored = np.asarray(xy, np.float64).reshape(2, -1, POINTS, 2)
-    return (straight + mirrored[:, MIRROR]) / 2
+    means: NDArray[np.float64] = (straight + mirrored[:, MIRROR]) / 2
+    return means
 
 
 def point_names() -> tuple[str, ...]:
