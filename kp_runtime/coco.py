@@ -14,7 +14,15 @@ from typing import Any
 
 from kp_runtime.errors import DataError, InputError
 from kp_runtime.geometry import boxes_from_points
-from kp_runtime.labelled_face import LabelledFace, checked_box, checked_points, rounded, text_of, write_text
+from kp_runtime.labelled_face import (
+    LabelledFace,
+    checked_box,
+    checked_points,
+    order_by_name,
+    rounded,
+    text_of,
+    write_text,
+)
 from kp_runtime.scheme68 import CONTOURS, POINTS, point_names
 
 __all__ = ["check_coco", "read_coco", "write_coco"]
@@ -31,7 +39,10 @@ def check_coco(points: int) -> None:
 
 
 def read_coco(path: Path, points: int) -> list[LabelledFace]:
-    """Those of all categories that have keypoints; the rest is as in `interchange.faces_from_file`."""
+    """Those of all categories that have keypoints, in the order of their names if these tell one.
+
+    The rest is as in `interchange.faces_from_file`.
+    """
     text = text_of(path)
     try:
         document = json.loads(text)
@@ -46,6 +57,7 @@ def read_coco(path: Path, points: int) -> list[LabelledFace]:
         images = {image["id"]: image for image in document["images"]}
         ids = [image["id"] for image in document["images"]]
         names = {c["id"]: c.get("keypoints") for c in document["categories"]}
+        orders = {key: order_by_name([str(name) for name in of or ()]) for key, of in names.items()}
         annotations = list(document["annotations"])
     except (KeyError, TypeError) as error:
         raise DataError(f"{path} is no COCO keypoint file: it lacks {str(error)[:80]}") from error
@@ -72,6 +84,7 @@ def read_coco(path: Path, points: int) -> list[LabelledFace]:
             corners = None if box is None else checked_box(box, where)
             if corners is not None:
                 corners[2:] += corners[:2]
+            xy = xy[orders[annotation["category_id"]]]
             faces.append(LabelledFace(image["file_name"], xy, corners, size, where))
         except DataError:
             raise

@@ -20,6 +20,7 @@ from kp_runtime.labelled_face import (
     checked_points,
     face_numbers,
     opened_text,
+    order_by_name,
     rounded,
 )
 from kp_runtime.scheme68 import POINTS, point_names
@@ -69,7 +70,7 @@ def _is_header(row: Sequence[str]) -> bool:
 def _check_order(columns: Sequence[str], points: int, path: Path) -> None:
     """Refuses columns whose names say, all of them and as often, x or y as their first or last word, in another order.
 
-    `x_0`, `nose_3_y` and `y1` say it.
+    `x_0`, `nose_3_y` and `y1` say it. So it is with points whose names tell another order.
     """
     axes = [
         {words[0], words[-1]} & {"x", "y"} if (words := re.findall("[a-z]+", column.lower())) else set()
@@ -79,6 +80,14 @@ def _check_order(columns: Sequence[str], points: int, path: Path) -> None:
         raise DataError(
             f"{path}: its header's columns begin with {columns[0][:80]}, {columns[1][:80]}; wanted are x and y of each "
             "point in turn: x0, y0, x1, y1 …"
+        )
+    names = [re.sub("[_ .-]*[xXyY]$", "", column) for column in columns[::2]]
+    order = order_by_name(names)
+    if late := [i for i, place in enumerate(order) if i != place]:
+        wanted, got = names[order[late[0]]], names[late[0]]
+        raise DataError(
+            f"{path}: its header's columns are sorted otherwise than the points: {got[:80]} stands where {wanted[:80]} "
+            "should; put them in the points' order"
         )
 
 

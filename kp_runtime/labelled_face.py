@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from kp_runtime.errors import DataError
 from kp_runtime.files import writing
+from kp_runtime.scheme68 import point_names
 
 __all__ = [
     "ODD",
@@ -22,6 +24,7 @@ __all__ = [
     "checked_points",
     "face_numbers",
     "opened_text",
+    "order_by_name",
     "rounded",
     "text_of",
     "write_text",
@@ -70,6 +73,22 @@ def checked_points(numbers: Any, where: str, points: int) -> NDArray[np.float64]
                 f"{where}: point {found[0]} is not labelled ({mark}, {mark}); all {points} are needed, hidden ones too"
             )
     return xy
+
+
+def order_by_name(names: Sequence[str]) -> list[int]:
+    """Where in a file each point stands whose points have names, which tools sort: `10` before `2`.
+
+    Names that tell it are the 68 of `point_names`, or hold a number each, which together count all points. By others,
+    points are taken as they stand.
+    """
+    own, numbers = point_names(), [re.findall("[0-9]{1,9}", name) for name in names]
+    if sorted(names) == sorted(own):
+        return [names.index(name) for name in own]
+    counted = [int(found[0]) for found in numbers if len(found) == 1]
+    by_number = sorted(range(len(counted)), key=counted.__getitem__)
+    if len(counted) == len(names) and all(counted[at] == counted[by_number[0]] + i for i, at in enumerate(by_number)):
+        return by_number
+    return list(range(len(names)))
 
 
 def checked_box(numbers: Any, where: str) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tracemalloc
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from kp_runtime.errors import DataError, ImageError, InputError, KpError, Missin
 from kp_runtime.interchange import FORMATS, faces_from_file, faces_to_file, format_of, with_sizes
 from kp_runtime.labelled_face import LabelledFace
 from kp_runtime.pts import pts_text
+from kp_runtime.scheme68 import point_names
 
 PLACES = {"pts": "out", "coco": "faces.json", "csv": "faces.csv", "parquet": "faces.parquet"}
 
@@ -113,6 +115,31 @@ def test_a_header_of_another_order_is_refused(tmp_path: Path, columns: list[str]
         return
     with pytest.raises(DataError, match=rf"begin with {columns[0]}, {columns[1]}; wanted are x and y of each point in"):
         faces_from_file(tmp_path / "f.csv")
+
+
+NAMES_SORTED = [point_names(), [f"p{i}" for i in range(1, 69)], [str(i) for i in range(68)]]
+"""Names that tell the points' order, which a tool that sorts them as text loses."""
+
+
+@pytest.mark.parametrize("names", NAMES_SORTED)
+def test_coco_points_that_a_tool_sorted_by_name_come_back_in_order(tmp_path: Path, names: Sequence[str]) -> None:
+    (path,) = faces_to_file(FACES, tmp_path / "c.json")
+    document, order = json.loads(path.read_text()), sorted(range(68), key=names.__getitem__)
+    document["categories"][0]["keypoints"] = [names[i] for i in order]
+    for annotation in document["annotations"]:
+        annotation["keypoints"] = np.reshape(annotation["keypoints"], (68, 3))[order].ravel().tolist()
+    path.write_text(json.dumps(document))
+    for face, found in zip(FACES, faces_from_file(path), strict=True):
+        np.testing.assert_allclose(found.xy, face.xy, atol=5.1e-4)
+
+
+@pytest.mark.parametrize("names", NAMES_SORTED)
+def test_a_header_whose_points_were_sorted_by_name_is_refused(tmp_path: Path, names: Sequence[str]) -> None:
+    header = ",".join(f"{name}_{axis}" for name in sorted(names) for axis in "xy")
+    path = tmp_path / "a.csv"
+    path.write_text(f"image,{header}\na.jpg," + ",".join(map(str, range(1, 137))) + "\n")
+    with pytest.raises(DataError, match=r"sorted otherwise than the points: \w+ stands where \w+ should; put them"):
+        faces_from_file(path)
 
 
 @pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
