@@ -130,6 +130,11 @@ class _OpenCvDetector(ABC):
         """The detector's own boxes, `(n, 4)` x0, y0, x1, y1; one thread at a time."""
 
 
+_HAAR_SUMS = 1 << 28
+"""Pixels at all sizes that are looked at, in OpenCV's table of sums. It is as wide as the widest frame that a cascade
+has seen, and high enough for the highest: of a high and a wide one OpenCV's counts of 31 bits end the process."""
+
+
 class HaarDetector(_OpenCvDetector):
     """OpenCV's frontal face cascade (Viola and Jones 2001), the file that OpenCV 4 carries.
 
@@ -169,7 +174,8 @@ class HaarDetector(_OpenCvDetector):
         # the wheels from PyPI bring the cascades along, Debian and JetPack keep them in a system folder
         folder = cv2.data.haarcascades if hasattr(cv2, "data") else "/usr/share/opencv4/haarcascades"
         path = Path(folder) / "haarcascade_frontalface_default.xml"
-        self._cascade = cv2.CascadeClassifier(str(path))
+        self._path = path
+        self._cascade, self._most_hw = self._opened(), (0, 0)
         if self._cascade.empty():
             raise BackendError(f"OpenCV can't read the cascade {path}; install opencv-data or opencv-python-headless")
 
@@ -180,11 +186,17 @@ class HaarDetector(_OpenCvDetector):
         """The cascade's own boxes, `(n, 4)` x0, y0, x1, y1."""
         height, width = frame.size_hw
         luma = frame.luma(0, 0, width, height)
+        self._most_hw = max(height, self._most_hw[0]), max(width, self._most_hw[1])
+        if math.prod(self._most_hw) > max(height * width, _HAAR_SUMS * (1 - 1 / float(self._scale))):
+            self._cascade, self._most_hw = self._opened(), (height, width)
         least = max(24, round(self._smallest * min(height, width)))
         found = self._cascade.detectMultiScale(luma, self._scale, self._neighbors, minSize=(least, least))
         boxes = np.asarray(found, np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         return boxes
+
+    def _opened(self) -> Any:
+        return self._cv2.CascadeClassifier(str(self._path))
 
 
 _YUNET_LEAST = 64

@@ -98,6 +98,15 @@ def test_what_opencv_fails_on_is_told() -> None:
 
 
 @needs_haar
+def test_haar_finds_the_face_after_a_very_high_and_a_very_wide_picture(photo: np.ndarray) -> None:
+    detector = HaarDetector()
+    known = detector(photo)
+    for size_hw in ((60_000, 25), (25, 60_000)):
+        assert len(detector(np.full(size_hw, 90, np.uint8))) == 0
+    assert np.array_equal(detector(photo), known)
+
+
+@needs_haar
 def test_haar_sees_the_same_in_every_layout(photo: np.ndarray) -> None:
     bgr = small_part(photo)
     detector = HaarDetector()
