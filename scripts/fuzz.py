@@ -113,7 +113,10 @@ def _run_child(spans: list[list], seed: int, results: dict[str, Result]) -> list
     return [[n, min(c for m, c in left if m == n), max(c for m, c in left if m == n) + 1] for n in names]
 
 
-QUIET = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENCV_LOG_LEVEL": "OFF", "PYTHONHASHSEED": "0"}
+QUIET = {
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "OPENCV_LOG_LEVEL": "OFF", "PYTHONHASHSEED": "0",
+    "OPENCV_IO_MAX_IMAGE_PIXELS": str(1 << 26),  # which MEMORY_MIB holds: of more a MemoryError would be right
+}  # fmt: skip
 
 
 def _lines(child: subprocess.Popen[bytes]) -> Iterator[str]:

@@ -58,6 +58,12 @@ fuzz.main(sys.argv[1:])
 """
 
 
+def test_a_header_that_promises_more_pixels_than_the_memory_holds_is_no_finding() -> None:
+    results = {"image": fuzz.Result()}
+    fuzz._run_child([["image", 60, 61]], 777, results)
+    assert results["image"].outcomes == {"ImageError": 1}
+
+
 def test_what_breaks_the_property_is_found_and_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception, a segfault, a hang, too much memory and a crash behind the last case; the others still run."""
     script, scripts = tmp_path / "broken.py", str(Path(fuzz.__file__).parent)
