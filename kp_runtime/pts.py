@@ -26,12 +26,15 @@ def numbers_of_pts(text: str, where: str) -> list[str]:
         where: its name, for the message.
 
     Raises:
-        DataError: it has no header.
+        DataError: it has no header, or no end: the last number may be a part of one.
     """
     head, brace, rest = text.partition("{")
     if "n_points" not in head or not brace:
         raise DataError(f"{where} has no .pts header (version, n_points, then the points between braces)")
-    return rest.partition("}")[0].split()
+    numbers, end, _ = rest.partition("}")
+    if not end:
+        raise DataError(f"{where} is cut off: there is no }} behind its points; copy it again")
+    return numbers.split()
 
 
 def pts_text(xy: NDArray[np.floating]) -> str:

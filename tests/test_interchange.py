@@ -288,6 +288,7 @@ def test_a_file_name_that_is_no_text(tmp_path: Path, kind: str) -> None:
     [
         ("a.pts", "version: 1", "has no .pts header"),
         ("a.pts", "n_points: 68\n{\n1 2\n}", "expected 68 points, got 1"),
+        ("a.pts", "n_points: 68\n{\n" + "5.25 5.25\n" * 67 + "5.25 5", r"a\.pts is cut off: there is no } behind"),
         ("a.pts", "n_points: 68\n{\n" + "1 x\n" * 68 + "}", "a coordinate is not a number"),
         (
             "a.csv",
