@@ -85,7 +85,8 @@ def read_coco(path: Path, points: int) -> list[LabelledFace]:
             if corners is not None:
                 corners[2:] += corners[:2]
             xy = xy[orders[annotation["category_id"]]]
-            faces.append(LabelledFace(image["file_name"], xy, corners, size, where))
+            known = size if min(size) > 0 else None  # some tools write 0 x 0 where they do not know
+            faces.append(LabelledFace(image["file_name"], xy, corners, known, where))
         except DataError:
             raise
         except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -252,6 +252,15 @@ def _coco(**changes: object) -> str:
     })  # fmt: skip
 
 
+def test_coco_s_images_of_0_x_0_pixels_are_of_unknown_size(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(_coco().replace('"height": 9, "width": 9', '"height": 0, "width": 0'))
+    faces = faces_from_file(tmp_path / "a.json")
+    with pytest.raises(InputError, match=r"COCO needs the height and width of a\.jpg.*--images FOLDER"):
+        faces_to_file(faces, tmp_path / "b.json")
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((40, 30, 3), np.uint8))
+    assert with_sizes(faces, tmp_path)[0].size_hw == (40, 30)
+
+
 def test_a_first_row_whose_image_has_no_suffix_is_a_face(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("".join(f"face{i}," + ",".join(map(str, range(i, 136 + i))) + "\n" for i in (1, 2)))
