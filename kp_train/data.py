@@ -28,7 +28,7 @@ from kp_runtime.interchange import faces_from_file
 from kp_runtime.labelled_face import LabelledFace, as_text
 from kp_runtime.manifest import Manifest
 from kp_runtime.pts import pts_files
-from kp_runtime.scheme68 import POINTS
+from kp_runtime.scheme68 import EYE_CORNERS, POINTS
 from kp_train.metrics import nme_unit
 
 __all__ = [
@@ -181,7 +181,20 @@ def _checked(face: LabelledFace) -> NDArray[np.float32]:
     if nme_unit(xy[None])[0] < 1:
         what = "its outer eye corners lie on one spot, so there is no size to count its NME in"
         raise DataError(f"{where}: {what}; correct or remove the face")
+    if len(xy) == POINTS and _is_mirrored(xy):
+        what = "its points are a mirrored face's: 36 to 41 are the eye on the picture's left, and y counts downwards"
+        raise DataError(f"{where}: {what}; bring them into iBUG's order, where left is right by scheme68.MIRROR")
     return xy
+
+
+def _is_mirrored(xy: NDArray[np.float32]) -> bool:
+    """Whether the 68 points, however the face is turned in the picture, lie as in a mirror.
+
+    Of a head turned so far that its nose leaves the middle half of the jaw's breadth, nobody can tell.
+    """
+    jaw, eyes, down = xy[16] - xy[0], xy[EYE_CORNERS[1]] - xy[EYE_CORNERS[0]], xy[48:].mean(0) - xy[36:48].mean(0)
+    frontal = abs((xy[30] - (xy[0] + xy[16]) / 2) @ jaw) < jaw @ jaw / 4
+    return bool(frontal and eyes[0] * down[1] < eyes[1] * down[0])
 
 
 def _image_folder(path: Path, name: str) -> Path:

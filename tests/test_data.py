@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -10,6 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -23,6 +25,7 @@ from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma,
 from kp_runtime.interchange import faces_from_file, faces_to_file, with_sizes
 from kp_runtime.labelled_face import LabelledFace
 from kp_runtime.preprocess_cpu import crops_from_frame
+from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import augment_from_name
 from kp_train.data import Face, evenly_spread, is_held_out, luma_from_file, lumas_of_faces, parse_source, read_source
@@ -101,6 +104,19 @@ def test_a_bad_csv_row_is_named(csv_source: Path, change: object, message: str) 
     break_row(csv_source, change)
     with pytest.raises(DataError, match=message):
         read_source(csv_source)
+
+
+@pytest.mark.parametrize("change", [lambda xy: xy[:, MIRROR], lambda xy: xy * [[[1, -1]]] + [0, 160]])
+@pytest.mark.parametrize("turn", [[[1, 0], [0, 1]], [[0, 1], [-1, 0]], [[-1, 0], [0, -1]]])
+def test_points_of_a_mirrored_face_are_no_face_s(tmp_path: Path, csv_source: Path, change: Any, turn: Any) -> None:
+    """As where left is the person's left, or y counts upwards: pictures of points don't show it."""
+    shown = np.stack([face.xy for face in faces_from_file(csv_source)]) @ np.array(turn)
+    for xy, refused in ((shown, False), (change(shown), True)):
+        faces = [LabelledFace(face.image, points) for face, points in zip(faces_from_file(csv_source), xy, strict=True)]
+        faces_to_file(faces, tmp_path / "training_x.csv")
+        told = pytest.raises(DataError, match=r"line 2 .*: its points are a mirrored face's: 36 to 41 are the eye on")
+        with told if refused else contextlib.nullcontext():
+            read_source(tmp_path / "training_x.csv")
 
 
 def test_a_csv_without_its_images_says_where_it_looked(csv_source: Path) -> None:
