@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from kp_runtime.spec import ModelSpec
 from kp_train.augment import Augment
 from kp_train.data import Face, lumas_of_faces
 
-__all__ = ["FaceDataset", "check_memory", "is_stop", "start_of_workers"]
+__all__ = ["FaceDataset", "check_memory", "is_stop", "same_photos", "start_of_workers"]
 
 
 def start_of_workers(workers: int) -> str | None:
@@ -124,3 +125,14 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         if self.detail > 1:
             xy_crop = (xy_crop + 0.5) / self.detail - 0.5
         return image.as_subclass(torch.Tensor), xy_crop
+
+    def photo_hashes(self) -> list[tuple[tuple[int, ...], bytes]]:
+        """Of each face's photo, which tell whether two have the same grey levels."""
+        return [(luma.shape, hashlib.blake2b(np.ascontiguousarray(luma).data).digest()) for luma in self._lumas]
+
+
+def same_photos(held_out: FaceDataset, others: FaceDataset) -> list[tuple[Face, Face]]:
+    """The held-out faces whose photo is one of the others' under another name, each with one of these."""
+    known = dict(zip(others.photo_hashes(), others.faces, strict=True))
+    found = zip(held_out.faces, held_out.photo_hashes(), strict=True)
+    return [(face, known[photo]) for face, photo in found if photo in known]

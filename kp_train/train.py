@@ -47,7 +47,7 @@ from kp_train.checkpoint import (
 )
 from kp_train.config import TrainConfig, has_bfloat16
 from kp_train.data import Face, Source, evenly_spread
-from kp_train.dataset import FaceDataset, check_memory, is_stop
+from kp_train.dataset import FaceDataset, check_memory, is_stop, same_photos
 from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.metrics import nme_unit
@@ -196,6 +196,10 @@ def train(
         unseen = least_held_out(ancestry(record))
         if unseen < config.val_fraction and trainer.is_global_zero:
             print(f"{init} may have seen people whom this run holds out: their NME flatters it", flush=True)
+        if trainer.is_global_zero and (both := same_photos(val_set, train_set)):
+            pair = " and ".join(str(face.image) for face in both[0])
+            what = f"photos are held out and, by another name, trained on: {len(both)} of {len(held_out)}"
+            print(f"{what}, as {pair}; remove one of each, the NME flatters", flush=True)
         if taught.records:
             record["teachers"] = list(taught.records)
             record["start"] |= {"licence": _licence(start, taught)}

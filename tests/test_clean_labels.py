@@ -67,12 +67,12 @@ def script(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
 def test_the_script_writes_what_training_reads_and_says_where_labels_went_wrong(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One face has its points upside down; the model differs most there. What is there already is left alone."""
+    """One face has its points turned upside down; the model differs most there. What is there already is left alone."""
     path = write_csv_source(tmp_path, people=10)
     rows = path.read_text().splitlines()
     name, *numbers = rows[5].split(",")
     xy = np.array(numbers, float).reshape(68, 2)
-    xy[:, 1] = xy[:, 1].max() + xy[:, 1].min() - xy[:, 1]
+    xy = xy.max(axis=0) + xy.min(axis=0) - xy
     rows[5] = ",".join([name, *(f"{value:.2f}" for value in xy.ravel())])
     path.write_text("\n".join(rows) + "\n")
     script(monkeypatch, run, path, "--out", tmp_path / "out")

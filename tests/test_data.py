@@ -266,7 +266,7 @@ def test_pts_files_count_from_one(tmp_path: Path, rng: np.random.Generator) -> N
     ("text", "message"),
     [
         ("1 2\n3 4\n", r"no \.pts header"),
-        ("version: 1\nn_points: 68\n{\n1 2\n", "expected 68 points, got 1;"),
+        ("version: 1\nn_points: 68\n{\n1 2\n}\n", "expected 68 points, got 1;"),
         ("version: 1\nn_points: 68\n{\n1 two\n}\n", "not a number"),
         ("", "header"),
     ],

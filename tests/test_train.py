@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -329,6 +330,22 @@ def test_tasks_that_lightning_refuses_below_slurm_are_one_line(tmp_path: Path, m
     monkeypatch.setenv("SLURM_NTASKS", "2")
     with pytest.raises(KpError, match=r"Lightning refuses .*: You set `--ntasks=2` .* Use `--ntasks-per-node=2`"):
         train([], recipe("default"), tmp_path / "r", accelerator="cpu", progress=False)
+
+
+def test_a_held_out_photo_that_is_trained_on_by_another_name_is_said(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = next(face for face in read_source(faces).faces if is_held_out(face.person, 0.1))
+    other = next(f"copy{i}.png" for i in range(99) if not is_held_out(f"copy{i}", 0.1))
+    copied = shutil.copytree(faces.parent, tmp_path / "copied") / faces.name
+    run(copied, tmp_path / "first", epochs=1)
+    assert "by another name" not in capsys.readouterr().out
+    shutil.copy(kept.image, copied.parent / "training" / other)
+    with copied.open("a") as file:
+        file.write(",".join([other, *map(str, kept.xy.ravel())]) + "\n")
+    run(copied, tmp_path / "second", epochs=1)
+    told = rf"held out and, by another name, trained on: 1 of .*{kept.image.name} and .*{other}; remove"
+    assert re.search(told, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("source", ["{}=0.001", "{}=0.0001"])
