@@ -88,6 +88,9 @@ def train(
         typer.Option(help="Take the weights of the best epoch by held-out loss, or of the last.", metavar="best|last"),
     ] = None,
     augment: Annotated[str | None, typer.Option(help="faces, varied, bent, shaken, light, crop or none.")] = None,
+    val_fraction: Annotated[
+        float | None, typer.Option(help="Share of the people that are held out: a tenth when left out.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Seed of weights, order and augmentation.")] = None,
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed, or on a GPU 16-mixed.")] = None,
     weights: Annotated[str, typer.Option(help="auto, imagenet, none, or a torchvision ResNet-18 .pth file.")] = "auto",
@@ -125,6 +128,7 @@ def train(
         ema=ema,
         keep=keep,
         augment=augment,
+        val_fraction=val_fraction,
         seed=seed,
         precision=precision,
     )

@@ -205,7 +205,8 @@ def train(
             record["start"] |= {"licence": _licence(start, taught)}
         if before is not None and _sees_alike(before[1], spec):
             theirs = dataclasses.replace(spec, size=before[1].size)  # crops of another size it may not read yet
-            biases = source_biases(before[0], sources, unseen, theirs, order)
+            new_to_it = least_held_out(ancestry(record)[1:])  # people whom the start never saw, trained on now or not
+            biases = source_biases(before[0], sources, new_to_it, theirs, order)
             for source, bias in zip(record["sources"], biases, strict=True):
                 source["label_bias"] = bias if bias is None else bias.tolist()
         if trainer.is_global_zero:

@@ -203,6 +203,9 @@ def test_a_run_measures_by_what_it_starts_from(
     assert measuring == [(held_out, 64)] * 3
     assert "faces keep to that" in run("larger", init=tmp_path / "second", config=dataclasses.replace(short, size=80))
     assert measuring[3:] == [(held_out, 64)], "a network looks at crops of the size that it knows"
+    fewer = dataclasses.replace(short, val_fraction=0.05)
+    assert "faces keep to that" in run("nearly all", init=tmp_path / "first", config=fewer)
+    assert measuring[4:] == [(held_out, 64)], "people whom the start never saw tell, trained on now or not"
     plain = dataclasses.replace(short, augment="none")
     assert "labels lie" not in run("none", config=plain, init=tmp_path / "first")
-    assert measuring == [(held_out, 64)] * 4, "where no face is mirrored there is nothing to know"
+    assert measuring == [(held_out, 64)] * 5, "where no face is mirrored there is nothing to know"
