@@ -88,6 +88,10 @@ def train(
         typer.Option(help="Take the weights of the best epoch by held-out loss, or of the last.", metavar="best|last"),
     ] = None,
     augment: Annotated[str | None, typer.Option(help="faces, varied, bent, shaken, light, crop or none.")] = None,
+    whole: Annotated[
+        list[Path] | None,
+        typer.Option(help="Hold out nobody of this --data: for a last run, when all is decided. Repeatable."),
+    ] = None,
     val_fraction: Annotated[
         float | None, typer.Option(help="Share of the people that are held out: a tenth when left out.")
     ] = None,
@@ -138,7 +142,7 @@ def train(
     from kp_train.data import parse_source
     from kp_train.train import train as run
 
-    sources = [parse_source(text, config.points) for text in data]
+    sources = _with_whole([parse_source(text, config.points) for text in data], whole or [])
     with contextlib.ExitStack() as lock:
         rank_zero_only(lock.enter_context)(_alone_in(out))  # the other workers are this command too
         path = run(
@@ -155,6 +159,12 @@ def train(
     else:  # the last layer is solved on boxes around the points
         lines.append(f"next: kp export {run_folder} --fp16")
     rank_zero_only(tell)(*lines)
+
+
+def _with_whole(sources: list[Any], paths: list[Path]) -> list[Any]:
+    if odd := [path for path in paths if path not in [source.path for source in sources]]:
+        raise InputError(f"--whole {odd[0]} is none of the --data; name one of these, without a weight")
+    return [dataclasses.replace(source, whole=source.path in paths) for source in sources]
 
 
 def refit(

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +34,7 @@ from kp_runtime.scheme68 import mean_of_mirrored
 from kp_train.bar import Bar, no_bar
 from kp_train.data import Face, Source, evenly_spread, faces_with_frames, held_out_of
 from kp_train.metrics import Accuracy, accuracy, interval_over_people, point_errors
-from kp_train.run_record import ancestry, least_held_out
+from kp_train.run_record import ancestry, learned_whole, least_held_out, recorded_sources
 
 __all__ = [
     "Evaluation",
@@ -137,7 +136,7 @@ def held_out_faces(sources: Sequence[Source], manifest: Manifest) -> list[Face]:
             f"the manifest of {manifest.spec.name} does not say which people were held out, of it and of all that it "
             "began at; take a model of kp train, or leave out --split person"
         )
-    faces = held_out_of(sources, fraction)
+    faces = held_out_of(learned_whole(sources, ancestry(manifest.training)), fraction)
     if not faces:
         paths = ", ".join(str(source.path) for source in sources)
         raise DataError(f"there is no face of a person that was held out of training in {paths}")
@@ -148,16 +147,14 @@ def trained_on(sources: Sequence[Source], manifest: Manifest) -> int:
     """How many of the sources' faces the model or what it began at was trained on, as far as its manifest tells."""
     count = 0
     for source in sources:
-        told = [record for record in ancestry(manifest.training) if source.sha256 in _label_files(record)]
+        told = [
+            record
+            for record in ancestry(manifest.training)
+            if any(each.get("sha256") == source.sha256 for each in recorded_sources(record))
+        ]
         if told:
-            count += len(source.faces) - len(held_out_of([source], least_held_out(told)))
+            count += len(source.faces) - len(held_out_of(learned_whole([source], told), least_held_out(told)))
     return count
-
-
-def _label_files(record: dict[str, Any]) -> list[Any]:
-    """The sha256 of the label files that a run read."""
-    sources = record.get("sources")
-    return [each.get("sha256") for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
 
 
 def evaluate(

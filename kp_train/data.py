@@ -83,12 +83,14 @@ class Source:
         weight: how often each face is drawn, on the average, in an epoch.
         faces: in the order of the file or of the names.
         sha256: of the label file, or of all label files in order of their names.
+        whole: nobody of it is held out.
     """
 
     path: Path
     weight: float
     faces: tuple[Face, ...]
     sha256: str
+    whole: bool = False
 
     @property
     def name(self) -> str:
@@ -124,8 +126,8 @@ def recorded_fraction(training: dict[str, Any]) -> float | None:
 
 
 def held_out_of(sources: Sequence[Source], fraction: float) -> list[Face]:
-    """The faces of held-out people of all sources together."""
-    return [face for source in sources for face in source.faces if is_held_out(face.person, fraction)]
+    """The faces of held-out people of all sources together that are not whole."""
+    return [f for source in sources if not source.whole for f in source.faces if is_held_out(f.person, fraction)]
 
 
 def parse_source(text: str, points: int = POINTS) -> Source:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from kp_train.data import Face, Source, held_out_of
 from kp_train.dataset import FaceDataset
 from kp_train.metrics import FEWEST_PEOPLE
 from kp_train.model import KeypointNet
+from kp_train.run_record import recorded_sources
 
 __all__ = ["bias_of", "from_both_sides", "measured_bias", "source_biases", "with_bias"]
 
@@ -115,12 +117,27 @@ def source_biases(
     fraction: float,
     spec: ModelSpec,
     order: NDArray[np.intp] | None,
+    records: Sequence[dict[str, Any]] = (),
     bar: Bar = no_bar,
 ) -> list[NDArray[np.float64] | None]:
-    """`measured_bias` of each source, by the held-out `fraction` of its people; None where no face is mirrored."""
+    """`measured_bias` of each source, by the held-out `fraction` of its people; None where no face is mirrored.
+
+    Of a source of which nobody is held out it is what the newest of the `records` of runs says that it is.
+    """
     if order is None:
         return [None] * len(sources)
-    return [measured_bias(net, held_out_of([source], fraction), spec, order, bar) for source in sources]
+    return [
+        _noted_bias(records, source)
+        if source.whole
+        else measured_bias(net, held_out_of([source], fraction), spec, order, bar)
+        for source in sources
+    ]
+
+
+def _noted_bias(records: Sequence[dict[str, Any]], source: Source) -> NDArray[np.float64] | None:
+    told = (each for record in records for each in recorded_sources(record) if each.get("sha256") == source.sha256)
+    noted = next((each["label_bias"] for each in told if each.get("label_bias")), None)
+    return None if noted is None else np.array(noted)
 
 
 def with_bias(faces: Sequence[Face], bias: NDArray[np.float64] | None) -> list[Face]:

@@ -34,7 +34,7 @@ from kp_train.label_bias import source_biases, with_bias
 from kp_train.lost_score import FACES, LIMIT, VIEWS, AnyPlace, ScoreQuality, elsewhere, score_quality, solved_score
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
-from kp_train.run_record import unseen_fraction
+from kp_train.run_record import ancestry, learned_whole, unseen_fraction
 
 __all__ = ["NothingGainedError", "Refit", "refit", "solved_head", "training_config"]
 
@@ -140,11 +140,14 @@ def refit(
         raise KpError(f"{run} already holds a run; name another folder with --out")
     check_no_bundle(run)
     mirror = mirror_from_pairs(pairs, net.points)
+    runs = ancestry(manifest.training)
+    sources = learned_whole(sources, runs)
     look = bar("measuring how the labels lie")  # half of the varied faces are mirrored
-    biases = source_biases(net.eval(), sources, fraction, manifest.spec, mirror, look)
-    known = [(f, s.weight) for s, bias in zip(sources, biases, strict=True) for f in with_bias(s.faces, bias)]
-    faces = [(face, weight) for face, weight in known if not is_held_out(face.person, fraction)]
-    others = [(face, 1.0) for face, _ in known if is_held_out(face.person, fraction)]
+    biases = source_biases(net.eval(), sources, fraction, manifest.spec, mirror, runs, look)
+    known = [(f, s) for s, bias in zip(sources, biases, strict=True) for f in with_bias(s.faces, bias)]
+    unseen = [not source.whole and is_held_out(face.person, fraction) for face, source in known]
+    faces = [(face, source.weight) for (face, source), new in zip(known, unseen, strict=True) if not new]
+    others = [(face, 1.0) for (face, _), new in zip(known, unseen, strict=True) if new]
     if not faces or not others:
         raise DataError(
             f"{len(faces)} faces to solve on and {len(others)} of held-out people to choose by; give the data that the "

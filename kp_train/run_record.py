@@ -22,7 +22,9 @@ from kp_train.data import Face, Source, held_out_fraction, held_out_of, is_held_
 __all__ = [
     "ancestry",
     "check_known",
+    "learned_whole",
     "least_held_out",
+    "recorded_sources",
     "run_record",
     "split_by_person",
     "stored_record",
@@ -41,7 +43,7 @@ def split_by_person(
     Raises:
         DataError: a source gives no face to train on, or all together give none to validate on.
     """
-    training = [[f for f in s.faces if not is_held_out(f.person, config.val_fraction)] for s in sources]
+    training = [[f for f in s.faces if s.whole or not is_held_out(f.person, config.val_fraction)] for s in sources]
     for source, part in zip(sources, training, strict=True):
         if not part:
             raise DataError(
@@ -82,6 +84,7 @@ def run_record(
                 "weight": source.weight,
                 "faces": len(source.faces),
                 "trained_on": len(part),
+                "whole": source.whole,
             }
             for source, part in zip(sources, training, strict=True)
         ],
@@ -111,7 +114,7 @@ def stored_record(
         stored: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
         check_known(run, stored["config"], type(config))
         before = dataclasses.asdict(type(config)()) | stored["config"]  # a setting that the run's release did not have
-        data = [(s["sha256"], s["weight"]) for s in stored["sources"]]
+        data = [(s["sha256"], s["weight"], s.get("whole", False)) for s in stored["sources"]]
         named = stored.get("held_out", {}).get("sha256")  # of a folder the hash above knows no names
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise KpError(f"{run / 'run.json'} can't be read ({error}); begin a new run with another --out") from error
@@ -123,7 +126,7 @@ def stored_record(
         how = f", or begin another at its weights: --init {run} --out OTHER" if more else ""
         raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones{how}")
     names = _sha256_of_names(held_out_of(sources, config.val_fraction))
-    if data != [(s.sha256, s.weight) for s in sources] or named not in (None, names):
+    if data != [(s.sha256, s.weight, s.whole) for s in sources] or named not in (None, names):
         raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
     made_by = _made_by()
     return stored if made_by.items() <= stored.items() else stored | {"resumed_by": made_by}
@@ -157,6 +160,22 @@ def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
 def least_held_out(records: Sequence[dict[str, Any]]) -> float:
     """The share of people whom none of these runs saw, of a model and what it began at; 0 where one does not say."""
     return min(recorded_fraction(record) or 0.0 for record in records)
+
+
+def recorded_sources(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a run's record says of each source that it read."""
+    sources = record.get("sources")
+    return [each for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
+
+
+def learned_whole(sources: Sequence[Source], records: Sequence[dict[str, Any]]) -> list[Source]:
+    """The sources, those as `whole` of which one of these runs may have seen people that the rule holds out.
+
+    That is a source that a run learned whole, and one that it did not read at all: its people may be the same.
+    """
+    seen = [{each.get("sha256"): each.get("whole", False) for each in recorded_sources(record)} for record in records]
+    of_whole = [run for run in seen if any(run.values())]
+    return [dataclasses.replace(s, whole=any(run.get(s.sha256, True) for run in of_whole)) for s in sources]
 
 
 def unseen_fraction(manifest: Manifest) -> float:

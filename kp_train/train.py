@@ -52,7 +52,14 @@ from kp_train.label_bias import source_biases, with_bias
 from kp_train.loaders import Loaders, SourceSampler
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet, load_backbone_weights
-from kp_train.run_record import ancestry, least_held_out, run_record, split_by_person, stored_record
+from kp_train.run_record import (
+    ancestry,
+    learned_whole,
+    least_held_out,
+    run_record,
+    split_by_person,
+    stored_record,
+)
 from kp_train.teachers import Teachers, load_teachers, reduced
 
 __all__ = ["train"]
@@ -193,8 +200,10 @@ def train(
         start, before = _start_weights(module.net, train_set, weights, init)
         record = {"name": name, "devices": trainer.world_size}
         record |= run_record(sources, training, held_out, config, start)
-        unseen = least_held_out(ancestry(record))
-        if unseen < config.val_fraction and trainer.is_global_zero:
+        older = ancestry(record)[1:]
+        new_to_it = learned_whole(sources, older)  # people whom the start never saw, trained on now or not
+        known = any(source.whole and not now.whole for source, now in zip(new_to_it, sources, strict=True))
+        if (known or least_held_out(ancestry(record)) < config.val_fraction) and trainer.is_global_zero:
             print(f"{init} may have seen people whom this run holds out: their NME flatters it", flush=True)
         if trainer.is_global_zero and (both := same_photos(val_set, train_set)):
             pair = " and ".join(str(face.image) for face in both[0])
@@ -205,8 +214,7 @@ def train(
             record["start"] |= {"licence": _licence(start, taught)}
         if before is not None and _sees_alike(before[1], spec):
             theirs = dataclasses.replace(spec, size=before[1].size)  # crops of another size it may not read yet
-            new_to_it = least_held_out(ancestry(record)[1:])  # people whom the start never saw, trained on now or not
-            biases = source_biases(before[0], sources, new_to_it, theirs, order)
+            biases = source_biases(before[0], new_to_it, least_held_out(older), theirs, order, older)
             for source, bias in zip(record["sources"], biases, strict=True):
                 source["label_bias"] = bias if bias is None else bias.tolist()
         if trainer.is_global_zero:
