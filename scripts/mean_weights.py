@@ -23,7 +23,7 @@ from kp_runtime.manifest import Manifest
 from kp_train.checkpoint import CHECKPOINT_NAME, check_no_bundle, load_checkpoint, save_checkpoint
 from kp_train.data import held_out_fraction
 from kp_train.model import KeypointNet
-from kp_train.run_record import ancestry, least_held_out
+from kp_train.run_record import ancestry, least_held_out, recorded_sources
 
 STARTS = ("checkpoint_sha256", "start_sha256")
 """What a record calls the checkpoint that something began at."""
@@ -36,8 +36,8 @@ def mean_of(runs: Sequence[Path]) -> tuple[KeypointNet, Manifest]:
         runs: bundles with a checkpoint, two or more.
 
     Returns:
-        The network, and the manifest of the first run with a record of the others (`training["mean_of"]`). Lost scores
-        are left out: `kp refit` solves one for the mean.
+        The network, and the manifest of the run that learned most sources whole, of the first of these, with a record
+        of the others (`training["mean_of"]`). Lost scores are left out: `kp refit` solves one for the mean.
 
     Raises:
         BundleError, IntegrityError: no checkpoint there.
@@ -45,20 +45,21 @@ def mean_of(runs: Sequence[Path]) -> tuple[KeypointNet, Manifest]:
         InputError: the runs differ in contract, network, held-out people or licence, or have no start in common.
     """
     loaded = [load_checkpoint(run) for run in runs]
-    first, manifest = loaded[0]
+    at = max(range(len(runs)), key=lambda i: len(_whole(loaded[i][1])))
+    first, manifest = loaded[at]
     net = KeypointNet(first.size, first.reduce, first.points)
     spec = replace(manifest.spec, lost_limit=None)
-    for run, (other, theirs) in zip(runs[1:], loaded[1:], strict=True):
+    for run, (other, theirs) in zip(runs, loaded, strict=True):
         differ = {
             "contract": replace(theirs.spec, lost_limit=None) != spec,
             "reduce": other.reduce != net.reduce,
-            "held-out people": _held_out(theirs) != _held_out(manifest),
+            "held-out people": _held_out(theirs) != _held_out(manifest) or not _whole(theirs) <= _whole(manifest),
             "licence": theirs.licence != manifest.licence,
         }
         if odd := [what for what, is_so in differ.items() if is_so]:
-            raise InputError(f"{run} and {runs[0]} differ ({', '.join(odd)}); take runs of one model")
+            raise InputError(f"{run} and {runs[at]} differ ({', '.join(odd)}); take runs of one model")
         if not set(_lineage(theirs)) & set(_lineage(manifest)):
-            raise InputError(f"{run} and {runs[0]} did not begin at the same weights: their mean would be of no use")
+            raise InputError(f"{run} and {runs[at]} did not begin at the same weights: their mean would be of no use")
     states = [other.state_dict() for other, _ in loaded]
     mean = {name: torch.stack([s[name].double() for s in states]).mean(dim=0).to(value.dtype)
             for name, value in net.state_dict().items()}  # fmt: skip
@@ -71,6 +72,12 @@ def mean_of(runs: Sequence[Path]) -> tuple[KeypointNet, Manifest]:
 def _held_out(manifest: Manifest) -> tuple[float, float]:
     """The shares of people whom its last run held out, and whom all runs before it did, too."""
     return held_out_fraction(manifest), least_held_out(ancestry(manifest.training))
+
+
+def _whole(manifest: Manifest) -> set[Any]:
+    """The sha256 of the sources of which a run that led to it held out nobody."""
+    sources = (each for record in ancestry(manifest.training) for each in recorded_sources(record))
+    return {each.get("sha256") for each in sources if each.get("whole")}
 
 
 def _lineage(manifest: Manifest) -> Iterator[str]:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -380,18 +381,21 @@ def test_a_run_ends_with_the_commands_that_come_next(
 ) -> None:
     from kp_train.synthetic import write_csv_source
 
-    configs = []
+    asked = []
 
-    def run(sources: object, config: object, out: Path, **rest: object) -> Path:
-        configs.append(config)
+    def run(sources: list[Any], config: Any, out: Path, **rest: object) -> Path:
+        asked.append((config.keep, config.augment, config.val_fraction, [source.whole for source in sources]))
         return out / "checkpoint.safetensors"
 
     monkeypatch.setattr("kp_train.train.train", run)
     data, out = write_csv_source(tmp_path / "my faces", people=2), tmp_path / "my run"
     words = ("train", "--recipe", recipe, "--data", f"{data}=1.5", "--out", out, "--keep", "last", "--augment", "bent")
-    status, printed, _ = kp(capsys, *words)
+    status, printed, _ = kp(capsys, *words, "--val-fraction", "0.2", "--whole", data)
     assert status == 0
-    assert [(config.keep, config.augment) for config in configs] == [("last", "bent")]
+    assert asked == [("last", "bent", 0.2, [True])]
+    status, _, err = kp(capsys, *words, "--whole", f"{data}=1.5")
+    assert (status, len(asked)) == (1, 1)
+    assert f"--whole {data}=1.5 is none of the --data; name one of these, without a weight" in err
     commands = [shlex.split(line, comments=True)[1:] for line in printed.splitlines()[2:]]
     if recipe == "seed":
         assert commands == [["kp", "export", str(out), "--fp16"]]

@@ -239,6 +239,20 @@ def test_the_person_split_takes_people_never_trained_on(source: Source) -> None:
         held_out_faces([none], manifest)
 
 
+def test_a_run_that_held_out_nobody_of_a_source_leaves_no_face_of_it(source: Source) -> None:
+    """Nor of a source that it did not read: those may be the same people, as test rows are."""
+    manifest = oracle(source, ModelSpec("x", SIZE)).manifest
+    other, unread = (dataclasses.replace(source, sha256=sha256) for sha256 in ("other", "unread"))
+    sources = [{"sha256": source.sha256, "whole": True}, {"sha256": "other", "whole": False}]
+    run = manifest.training | {"sources": sources}
+    for training in (run, {"held_out": {"val_fraction": 0.9}, "start": {"training": run}}):
+        whole = dataclasses.replace(manifest, training=training)
+        assert held_out_faces([source, unread, other], whole) == held_out_faces([other], manifest)
+        with pytest.raises(DataError, match="no face of a person that was held out"):
+            held_out_faces([source, unread], whole)
+        assert trained_on([source], whole) == len(source.faces) > trained_on([other], whole) > 0
+
+
 def test_faces_that_were_trained_on_are_counted(source: Source) -> None:
     manifest = oracle(source, ModelSpec("x", SIZE)).manifest
     run = {"held_out": {"val_fraction": 0.3}, "sources": [5, {"sha256": source.sha256}]}

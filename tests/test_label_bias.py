@@ -14,12 +14,13 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
+from kp_runtime.errors import KpError
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import Augment
 from kp_train.checkpoint import load_checkpoint
 from kp_train.config import recipe
-from kp_train.data import Face, is_held_out, read_source
+from kp_train.data import Face, Source, is_held_out, read_source
 from kp_train.dataset import FaceDataset
 from kp_train.label_bias import bias_of, measured_bias, with_bias
 from kp_train.refit import refit
@@ -209,3 +210,39 @@ def test_a_run_measures_by_what_it_starts_from(
     plain = dataclasses.replace(short, augment="none")
     assert "labels lie" not in run("none", config=plain, init=tmp_path / "first")
     assert measuring == [(held_out, 64)] * 5, "where no face is mirrored there is nothing to know"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+def test_of_a_source_that_a_run_learned_whole_its_record_tells(
+    measuring: list[tuple[int, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first such run still asks about people whom its start never saw; a refit solves on all of them."""
+    rows, photos = (
+        read_source(write_csv_source(tmp_path / name, people=n, each=1)) for name, n in (("a", 20), ("b", 24))
+    )
+    new = [sum(is_held_out(face.person, 0.25) for face in source.faces) for source in (rows, photos)]
+    whole = [dataclasses.replace(rows, whole=True), photos]
+    short = recipe("default", size=64, epochs=1, batch_size=8, ema=0, lr=1e-5, val_fraction=0.25, augment="light")
+
+    def run(name: str, sources: list[Source], init: Path | None = None) -> list[dict[str, Any]]:
+        train(sources, short, tmp_path / name, weights="none", init=init, workers=0, progress=False)
+        told: list[dict[str, Any]] = load_checkpoint(tmp_path / name)[1].training["sources"]
+        return told
+
+    run("first", [rows, photos])
+    with pytest.raises(KpError, match="began with other data or weights"):
+        train(whole, short, tmp_path / "first", resume=True, progress=False)
+    measuring.clear()
+    told = run("second", whole, tmp_path / "first")
+    assert measuring == [(new[0], 64), (new[1], 64)]
+    assert [(one["whole"], one["trained_on"]) for one in told] == [(True, 20), (False, 24 - new[1])]
+    assert "may have seen people" not in capsys.readouterr().out
+    measuring.clear()
+    told = run("third", whole, tmp_path / "second")
+    assert measuring == [(new[1], 64)], "nobody is left to ask about"
+    assert [one["label_bias"] for one in told] == [[[0.01, 0.0]] * 68] * 2
+    done = refit(tmp_path / "third", [rows, photos], tmp_path / "refitted", None)
+    assert (done.faces, done.held_out["keypoints"]) == (20 + 24 - new[1], new[1])
+    assert measuring[1:] == [(new[1], 64)]
+    run("fourth", [rows, photos], tmp_path / "third")
+    assert "third may have seen people whom this run holds out" in capsys.readouterr().out

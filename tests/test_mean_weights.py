@@ -83,6 +83,15 @@ def test_runs_that_have_no_mean(tmp_path: Path, change: dict[str, Any], complain
         mean_weights.mean_of(runs)
 
 
+def test_a_mean_holds_out_whom_no_run_saw(tmp_path: Path) -> None:
+    sources = [{"sha256": "rows", "whole": True}, {"sha256": "photos", "whole": False}]
+    runs = [saved(tmp_path / "a", 1), saved(tmp_path / "b", 2, sources=sources)]
+    assert mean_weights.mean_of(runs)[1].training["sources"] == sources
+    other = saved(tmp_path / "c", 3, sources=[{"sha256": "photos", "whole": True}])
+    with pytest.raises(InputError, match=r"c and .*b differ \(held-out people\)"):
+        mean_weights.mean_of([*runs, other])
+
+
 def test_one_run_has_no_mean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["mean_weights", str(tmp_path), "--out", str(tmp_path / "mean")])
     with pytest.raises(InputError, match="two runs"):
