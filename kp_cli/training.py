@@ -182,6 +182,12 @@ def refit(
             "Repeatable.",
         ),
     ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            help="How strongly the old layer holds the new one, as 0.1; held-out people choose when left out."
+        ),
+    ] = None,
     detector: Detector = "auto",
     threads: Threads = None,
     as_json: Json = False,
@@ -214,7 +220,9 @@ def refit(
     if spec.scheme != "own":
         whole = whole_detector_name(detector)
         finder, made = open_detector(whole, threads=threads), detector_record(whole)
-    result = run(bundle, sources, out, finder, boxes=weights, score_only=score_only, made=made, bar=progress)
+    result = run(
+        bundle, sources, out, finder, boxes=weights, strength=strength, score_only=score_only, made=made, bar=progress
+    )
     if as_json:
         print_json(dataclasses.asdict(result) | {"bundle": out})
         return

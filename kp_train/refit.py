@@ -102,6 +102,7 @@ def refit(
     detector: Boxes | None,
     *,
     boxes: Mapping[str, float] = ALIKE,
+    strength: float | None = None,
     score_only: bool = False,
     made: dict[str, str] | None = None,
     bar: Callable[[str], Bar] = lambda text: no_bar,
@@ -117,13 +118,15 @@ def refit(
             that lie in another box.
         boxes: the kinds that each face is seen in, of `EXACT`, `JITTERED`, `SHAKEN` and `FOUND`, and how much each
             counts, in what is solved and in what held-out people choose.
+        strength: of the pull towards the old weights, in mean squares of the features; held-out people choose one of
+            `STRENGTHS` when None, or that the layer stays.
         score_only: leave the last layer as it is, so that no keypoint moves, and solve the lost score alone.
         made: what the manifest says of the detector.
         bar: gives a text's wrapper of long loops.
 
     Raises:
         BundleError, IntegrityError: no checkpoint there.
-        InputError: the model sees whole photos, or no such kind of boxes, or one that counts nothing.
+        InputError: the model sees whole photos, no such kind of boxes or one that counts nothing, or such a strength.
         DataError: no faces to solve on or to choose by, or an image can't be read.
         NothingGainedError: no strength is better than the old weights, and the model gives a lost score already or
             can't give one that is of use.
@@ -134,6 +137,10 @@ def refit(
         raise InputError("this model sees whole photos, not face boxes; kp refit is for models of face crops")
     weights = {kind: float(weight) for kind, weight in boxes.items() if kind != FOUND or detector is not None}
     _check_boxes(weights)
+    if strength is not None and not (math.isfinite(strength) and strength > 0):
+        raise InputError(f"the strength must be a number over 0, got {strength:g}")
+    if strength is not None and score_only:
+        raise InputError("a strength is of the last layer, which stays where the score alone is solved: leave one out")
     fraction = unseen_fraction(manifest)
     pairs = training_config(manifest).get("pairs", "")
     if has_begun(run):
@@ -157,14 +164,14 @@ def refit(
     chosen_by = {kind: looker.seen(kind, others) for kind in {EXACT: 0.0, **weights}}  # exact ones to compare models by
     old = torch.cat([net.backbone.fc.weight, net.backbone.fc.bias[:, None]], dim=1).detach().double()
     before = {kind: _nme(net, seen, old) for kind, seen in chosen_by.items()}
-    best, strength, after = old, 0.0, before
+    best, taken, after = old, 0.0, before
     if not score_only:
         solved_on = [looker.seen(kind, [(f, w * weight) for f, w in faces]) for kind, weight in weights.items()]
-        for tried in STRENGTHS:
+        for tried in STRENGTHS if strength is None else (strength,):
             new = solved_head(net, old, solved_on, tried)
             nme = {kind: _nme(net, seen, new) for kind, seen in chosen_by.items()}
-            if sum(weights[kind] * (nme[kind] - after[kind]) for kind in weights) < 0:
-                best, strength, after = new, tried, nme
+            if strength is not None or sum(weights[kind] * (nme[kind] - after[kind]) for kind in weights) < 0:
+                best, taken, after = new, tried, nme
     views = looker.anywhere(faces)
     score = solved_score(views.features, _errors(net, views, best))
     shown = _joined([*chosen_by.values(), looker.anywhere(others)])
@@ -182,7 +189,7 @@ def refit(
         if solved.scores:
             _fill(solved.backbone.lost_score, score[None])
     counts = {kind: len(seen.xy) for kind, seen in chosen_by.items()}
-    result = Refit(strength, weights, len(faces), counts, before, after, quality)
+    result = Refit(taken, weights, len(faces), counts, before, after, quality)
     start = {"start_sha256": manifest.files[CHECKPOINT_NAME].sha256, **(made or {})}
     training = _records(manifest.training, start, sources, biases, result)
     spec = dataclasses.replace(manifest.spec, lost_limit=LIMIT if solved.scores else None)

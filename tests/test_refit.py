@@ -309,6 +309,23 @@ def test_the_best_strength_by_the_weights_of_the_boxes_is_taken(
     assert all(torch.allclose(weights[:, :-1].float(), head.weight, atol=1e-3) for weights in asked)
 
 
+def test_a_strength_that_is_given_is_taken(
+    source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever held-out people gain by it: by made-up NMEs they lose."""
+    told, tried = iter([0.10, 0.12]), []
+    monkeypatch.setattr("kp_train.refit._nme", lambda *_: next(told))
+    monkeypatch.setattr("kp_train.refit.solved_head", lambda net, old, seen, by: tried.append(by) or old + 1)
+    few = dataclasses.replace(source, faces=source.faces[:20])
+    result = refit(run, [few], tmp_path / "a", None, boxes={"keypoints": 1}, strength=0.03)
+    assert (tried, result.strength, result.after) == ([0.03], 0.03, {"keypoints": 0.12})
+    for odd in (0, -1.0, math.nan, math.inf):
+        with pytest.raises(InputError, match=r"the strength must be a number over 0, got"):
+            refit(run, [few], tmp_path / "b", None, strength=odd)
+    with pytest.raises(InputError, match="leave one out"):
+        refit(run, [few], tmp_path / "b", None, strength=0.1, score_only=True)
+
+
 def test_labels_are_known_to_lie_to_one_side(
     source: Source, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,7 +421,9 @@ def test_the_command(
     ):
         named = [word for text in odd for word in ("--boxes", text)]
         assert kp(capsys, *words, tmp_path / "b", *named)[2] == f"kp: {line}\n"
-    status, printed, _ = kp(capsys, *words, tmp_path / "b", "--json", "--boxes", "shaken=2", "--boxes", "detector")
+    options = ("--json", "--boxes", "shaken=2", "--boxes", "detector", "--strength", "0.02")
+    status, printed, _ = kp(capsys, *words, tmp_path / "b", *options)
+    assert json.loads(printed)["strength"] == 0.02
     assert json.loads(printed)["boxes"] == {"shaken": 2, "detector": 1}
     assert json.loads(printed)["after"].keys() == {"keypoints", "shaken", "detector"}
     assert json.loads(printed)["lost_score"].keys() == {"faces", "given_up", "lost", "missed"}
