@@ -41,7 +41,8 @@ def split_by_person(
     """Each source's faces to train on, and all held-out ones together, by person.
 
     Raises:
-        DataError: a source gives no face to train on, or all together give none to validate on.
+        DataError: a source gives no face to train on, or all together give none to validate on, or a held-out person is
+            in a source that is learned whole.
     """
     training = [[f for f in s.faces if s.whole or not is_held_out(f.person, config.val_fraction)] for s in sources]
     for source, part in zip(sources, training, strict=True):
@@ -51,6 +52,14 @@ def split_by_person(
                 "the source out"
             )
     held_out = held_out_of(sources, config.val_fraction)
+    learned = {face.person: source.path for source in sources if source.whole for face in source.faces}
+    if twice := sorted({face.person for face in held_out} & learned.keys()):
+        raise DataError(
+            f"{len(twice)} people who are held out are in {learned[twice[0]]} too, which is learned whole, as "
+            f"{twice[0]}; give --whole with every source that has them, or leave it out; {_NAMES}"
+        )
+    if all(source.whole for source in sources):
+        raise DataError("every source is learned whole and nobody is left to validate on; leave --whole out for one")
     if not held_out:
         raise DataError(
             f"{_whose([face for source in sources for face in source.faces])} give none to validate on at val_fraction "
@@ -127,7 +136,8 @@ def stored_record(
         raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones{how}")
     names = _sha256_of_names(held_out_of(sources, config.val_fraction))
     if data != [(s.sha256, s.weight, s.whole) for s in sources] or named not in (None, names):
-        raise KpError(f"the run in {run} began with other data or weights; give the same --data in the same order")
+        how = "give the same --data in the same order, and --whole with the same of them"
+        raise KpError(f"the run in {run} began with other data or weights; {how}")
     made_by = _made_by()
     return stored if made_by.items() <= stored.items() else stored | {"resumed_by": made_by}
 

@@ -220,6 +220,11 @@ def test_of_a_source_that_a_run_learned_whole_its_record_tells(
     rows, photos = (
         read_source(write_csv_source(tmp_path / name, people=n, each=1)) for name, n in (("a", 20), ("b", 24))
     )
+    for face in photos.faces:
+        face.image.rename(face.image.with_name(f"x{face.image.name}"))
+    photos = dataclasses.replace(
+        photos, faces=tuple(dataclasses.replace(f, image=f.image.with_name(f"x{f.image.name}")) for f in photos.faces)
+    )
     new = [sum(is_held_out(face.person, 0.25) for face in source.faces) for source in (rows, photos)]
     whole = [dataclasses.replace(rows, whole=True), photos]
     short = recipe("default", size=64, epochs=1, batch_size=8, ema=0, lr=1e-5, val_fraction=0.25, augment="light")

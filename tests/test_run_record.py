@@ -58,6 +58,18 @@ def test_a_source_that_is_held_out_whole_is_said(tmp_path: Path) -> None:
         split_by_person([many, mine], config)
 
 
+def test_whom_a_run_holds_out_it_learns_from_no_other_source(tmp_path: Path) -> None:
+    """As of rows of the same people, one CSV learned whole, or of one CSV by two paths."""
+    source, config = read_source(write_csv_source(tmp_path, people=40)), recipe("default")
+    whole = dataclasses.replace(source, path=Path("mine.csv"), whole=True)
+    with pytest.raises(
+        DataError, match=r"^\d people who are held out are in mine\.csv too, .* as person\d+; give --whole"
+    ):
+        split_by_person([source, whole], config)
+    with pytest.raises(DataError, match="every source is learned whole and nobody is left to validate on"):
+        split_by_person([whole, whole], config)
+
+
 def test_a_run_that_goes_on_by_other_versions_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, config = read_source(write_csv_source(tmp_path, people=40)), recipe("default")
     record = run_record([source], *split_by_person([source], config), config, {})
