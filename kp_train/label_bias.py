@@ -29,7 +29,7 @@ from kp_train.metrics import FEWEST_PEOPLE
 from kp_train.model import KeypointNet
 from kp_train.run_record import recorded_sources
 
-__all__ = ["bias_of", "from_both_sides", "measured_bias", "source_biases", "with_bias"]
+__all__ = ["bias_of", "from_both_sides", "measured_bias", "noted_bias", "source_biases", "with_bias"]
 
 _BATCH = 64
 _SURE = 3  # standard errors from zero under which the points' mean may be chance
@@ -127,14 +127,15 @@ def source_biases(
     if order is None:
         return [None] * len(sources)
     return [
-        _noted_bias(records, source)
+        noted_bias(records, source)
         if source.whole
         else measured_bias(net, held_out_of([source], fraction), spec, order, bar)
         for source in sources
     ]
 
 
-def _noted_bias(records: Sequence[dict[str, Any]], source: Source) -> NDArray[np.float64] | None:
+def noted_bias(records: Sequence[dict[str, Any]], source: Source) -> NDArray[np.float64] | None:
+    """The bias of a source's labels as the newest of these runs that knew one recorded it."""
     told = (each for record in records for each in recorded_sources(record) if each.get("sha256") == source.sha256)
     noted = next((each["label_bias"] for each in told if each.get("label_bias")), None)
     return None if noted is None else np.array(noted)

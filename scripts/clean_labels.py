@@ -30,11 +30,11 @@ from kp_runtime.spec import ModelSpec
 from kp_train.augment import mirror_from_pairs
 from kp_train.checkpoint import load_checkpoint
 from kp_train.data import Source, is_held_out, read_source
-from kp_train.label_bias import bias_of, from_both_sides
+from kp_train.label_bias import bias_of, from_both_sides, noted_bias
 from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet
 from kp_train.refit import training_config
-from kp_train.run_record import unseen_fraction
+from kp_train.run_record import ancestry, learned_whole, unseen_fraction
 
 FARTHEST = 10
 
@@ -56,7 +56,13 @@ class Cleaned:
 
 
 def cleaned(
-    net: KeypointNet, spec: ModelSpec, source: Source, fraction: float, order: NDArray[np.intp], share: float
+    net: KeypointNet,
+    spec: ModelSpec,
+    source: Source,
+    fraction: float,
+    order: NDArray[np.intp],
+    share: float,
+    noted: NDArray[np.float64] | None = None,
 ) -> Cleaned:
     """Moves a source's labels.
 
@@ -67,11 +73,12 @@ def cleaned(
         fraction: of the people who were held out when it was trained.
         order: of a mirrored face's points, as in `kp_train.augment.MirrorFace`.
         share: how much of the way: 0.5 to the mean of labels and network, 1 to the network's.
+        noted: the labels' bias where the source is whole, so that nobody is held out who could tell it.
     """
     people = np.array([face.person for face in source.faces])
-    kept = np.array([is_held_out(person, fraction) for person in people])
+    kept = np.array([not source.whole and is_held_out(person, fraction) for person in people])
     labels, seen = from_both_sides(net, source.faces, spec, order, lambda batches: track(batches, source.path.stem))
-    bias = bias_of((labels - seen)[kept], people[kept].tolist(), order)
+    bias = noted if source.whole else bias_of((labels - seen)[kept], people[kept].tolist(), order)
     change = (seen - labels).numpy() + (0 if bias is None else bias)
     xy = np.stack([face.xy for face in source.faces]).astype(np.float64)
     boxes = np.stack([boxes_from_points(points) for points in xy])
@@ -102,8 +109,9 @@ def main() -> None:
     if there := [file for file in files if file.exists() or files.count(file) > 1]:
         raise InputError(f"{there[0]} is already there or would be written twice; name another folder with --out")
     make_folder(args.out)
-    for source, file in zip(sources, files, strict=True):
-        done = cleaned(net, spec, source, fraction, order, args.share)
+    runs = ancestry(manifest.training)
+    for source, file in zip(learned_whole(sources, runs), files, strict=True):
+        done = cleaned(net, spec, source, fraction, order, args.share, noted_bias(runs, source))
         places = [face.image.parent.resolve() / face.image.name for face in source.faces]  # a link's name is the person
         names = [os.path.relpath(place, file.parent.resolve()) for place in places]
         faces_to_file([LabelledFace(name, xy) for name, xy in zip(names, done.xy, strict=True)], file)

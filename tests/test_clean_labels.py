@@ -46,6 +46,11 @@ def test_labels_go_to_what_the_network_sees_and_keep_their_side(tmp_path: Path, 
         np.testing.assert_allclose(xy[:, 0], (1 - share) * old.xy[:, 0] + share * seen, atol=0.3)
         np.testing.assert_allclose(xy[:, 1], old.xy[:, 1], atol=0.05)
     assert (done.off > 0).all(), "of held-out faces it is told too"
+    whole = dataclasses.replace(source, whole=True)
+    bias = np.tile([0.02, 0], (68, 1))
+    every = clean_labels.cleaned(net, SPEC, whole, 0.3, MIRROR, share, bias)  # type: ignore[arg-type]
+    assert not every.kept.any(), "nobody is held out of a source that was learned whole"
+    np.testing.assert_allclose(every.xy[~done.kept], done.xy[~done.kept], atol=0.1)
 
 
 @pytest.fixture
@@ -98,16 +103,20 @@ def test_who_was_trained_on_by_an_earlier_run_is_not_held_out(
     manifest = Manifest.read(run)
     start = {"training": TRAINING | {"held_out": {"val_fraction": 0.1}}}
     dataclasses.replace(manifest, training=TRAINING | {"start": start}).write(run)
-    fractions: list[float] = []
+    told: list[tuple[float, bool, object]] = []
 
     def noted(net: object, spec: object, source: Source, fraction: float, *others: object) -> clean_labels.Cleaned:
-        fractions.append(fraction)
+        told.append((fraction, source.whole, None if others[2] is None else others[2].tolist()))  # type: ignore[attr-defined]
         xy = np.stack([face.xy for face in source.faces])
         return clean_labels.Cleaned(xy, np.zeros(len(xy)), np.zeros(len(xy), bool))
 
     monkeypatch.setattr(clean_labels, "cleaned", noted)
-    script(monkeypatch, run, write_csv_source(tmp_path, people=2), "--out", tmp_path / "out")
-    assert fractions == [0.1]
+    path, bias = write_csv_source(tmp_path, people=2), [[0.01, 0.0]] * 68
+    script(monkeypatch, run, path, "--out", tmp_path / "out")
+    source = {"sha256": read_source(path).sha256, "whole": True, "label_bias": bias}
+    dataclasses.replace(manifest, training=TRAINING | {"sources": [source], "start": start}).write(run)
+    script(monkeypatch, run, path, "--out", tmp_path / "whole")
+    assert told == [(0.1, False, None), (0.1, True, bias)]
 
 
 def test_a_file_in_the_folder_s_place_is_told_before_the_work(
