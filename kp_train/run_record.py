@@ -24,6 +24,7 @@ __all__ = [
     "check_known",
     "learned_whole",
     "least_held_out",
+    "may_have_seen",
     "recorded_sources",
     "run_record",
     "split_by_person",
@@ -186,6 +187,14 @@ def learned_whole(sources: Sequence[Source], records: Sequence[dict[str, Any]]) 
     seen = [{each.get("sha256"): each.get("whole", False) for each in recorded_sources(record)} for record in records]
     of_whole = [run for run in seen if any(run.values())]
     return [dataclasses.replace(s, whole=any(run.get(s.sha256, True) for run in of_whole)) for s in sources]
+
+
+def may_have_seen(records: Sequence[dict[str, Any]], sources: Sequence[Source], fraction: float) -> bool:
+    """Whether one of these runs may have seen people whom another one holds out: that `fraction` of these sources'."""
+    known = learned_whole(sources, records)
+    return least_held_out(records) < fraction or any(
+        one.whole and not source.whole for one, source in zip(known, sources, strict=True)
+    )
 
 
 def unseen_fraction(manifest: Manifest) -> float:

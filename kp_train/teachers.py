@@ -20,6 +20,7 @@ from kp_runtime.errors import InputError
 from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.model import KeypointNet
+from kp_train.run_record import ancestry
 
 __all__ = ["Teachers", "load_teachers", "reduced"]
 
@@ -32,12 +33,14 @@ class Teachers:
         nets: the models.
         records: of each, its name and the sha256 of its checkpoint.
         licences: of each, what its manifest says.
+        runs: of each, the records of the runs that led to it, as `ancestry` gives them.
         size: side of the crops that all sides are reduced from, in pixels.
     """
 
     nets: tuple[KeypointNet, ...]
     records: tuple[dict[str, Any], ...]
     licences: tuple[dict[str, str], ...]
+    runs: tuple[list[dict[str, Any]], ...]
     size: int
 
     @torch.no_grad()
@@ -84,5 +87,6 @@ def load_teachers(paths: Sequence[Path], spec: ModelSpec) -> Teachers:
             {"name": manifest.spec.name, "sha256": manifest.files[CHECKPOINT_NAME].sha256} for _, manifest in loaded
         ),
         licences=tuple(manifest.licence for _, manifest in loaded),
+        runs=tuple(ancestry(manifest.training) for _, manifest in loaded),
         size=size,
     )

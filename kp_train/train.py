@@ -56,6 +56,7 @@ from kp_train.run_record import (
     ancestry,
     learned_whole,
     least_held_out,
+    may_have_seen,
     run_record,
     split_by_person,
     stored_record,
@@ -202,9 +203,10 @@ def train(
         record |= run_record(sources, training, held_out, config, start)
         older = ancestry(record)[1:]
         new_to_it = learned_whole(sources, older)  # people whom the start never saw, trained on now or not
-        known = any(source.whole and not now.whole for source, now in zip(new_to_it, sources, strict=True))
-        if (known or least_held_out(ancestry(record)) < config.val_fraction) and trainer.is_global_zero:
-            print(f"{init} may have seen people whom this run holds out: their NME flatters it", flush=True)
+        known = [(init, older)] * bool(older) + list(zip(teachers, taught.runs, strict=True))
+        for model, runs in known:
+            if may_have_seen(runs, sources, config.val_fraction) and trainer.is_global_zero:
+                print(f"{model} may have seen people whom this run holds out: their NME flatters it", flush=True)
         if trainer.is_global_zero and (both := same_photos(val_set, train_set)):
             pair = " and ".join(str(face.image) for face in both[0])
             what = f"photos are held out and, by another name, trained on: {len(both)} of {len(held_out)}"

@@ -101,10 +101,21 @@ def test_a_step_goes_towards_the_mean_of_label_and_answer(tmp_path: Path, monkey
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"net"}
 
 
-def test_a_run_records_its_teachers_and_stays_under_their_licence(faces: Path, tmp_path: Path) -> None:
+def test_a_run_records_its_teachers_and_stays_under_their_licence(
+    faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And says which of them may have seen people whom it holds out."""
     teacher = model(tmp_path / "teacher", 128)
+    manifest = Manifest.read(teacher)
+    dataclasses.replace(manifest, training={"held_out": {"val_fraction": 0.1}}).write(teacher)
     before = (teacher / "checkpoint.safetensors").read_bytes()
     _, manifest = load_checkpoint(run(faces, tmp_path / "r", [teacher]))
+    assert "may have seen" not in capsys.readouterr().out
+    learned = {"sources": [{"sha256": read_source(faces).sha256, "whole": True}]}
+    older = model(tmp_path / "older", 64)
+    dataclasses.replace(Manifest.read(older), training={"held_out": {"val_fraction": 0.1}} | learned).write(older)
+    run(faces, tmp_path / "s", [older])
+    assert f"{older} may have seen people whom this run holds out: their NME flatters it" in capsys.readouterr().out
     sha256 = load_checkpoint(teacher)[1].files["checkpoint.safetensors"].sha256
     assert manifest.training["teachers"] == [{"name": "teacher", "sha256": sha256}]
     assert manifest.licence == LICENCE
