@@ -174,9 +174,10 @@ def least_held_out(records: Sequence[dict[str, Any]]) -> float:
 
 
 def recorded_sources(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a run's record says of each source that it read."""
+    """What a run's record says of each source that it read, those without a hash left out."""
     sources = record.get("sources")
-    return [each for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
+    every = [each for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
+    return [each for each in every if isinstance(each.get("sha256"), str)]
 
 
 def learned_whole(sources: Sequence[Source], records: Sequence[dict[str, Any]]) -> list[Source]:

@@ -255,7 +255,7 @@ def test_a_run_that_held_out_nobody_of_a_source_leaves_no_face_of_it(source: Sou
 
 def test_faces_that_were_trained_on_are_counted(source: Source) -> None:
     manifest = oracle(source, ModelSpec("x", SIZE)).manifest
-    run = {"held_out": {"val_fraction": 0.3}, "sources": [5, {"sha256": source.sha256}]}
+    run = {"held_out": {"val_fraction": 0.3}, "sources": [5, {"sha256": []}, {"sha256": source.sha256}]}
     seen = len(source.faces) - len(held_out_faces([source], manifest))
     other = dataclasses.replace(source, sha256="of another file")
     for training, count in (
