@@ -353,7 +353,8 @@ def evaluate(
     else:
         faces = [face for source in sources for face in source.faces]
         if seen := trained_on(sources, opened.manifest):
-            note(f"{seen} of these {len(faces)} faces were trained on; --split person measures the others")
+            others = "; --split person measures the others" if seen < len(faces) else ""
+            note(f"{seen} of these {len(faces)} faces were trained on{others}")
     named = whole_detector_name(detector) if boxes is Boxes.detector else None
     finder = None
     if named:
