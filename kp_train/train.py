@@ -241,7 +241,7 @@ def train(
         # before the network is moved there, and Lightning would leave the averaged one where the network is now
         callbacks.append(EMAWeightAveraging(trainer.strategy.root_device, decay=config.ema))
     trainer.callbacks[:0] = callbacks  # type: ignore[attr-defined]
-    data = [(source.sha256, source.weight) for source in sources]
+    data = [(source.sha256, source.weight, source.whole) for source in sources]
     beginning = {"settings": dataclasses.asdict(config), "data": data, "teachers": taught.records, "state": resume}
     together = Together(beginning, resume)
     trainer.callbacks.append(together)  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from kp_runtime.errors import KpError
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import Augment
+from kp_train.callbacks import Together
 from kp_train.checkpoint import load_checkpoint
 from kp_train.config import recipe
 from kp_train.data import Face, Source, is_held_out, read_source
@@ -214,7 +215,10 @@ def test_a_run_measures_by_what_it_starts_from(
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 def test_of_a_source_that_a_run_learned_whole_its_record_tells(
-    measuring: list[tuple[int, int]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    measuring: list[tuple[int, int]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The first such run still asks about people whom its start never saw; a refit solves on all of them."""
     rows, photos = (
@@ -238,7 +242,11 @@ def test_of_a_source_that_a_run_learned_whole_its_record_tells(
     with pytest.raises(KpError, match="began with other data or weights"):
         train(whole, short, tmp_path / "first", resume=True, progress=False)
     measuring.clear()
-    told = run("second", whole, tmp_path / "first")
+    begins: list[dict[str, Any]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("kp_train.train.Together", lambda *words: begins.append(words[0]) or Together(*words))
+        told = run("second", whole, tmp_path / "first")
+    assert [each[2] for each in begins[0]["data"]] == [True, False], "all workers must begin so"
     assert measuring == [(new[0], 64), (new[1], 64)]
     assert [(one["whole"], one["trained_on"]) for one in told] == [(True, 20), (False, 24 - new[1])]
     assert "may have seen people" not in capsys.readouterr().out
