@@ -362,6 +362,7 @@ def create_app(settings: Settings) -> FastAPI:
     seldom = Seldom()
     app.state.settings, app.state.service = settings, service
     metrics = service.metrics
+    stage: Callable[[str], Any] = metrics.timer if metrics else contextlib.nullcontext
     if metrics:
         metrics.errors_may_be("request", "400", "408", "413", "415", "503", "BackendError", "ImageError", "MemoryError")
         metrics.queues({"requests": lambda: door.inside, "crops": lambda: service.batching.waiting})
@@ -373,7 +374,9 @@ def create_app(settings: Settings) -> FastAPI:
             if not data.startswith(MAGIC):
                 raise HTTPException(415, "the body is neither a JPEG nor a PNG; send the image's bytes as they are")
             try:
-                return JSONResponse(await asyncio.get_running_loop().run_in_executor(threads, service.answer, data))
+                with stage("answer"):  # with the waits for a thread, a detector and the engine, not for the upload
+                    found = await asyncio.get_running_loop().run_in_executor(threads, service.answer, data)
+                return JSONResponse(found)
             except asyncio.CancelledError as error:  # uvicorn waits no longer
                 raise HTTPException(503, "the service ends; try again in a second", {"Retry-After": "1"}) from error
 

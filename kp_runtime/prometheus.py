@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["BUCKETS_S", "Metrics", "address_from_text"]
 
-BUCKETS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-"""Upper ends of the buckets of `kp_stage_seconds`: 0.1 ms to 1 s."""
+BUCKETS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0)
+"""Upper ends of the buckets of `kp_stage_seconds`: 0.1 ms to 25 s, which an answer of a full service may take."""
 
 
 class Metrics:

@@ -163,6 +163,7 @@ def test_metrics_of_the_service(service: Any, bundle: Path, astronaut: Path) -> 
     assert set(asyncio.run(talk())) >= {
         "kp_frames_total 2.0",
         "kp_faces_total 2.0",
+        'kp_stage_seconds_count{stage="answer"} 3.0',
         'kp_stage_seconds_count{stage="detect"} 2.0',
         'kp_errors_total{kind="ImageError",where="request"} 1.0',
         'kp_errors_total{kind="415",where="request"} 1.0',
