@@ -236,6 +236,9 @@ class Service:
         for _ in range(default_threads()):
             detector = kp_runtime.load_detector(named, threads=1, public_key=settings.public_key)
             self._detectors.put(self.metrics.detector(detector) if self.metrics else detector)
+        kind, _, path = named.partition("=")
+        self._faces_by = {"detector": kind, "detector_sha256": getattr(detector, "sha256", None)}
+        say(f"faces by {kind}" + f" {os.path.realpath(path)}, sha256 {self._faces_by['detector_sha256']}" * bool(path))
         size = model.spec.size
         self._crop = np.random.default_rng(68).integers(0, 256, (1, 1, size, size), dtype=np.uint8)
         self._expected = self.batching.begin(self._crop)  # load() has just compared the golden crop
@@ -274,6 +277,7 @@ class Service:
             "sha256": report.sha256,
             "kp": kp_runtime.__version__,
             "rejected": report.rejected,
+            **self._faces_by,
             "lost_limit": self.batching.spec.lost_limit,
             "calls": self.batching.calls,
             "faces": self.batching.faces,

@@ -57,6 +57,9 @@ class CenterDetector:
         threads: of the engine; all cores when None.
         public_key: whose signature the bundle must have; see `load`.
 
+    Attributes:
+        sha256: of the model file, as the manifest has it.
+
     Raises:
         BundleError, IntegrityError: no detector's bundle there, or a file that is not the manifest's.
         SignatureError: it is not signed by `public_key`.
@@ -82,6 +85,7 @@ class CenterDetector:
         self._smallest, self._model = smallest, Path(bundle) / MODEL_NAME
         self._threads, self._process = checked_threads(threads), os.getpid()
         self._session = open_session(self._model, lambda: manifest.read_file(bundle, MODEL_NAME), self._threads)
+        self.sha256: str = manifest.entry(bundle, MODEL_NAME).sha256
         self._check(manifest.read_file(bundle, GOLDEN_NAME), str(Path(bundle) / GOLDEN_NAME))
 
     def __repr__(self) -> str:

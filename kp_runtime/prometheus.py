@@ -58,6 +58,7 @@ class Metrics:
         self._lost = client.Counter("kp_tracks_lost", "Times that a followed face was lost", registry=registry)
         self._queue = client.Gauge("kp_queue_length", "What waits, by queue", ["queue"], registry=registry)
         self._backend = client.Info("kp_backend", "The engine in use, by model", ["model"], registry=registry)
+        self._detector = client.Info("kp_detector", "The face detector in use", ["detector"], registry=registry)
         self._seconds = client.Histogram(
             "kp_stage_seconds", "Time of a stage's runs", ["stage"], buckets=BUCKETS_S, registry=registry
         )
@@ -77,13 +78,20 @@ class Metrics:
         self.errors_may_be("model", "BackendError", "BoxError", "ImageError")
         report = model.backend.report
         self._backend.labels(model.spec.name).info(
-            {"backend": report.backend, "file": report.file, "precision": report.precision, "version": __version__}
+            {
+                "backend": report.backend,
+                "file": report.file,
+                "precision": report.precision,
+                "sha256": report.sha256 or "",
+                "version": __version__,
+            }
         )
         return _WatchedModel(self, model)
 
     def detector(self, detector: Detector) -> FindFaces:
         """A function that calls the detector: stage `detect`, and its errors."""
         self.errors_may_be("detector", "BackendError", "ImageError")
+        self._detector.labels(type(detector).__name__).info({"sha256": getattr(detector, "sha256", "")})
 
         def watched(image: Any, /, **rest: Any) -> NDArray[np.float64]:
             with self.errors("detector"), self.timer("detect"):

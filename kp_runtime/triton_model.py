@@ -110,8 +110,13 @@ class ImagesModel:
     @property
     def report(self) -> str:
         """What runs, as a line, with what is to be known of its boxes."""
+        from kp_runtime import __version__
+
         report, spec = self._backend.report, self._backend.spec
-        return "; ".join(filter(None, [f"{spec.name}: {report.file} on {report.backend}", box_advice(spec)]))
+        runs = f"kp {__version__}: {report.backend} runs {report.file} of {spec.name}, sha256 {report.sha256}"
+        faces = f"faces by {type(self._detector).__name__}, sha256 {getattr(self._detector, 'sha256', 'unknown')}"
+        rejected = f"rejected: {' | '.join(report.rejected)}" * bool(report.rejected)
+        return "; ".join(filter(None, [runs, faces, rejected, box_advice(spec)]))
 
     def __call__(self, calls: Sequence[Sequence[bytes]]) -> list[list[Faces] | KpError]:
         """Answers each of several calls with the faces of its images, or the error of the first bad one.

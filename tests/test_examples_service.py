@@ -34,6 +34,7 @@ from tests.test_examples_batching import until
 from tests.tolerances import FP32_PX, assert_close
 
 ROOT = Path(__file__).resolve().parents[1]
+DETECTOR_SHA256 = hashlib.sha256((ROOT / "engines" / "face-detector" / "model.fp32.onnx").read_bytes()).hexdigest()
 pytestmark = pytest.mark.usefixtures("own_detector")
 
 
@@ -135,6 +136,7 @@ def test_the_service_in_one_process(service: Any, bundle: Path, astronaut: Path)
             assert health.json() == {
                 "status": "ok", "backend": "ort-cpu", "file": "model.fp32.onnx", "rejected": list(report.rejected),
                 "lost_limit": LOST_LIMIT, "calls": 2, "faces": 2, "sha256": sha256, "kp": kp_runtime.__version__,
+                "detector": "own", "detector_sha256": DETECTOR_SHA256,
             }  # fmt: skip
             assert report.rejected[-1] == "int8: not in the bundle"
             app.state.service._expected += 1
@@ -205,7 +207,12 @@ def test_the_service_takes_no_model_of_whole_frames(service: Any, tmp_path: Path
 
 
 def test_the_service_says_at_its_start_what_runs_and_whose_boxes_it_takes(
-    service: Any, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    service: Any,
+    bundle: Path,
+    own_detector: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     current = tmp_path / "current"
     current.symlink_to(bundle)  # the line names the release behind it
@@ -213,10 +220,11 @@ def test_the_service_says_at_its_start_what_runs_and_whose_boxes_it_takes(
     rejected, file = " | ".join(report.rejected), bundle.resolve() / "model.fp32.onnx"
     runs = f"kp {kp_runtime.__version__}: ort-cpu runs {file}, sha256 {report.sha256}; rejected: {rejected}\n"
     assert "tensorrt: this machine has no NVIDIA driver" in rejected or "holds no TensorRT plan" in rejected
-    assert capsys.readouterr().err == runs
+    own = f"faces by own {own_detector}, sha256 {DETECTOR_SHA256}\n"
+    assert capsys.readouterr().err == runs + own
     monkeypatch.setattr(service, "box_advice", lambda spec: f"boxes of {spec.name}")
     service.Service(service.Settings(model=str(bundle)))
-    assert capsys.readouterr().err == f"{runs}boxes of tiny\n"
+    assert capsys.readouterr().err == f"{runs}boxes of tiny\n{own}"
 
 
 def test_what_fails_requests_is_in_the_log_and_does_not_fill_it(

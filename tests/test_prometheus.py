@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 import socket
 import sys
@@ -23,6 +24,7 @@ from kp_runtime.video_source import open_source
 
 pytest.importorskip("prometheus_client", reason="prometheus_client, which the metrics are made with, is not installed")
 
+ROOT = Path(__file__).resolve().parents[1]
 IMAGE = np.full((96, 128, 3), 128, np.uint8)
 BOX = [[20.0, 20, 80, 80]]
 
@@ -38,7 +40,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return found
 
 
-def test_a_watched_model_answers_as_the_model(model: Any) -> None:
+def test_a_watched_model_answers_as_the_model(model: Any, bundle: Path) -> None:
     metrics = Metrics()
     watched = metrics.model(model)
     for boxes in (BOX, BOX * 3, []):
@@ -51,6 +53,7 @@ def test_a_watched_model_answers_as_the_model(model: Any) -> None:
     assert 0 < sum(value(metrics, "kp_stage_seconds_sum", stage=s) or 0 for s in ("crop", "infer", "map back")) < whole
     report = model.backend.report
     labels = {"backend": "ort-cpu", "file": report.file, "precision": "fp32", "version": kp_runtime.__version__}
+    labels["sha256"] = hashlib.sha256((bundle / report.file).read_bytes()).hexdigest()
     assert value(metrics, "kp_backend_info", model="tiny", **labels) == 1
 
 
@@ -78,6 +81,13 @@ def test_errors_are_counted_and_pass(model: Any) -> None:
     assert value(metrics, "kp_errors_total", where="model", kind="BoxError") == 1
     assert value(metrics, "kp_errors_total", where="detector", kind="BackendError") == 1
     assert value(metrics, "kp_calls_total") == 0
+
+
+def test_the_page_tells_whose_boxes_it_counts() -> None:
+    metrics, own = Metrics(), ROOT / "engines" / "face-detector"
+    metrics.detector(kp_runtime.CenterDetector(own, threads=1))
+    sha256 = hashlib.sha256((own / "model.fp32.onnx").read_bytes()).hexdigest()
+    assert value(metrics, "kp_detector_info", detector="CenterDetector", sha256=sha256) == 1
 
 
 def test_buckets_reach_from_a_tenth_of_a_millisecond_to_a_full_services_answer() -> None:

@@ -71,10 +71,17 @@ def images(bundle: Path, own_detector: Path) -> Iterator[ImagesModel]:
     model.close()
 
 
-def test_the_server_s_log_tells_whose_boxes_a_model_takes(images: ImagesModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert images.report == "tiny: model.fp32.onnx on ort-cpu"
+def test_the_server_s_log_tells_what_runs_and_whose_boxes_it_takes(
+    images: ImagesModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, own = images._backend.report, images._detector.sha256  # type: ignore[attr-defined]
+    runs = (
+        f"kp {kp_runtime.__version__}: ort-cpu runs model.fp32.onnx of tiny, sha256 {report.sha256}; "
+        f"faces by CenterDetector, sha256 {own}; rejected: {' | '.join(report.rejected)}"
+    )
+    assert images.report == runs
     monkeypatch.setattr(triton_model, "box_advice", lambda spec: f"boxes of {spec.name}")
-    assert images.report == "tiny: model.fp32.onnx on ort-cpu; boxes of tiny"
+    assert images.report == f"{runs}; boxes of tiny"
 
 
 def jpeg(image: np.ndarray) -> bytes:
