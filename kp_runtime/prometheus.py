@@ -62,6 +62,7 @@ class Metrics:
         self._seconds = client.Histogram(
             "kp_stage_seconds", "Time of a stage's runs", ["stage"], buckets=BUCKETS_S, registry=registry
         )
+        client.ProcessCollector(registry=registry)  # memory, files, start; a registry of one's own has none
         self._dropped: Callable[[], int] | None = None
         registry.register(self)
         self.timer: StageTimer = _HistogramTimer(self._seconds)

@@ -145,6 +145,14 @@ def length(metrics: Metrics, queue: str) -> float:
     return -1 if found is None else found
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prometheus_client reads /proc")
+def test_the_page_tells_the_process_memory_and_start() -> None:
+    metrics = Metrics()
+    assert (value(metrics, "process_resident_memory_bytes") or 0) > 2**20
+    assert (value(metrics, "process_open_fds") or 0) > 0
+    assert (value(metrics, "process_start_time_seconds") or 0) > 0
+
+
 def test_the_page_is_served_and_taken_away_again() -> None:
     metrics = Metrics()
     metrics.frames.inc(7)
