@@ -40,6 +40,7 @@ class Metrics:
         timer: goes where a `StageTimer` is taken; each sample joins the histogram of its stage.
         frames: counter of images that are done.
         faces: counter of the faces on them.
+        dropped: counter of frames that were left out to keep up.
 
     Raises:
         MissingExtraError: prometheus_client is not installed.
@@ -51,6 +52,7 @@ class Metrics:
         self.registry = registry = client.CollectorRegistry()
         self.frames = client.Counter("kp_frames", "Images or video frames that are done", registry=registry)
         self.faces = client.Counter("kp_faces", "Faces on them", registry=registry)
+        self.dropped = client.Counter("kp_frames_dropped", "Frames of a live source left out", registry=registry)
         self._calls = client.Counter("kp_calls", "Calls of a model", registry=registry)
         self._crops = client.Counter("kp_crops", "Face boxes that a model was asked for", registry=registry)
         self._errors = client.Counter("kp_errors", "Errors by place and kind", ["where", "kind"], registry=registry)
@@ -63,8 +65,6 @@ class Metrics:
             "kp_stage_seconds", "Time of a stage's runs", ["stage"], buckets=BUCKETS_S, registry=registry
         )
         client.ProcessCollector(registry=registry)  # memory, files, start; a registry of one's own has none
-        self._dropped: Callable[[], int] | None = None
-        registry.register(self)
         self.timer: StageTimer = _HistogramTimer(self._seconds)
 
     def model(self, model: Model) -> FindPoints:
@@ -124,17 +124,6 @@ class Metrics:
         """Shows the length of each queue, asked for when the page is read; a name given again is the new one."""
         for name, length in lengths.items():
             self._queue.labels(name).set_function(length)
-
-    def dropped(self, count: Callable[[], int]) -> None:
-        """Shows what `count` gives as `kp_frames_dropped_total`; given again, the new one."""
-        self._dropped = count
-
-    def collect(self) -> Iterator[Any]:
-        """What is counted elsewhere, as the registry asks for it."""
-        from prometheus_client.core import CounterMetricFamily
-
-        if self._dropped is not None:
-            yield CounterMetricFamily("kp_frames_dropped", "Frames of a live source left out", value=self._dropped())
 
     def page(self) -> tuple[bytes, str]:
         """The metrics as Prometheus reads them, and the content type."""

@@ -72,16 +72,23 @@ class Ahead(Generic[T]):
         room: most items that wait.
         newest: drop the oldest waiting item rather than stop; `dropped` counts them.
         stop: once it is set, only what waits is given, as what is asked for the next item may never answer.
+        drop: is called for each item that is dropped.
 
     Raises:
         BackendError: no thread could be started.
     """
 
     def __init__(
-        self, items: Iterable[T], room: int = _ROOM, *, newest: bool = False, stop: threading.Event | None = None
+        self,
+        items: Iterable[T],
+        room: int = _ROOM,
+        *,
+        newest: bool = False,
+        stop: threading.Event | None = None,
+        drop: Callable[[], object] = lambda: None,
     ) -> None:
         self._room, self._newest, self._stop = room, newest, stop or threading.Event()
-        self._waiting: deque[T] = deque()
+        self._drop, self._waiting = drop, deque[T]()
         self._changed = threading.Condition()
         self._ended = self._closed = False
         self._error: BaseException | None = None
@@ -136,6 +143,7 @@ class Ahead(Generic[T]):
             if self._newest and len(self._waiting) >= self._room:
                 self._waiting.popleft()
                 self.dropped += 1
+                self._drop()
             while len(self._waiting) >= self._room and not self._closed:
                 self._changed.wait()
             self._waiting.append(item)
@@ -247,12 +255,12 @@ def run_video(
     failed: dict[int, KpError] = {}  # by the id of the sink, or of the source
     steps: list[Ahead[Any]] = []
     try:
-        steps.append(read := Ahead(_until(source, stop, stage), room, newest=source.live, stop=stop))
+        drop = metrics.dropped.inc if metrics else lambda: None
+        steps.append(read := Ahead(_until(source, stop, stage), room, newest=source.live, stop=stop, drop=drop))
         steps.append(found := Ahead(tracked(), room))
         steps.append(drawn := Ahead(pictured(), room))
         if metrics:
             metrics.queues({"read": read.waiting, "tracked": found.waiting, "drawn": drawn.waiting})
-            metrics.dropped(lambda: read.dropped)
         for frame, tracks, picture in drawn:
             with stage("write"):
                 for sink in sinks:

@@ -7,7 +7,9 @@ import hashlib
 import re
 import socket
 import sys
+import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from kp_runtime.errors import BackendError, BoxError, InputError, MissingExtraEr
 from kp_runtime.prometheus import BUCKETS_S, Metrics, address_from_text
 from kp_runtime.video import run_video
 from kp_runtime.video_sink import open_sinks
-from kp_runtime.video_source import open_source
+from kp_runtime.video_source import VideoFrame, open_source
 
 pytest.importorskip("prometheus_client", reason="prometheus_client, which the metrics are made with, is not installed")
 
@@ -211,12 +213,24 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
         Metrics()
 
 
-def test_a_second_run_takes_the_place_of_the_first() -> None:
+def test_what_runs_drop_adds_up() -> None:
+    class Camera:
+        name = stem = "made up"
+        live, rate, count, size_hw = True, 30.0, None, (96, 128)
+
+        def __iter__(self) -> Iterator[VideoFrame]:
+            yield from (VideoFrame(i, i / 30, IMAGE) for i in range(20))
+
+    def slow(image: Any, seconds: float) -> tuple[()]:
+        time.sleep(0.02)
+        return ()
+
+    slow.faces = slow.detector_runs = 0  # type: ignore[attr-defined]
     metrics = Metrics()
-    metrics.dropped(lambda: 3)
-    metrics.dropped(lambda: 5)
-    lines = metrics.page()[0].decode().splitlines()
-    assert [line for line in lines if line.startswith("kp_frames_dropped_total")] == ["kp_frames_dropped_total 5.0"]
+    assert value(metrics, "kp_frames_dropped_total") == 0
+    runs = [run_video(Camera(), slow, [], metrics=metrics).dropped for _ in range(2)]  # type: ignore[arg-type]
+    assert min(runs) > 0
+    assert value(metrics, "kp_frames_dropped_total") == sum(runs)
 
 
 def test_a_host_that_can_not_be() -> None:
