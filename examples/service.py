@@ -2,7 +2,7 @@
 
 What it does    POST an image (JPEG or PNG, as the body) to /keypoints -> JSON with the box and the 68
                 keypoints of every face. GET /health runs the network and compares its answer; GET /metrics
-                is a page for Prometheus, of this process.
+                is a page for Prometheus, of this process: start others on ports of their own, not as --workers.
 What it needs   pip install 'kp-edge[image,ort,serve,metrics]'; a bundle
 How to run      KP_MODEL=BUNDLE uvicorn examples.service:app, or KP_MODEL=BUNDLE python examples/service.py
 How to ask      curl --data-binary @photo.jpg http://127.0.0.1:8000/keypoints

@@ -147,6 +147,16 @@ def length(metrics: Metrics, queue: str) -> float:
     return -1 if found is None else found
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the process is counted on Linux alone")
+def test_what_the_docs_ask_prometheus_for_is_on_the_page(model: Any) -> None:
+    metrics = Metrics()
+    metrics.tracker(model, lambda image: np.empty((0, 4)))(IMAGE, 0.0)  # type: ignore[arg-type]
+    asked = "".join(re.findall("```promql\n(.*?)```", (ROOT / "docs" / "metrics.md").read_text(), re.DOTALL))
+    names = set(re.findall(r"\b(?:kp|process)_\w+", asked))
+    assert len(names) > 8
+    assert names <= {sample.name for family in metrics.registry.collect() for sample in family.samples}
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prometheus_client reads /proc")
 def test_the_page_tells_the_process_memory_and_start() -> None:
     metrics = Metrics()
