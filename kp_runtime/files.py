@@ -12,10 +12,11 @@ from collections.abc import Collection, Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from kp_runtime.errors import InputError, KpError
+from kp_runtime.errors import DataError, InputError, KpError
 
 __all__ = [
     "as_path",
+    "files_below",
     "files_with_suffix",
     "git_revision",
     "make_folder",
@@ -86,6 +87,23 @@ def files_with_suffix(paths: Iterable[Path], suffixes: Collection[str]) -> list[
     return sorted(
         path for path in paths if path.suffix.lower() in suffixes and not path.name.startswith("._") and path.is_file()
     )
+
+
+def files_below(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Those of `files_with_suffix` in a folder and in the folders in it, none of which is left out unseen.
+
+    Raises:
+        DataError: a folder may not be read, which `Path.rglob` passes over.
+    """
+
+    def refuse(error: OSError) -> None:
+        reason = error.strerror or error
+        raise DataError(
+            f"{error.filename} can't be read: {reason}; let this user read it, or take it out of {folder}"
+        ) from error
+
+    walk = os.walk(folder, onerror=refuse)
+    return files_with_suffix((Path(place, name) for place, _, names in walk for name in names), suffixes)
 
 
 def make_folder(out: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kp_runtime.errors import DataError
-from kp_runtime.files import files_with_suffix
+from kp_runtime.files import files_below
 from kp_runtime.frame import IMAGE_SUFFIXES
 
 __all__ = ["image_beside", "numbers_of_pts", "pts_files", "pts_text"]
@@ -45,7 +45,7 @@ def pts_text(xy: NDArray[np.floating]) -> str:
 
 def pts_files(folder: Path) -> list[Path]:
     """The `.pts` files of a folder and of those in it, in order; cameras write suffixes in capitals."""
-    return files_with_suffix(folder.rglob("*"), (".pts",))
+    return files_below(folder, (".pts",))
 
 
 def image_beside(label: Path) -> Path | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kp_runtime.errors import DataError
-from kp_runtime.files import files_with_suffix
+from kp_runtime.files import files_below
 from kp_runtime.frame import IMAGE_SUFFIXES
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, matrices_from_boxes, moved_box
 from kp_train.data import Face, luma_from_file, lumas_of_faces, sha256_of_files
@@ -56,7 +56,7 @@ def read_pictures(folders: Sequence[Path]) -> Pictures:
     """
     files: list[Path] = []
     for folder in folders:
-        found = files_with_suffix(folder.rglob("*"), IMAGE_SUFFIXES)
+        found = files_below(folder, IMAGE_SUFFIXES)
         if not found:
             raise DataError(f"{folder} has no pictures ({', '.join(IMAGE_SUFFIXES)}); give a folder that holds some")
         files += found

@@ -275,6 +275,23 @@ def test_suffixes_in_capitals_as_cameras_write_them(tmp_path: Path) -> None:
     assert [face.image for face in faces_from_file(tmp_path, "pts")] == ["a.JPG", "b"]
 
 
+def test_a_folder_that_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = tmp_path / "faces" / "closed"
+    closed.mkdir(parents=True)
+    for folder in (closed, closed.parent):
+        (folder / "a.pts").write_text(pts_text(FACES[0].xy))
+    scandir = os.scandir
+
+    def without_rights(path: str) -> object:  # root, as whom tests may run, has all of them
+        if Path(path) == closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", without_rights)
+    with pytest.raises(DataError, match=r"closed can't be read: Permission denied; let this user read it"):
+        faces_from_file(closed.parent)
+
+
 def test_what_a_mac_leaves_beside_files_is_no_label(tmp_path: Path) -> None:
     (tmp_path / "__MACOSX").mkdir()
     (tmp_path / "a.pts").write_text(pts_text(FACES[0].xy))
