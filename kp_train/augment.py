@@ -18,10 +18,20 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from kp_runtime.errors import KpError
+from kp_runtime.geometry import apply_matrix, boxes_from_points, matrices_from_boxes
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.config import AUGMENTS
 
-__all__ = ["Augment", "MirrorFace", "augment_from_name", "bent", "face_augment", "grey_levels", "mirror_from_pairs"]
+__all__ = [
+    "Augment",
+    "MirrorFace",
+    "augment_from_name",
+    "bent",
+    "face_augment",
+    "grey_levels",
+    "mirror_from_pairs",
+    "scale_of",
+]
 
 _NODES = 5  # of a bent crop, across and down
 _STEPS = 8  # in which a bent point is found
@@ -43,8 +53,10 @@ class MirrorFace(v2.Transform):  # type: ignore[misc]
     def forward(self, *inputs: Any) -> Any:
         """Image and KeyPoints in, the same out, mirrored with probability `p`."""
         image, points = inputs
-        if torch.rand(()) >= self.p:
-            return image, points
+        return (image, points) if torch.rand(()) >= self.p else self.mirrored(image, points)
+
+    def mirrored(self, image: tv_tensors.Image, points: tv_tensors.KeyPoints) -> Any:
+        """Image and KeyPoints in, the same out, mirrored."""
         image = v2.functional.horizontal_flip(image)
         points = v2.functional.horizontal_flip(points)
         return image, tv_tensors.wrap(points[self.order], like=points)
@@ -95,6 +107,7 @@ class Augment:
         stretch: standard deviation of the logarithm of height over width, and of the shear: faces of other shapes.
         bend: standard deviation, in sides of the crop, of a displacement that differs over it, smooth between 5 x 5
             nodes: faces of still other shapes.
+        tight: share of the faces whose square, after all this, is the one around their labels, but for a bend.
     """
 
     def __init__(
@@ -108,11 +121,18 @@ class Augment:
         wide: float = 0.0,
         stretch: float = 0.0,
         bend: float = 0.0,
+        tight: float = 0.0,
     ) -> None:
         self.shift, self.max_shift, self.zoom, self.turn, self.wide = shift, max_shift, zoom, turn, wide
-        self.stretch, self.bend = stretch, bend
+        self.stretch, self.bend, self.tight = stretch, bend, tight
         self.mirror = MirrorFace(0.5, mirror) if mirror is not None else None
         self.grey = grey
+
+    def draw_tight(self) -> bool | None:
+        """Of a face that is to be tight, whether it is mirrored, which its square depends on; None of another one."""
+        if not self.tight or torch.rand(()) >= self.tight:
+            return None
+        return self.mirror is not None and bool(torch.rand(()) < self.mirror.p)
 
     def draw_jitter(self, size_hw: tuple[int, int]) -> dict[str, Any]:
         """Keyword arguments of `matrices_from_boxes` for one face of an image of this size."""
@@ -141,13 +161,49 @@ class Augment:
         deformed[:, 2] += middle - linear.sum(axis=1) * middle
         return deformed
 
-    def __call__(self, image: tv_tensors.Image, points: tv_tensors.KeyPoints) -> Any:
-        """Image and KeyPoints of a crop in, the same out, varied."""
+    def tightened(
+        self,
+        crop_from_image: NDArray[np.float64],
+        xy: NDArray[np.floating],
+        bias: NDArray[np.float64],
+        size: int,
+        margin: float,
+        mirrored: bool,
+    ) -> NDArray[np.float64]:
+        """A crop's matrix `(2, 3)`, moved and scaled so that the labels that come of it lie in the square as in use.
+
+        Args:
+            crop_from_image: with all but that.
+            xy: `(k, 2)` labels without their bias, pixels of the image.
+            bias: `(k, 2)`, what is added to the labels of the crop once it is mirrored, pixels of the image.
+            size: of the crop.
+            margin: side of the square, in longer sides of the labels' box.
+            mirrored: whether the crop will be mirrored.
+        """
+        seen = apply_matrix(crop_from_image, xy)
+        if mirrored and self.mirror is not None:
+            seen = (seen * (-1, 1) + (size - 1, 0))[self.mirror.order.numpy()]
+        box = boxes_from_points(seen + bias * scale_of(crop_from_image))
+        moved = matrices_from_boxes(box[None], size, margin)[0]
+        if mirrored:  # the same before the mirror
+            moved[0, 2] = (size - 1) * (1 - moved[0, 0]) - moved[0, 2]
+        tight: NDArray[np.float64] = moved[:, :2] @ crop_from_image
+        tight[:, 2] += moved[:, 2]
+        return tight
+
+    def __call__(self, image: tv_tensors.Image, points: tv_tensors.KeyPoints, mirrored: bool | None = None) -> Any:
+        """Image and KeyPoints of a crop in, the same out, varied; `mirrored` is what `draw_tight` said."""
         if self.bend:
             image, points = bent(image, points, self.bend)
-        if self.mirror is not None:
-            image, points = self.mirror(image, points)
+        if self.mirror is not None and mirrored is not False:
+            image, points = (self.mirror if mirrored is None else self.mirror.mirrored)(image, points)
         return self.grey(image), points
+
+
+def scale_of(crop_from_image: NDArray[np.float64]) -> float:
+    """Pixels of the crop in one of the image, the geometric mean of both directions."""
+    (a, b, _), (c, d, _) = crop_from_image.tolist()
+    return math.sqrt(a * d - b * c)
 
 
 def bent(image: tv_tensors.Image, points: tv_tensors.KeyPoints, deviation: float) -> Any:
@@ -237,13 +293,13 @@ def grey_levels(light: float, patches: float, largest: float, noise: float, p: f
 
 
 def face_augment(
-    mirror: NDArray[np.intp] | None, *, wide: float = 0.4, varied: bool = False, bend: float = 0.0
+    mirror: NDArray[np.intp] | None, *, wide: float = 0.4, varied: bool = False, bend: float = 0.0, tight: float = 0.0
 ) -> Augment:
     """That of `faces`, or one with more; see `TrainConfig.augment` and `Augment`."""
     light, patches, largest, turn, stretch = (0.3, 0.15, 0.1, 10, 0.05) if varied else (0.25, 0.05, 0.08, 8, 0.0)
     grey = grey_levels(light, patches, largest, noise=8, p=0.1)
     place = {"shift": 0.02, "max_shift": 0.16, "zoom": 0.04, "turn": turn, "wide": wide}
-    return Augment(**place, mirror=mirror, grey=grey, stretch=stretch, bend=bend)
+    return Augment(**place, mirror=mirror, grey=grey, stretch=stretch, bend=bend, tight=tight)
 
 
 def augment_from_name(name: str, mirror: NDArray[np.intp] | None = MIRROR) -> Augment | None:
@@ -262,5 +318,10 @@ def augment_from_name(name: str, mirror: NDArray[np.intp] | None = MIRROR) -> Au
     if name == "crop":
         # the original draws a 224 window from the 250 image: up to 13 px of 224 either way
         return Augment(shift=0, max_shift=13 / 224, zoom=0, turn=0, mirror=None, grey=v2.Identity())
-    bend = 0.015 if name in ("bent", "shaken") else 0.0
-    return face_augment(mirror, wide=1.0 if name == "shaken" else 0.4, varied=name != "faces", bend=bend)
+    return face_augment(
+        mirror,
+        wide=1.0 if name in ("shaken", "tight") else 0.4,
+        varied=name != "faces",
+        bend=0.015 if name in ("bent", "shaken") else 0.0,
+        tight=0.4 if name == "tight" else 0.0,
+    )

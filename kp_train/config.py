@@ -14,7 +14,7 @@ from kp_runtime.errors import KpError
 
 __all__ = ["AUGMENTS", "PRECISIONS", "RECIPES", "DetectorConfig", "TrainConfig", "has_bfloat16", "recipe"]
 
-AUGMENTS = ("faces", "varied", "bent", "shaken", "light", "crop", "none")
+AUGMENTS = ("faces", "varied", "bent", "shaken", "tight", "light", "crop", "none")
 """How crops are varied, see `TrainConfig.augment`."""
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -47,7 +47,8 @@ class TrainConfig:
         patience: epochs without a better validation loss before the run stops; 0 never stops.
         augment: `faces` (place, size, turn, mirror, light, blur, JPEG, noise, patches), `varied` (more of it, and
             faces stretched and sheared), `bent` (that, and faces bent), `shaken` (that, and all boxes err as widely as
-            four in ten do before), `light` (less than `faces`), `crop` (random crop alone, as the original) or `none`.
+            four in ten do before), `tight` (`shaken`, not bent; four boxes in ten do not err at all), `light` (less
+            than `faces`), `crop` (random crop alone, as the original) or `none`.
         val_fraction: share of the people that are held out.
         seed: of weights, order and augmentation.
         points: of each face; another number than 68 is a mark-up of one's own.

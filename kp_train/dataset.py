@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +15,7 @@ from torchvision import tv_tensors
 from kp_runtime.errors import KpError
 from kp_runtime.geometry import apply_matrix, boxes_from_points, crop_from_luma, frame_box, matrices_from_boxes
 from kp_runtime.spec import ModelSpec
-from kp_train.augment import Augment
+from kp_train.augment import Augment, scale_of
 from kp_train.data import Face, lumas_of_faces
 
 __all__ = ["FaceDataset", "check_memory", "is_stop", "same_photos", "start_of_workers"]
@@ -106,6 +105,7 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
             box = self._boxes[index]
         else:
             box = frame_box((luma.shape[0], luma.shape[1])) if spec.box == "frame" else boxes_from_points(xy)
+        mirrored = self.augment.draw_tight() if self.augment else None
         jitter = self.augment.draw_jitter((luma.shape[0], luma.shape[1])) if self.augment else {}
         matrix = matrices_from_boxes(box[None], size, spec.margin, **jitter)[0]
         if self.augment:
@@ -114,14 +114,15 @@ class FaceDataset(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         side = spec.margin * float(max(box[2] - box[0], box[3] - box[1]))
         known = self.faces[index].bias
         bias = np.zeros((len(xy), 2)) if known is None or not self.augment else known * side
+        if self.augment and mirrored is not None:
+            matrix = self.augment.tightened(matrix, xy - bias, bias, size, spec.margin, mirrored)
         image = tv_tensors.Image(torch.from_numpy(crop_from_luma(luma, matrix, size))[None])
         points = tv_tensors.KeyPoints(
             torch.from_numpy(apply_matrix(matrix, xy - bias)).float(), canvas_size=(size, size)
         )
         if self.augment:
-            image, points = self.augment(image, points)
-        scale = math.sqrt(matrix[0, 0] * matrix[1, 1] - matrix[0, 1] * matrix[1, 0])
-        xy_crop = points.as_subclass(torch.Tensor) + torch.from_numpy(bias * scale).float()
+            image, points = self.augment(image, points, mirrored)
+        xy_crop = points.as_subclass(torch.Tensor) + torch.from_numpy(bias * scale_of(matrix)).float()
         if self.detail > 1:
             xy_crop = (xy_crop + 0.5) / self.detail - 0.5
         return image.as_subclass(torch.Tensor), xy_crop

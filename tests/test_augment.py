@@ -10,12 +10,13 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from kp_runtime.geometry import invert_matrix
+from kp_runtime.geometry import boxes_from_points, invert_matrix
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import MirrorFace, augment_from_name, bent, grey_levels
 from kp_train.data import read_source
 from kp_train.dataset import FaceDataset
+from kp_train.label_bias import with_bias
 from kp_train.synthetic import mean_shape, write_csv_source
 
 
@@ -32,7 +33,7 @@ def test_a_mirrored_face_swaps_left_and_right() -> None:
     np.testing.assert_allclose(back.numpy(), xy.numpy(), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["faces", "varied", "bent", "shaken"])
+@pytest.mark.parametrize("name", ["faces", "varied", "bent", "shaken", "tight"])
 def test_faces_stay_under_their_points(tmp_path: object, name: str) -> None:
     """The white of the drawn eyes lies under the eye points however the crop is varied."""
     faces = read_source(write_csv_source(tmp_path, people=12)).faces  # type: ignore[arg-type]
@@ -47,7 +48,7 @@ def test_faces_stay_under_their_points(tmp_path: object, name: str) -> None:
     assert np.mean(np.array(brighter) > 0) > 0.8
 
 
-@pytest.mark.parametrize("name", ["faces", "varied", "bent", "shaken", "light", "crop"])
+@pytest.mark.parametrize("name", ["faces", "varied", "bent", "shaken", "tight", "light", "crop"])
 def test_a_seed_fixes_the_variation(tmp_path: object, name: str) -> None:
     faces = read_source(write_csv_source(tmp_path, people=2)).faces  # type: ignore[arg-type]
     data = FaceDataset(faces, ModelSpec("x", 64), augment_from_name(name))
@@ -93,7 +94,8 @@ def test_the_original_crop_lies_anywhere_in_its_250_px_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "wide", "turn"), [("faces", 0.4, 8), ("bent", 0.4, 10), ("shaken", 1.0, 10), ("light", 0.0, 5)]
+    ("name", "wide", "turn"),
+    [("faces", 0.4, 8), ("bent", 0.4, 10), ("shaken", 1.0, 10), ("tight", 1.0, 10), ("light", 0.0, 5)],
 )
 def test_boxes_err_as_widely_as_the_name_says(name: str, wide: float, turn: float) -> None:
     """By the mean square of a spread that is 2.5 times as wide for some faces; what it is cut off at takes little."""
@@ -126,6 +128,28 @@ def test_half_of_the_faces_are_mirrored_and_nearly_all_in_another_light(name: st
     shares = [np.isclose(drawn, wanted, atol=1e-4).all(axis=(1, 2)).mean() for wanted in (plain, mirrored)]
     assert sum(shares) == 1
     assert 0.4 < shares[0] < 0.6
+
+
+@pytest.mark.parametrize("right", [0.0, 0.05])
+def test_four_boxes_in_ten_are_tight_around_the_varied_labels(tmp_path: Path, right: float) -> None:
+    """Turned, stretched and mirrored ones, of labels that lie to the right of what they name, too."""
+    source = read_source(write_csv_source(tmp_path, people=1))
+    bias = np.linspace([right, 0.0], [0.0, right], 68)  # as measured: each point has its own
+    face = with_bias(source.faces[:1], bias)[0]
+    data, size = FaceDataset([face], ModelSpec("x", 64), augment_from_name("tight")), 64
+    seen = np.stack([data[0, seed][1].numpy() for seed in range(400)]).astype(np.float64)
+    boxes = boxes_from_points(seen)
+    middle = (boxes[:, :2] + boxes[:, 2:]) / 2
+    longer = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    tight = np.isclose(middle, (size - 1) / 2, atol=1e-3).all(axis=1) & np.isclose(longer * 1.3, size, atol=1e-3)
+    assert 0.33 < tight.mean() < 0.47
+    across = np.linalg.norm(seen[:, 45] - seen[:, 36], axis=1) / np.linalg.norm(seen[:, 8] - seen[:, 27], axis=1)
+    assert np.std(across[tight]) / np.mean(across[tight]) == pytest.approx(0.05, abs=0.02)  # stretched
+    eyes = seen[tight, 45] - seen[tight, 36]
+    turns = np.degrees(np.arctan2(eyes[:, 1], eyes[:, 0]))
+    there = turns > 0  # this face is turned itself, and the other way when it is mirrored
+    assert 0.38 < there.mean() < 0.62
+    assert [turns[there].std(), turns[~there].std()] == pytest.approx([10, 10], abs=2.5)
 
 
 @pytest.mark.parametrize("name", ["bent", "shaken"])
