@@ -87,7 +87,9 @@ def train(
         str | None,
         typer.Option(help="Take the weights of the best epoch by held-out loss, or of the last.", metavar="best|last"),
     ] = None,
-    augment: Annotated[str | None, typer.Option(help="faces, varied, bent, shaken, tight, light, crop or none.")] = None,
+    augment: Annotated[
+        str | None, typer.Option(help="faces, varied, bent, shaken, tight, light, crop or none.")
+    ] = None,
     whole: Annotated[
         list[Path] | None,
         typer.Option(help="Hold out nobody of this --data: for a last run, when all is decided. Repeatable."),
