@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from kp_runtime.errors import KpError
-from kp_runtime.geometry import apply_matrix, boxes_from_points, matrices_from_boxes
+from kp_runtime.geometry import apply_matrix, boxes_from_points, matrices_from_boxes, mirrored_matrices
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.config import AUGMENTS
 
@@ -180,16 +180,15 @@ class Augment:
             margin: side of the square, in longer sides of the labels' box.
             mirrored: whether the crop will be mirrored.
         """
-        seen = apply_matrix(crop_from_image, xy)
+        shown = mirrored_matrices(crop_from_image[None], size)[0] if mirrored else crop_from_image
+        seen = apply_matrix(shown, xy)
         if mirrored and self.mirror is not None:
-            seen = (seen * (-1, 1) + (size - 1, 0))[self.mirror.order.numpy()]
+            seen = seen[self.mirror.order.numpy()]
         box = boxes_from_points(seen + bias * scale_of(crop_from_image))
         moved = matrices_from_boxes(box[None], size, margin)[0]
-        if mirrored:  # the same before the mirror
-            moved[0, 2] = (size - 1) * (1 - moved[0, 0]) - moved[0, 2]
-        tight: NDArray[np.float64] = moved[:, :2] @ crop_from_image
+        tight: NDArray[np.float64] = moved[:, :2] @ shown
         tight[:, 2] += moved[:, 2]
-        return tight
+        return mirrored_matrices(tight[None], size)[0] if mirrored else tight
 
     def __call__(self, image: tv_tensors.Image, points: tv_tensors.KeyPoints, mirrored: bool | None = None) -> Any:
         """Image and KeyPoints of a crop in, the same out, varied; `mirrored` is what `draw_tight` said."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+import typer.main
 from torchvision import tv_tensors
 
+from kp_cli import app
 from kp_runtime.geometry import boxes_from_points, invert_matrix
 from kp_runtime.scheme68 import MIRROR
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import MirrorFace, augment_from_name, bent, grey_levels
+from kp_train.config import AUGMENTS
 from kp_train.data import read_source
 from kp_train.dataset import FaceDataset
 from kp_train.label_bias import with_bias
@@ -31,6 +35,15 @@ def test_a_mirrored_face_swaps_left_and_right() -> None:
     again, back = MirrorFace(p=1.0)(mirrored, points)
     assert torch.equal(again, image)
     np.testing.assert_allclose(back.numpy(), xy.numpy(), atol=1e-5)
+
+
+def test_help_and_docs_name_every_augmentation() -> None:
+    train = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    (told,) = [parameter.help for parameter in train.params if parameter.name == "augment"]
+    page = Path(__file__).resolve().parents[1] / "docs" / "training.md"
+    table = re.findall(r"^\| `(\w+)`[^|]* \| ", page.read_text(encoding="utf-8"), re.M)
+    assert set(re.findall(r"\w+", told)) - {"or"} == set(AUGMENTS)
+    assert set(AUGMENTS) <= set(table)
 
 
 @pytest.mark.parametrize("name", ["faces", "varied", "bent", "shaken", "tight"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import inspect
 import json
 import os
@@ -14,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import typer.main
@@ -23,7 +21,6 @@ import kp_cli
 import kp_runtime
 from kp_cli import report
 from kp_export.parity import LIMITS
-from kp_export.staging import alone
 from kp_runtime.doctor import Diagnosis
 from kp_runtime.manifest import Manifest
 from kp_runtime.ray_batches import BatchResult
@@ -402,62 +399,6 @@ def test_a_run_ends_with_the_commands_that_come_next(
     else:
         refit = ["kp", "refit", str(out), "--data", f"{data}=1.5", "--out", f"{out}-refitted"]
         assert commands == [refit, ["kp", "export", f"{out}-refitted", "--fp16"]]
-
-
-@pytest.mark.parametrize("command", ["train", "train-detector"])
-def test_one_command_at_a_time_trains_in_a_folder(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
-) -> None:
-    """The states of two would be mixed; the workers of one run are the same command."""
-    from lightning.pytorch.utilities import rank_zero_only
-
-    from kp_train.synthetic import write_csv_source
-
-    said, data, runs = [], write_csv_source(tmp_path / "faces", people=2), tmp_path / "runs"
-    words = (command, "--data", data, "--out", runs / "a")
-
-    def run(*args: object, **rest: object) -> Path:
-        said.append(kp(capsys, *words)[2] if not said else "")
-        return runs / "a"
-
-    monkeypatch.setattr("kp_train.train.train", run)
-    monkeypatch.setattr("kp_train.train_detector.train_detector", run)
-    monkeypatch.setattr("kp_export.detector_bundle.export_detector", lambda out, score: out)
-    assert kp(capsys, *words)[0] == 0
-    assert said == [f"kp: another command is at work on {runs / 'a'}; wait for it to end\n"]
-    assert not list(runs.iterdir())
-    monkeypatch.setattr(rank_zero_only, "rank", 1)
-    with alone(runs / "a"):
-        assert kp(capsys, *words)[0] == (command != "train")
-
-
-@pytest.mark.parametrize("locks", ["none on Windows", "none on a disk"])
-def test_a_run_needs_no_lock_where_there_are_none(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: str
-) -> None:
-    from kp_train.synthetic import write_csv_source
-
-    data, run = write_csv_source(tmp_path / "faces", people=2), tmp_path / "runs" / "a"
-    monkeypatch.setattr("kp_train.train.train", lambda *args, **rest: run)
-    if locks == "none on a disk":
-        monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
-    else:
-        monkeypatch.delitem(sys.modules, "kp_export.staging", raising=False)
-        monkeypatch.setitem(sys.modules, "fcntl", None)
-    status, _, err = kp(capsys, "train", "--data", data, "--out", run)
-    told = f"{run} is not locked, see that no other command trains there ([Errno 38] Function not implemented)\n"
-    assert (status, err) == (0, told if locks == "none on a disk" else "")
-
-
-def test_a_system_that_locks_files_otherwise_is_told(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
-) -> None:
-    for name in ("kp_export.pack", "kp_export.staging"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows has none
-    status, _, err = kp(capsys, "pack", bundle, "--precision", "fp32", "--out", tmp_path / "p")
-    assert status == 1
-    assert err == "kp: this command needs Linux or macOS, as it locks bundles by fcntl; on Windows use WSL\n"
 
 
 def test_a_shell_in_a_replaced_bundle_is_told(

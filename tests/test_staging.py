@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TextIO
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,6 +23,7 @@ from kp_export.pack import pack_bundle
 from kp_export.staging import _exchanged, alone, locked, mend, staging
 from kp_runtime.errors import BundleError, ExportError
 from kp_runtime.manifest import Manifest
+from tests.test_cli import kp
 from tests.test_export import contents
 
 
@@ -252,3 +254,59 @@ def test_where_a_file_can_not_be_linked_it_is_copied(tmp_path: Path, monkeypatch
         (stage / "y").write_text("new")
     assert contents(tmp_path / "b") == {"x": b"old", "y": b"new"}
     assert (synced, old.stat().st_mode & 0o777) == ([b"old"], 0o444)
+
+
+@pytest.mark.parametrize("command", ["train", "train-detector"])
+def test_one_command_at_a_time_trains_in_a_folder(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The states of two would be mixed; the workers of one run are the same command."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from kp_train.synthetic import write_csv_source
+
+    said, data, runs = [], write_csv_source(tmp_path / "faces", people=2), tmp_path / "runs"
+    words = (command, "--data", data, "--out", runs / "a")
+
+    def run(*args: object, **rest: object) -> Path:
+        said.append(kp(capsys, *words)[2] if not said else "")
+        return runs / "a"
+
+    monkeypatch.setattr("kp_train.train.train", run)
+    monkeypatch.setattr("kp_train.train_detector.train_detector", run)
+    monkeypatch.setattr("kp_export.detector_bundle.export_detector", lambda out, score: out)
+    assert kp(capsys, *words)[0] == 0
+    assert said == [f"kp: another command is at work on {runs / 'a'}; wait for it to end\n"]
+    assert not list(runs.iterdir())
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with alone(runs / "a"):
+        assert kp(capsys, *words)[0] == (command != "train")
+
+
+@pytest.mark.parametrize("locks", ["none on Windows", "none on a disk"])
+def test_a_run_needs_no_lock_where_there_are_none(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locks: str
+) -> None:
+    from kp_train.synthetic import write_csv_source
+
+    data, run = write_csv_source(tmp_path / "faces", people=2), tmp_path / "runs" / "a"
+    monkeypatch.setattr("kp_train.train.train", lambda *args, **rest: run)
+    if locks == "none on a disk":
+        monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
+    else:
+        monkeypatch.delitem(sys.modules, "kp_export.staging", raising=False)
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    status, _, err = kp(capsys, "train", "--data", data, "--out", run)
+    told = f"{run} is not locked, see that no other command trains there ([Errno 38] Function not implemented)\n"
+    assert (status, err) == (0, told if locks == "none on a disk" else "")
+
+
+def test_a_system_that_locks_files_otherwise_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+) -> None:
+    for name in ("kp_export.pack", "kp_export.staging"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # Windows has none
+    status, _, err = kp(capsys, "pack", bundle, "--precision", "fp32", "--out", tmp_path / "p")
+    assert status == 1
+    assert err == "kp: this command needs Linux or macOS, as it locks bundles by fcntl; on Windows use WSL\n"
