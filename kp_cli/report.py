@@ -433,7 +433,9 @@ def _file_rows(manifest: Any, states: dict[str, str]) -> list[tuple[str, ...]]:
 def _provenance(manifest: Any) -> list[str]:
     lines, training = [], manifest.training
     for source in training.get("sources", []):
-        lines.append(f"trained on {source.get('trained_on')} faces of {source.get('name')} ({source.get('sha256')})")
+        all_of_it = ", of which nobody is held out" if source.get("whole") else ""
+        count, name, sha256 = (source.get(key) for key in ("trained_on", "name", "sha256"))
+        lines.append(f"trained on {count} faces of {name} ({sha256}){all_of_it}")
     if training:
         epoch = "".join(
             f", {kept} epoch {training[f'{kept}_epoch']}" for kept in ("best", "last") if f"{kept}_epoch" in training

@@ -125,7 +125,7 @@ def _open_checkpoint(path: Path, threads: int | None) -> OpenModel:
 
 
 def held_out_faces(sources: Sequence[Source], manifest: Manifest) -> list[Face]:
-    """The faces of people that neither the model nor what it began at was trained on, by the rule in its manifest.
+    """The faces of people on whom neither the model nor what it learned from was trained, by the rule in its manifest.
 
     Raises:
         DataError: the manifest does not say, or no such face is in any of the sources.
@@ -134,7 +134,7 @@ def held_out_faces(sources: Sequence[Source], manifest: Manifest) -> list[Face]:
     if not fraction:
         raise DataError(
             f"the manifest of {manifest.spec.name} does not say which people were held out, of it and of all that it "
-            "began at; take a model of kp train, or leave out --split person"
+            "learned from; take a model of kp train, or leave out --split person"
         )
     faces = held_out_of(learned_whole(sources, ancestry(manifest.training)), fraction)
     if not faces:
@@ -144,7 +144,7 @@ def held_out_faces(sources: Sequence[Source], manifest: Manifest) -> list[Face]:
 
 
 def trained_on(sources: Sequence[Source], manifest: Manifest) -> int:
-    """How many of the sources' faces the model or what it began at was trained on, as far as its manifest tells."""
+    """How many of the sources' faces the model or what it learned from was trained on, as far as its manifest tells."""
     count = 0
     for source in sources:
         told = [

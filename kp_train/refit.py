@@ -156,9 +156,11 @@ def refit(
     faces = [(face, source.weight) for (face, source), new in zip(known, unseen, strict=True) if not new]
     others = [(face, 1.0) for (face, _), new in zip(known, unseen, strict=True) if new]
     if not faces or not others:
+        whole = [str(source.path) for source in sources if source.whole]
         raise DataError(
-            f"{len(faces)} faces to solve on and {len(others)} of held-out people to choose by; give the data that the "
-            "model was trained on"
+            f"{len(faces)} faces to solve on and {len(others)} of held-out people to choose by; "
+            + (f"the model may have seen all of {', '.join(whole)}: " if whole else "")
+            + "give all the data that the model was trained on"
         )
     looker = _Looker(net, manifest, mirror, detector, bar)
     chosen_by = {kind: looker.seen(kind, others) for kind in {EXACT: 0.0, **weights}}  # exact ones to compare models by

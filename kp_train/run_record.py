@@ -25,6 +25,7 @@ __all__ = [
     "learned_whole",
     "least_held_out",
     "may_have_seen",
+    "people_seen",
     "recorded_sources",
     "run_record",
     "split_by_person",
@@ -154,29 +155,40 @@ def check_known(run: Path, began: dict[str, Any], kind: type[TrainConfig | Detec
 
 
 def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """A model's record and those of what it began at, the newest first and none within another.
+    """A model's record and those of what it began at and of its teachers, the newest first and none within another.
 
-    So a manifest does not get deeper with each `--init`; a release that nested them is read too.
+    So a manifest does not get deeper with each `--init`; a release that nested them is read too. Of a teacher's runs
+    there is what `people_seen` leaves of them.
     """
-    start = training.get("start")
-    if not isinstance(start, dict):
-        return [training]
-    own = training | {"start": {key: value for key, value in start.items() if key not in ("training", "before")}}
-    before = start.get("before")
-    nested = [start.get("training"), *(before if isinstance(before, list) else [])]
-    older = [record for record in nested if isinstance(record, dict)]
-    return [own, *(entry for record in older for entry in ancestry(record))]
+    own, older = dict(training), []
+    if isinstance(start := training.get("start"), dict):
+        own["start"] = {key: value for key, value in start.items() if key not in ("training", "before")}
+        older += [start.get("training"), *_listed(start.get("before"))]
+    if teachers := [each for each in _listed(training.get("teachers")) if isinstance(each, dict)]:
+        own["teachers"] = [{key: value for key, value in each.items() if key != "runs"} for each in teachers]
+        older += [run for each in teachers for run in _listed(each.get("runs"))]
+    return [own, *(entry for record in older if isinstance(record, dict) for entry in ancestry(record))]
+
+
+def people_seen(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What these runs' records say of whom they saw and held out, and nothing else; no two alike."""
+    kept: list[dict[str, Any]] = []
+    for record in records:
+        sources = [{"sha256": each["sha256"], "whole": each.get("whole", False)} for each in recorded_sources(record)]
+        seen = {"sources": sources, "held_out": {"val_fraction": recorded_fraction(record)}}
+        if seen not in kept:
+            kept.append(seen)
+    return kept
 
 
 def least_held_out(records: Sequence[dict[str, Any]]) -> float:
-    """The share of people whom none of these runs saw, of a model and what it began at; 0 where one does not say."""
+    """The share of people whom none of these runs of a model's `ancestry` saw; 0 where one does not say."""
     return min(recorded_fraction(record) or 0.0 for record in records)
 
 
 def recorded_sources(record: dict[str, Any]) -> list[dict[str, Any]]:
     """What a run's record says of each source that it read, those without a hash left out."""
-    sources = record.get("sources")
-    every = [each for each in sources if isinstance(each, dict)] if isinstance(sources, list) else []
+    every = [each for each in _listed(record.get("sources")) if isinstance(each, dict)]
     return [each for each in every if isinstance(each.get("sha256"), str)]
 
 
@@ -207,6 +219,11 @@ def unseen_fraction(manifest: Manifest) -> float:
         DataError: the last one does not say either.
     """
     return least_held_out(ancestry(manifest.training)) or held_out_fraction(manifest)
+
+
+def _listed(value: Any) -> list[Any]:
+    """What a record has in a list, which may be anything in a file that was changed by hand."""
+    return value if isinstance(value, list) else []
 
 
 def _sha256_of_names(faces: Sequence[Face]) -> str:

@@ -20,7 +20,7 @@ from kp_runtime.errors import InputError
 from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.model import KeypointNet
-from kp_train.run_record import ancestry
+from kp_train.run_record import ancestry, people_seen
 
 __all__ = ["Teachers", "load_teachers", "reduced"]
 
@@ -31,16 +31,15 @@ class Teachers:
 
     Attributes:
         nets: the models.
-        records: of each, its name and the sha256 of its checkpoint.
+        records: of each, its name, the sha256 of its checkpoint, and as `runs` whom the runs that led to it saw, as
+            `people_seen` gives it.
         licences: of each, what its manifest says.
-        runs: of each, the records of the runs that led to it, as `ancestry` gives them.
         size: side of the crops that all sides are reduced from, in pixels.
     """
 
     nets: tuple[KeypointNet, ...]
     records: tuple[dict[str, Any], ...]
     licences: tuple[dict[str, str], ...]
-    runs: tuple[list[dict[str, Any]], ...]
     size: int
 
     @torch.no_grad()
@@ -84,9 +83,13 @@ def load_teachers(paths: Sequence[Path], spec: ModelSpec) -> Teachers:
     return Teachers(
         nets=tuple(net.eval().to(memory_format=torch.channels_last).requires_grad_(False) for net, _ in loaded),
         records=tuple(
-            {"name": manifest.spec.name, "sha256": manifest.files[CHECKPOINT_NAME].sha256} for _, manifest in loaded
+            {
+                "name": manifest.spec.name,
+                "sha256": manifest.files[CHECKPOINT_NAME].sha256,
+                "runs": people_seen(ancestry(manifest.training)),
+            }
+            for _, manifest in loaded
         ),
         licences=tuple(manifest.licence for _, manifest in loaded),
-        runs=tuple(ancestry(manifest.training) for _, manifest in loaded),
         size=size,
     )

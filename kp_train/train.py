@@ -203,8 +203,8 @@ def train(
         record |= run_record(sources, training, held_out, config, start)
         older = ancestry(record)[1:]
         new_to_it = learned_whole(sources, older)  # people whom the start never saw, trained on now or not
-        known = [(init, older)] * bool(older) + list(zip(teachers, taught.runs, strict=True))
-        for model, runs in known:
+        learned_from = zip(teachers, (each["runs"] for each in taught.records), strict=True)
+        for model, runs in [(init, older)] * bool(older) + list(learned_from):
             if may_have_seen(runs, sources, config.val_fraction) and trainer.is_global_zero:
                 print(f"{model} may have seen people whom this run holds out: their NME flatters it", flush=True)
         if trainer.is_global_zero and (both := same_photos(val_set, train_set)):
@@ -336,7 +336,8 @@ def _check_resumed(
             f"the run in {run} began on {began_on} devices, and its schedule counts their steps; give it as many, "
             f"not {devices}"
         )
-    if record.get("teachers", []) != list(taught.records):
+    began_with = [each["sha256"] for each in record.get("teachers", [])]  # an older release noted no runs of theirs
+    if began_with != [each["sha256"] for each in taught.records]:
         raise KpError(f"the run in {run} began with other teachers; give the same ones")
     if (began := record.get("name", name)) != name:
         raise KpError(f"the run in {run} began with --name {began}; give the same one")

@@ -251,8 +251,12 @@ def test_what_can_not_be_refitted(source: Source, run: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match="60 faces to solve on and 0 of held-out people"):
         refit(tmp_path / "seen", [source], tmp_path / "a", detector)
     one = Source(source.path, 1.0, source.faces[:1], source.sha256)
-    with pytest.raises(DataError, match="give the data that the model was trained on"):
+    with pytest.raises(DataError, match="choose by; give all the data that the model was trained on"):
         refit(run, [one], tmp_path / "a", detector)
+    learned = TRAINING | {"sources": [{"sha256": source.sha256, "whole": True}]}
+    save_checkpoint(tmp_path / "whole", net, Manifest(ModelSpec("x", size=64), training=learned))
+    with pytest.raises(DataError, match=r"the model may have seen all of .*: give all the data"):
+        refit(tmp_path / "whole", [source], tmp_path / "a", detector)
     with pytest.raises(DataError, match=r"the detector found none of .* leave it out: --boxes keypoints"):
         refit(run, [source], tmp_path / "a", lambda frame: np.empty((0, 4)))
     assert not list((tmp_path / "a").iterdir())

@@ -158,7 +158,10 @@ def test_a_run_over_a_video_is_told_in_a_line(capsys: pytest.CaptureFixture[str]
 
 def test_what_a_manifest_records_is_printed() -> None:
     training = {
-        "sources": [{"name": "x.csv", "trained_on": 9, "sha256": "ab"}],
+        "sources": [
+            {"name": "x.csv", "trained_on": 9, "sha256": "ab"},
+            {"name": "y.csv", "trained_on": 8, "sha256": "cd", "whole": True},
+        ],
         "git_revision": "c0ffee",
         "best_epoch": 3,
         "lost_score": {"given_up": 0.01, "missed": 0.02},
@@ -169,6 +172,7 @@ def test_what_a_manifest_records_is_printed() -> None:
     manifest = Manifest(ModelSpec("x", 64), files, training=training, accuracy=accuracy, licence={"code": "MIT"})
     assert report._provenance(manifest) == [
         "trained on 9 faces of x.csv (ab)",
+        "trained on 8 faces of y.csv (cd), of which nobody is held out",
         "trained by revision c0ffee, best epoch 3",
         "lost score: 1.00% of held-out views of a face given up, 2.00% of others taken for one",
         "x: NME 3.00%, failures 1.2%, 5 faces",

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from kp_runtime.errors import InputError, KpError
+from kp_export.evaluate import held_out_faces
+from kp_runtime.errors import DataError, InputError, KpError
 from kp_runtime.manifest import Manifest
 from kp_runtime.spec import ModelSpec
 from kp_train.augment import augment_from_name
@@ -18,6 +19,7 @@ from kp_train.config import recipe
 from kp_train.data import read_source
 from kp_train.dataset import FaceDataset
 from kp_train.model import KeypointNet
+from kp_train.run_record import ancestry
 from kp_train.synthetic import write_csv_source
 from kp_train.teachers import load_teachers, reduced
 from kp_train.train import KeypointModule, train
@@ -43,9 +45,9 @@ def model(folder: Path, size: int, seed: int = 0, **spec: object) -> Path:
 
 def run(faces: Path, out: Path, teachers: list[Path], **changes: object) -> Path:
     settings = {"size": 64, "epochs": 1, "batch_size": 16, "ema": 0} | changes
-    resume = bool(settings.pop("resume", False))
+    resume, init = bool(settings.pop("resume", False)), settings.pop("init", None)
     return train(
-        [read_source(faces)], recipe("default", **settings), out, teachers=teachers, resume=resume,
+        [read_source(faces)], recipe("default", **settings), out, teachers=teachers, resume=resume, init=init,
         weights="none", accelerator="cpu", workers=0, progress=False,
     )  # fmt: skip
 
@@ -104,7 +106,7 @@ def test_a_step_goes_towards_the_mean_of_label_and_answer(tmp_path: Path, monkey
 def test_a_run_records_its_teachers_and_stays_under_their_licence(
     faces: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And says which of them may have seen people whom it holds out."""
+    """And says which of them may have seen people whom it holds out, whom nothing takes for new to it then."""
     teacher = model(tmp_path / "teacher", 128)
     manifest = Manifest.read(teacher)
     dataclasses.replace(manifest, training={"held_out": {"val_fraction": 0.1}}).write(teacher)
@@ -114,10 +116,19 @@ def test_a_run_records_its_teachers_and_stays_under_their_licence(
     learned = {"sources": [{"sha256": read_source(faces).sha256, "whole": True}]}
     older = model(tmp_path / "older", 64)
     dataclasses.replace(Manifest.read(older), training={"held_out": {"val_fraction": 0.1}} | learned).write(older)
-    run(faces, tmp_path / "s", [older])
+    _, taught = load_checkpoint(run(faces, tmp_path / "s", [older]))
     assert f"{older} may have seen people whom this run holds out: their NME flatters it" in capsys.readouterr().out
+    assert held_out_faces([read_source(faces)], manifest)
+    with pytest.raises(DataError, match="no face of a person that was held out"):
+        held_out_faces([read_source(faces)], taught)
+    _, later = load_checkpoint(run(faces, tmp_path / "t", [], init=tmp_path / "s"))
+    runs = ancestry(later.training)
+    assert [record.get("sources", [{}])[0].get("whole") for record in runs] == [False, False, True]
+    assert all("runs" not in each for record in runs for each in record.get("teachers", []))
     sha256 = load_checkpoint(teacher)[1].files["checkpoint.safetensors"].sha256
-    assert manifest.training["teachers"] == [{"name": "teacher", "sha256": sha256}]
+    assert manifest.training["teachers"] == [
+        {"name": "teacher", "sha256": sha256, "runs": [{"sources": [], "held_out": {"val_fraction": 0.1}}]}
+    ]
     assert manifest.licence == LICENCE
     assert (teacher / "checkpoint.safetensors").read_bytes() == before
     state = SafetensorsIO().load_checkpoint(tmp_path / "r" / LAST_STATE)["state_dict"]
