@@ -63,6 +63,26 @@ Data = Annotated[list[str], typer.Option(
     help="A CSV of 68 points beside its photos, or a folder of photos with .pts files. Repeatable.",
 )]  # fmt: skip
 
+Licence = Annotated[list[str] | None, typer.Option(
+    "--licence", metavar="WHAT=TERMS",
+    help="Terms that stay with the bundle, of data, weights or code, as data='for research alone'. Repeatable.",
+)]  # fmt: skip
+
+
+def licence_from_texts(texts: list[str] | None) -> dict[str, str]:
+    """The terms by what they are of, as a manifest has them.
+
+    Raises:
+        InputError: not `WHAT=TERMS`, or two of one.
+    """
+    licence: dict[str, str] = {}
+    for text in texts or []:
+        what, _, terms = text.partition("=")
+        if what not in ("data", "weights", "code") or not terms.strip() or what in licence:
+            raise InputError(f"--licence takes data=TERMS, weights=TERMS and code=TERMS, each once; got {text!r}")
+        licence[what] = terms.strip()
+    return licence
+
 
 def note_boxes(spec: Any) -> None:
     """Says so where a detector's boxes need not be those that a model was trained with."""

@@ -441,6 +441,8 @@ def _provenance(manifest: Any) -> list[str]:
             f", {kept} epoch {training[f'{kept}_epoch']}" for kept in ("best", "last") if f"{kept}_epoch" in training
         )
         lines.append(f"trained by revision {training.get('git_revision')}{epoch}")
+    if (first := _first_weights(training)) not in (None, "none"):
+        lines.append(f"began, or what it came from did, at the weights {first}; their terms are not told here")
     if isinstance(mean := training.get("mean_of"), list):
         lines.append(f"mean of the weights of {len(mean)} runs ({', '.join(str(r.get('sha256'))[:12] for r in mean)})")
     if isinstance(refit := training.get("refit"), dict):
@@ -460,7 +462,16 @@ def _provenance(manifest: Any) -> list[str]:
         if entry.kind == "plan" and isinstance(error := entry.made.get("golden_error_px"), float):
             gpu = entry.made.get("gpu")
             lines.append(f"{name}: golden keypoints {error:.3f} px from PyTorch's where it was built ({gpu})")
-    return lines + [f"licence of the {what}: {text}" for what, text in manifest.licence.items()]
+    told = [f"licence of the {what}: {text}" for what, text in manifest.licence.items()]
+    return lines + (told or ["licence: none is told; kp train and kp train-detector --licence tell one"])
+
+
+def _first_weights(training: dict[str, Any]) -> str | None:
+    """The weights of another network at which the oldest run of a model began, by its record."""
+    if not isinstance(start := training.get("start"), dict):
+        return None
+    oldest = (start.get("before") or [start.get("training")])[-1]
+    return _first_weights(oldest) if isinstance(oldest, dict) else start.get("weights")
 
 
 def _layers(made: dict[str, Any]) -> str:

@@ -17,10 +17,12 @@ from kp_cli.options import (
     Data,
     Detector,
     Json,
+    Licence,
     Looks,
     Mirror,
     Threads,
     detector_record,
+    licence_from_texts,
     note_boxes,
     open_detector,
     told_of_bundle,
@@ -107,6 +109,7 @@ def train(
             help="Learn from this bundle's answers too: targets are the mean of label and teachers. Repeatable."
         ),
     ] = None,
+    licence: Licence = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     devices: Annotated[str, typer.Option(help="Number of devices, or auto.")] = "auto",
     accelerator: Annotated[str, typer.Option(help="auto, cpu or gpu; on Apple silicon cpu.")] = "auto",
@@ -138,6 +141,7 @@ def train(
         seed=seed,
         precision=precision,
     )
+    terms = licence_from_texts(licence)
     _quiet_training()  # from here on it takes seconds to import
     from lightning.pytorch.utilities import rank_zero_only
 
@@ -148,9 +152,9 @@ def train(
     with contextlib.ExitStack() as lock:
         rank_zero_only(lock.enter_context)(_alone_in(out))  # the other workers are this command too
         path = run(
-            sources, config, out, name=name, weights=weights, init=init, teachers=teacher or [], resume=resume,
-            devices=devices, accelerator=accelerator, strategy=strategy, workers=workers, picture_every=picture_every,
-            progress=is_terminal(sys.stdout),
+            sources, config, out, name=name, weights=weights, init=init, teachers=teacher or [], licence=terms,
+            resume=resume, devices=devices, accelerator=accelerator, strategy=strategy, workers=workers,
+            picture_every=picture_every, progress=is_terminal(sys.stdout),
         )  # fmt: skip
     run_folder, refitted = shlex.quote(str(out)), shlex.quote(f"{out}-refitted")
     lines = [f"checkpoint: {path}", f"curves: tensorboard --logdir {run_folder}"]
@@ -264,6 +268,7 @@ def train_detector(
     score: Annotated[
         float | None, typer.Option(help="From which score on it finds a face; scripts/measure_detectors.py helps.")
     ] = None,
+    licence: Licence = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on with the run in --out, by its own settings; --steps may be other ones."),
@@ -292,10 +297,11 @@ def train_detector(
     given: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "lr": lr, "seed": seed}
     began = begun_config(out) if resume else DetectorConfig()
     config = dataclasses.replace(began, **{key: value for key, value in given.items() if value is not None})
+    terms = licence_from_texts(licence)
     sources, pictures = [parse_source(text) for text in data], read_pictures(no_faces or [])
     with _alone_in(out):
         run(
-            sources, pictures, config, out, name=name, resume=resume, workers=workers, threads=threads,
+            sources, pictures, config, out, name=name, licence=terms, resume=resume, workers=workers, threads=threads,
             say=lambda text: print(text, flush=True),
         )  # fmt: skip
     exported = export_detector(out, score)

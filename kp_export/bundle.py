@@ -49,6 +49,7 @@ from kp_runtime.spec import ModelSpec
 from kp_train.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from kp_train.data import Source, is_held_out
 from kp_train.model import KeypointNet
+from kp_train.run_record import sha256_of_names
 from kp_train.synthetic import golden_face
 
 __all__ = ["ExportReport", "answer_from_net", "export_bundle"]
@@ -141,7 +142,7 @@ def export_bundle(
             before = {} if there is None else _known_of(target, there)
             known = {name: row for name, row in before.items() if name not in manifest.files}
             known |= _known_of(own, manifest)
-        known |= {report.file: dataclasses.asdict(report) for report in export.reports}
+        known |= {report.file: _without_names(report) for report in export.reports}
         files[PARITY_NAME] = _write_parity(stage, [row for name, row in known.items() if name in files])
         for path in stage.iterdir():  # of other weights
             if path.name not in files and (path.name in old or _MODEL_NAME.fullmatch(path.name)):
@@ -207,6 +208,7 @@ class _Export:
         )
         self.reports.append(report.parity)
         stride = calibration_stride(report.choice, self.calibration.crops)
+        names = self.calibration.names[::stride]  # may be people's, and a bundle goes to devices
         measured = {crop.tobytes() for crop in self.faces.crops}
         return {
             "by": "int8_from_onnx",
@@ -215,7 +217,8 @@ class _Export:
             "rejected": list(report.rejected),
             "calibration": {
                 "origin": self.calibration.origin,
-                "images": list(self.calibration.names[::stride]),
+                "images": len(names),
+                "images_sha256": sha256_of_names(names),
                 "also_measured": sum(crop.tobytes() in measured for crop in self.calibration.crops[::stride]),
             },
         }
@@ -296,6 +299,11 @@ def _known_of(bundle: Path, manifest: Manifest) -> dict[str, dict[str, Any]]:
             f"{error}; it is read for the files that this export keeps: give their switches too, and it is made anew"
         ) from error
     return {row["file"]: row for row in rows if row.get("file") in list(manifest.files)}
+
+
+def _without_names(report: Parity) -> dict[str, Any]:
+    """A file's parity as it stands in a bundle, which goes to devices: a photo's name may be a person's."""
+    return {key: value for key, value in dataclasses.asdict(report).items() if key != "worst_face"}
 
 
 def _write_parity(stage: Path, rows: Sequence[dict[str, Any]]) -> FileEntry:

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from kp_train.data import Face, Source, held_out_fraction, held_out_of, is_held_
 __all__ = [
     "ancestry",
     "check_known",
+    "check_licence",
     "learned_whole",
     "least_held_out",
     "may_have_seen",
     "people_seen",
     "recorded_sources",
     "run_record",
+    "sha256_of_names",
     "split_by_person",
     "stored_record",
     "unseen_fraction",
@@ -103,7 +105,7 @@ def run_record(
             "faces": len(held_out),
             "rule": "person = stem up to the last underscore; first 32 bits of its sha256 / 2^32 < val_fraction",
             "val_fraction": config.val_fraction,
-            "sha256": _sha256_of_names(held_out),
+            "sha256": sha256_of_names(face.image.name for face in held_out),
         },
         **_made_by(),
     }
@@ -136,7 +138,7 @@ def stored_record(
         more = isinstance(config, TrainConfig) and (run / MANIFEST_NAME).exists()  # finished, so it has weights
         how = f", or begin another at its weights: --init {run} --out OTHER" if more else ""
         raise KpError(f"the run in {run} began with other settings ({', '.join(changed)}); give the same ones{how}")
-    names = _sha256_of_names(held_out_of(sources, config.val_fraction))
+    names = sha256_of_names(face.image.name for face in held_out_of(sources, config.val_fraction))
     if data != [(s.sha256, s.weight, s.whole) for s in sources] or named not in (None, names):
         how = "give the same --data in the same order, and --whole with the same of them"
         raise KpError(f"the run in {run} began with other data or weights; {how}")
@@ -152,6 +154,16 @@ def check_known(run: Path, began: dict[str, Any], kind: type[TrainConfig | Detec
     """
     if newer := sorted(began.keys() - {field.name for field in dataclasses.fields(kind)}):
         raise KpError(f"the run in {run} was begun by a newer kp (its setting {newer[0]!r:.80}); go on with that one")
+
+
+def check_licence(run: Path, record: dict[str, Any], licence: Mapping[str, str]) -> None:
+    """Refuses to go on with a run under other terms than it began with; none leave them to its record.
+
+    Raises:
+        KpError: these are others.
+    """
+    if licence and licence != (began := record["start"].get("licence", {})):
+        raise KpError(f"the run in {run} began with the licence {began or 'of nothing'}; leave --licence out")
 
 
 def ancestry(training: dict[str, Any]) -> list[dict[str, Any]]:
@@ -226,8 +238,9 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _sha256_of_names(faces: Sequence[Face]) -> str:
-    return hashlib.sha256("\n".join(sorted(face.image.name for face in faces)).encode(errors="replace")).hexdigest()
+def sha256_of_names(names: Iterable[str]) -> str:
+    """One hash of the names of photos, in whatever order: whether they are the same, without saying whose they are."""
+    return hashlib.sha256("\n".join(sorted(names)).encode(errors="replace")).hexdigest()
 
 
 def _made_by() -> dict[str, Any]:

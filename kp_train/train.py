@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ from kp_train.metrics import nme_unit
 from kp_train.model import KeypointNet, load_backbone_weights
 from kp_train.run_record import (
     ancestry,
+    check_licence,
     learned_whole,
     least_held_out,
     may_have_seen,
@@ -122,6 +123,7 @@ def train(
     weights: str = "auto",
     init: Path | None = None,
     teachers: Sequence[Path] = (),
+    licence: Mapping[str, str] | None = None,
     resume: bool = False,
     devices: str = "auto",
     accelerator: str = "auto",
@@ -141,6 +143,8 @@ def train(
         weights: where the backbone starts, see `load_backbone_weights`.
         init: a checkpoint to start from instead.
         teachers: models to learn from beside the labels, see `Teachers`.
+        licence: terms of the `weights`, the `data` and the `code`, for the manifest. What is learned from other models
+            stays under theirs.
         resume: go on from `run/state/last`. Below torchrun a run that has begun always goes on. A run that is
             finished is left as it is, with what was exported and measured since.
         devices: as Lightning takes them: `auto`, a number, a list. torchrun says it by its processes.
@@ -192,6 +196,7 @@ def train(
         record = stored_record(run, sources, config)
         config = dataclasses.replace(config, ema=record["config"].get("ema"))
         _check_resumed(run, record, name, weights, init, taught, trainer.world_size)
+        check_licence(run, record, licence or {})
         if (run / MANIFEST_NAME).exists():  # written last
             if trainer.is_global_zero:
                 print(f"the run in {run} is finished", flush=True)
@@ -213,7 +218,7 @@ def train(
             print(f"{what}, as {pair}; remove one of each, the NME flatters", flush=True)
         if taught.records:
             record["teachers"] = list(taught.records)
-            record["start"] |= {"licence": _licence(start, taught)}
+        record["start"] |= _licence(start, taught, licence or {})
         if before is not None and _sees_alike(before[1], spec):
             theirs = dataclasses.replace(spec, size=before[1].size)  # crops of another size it may not read yet
             biases = source_biases(before[0], new_to_it, least_held_out(older), theirs, order, older)
@@ -398,12 +403,18 @@ def _start_weights(
     return load_backbone_weights(net, weights), None
 
 
-def _licence(start: dict[str, Any], taught: Teachers) -> dict[str, str]:
-    """That of the weights which a run began at and of its teachers: what is learned from them stays under it."""
-    licences = [*([start["licence"]] if start.get("licence") else []), *(known for known in taught.licences if known)]
+def _licence(start: dict[str, Any], taught: Teachers, given: Mapping[str, str]) -> dict[str, Any]:
+    """That of the weights which a run began at and of its teachers, under which what is learned from them stays.
+
+    Else the given one; for the record of the start, which has none where there is none.
+    """
+    licences = [known for known in (start.get("licence"), *taught.licences) if known]
     if odd := [licence for licence in licences if licence != licences[0]]:
         raise InputError(f"the licences of start and teachers differ: {licences[0]}, {odd[0]}; take models of one")
-    return licences[0] if licences else {}
+    if licences and given and given != licences[0]:
+        raise InputError(f"what is learned from a model stays under its licence, {licences[0]}; leave --licence out")
+    known = licences[0] if licences else dict(given)
+    return {"licence": known} if known else {}
 
 
 def _print_biases(sources: Sequence[Source], biases: Sequence[NDArray[np.float64] | None], what: str) -> None:

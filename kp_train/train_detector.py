@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from kp_train.data import Source
 from kp_train.dataset import check_memory, is_stop, start_of_workers
 from kp_train.detector_net import LEAST_PX, MOST_PX, STRIDE, DetectorNet, detector_loss
 from kp_train.face_windows import Pictures, WindowDataset
-from kp_train.run_record import check_known, run_record, split_by_person, stored_record
+from kp_train.run_record import check_known, check_licence, run_record, split_by_person, stored_record
 
 __all__ = ["begun_config", "train_detector"]
 
@@ -49,6 +49,7 @@ def train_detector(
     run: Path,
     *,
     name: str = "face-detector",
+    licence: Mapping[str, str] | None = None,
     resume: bool = False,
     workers: int = 0,
     threads: int | None = None,
@@ -63,6 +64,7 @@ def train_detector(
         config: the run's settings.
         run: folder of the run; becomes a bundle with the checkpoint, beside `state/` (to resume).
         name: the detector's name in its contract.
+        licence: terms of the `weights`, the `data` and the `code`, for the manifest.
         resume: go on from `run/state/last`; the number of steps may be another one, but no less than are done. A run
             that is finished is left as it is.
         workers: processes that make windows beside this one.
@@ -86,8 +88,10 @@ def train_detector(
             raise KpError(f"the run in {run} began with other pictures without faces; give the same --no-faces")
         if (began := record.get("name", name)) != name:  # a run that an older release began has none
             raise KpError(f"the run in {run} began with --name {began}; give the same one")
+        check_licence(run, record, licence or {})
     else:
-        record = {"name": name} | run_record(sources, training, held_out, config, {})
+        start = {"licence": dict(licence)} if licence else {}
+        record = {"name": name} | run_record(sources, training, held_out, config, start)
         record["pictures_sha256"] = pictures.sha256
     state = _State(config)
     if resume:
@@ -219,5 +223,6 @@ class _State:
 def _write_checkpoint(net: DetectorNet, run: Path, name: str, record: dict[str, Any]) -> Path:
     check_finite(net, record["config"]["lr"])
     spec = DetectorSpec(name=name, stride=STRIDE, least_px=LEAST_PX, most_px=MOST_PX)
-    save_detector(run, net, DetectorManifest(spec=spec, training=record))
+    licence = record["start"].get("licence", {})
+    save_detector(run, net, DetectorManifest(spec=spec, training=record, licence=licence))
     return run / CHECKPOINT_NAME

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +119,9 @@ def main() -> None:
         print(f"{file}: {_told('moved', done.off[~done.kept])}, {_told('kept', done.off[done.kept])}")
         for i in np.argsort(-done.off)[:FARTHEST]:
             print(f"  {done.off[i]:7.2%}  {source.faces[i].image}{' (held out)' if done.kept[i] else ''}")
+    if manifest.licence:
+        print(f"what is trained on these labels learns from {args.model} and stays under its licence:")
+        print(" ".join(f"--licence {shlex.quote(f'{what}={terms}')}" for what, terms in manifest.licence.items()))
 
 
 def _told(what: str, off: NDArray[np.float64]) -> str:

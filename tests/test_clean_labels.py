@@ -89,6 +89,10 @@ def test_the_script_writes_what_training_reads_and_says_where_labels_went_wrong(
     for old, new in zip(before.faces, after.faces, strict=True):
         assert (np.abs(new.xy - old.xy).max() < 0.002) == is_held_out(old.person, 0.3)
     written = (tmp_path / "out" / path.name).read_bytes()
+    manifest = Manifest.read(run)
+    dataclasses.replace(manifest, licence={"weights": "for us"}).write(run)
+    script(monkeypatch, run, path, "--out", tmp_path / "again")
+    assert capsys.readouterr().out.endswith("stays under its licence:\n--licence 'weights=for us'\n")
     with pytest.raises(InputError, match="is already there or would be written twice"):
         script(monkeypatch, run, path, "--out", tmp_path / "out", "--share", 1)
     assert (tmp_path / "out" / path.name).read_bytes() == written

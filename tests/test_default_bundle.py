@@ -96,6 +96,8 @@ def test_the_manifest_holds_and_tells_where_it_is_from(bundle: Path) -> None:
     assert {"checkpoint.safetensors", "model.int8.onnx", "golden.npz", "parity.json"} <= set(manifest.files)
     assert manifest.spec.name == bundle.name
     assert {"code", "weights", "data"} <= set(manifest.licence)
+    for name in ("manifest.json", "parity.json"):  # photos' names are people's
+        assert ".jpg" not in (bundle / name).read_text(encoding="utf-8")
     assert all(source["sha256"] for source in manifest.training["sources"])
     assert manifest.accuracy
 

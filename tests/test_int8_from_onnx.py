@@ -30,6 +30,7 @@ from kp_train.checkpoint import save_checkpoint
 from kp_train.data import Source, is_held_out, read_source
 from kp_train.dataset import FaceDataset
 from kp_train.model import KeypointNet
+from kp_train.run_record import sha256_of_names
 from kp_train.synthetic import write_csv_source
 from tests.test_export import known_graph
 
@@ -123,14 +124,21 @@ def test_the_head_stays_in_float(exported: Path, precision: str) -> None:
 def test_the_manifest_tells_what_was_chosen_and_on_which_images(exported: Path, source: Source) -> None:
     entry = Manifest.read(exported).files["model.int8.onnx"]
     assert entry.made["choice"] in [{"method": c.method, "float_layers": c.float_layers} for c in CHOICES]
-    assert entry.made["calibration"]["images"] == [
-        f"training/{face.image.name}" for face in source.faces if not is_held_out(face.person, 0.5)
-    ]
+    names = [f"training/{face.image.name}" for face in source.faces if not is_held_out(face.person, 0.5)]
+    made = entry.made["calibration"]
+    assert (made["images"], made["images_sha256"]) == (len(names), sha256_of_names(names[::-1]))
     assert entry.precision == "int8"
     assert entry.made["layers"] == {"int8": 20, "fp32": 1}
 
 
-def test_the_manifest_names_the_images_that_percentile_uses(
+def test_no_photo_is_named_in_a_bundle(exported: Path, source: Source) -> None:
+    """It goes to devices, and a photo's name may be a person's."""
+    for file in ("manifest.json", "parity.json"):
+        text = (exported / file).read_text(encoding="utf-8")
+        assert not [face.image.name for face in source.faces if face.image.stem in text or face.person in text]
+
+
+def test_the_manifest_counts_the_images_that_percentile_uses(
     checkpoint: Path, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
@@ -145,8 +153,8 @@ def test_the_manifest_names_the_images_that_percentile_uses(
     export_bundle(checkpoint, tmp_path / "b", precisions=("int8",), sources=[source], calibration=[source])
     made = Manifest.read(tmp_path / "b").files["model.int8.onnx"].made
     assert made["choice"]["method"] == "percentile"
-    assert len(made["calibration"]["images"]) == read[-1] < len(source.faces)
-    assert made["calibration"]["also_measured"] == len(made["calibration"]["images"])  # all faces were measured
+    assert made["calibration"]["images"] == read[-1] < len(source.faces)
+    assert made["calibration"]["also_measured"] == made["calibration"]["images"]  # all faces were measured
 
 
 @pytest.mark.parametrize(("faces", "size", "used"), [(256, 112, 64), (256, 224, 64), (256, 1024, 4), (32, 448, 8)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import re
 import sys
@@ -163,6 +164,7 @@ def test_what_a_manifest_records_is_printed() -> None:
             {"name": "y.csv", "trained_on": 8, "sha256": "cd", "whole": True},
         ],
         "git_revision": "c0ffee",
+        "start": {"training": {"start": {}}, "before": [{"start": {}}, {"start": {"weights": "imagenet"}}]},
         "best_epoch": 3,
         "lost_score": {"given_up": 0.01, "missed": 0.02},
     }
@@ -174,11 +176,14 @@ def test_what_a_manifest_records_is_printed() -> None:
         "trained on 9 faces of x.csv (ab)",
         "trained on 8 faces of y.csv (cd), of which nobody is held out",
         "trained by revision c0ffee, best epoch 3",
+        "began, or what it came from did, at the weights imagenet; their terms are not told here",
         "lost score: 1.00% of held-out views of a face given up, 2.00% of others taken for one",
         "x: NME 3.00%, failures 1.2%, 5 faces",
         "mine (model.int8.onnx): NME 3.00%, failures 1.2%, 5 faces",
         "licence of the code: MIT",
     ]
+    bare = dataclasses.replace(manifest, training={"start": {"weights": "none"}}, accuracy={}, licence={})
+    assert report._provenance(bare)[1:] == ["licence: none is told; kp train and kp train-detector --licence tell one"]
     made = {"layers": {"int8": 20, "fp32": 1}, "receipt": {"compute_shares": {"int8": 0.75, "fp16": 0.25}}}
     assert report._layers(made) == "20 int8, 1 fp32, 75% int8, 25% fp16"
 

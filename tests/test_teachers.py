@@ -163,4 +163,6 @@ def test_licences_that_differ_are_refused(faces: Path, tmp_path: Path) -> None:
     dataclasses.replace(manifest, licence={"weights": "free"}).write(other)
     with pytest.raises(InputError, match="the licences of start and teachers differ"):
         run(faces, tmp_path / "r", [teacher, other])
+    with pytest.raises(InputError, match=r"stays under its licence, .*for research.*; leave --licence out"):
+        run(faces, tmp_path / "r", [teacher], licence={"weights": "for all"})
     assert not (tmp_path / "r" / "run.json").exists()

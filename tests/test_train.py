@@ -43,7 +43,7 @@ def run(faces: Path, out: Path, **changes: object) -> Path:
     settings = {"size": 64, "epochs": 2, "batch_size": 16, "ema": 0.5, "lr": 1e-3} | changes
     base = str(settings.pop("recipe", "default"))
     more: dict[str, Any] = {"weights": "none"}
-    more |= {key: settings.pop(key) for key in ("resume", "name", "init", "weights") if key in settings}
+    more |= {key: settings.pop(key) for key in ("resume", "name", "init", "weights", "licence") if key in settings}
     return train(
         [read_source(faces)], recipe(base, **settings), out,
         accelerator="cpu", workers=0, picture_every=1, progress=False, **more,
@@ -191,6 +191,15 @@ def test_a_run_can_start_from_a_checkpoint_at_another_size(trained: Path, faces:
     start = manifest.training["start"]
     assert start["checkpoint_sha256"] == load_checkpoint(trained)[1].files[CHECKPOINT_NAME].sha256
     assert start["training"]["config"]["size"] == 64
+
+
+def test_the_licence_that_is_given_stays_with_the_weights(faces: Path, tmp_path: Path) -> None:
+    terms = {"weights": "for us alone"}
+    for name, more in (("first", {"licence": terms}), ("second", {"init": tmp_path / "first"})):
+        assert load_checkpoint(run(faces, tmp_path / name, epochs=1, **more))[1].licence == terms
+    run(faces, tmp_path / "first", epochs=1, resume=True)
+    with pytest.raises(KpError, match=r"began with the licence .*for us alone.*; leave --licence out"):
+        run(faces, tmp_path / "first", epochs=1, resume=True, licence={"weights": "for all"})
 
 
 def test_records_do_not_nest_deeper_with_each_start(faces: Path, tmp_path: Path) -> None:

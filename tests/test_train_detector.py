@@ -282,13 +282,17 @@ def test_a_run_that_was_stopped_before_its_first_state_starts_again(
 
 def test_another_name_can_not_resume_a_run(source: Path, tmp_path: Path) -> None:
     """Nor one that was killed, and has no manifest yet."""
-    run(source, tmp_path / "a", name="mine")
+    terms = {"data": "for us alone"}
+    run(source, tmp_path / "a", name="mine", licence=terms)
+    with pytest.raises(KpError, match=r"began with the licence .*for us alone.*; leave --licence out"):
+        run(source, tmp_path / "a", resume=True, name="mine", licence={"data": "for all"})
     for name in ("manifest.json", CHECKPOINT_NAME):
         with pytest.raises(KpError, match="began with --name mine; give the same one"):
             run(source, tmp_path / "a", resume=True)
         (tmp_path / "a" / name).unlink()
     run(source, tmp_path / "a", resume=True, name="mine")
-    assert DetectorManifest.read(tmp_path / "a").spec.name == "mine"
+    manifest = DetectorManifest.read(tmp_path / "a")
+    assert (manifest.spec.name, manifest.licence) == ("mine", terms)
 
 
 def test_runs_that_can_not_go_on(source: Path, tmp_path: Path) -> None:
@@ -414,6 +418,9 @@ def test_it_learns_drawn_faces(source: Path, tmp_path: Path) -> None:
         (("--score", 2), "score between 0 and 1"),
         (("--threads", 0), "got 0"),
         (("--threads", 10_000), "got 10000"),
+        (("--licence", "for us"), "takes data=TERMS, weights=TERMS and code=TERMS, each once; got 'for us'"),
+        (("--licence", "data=a", "--licence", "data=b"), "each once; got 'data=b'"),
+        (("--licence", "weights= "), "got 'weights= '"),
     ],
 )
 def test_the_command_refuses_before_the_training(
@@ -426,7 +433,7 @@ def test_the_command_refuses_before_the_training(
 
 def test_the_command_trains_and_exports(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = (*COMMAND, source, "--out", tmp_path / "d", "--threads", 1)
-    begin = (*words, "--steps", 1, "--batch-size", 2)
+    begin = (*words, "--steps", 1, "--batch-size", 2, "--licence", "weights=by x=y", "--licence", "code=MIT")
     status, printed, _ = kp(capsys, *begin)
     assert status == 0
     assert "step 1/1  held-out loss" in printed
@@ -440,3 +447,4 @@ def test_the_command_trains_and_exports(source: Path, tmp_path: Path, capsys: py
     assert "d is finished" in printed
     manifest = DetectorManifest.read(tmp_path / "d")
     assert (manifest.spec.score, manifest.training["config"]["steps"]) == (0.35, 1)
+    assert manifest.licence == {"weights": "by x=y", "code": "MIT"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -54,6 +55,16 @@ def chain(place: Path, killed: str = "", status: int = 0, **variables: str) -> l
 
 def value(words: list[str], option: str) -> str | None:
     return words[words.index(option) + 1] if option in words else None
+
+
+def test_what_begins_from_nothing_is_under_the_licence_of_what_ships(place: Path) -> None:
+    shipped = json.loads((SCRIPT.parents[1] / "engines" / "resnet18-68" / "manifest.json").read_text(encoding="utf-8"))
+    for words in chain(place):
+        terms = [words[i + 1] for i, word in enumerate(words) if word == "--licence"]
+        if value(words, "--weights") == "none":
+            assert dict(text.split("=", 1) for text in terms) == shipped["licence"]
+        else:  # it has that of its start
+            assert not terms
 
 
 def test_each_run_starts_from_one_that_is_done(place: Path) -> None:
