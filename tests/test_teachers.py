@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,9 +46,9 @@ def model(folder: Path, size: int, seed: int = 0, **spec: object) -> Path:
 
 def run(faces: Path, out: Path, teachers: list[Path], **changes: object) -> Path:
     settings = {"size": 64, "epochs": 1, "batch_size": 16, "ema": 0} | changes
-    resume, init = bool(settings.pop("resume", False)), settings.pop("init", None)
+    more: dict[str, Any] = {key: settings.pop(key) for key in ("resume", "init", "licence") if key in settings}
     return train(
-        [read_source(faces)], recipe("default", **settings), out, teachers=teachers, resume=resume, init=init,
+        [read_source(faces)], recipe("default", **settings), out, teachers=teachers, **more,
         weights="none", accelerator="cpu", workers=0, progress=False,
     )  # fmt: skip
 
