@@ -12,7 +12,7 @@ import pytest
 import train_reference
 
 from kp_runtime.errors import InputError, KpError
-from kp_train.data import Source
+from kp_train.data import Source, read_source
 from kp_train.refit import NothingGainedError
 from kp_train.synthetic import write_csv_source
 
@@ -53,7 +53,8 @@ def test_runs_are_measured_kept_and_put_in_a_table(
     for name, begun_at in zip(names[4::2], hashes, strict=True):
         taught = json.loads((out / name / "manifest.json").read_text())
         assert taught["training"]["start"]["checkpoint_sha256"] == begun_at
-        assert taught["training"]["teachers"] == [{"name": "resnet18-68", "sha256": hashes[1]}]
+        seen = {"sources": [{"sha256": read_source(data).sha256, "whole": False}], "held_out": {"val_fraction": 0.1}}
+        assert taught["training"]["teachers"] == [{"name": "resnet18-68", "sha256": hashes[1], "runs": [seen]}]
         assert f"{taught['spec']['name']}-taught-7" == name
     made = [(out / name / "checkpoint.safetensors").stat().st_mtime_ns for name in names]
     train_reference.main()  # everything is finished: nothing is trained again
