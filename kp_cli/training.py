@@ -374,7 +374,7 @@ def evaluate(
         more["robustness"] = dataclasses.asdict(
             robustness(opened, result.faces, progress("showing otherwise"), looks, mirror)
         )
-    pictures = ["error_curve.png", "worst.png"] + ["point_errors.png"] * (spec.scheme != "own")
+    pictures = ["error_curve.png", "worst.png", "worst.csv"] + ["point_errors.png"] * (spec.scheme != "own")
     names = [] if out is None else [out / name for name in pictures]
     how: dict[str, Any] = {
         "boxes": boxes.value, "split": split.value, "missed": result.missed, "nme_interval": result.interval,
@@ -403,8 +403,8 @@ def evaluate(
 
         error_curve(result, opened.name, names[0])
         worst_faces(result, names[1])
-        if names[2:]:
-            point_error_map(result, opened.name, names[2])
+        if names[3:]:
+            point_error_map(result, opened.name, names[3])
     raise_lost()
     for name in names if not as_json else ():
         tell(name)

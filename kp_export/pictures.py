@@ -1,7 +1,8 @@
-"""Pictures of an evaluation: the cumulative error curve, the error of each point, and the worst faces."""
+"""Pictures of an evaluation: the cumulative error curve, the error of each point, and the worst faces with a list."""
 
 from __future__ import annotations
 
+import csv
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from kp_runtime.errors import MissingExtraError
 from kp_runtime.files import write_file, writing
 from kp_runtime.frame import Frame
 from kp_runtime.geometry import apply_matrix, matrices_from_boxes
-from kp_runtime.labelled_face import as_text
+from kp_runtime.labelled_face import ODD, rounded
 from kp_runtime.preprocess_cpu import crops_from_frame
 from kp_runtime.scheme68 import CONTOURS, EYE_CORNERS, MIRROR, POINTS
 from kp_train.data import luma_of_face
@@ -41,19 +42,22 @@ def error_curve(evaluation: Evaluation, title: str, path: Path) -> Path:
     """
     measured = evaluation.accuracy
     errors = np.sort(evaluation.errors) * 100
-    share = np.arange(1, len(errors) + 1) / (len(errors) + evaluation.missed) * 100
+    share = np.arange(len(errors) + 1) / (len(errors) + evaluation.missed) * 100
     figure = _figure(7, 4.2)
     axes = figure.subplots()
-    axes.step(np.concatenate([[0], errors]), np.concatenate([[0], share]), where="post", color="#1f6f8b", linewidth=2)
+    x, y = np.array([0, *errors, max(10, errors[-1])]), np.array([*share, share[-1]])  # level to the right edge
+    axes.step(x, y, where="post", color="#1f6f8b", linewidth=2)
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}  # the mean's line may cross it
     axes.axvline(FAILURE * 100, color="#999999", linestyle="--", linewidth=1)
     axes.text(FAILURE * 100, 3, f" failures {measured.failures:.1%}", color="#666666", clip_on=True, bbox=paper)
-    axes.axvline(measured.nme * 100, color="#c8553d", linewidth=1)
+    axes.axvline(measured.nme * 100, color="#b8452e", linewidth=1)
     at = np.clip(measured.nme * 100, 1.8, 10)  # left of the line, where a curve seldom is
-    axes.text(at, 96, f"mean {measured.nme:.2%} ", color="#c8553d", va="top", ha="right")
+    beyond = "→" if measured.nme > 0.1 else ""
+    axes.text(at, 96, f"mean {measured.nme:.2%} {beyond}", color="#b8452e", va="top", ha="right")
     unit = "outer eye corner distance" if evaluation.predicted.shape[1] == POINTS else "longer side of the points' box"
     axes.set(xlim=(0, 10), ylim=(0, 100), xlabel=f"NME, % of the {unit}", ylabel="faces, %")
-    told = f"{measured.faces} faces, AUC at 8% {measured.auc:.3f}"
+    missed = f", {evaluation.missed} of them missed" if evaluation.missed else ""
+    told = f"{measured.faces + evaluation.missed} faces{missed}, AUC at 8% {measured.auc:.3f}"
     axes.set_title(f"{textwrap.fill(title, _LINE)}\n{told}", **_TITLE)
     axes.grid(alpha=0.25)
     return _saved(figure, path)
@@ -126,19 +130,26 @@ def _saved(figure: Figure, path: Path) -> Path:
 
 
 def worst_faces(evaluation: Evaluation, path: Path, most: int = 24, cell: int = 224) -> Path:
-    """Writes a sheet of the worst faces as a PNG: truth in green, the smaller prediction in red on top, NME below."""
+    """Writes a sheet of the worst faces as a PNG, and which they are as a CSV beside it.
+
+    Truth is green and large, the prediction red and on top of it; below stand the rank and the NME. The CSV has rank,
+    NME, the photo and the box of the labels in its pixels.
+    """
     order = np.argsort(-evaluation.errors)[:most]
-    cells = []
-    for i in order.tolist():
+    cells, lines = [], []
+    for rank, i in enumerate(order.tolist(), 1):
         face = evaluation.faces[i]
         box = np.concatenate([face.xy.min(axis=0), face.xy.max(axis=0)])
         matrix = matrices_from_boxes(box[None], cell, 1.5)
         crop = crops_from_frame(Frame(luma_of_face(face), "gray"), matrix, cell)[0, 0]
         canvas = cv2.cvtColor(crop, cv2.COLOR_GRAY2BGR)
-        for xy, color, radius in ((face.xy, (90, 220, 90), 40), (evaluation.predicted[i], (70, 70, 250), 20)):
-            for x, y in np.clip(np.rint(apply_matrix(matrix[0], xy) * 16), -(2**20), 2**20).astype(int).tolist():
-                cv2.circle(canvas, (x, y), radius, color, -1, cv2.LINE_AA, 4)
-        label = f"{evaluation.errors[i]:.1%} {as_text(face.image.stem)[:24]}"  # OpenCV ends the process at no text
+        for xy, color, radius in ((face.xy, (90, 220, 90), 40), (evaluation.predicted[i], (70, 70, 250), 24)):
+            at = np.clip(np.rint(apply_matrix(matrix[0], xy) * 16), -(2**20), 2**20).astype(int).tolist()
+            for shade, size in (((0, 0, 0), radius + 12), (color, radius)):  # edged, to be seen on every grey
+                for x, y in at:
+                    cv2.circle(canvas, (x, y), size, shade, -1, cv2.LINE_AA, 4)
+        label = f"{rank}: {evaluation.errors[i]:.1%}"
+        lines.append([rank, f"{evaluation.errors[i]:.5f}", face.image, *rounded(box)])
         for grey, width in ((0, 3), (255, 1)):  # edged in black, as the photo may be white
             cv2.putText(canvas, label, (4, cell - 6), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (grey,) * 3, width, cv2.LINE_AA)
         cells.append(canvas)
@@ -146,4 +157,7 @@ def worst_faces(evaluation: Evaluation, path: Path, most: int = 24, cell: int = 
     cells += [np.zeros_like(cells[0])] * (-len(cells) % columns)
     sheet = np.concatenate([np.concatenate(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)])
     write_file(path, cv2.imencode(".png", sheet)[1].tobytes())
+    table = path.with_suffix(".csv")
+    with writing(table) as temporary, temporary.open("w", encoding="utf-8", errors=ODD, newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["rank", "nme", "image", "x0", "y0", "x1", "y1"], *lines])
     return path

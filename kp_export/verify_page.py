@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kp_export.parity import LIMITS, Limit
 from kp_export.verify import FileVerdict, Verification
-from kp_runtime.html_page import clean, write_page
+from kp_runtime.html_page import clean, wide_table, write_page
 from kp_runtime.scheme68 import regions_of
 
 __all__ = ["verification_page"]
@@ -25,7 +25,7 @@ __all__ = ["verification_page"]
 CELL = 320
 WORST = 12
 _SHIFT = 4  # OpenCV's drawing takes positions in sixteenths of a pixel
-_GREEN, _RED, _RING = (80, 220, 40), (40, 40, 255), (60, 220, 255)
+_GREEN, _RED, _RING, _EDGE = (80, 220, 40), (40, 40, 255), (60, 220, 255), (0, 0, 0)
 
 _STYLE = """
 :root { --good: #17693a; --bad: #b3261e; --open: #8a5a00 }
@@ -68,9 +68,11 @@ def _header(verification: Verification) -> str:
 def _hashes(verification: Verification) -> str:
     rows = [("PyTorch's checkpoint", verification.checkpoint_sha256)]
     rows += [(file.file, file.entry.sha256) for file in verification.files]
-    cells = [f"<tr><td>{clean(name)}</td><td class='text hash'>{clean(digest)}</td></tr>" for name, digest in rows]
+    cells = [
+        f"<tr><th scope=row>{clean(name)}</th><td class='text hash'>{clean(digest)}</td></tr>" for name, digest in rows
+    ]
     head = "<th scope=col>file</th><th scope=col class=text>sha256</th>"
-    return f"<div class=wide tabindex=0><table><tr>{head}</tr>{''.join(cells)}</table></div>\n"
+    return wide_table("What ran, by sha256", f"<tr>{head}</tr>{''.join(cells)}")
 
 
 def _table(verification: Verification) -> str:
@@ -89,10 +91,10 @@ def _table(verification: Verification) -> str:
     head = f"<tr>{start}{_cells('th scope=col', ('faces', *columns))}</tr>"
     precisions = dict.fromkeys(file.parity.precision for file in verification.files if file.parity)
     limits = "; ".join(f"{name}: {_limit(LIMITS[name])}" for name in precisions)
-    return (
-        f"<h2>Distance to PyTorch, in pixels of the crop</h2>\n<div class=wide tabindex=0><table>{head}"
-        f"{''.join(_row(file, regions) for file in verification.files)}</table></div>\n"
-        + (f"<p class=soft>Limits, pixels for a crop of 224 px: {clean(limits)}.</p>\n" if limits else "")
+    heading = "Distance to PyTorch, in pixels of the crop"
+    rows = "".join(_row(file, regions) for file in verification.files)
+    return f"<h2>{heading}</h2>\n{wide_table(heading, head + rows)}" + (
+        f"<p class=soft>Limits, pixels for a crop of 224 px: {clean(limits)}.</p>\n" if limits else ""
     )
 
 
@@ -112,7 +114,7 @@ def _row(file: FileVerdict, regions: Sequence[str]) -> str:
     verdict = f"<td class='text {file.verdict.replace(' ', '-')}'>{file.verdict}</td>"
     precision = f"<td class=text>{clean(file.entry.precision or '')}</td>"
     faces = measured.faces if measured else ""
-    return f"<tr><td>{clean(file.file)}</td>{verdict}{precision}<td>{faces}</td>{_cells('td', numbers)}</tr>"
+    return f"<tr><th scope=row>{clean(file.file)}</th>{verdict}{precision}<td>{faces}</td>{_cells('td', numbers)}</tr>"
 
 
 def _cells(tag: str, texts: Iterable[str]) -> str:
@@ -164,8 +166,9 @@ def _picture(crop: NDArray[np.uint8], wanted: NDArray[np.float32], got: NDArray[
     enlarged = cv2.resize(crop, (CELL, CELL), interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
     canvas = np.asarray(cv2.cvtColor(enlarged, cv2.COLOR_GRAY2BGR), np.uint8)
     for xy, color, radius in ((wanted, _GREEN, 3.4), (got, _RED, 2.0)):
-        for point in xy:
-            _circle(canvas, point, scale, color, radius, -1)
+        for shade, size in ((_EDGE, radius + 1), (color, radius)):  # edged, to be seen on every grey
+            for point in xy:
+                _circle(canvas, point, scale, shade, size, -1)
     ringed = got[worst] if np.isfinite(got[worst]).all() else wanted[worst]
     _circle(canvas, ringed, scale, _RING, 9, 2)
     # without 4:4:4 the colours of such small dots run

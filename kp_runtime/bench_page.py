@@ -12,7 +12,7 @@ from pathlib import Path
 from kp_runtime.bench_compare import Comparison
 from kp_runtime.bench_plots import SERIES, Point, batch_curves, distribution, milliseconds, stage_bar
 from kp_runtime.bench_results import Bench, FileRun, Times
-from kp_runtime.html_page import clean, write_page
+from kp_runtime.html_page import clean, wide_table, write_page
 
 __all__ = ["bench_page"]
 
@@ -21,7 +21,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --0: #6cb4f0; --1: #f5a267; --2: #6fd197; --3: #d79be0; --4: #dcc55a; --5: #ff8fb4 } }
 body { max-width: 1240px } h2 { margin: 2.4rem 0 .3rem } th, td { padding: .3rem .5rem } p { max-width: 75ch }
-.files th { white-space: normal; max-width: 6.5em }
+.files th[scope=col] { white-space: normal; max-width: 6.5em }
 .machine td { white-space: normal; overflow-wrap: anywhere; text-align: left }
 .faster { color: var(--2); font-weight: 600 } .slower { color: var(--5); font-weight: 600 }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(310px, 100%), 1fr)); gap: 1.4rem;
@@ -74,7 +74,7 @@ def _files(bench: Bench) -> str:
     starts = bench.files[0].cold.processes if bench.files else 0
     note = f"Load and memory: medians of {starts} fresh processes each. The load checks the file's sha256 and the "
     note += "golden crop; “before” is the memory of Python, numpy and kp_runtime alone."
-    table = _table([*head, "load ms", "first call ms", "peak MiB", "before"], rows, text=3)
+    table = _table("The files", [*head, "load ms", "first call ms", "peak MiB", "before"], rows, text=3)
     return f"<h2>The files</h2>\n<div class=files>{table}</div>\n<p class=soft>{note}</p>\n"
 
 
@@ -114,10 +114,10 @@ def _stages(bench: Bench) -> str:
     rows = [[name, *_summary_cells(times)] for name, times in (*photo.stages.items(), ("whole call", photo.whole))]
     head = ["stage", *_SUMMARY]
     note = "The stages are of other calls than the whole one; their medians need not add up to its."
+    heading = f"From the photo's file to its keypoints, with {photo.file}"
     return (
-        f"<h2>From the photo's file to its keypoints, with {clean(photo.file)}</h2>\n"
-        f"<figure class=plot tabindex=0>{stage_bar(medians)}</figure>\n"
-        f"{_table(head, rows, swatches=len(medians))}<p class=soft>{note}</p>\n"
+        f"<h2>{clean(heading)}</h2>\n<figure class=plot tabindex=0>{stage_bar(medians)}</figure>\n"
+        f"{_table(heading, head, rows, swatches=len(medians))}<p class=soft>{note}</p>\n"
     )
 
 
@@ -152,7 +152,8 @@ def _numbers(bench: Bench) -> str:
         way = files[case.file].way(case.batch) if case.file in files else ""
         rows.append([case.file, way, str(case.batch), *_summary_cells(case.times), f"{case.ms_a_face:.3f}"])
     head = ["file", "batch fed", "batch", *_SUMMARY, "ms a face"]
-    return f"<h2>The network alone: all numbers</h2>\n{_table(head, rows, text=2)}"
+    heading = "The network alone: all numbers"
+    return f"<h2>{heading}</h2>\n{_table(heading, head, rows, text=2)}"
 
 
 def _comparison(comparison: Comparison | None) -> str:
@@ -162,16 +163,18 @@ def _comparison(comparison: Comparison | None) -> str:
     for c in comparison.cases:
         interval = f"{c.ratio.low:.3f} to {c.ratio.high:.3f}"
         rows.append([c.case, f"{c.old_ms:.3f}", f"{c.new_ms:.3f}", f"{c.ratio.value:.3f}", interval, c.verdict])
-    table = _table(["case", "old p50 ms", "new p50 ms", "new / old", "95% interval", "the new one is"], rows)
+    heading, head = "Against older results", ["case", "old p50 ms", "new p50 ms", "new / old", "95% interval"]
+    table = _table(heading, [*head, "the new one is"], rows)
     for verdict in ("faster", "slower"):
         table = table.replace(f"<td>{verdict}</td>", f"<td class={verdict}>{verdict}</td>")
     against = [f"no fair comparison: {text}" for text in comparison.obstacles]
     lines = "".join(f"<p class=soft>{clean(text)}</p>\n" for text in (*against, *comparison.alone, *comparison.notes))
-    return f"<h2>Against older results</h2>\n{table}{lines}"
+    return f"<h2>{heading}</h2>\n{table}{lines}"
 
 
 def _machine(bench: Bench) -> str:
-    return f"<h2>Machine and settings</h2>\n<div class=machine>{_table([], list(_facts(bench)))}</div>\n"
+    heading = "Machine and settings"
+    return f"<h2>{heading}</h2>\n<div class=machine>{_table(heading, [], list(_facts(bench)))}</div>\n"
 
 
 def _facts(bench: Bench) -> Iterable[list[str]]:
@@ -217,19 +220,22 @@ def _loads(loads: tuple[float, ...] | None) -> str | None:
 
 def _hashes(bench: Bench) -> str:
     rows = [[file.file, file.sha256] for file in bench.files] + [[bench.setup.photo, bench.setup.photo_sha256]]
-    return f"<h2>What ran, by sha256</h2>\n<div class=hash>{_table(['file', 'sha256'], rows, text=2)}</div>\n"
+    heading = "What ran, by sha256"
+    return f"<h2>{heading}</h2>\n<div class=hash>{_table(heading, ['file', 'sha256'], rows, text=2)}</div>\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1, swatches: int = 0) -> str:
+def _table(name: str, head: Sequence[str], rows: Sequence[Sequence[str]], *, text: int = 1, swatches: int = 0) -> str:
     """A table whose first `text` columns are no numbers; the first `swatches` rows begin with their colour."""
     first = "".join(_cell("th scope=col", word, i < text) for i, word in enumerate(head))
     lines = [f"<tr>{first}</tr>"] if head else []
     for number, row in enumerate(rows):
         swatch = f'<span class="swatch c{number % SERIES}"></span>' if number < swatches else ""
-        lines.append(
-            "<tr>" + "".join(_cell("td", w, i < text, "" if i else swatch) for i, w in enumerate(row)) + "</tr>"
-        )
-    return f"<div class=wide tabindex=0><table>{''.join(lines)}</table></div>\n"
+        cells = [
+            _cell("th scope=row", row[0], True, swatch),
+            *(_cell("td", w, i < text) for i, w in enumerate(row) if i),
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return wide_table(name, "".join(lines))
 
 
 def _cell(tag: str, word: str, text: bool, before: str = "") -> str:

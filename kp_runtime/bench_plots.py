@@ -172,16 +172,16 @@ def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> lis
 
 
 def _axis(marks: Sequence[tuple[float, float]], left: float, right: float, y: float) -> list[str]:
-    """A horizontal axis in milliseconds; a mark whose number would touch the last one's has none."""
+    """A horizontal axis; the last mark tells the unit, and one whose number would touch the next one's has none."""
     parts = [_tag("line", "stroke soft", x1=left, x2=right, y1=y, y2=y)]
-    free = -math.inf
-    for i, (x, value) in enumerate(marks):
-        label = _label(value) + (" ms" if i == len(marks) - 1 else "")
+    unit, free = " ms", math.inf
+    for x, value in reversed(marks):
+        label = _label(value) + unit
         parts.append(_tag("line", "stroke soft", x1=x, x2=x, y1=y, y2=y + 5))
         half = len(label) * _LETTER / 2
-        if x - half > free:
+        if x + half < free:
             parts.append(_tag("text", "soft small", label, x=x, y=y + 20, text_anchor="middle"))
-            free = x + half + 6
+            unit, free = "", x - half - 6
     return parts
 
 

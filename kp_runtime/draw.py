@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from operator import index
 from typing import Any, SupportsIndex
@@ -14,10 +15,11 @@ from kp_runtime.frame import Frame, bgr_copy, import_cv2
 from kp_runtime.geometry import point_array
 from kp_runtime.scheme68 import CONTOURS, POINTS
 
-__all__ = ["draw_keypoints", "put_boxes", "put_keypoints"]
+__all__ = ["draw_keypoints", "put_boxes", "put_keypoints", "put_label"]
 
+_TINY = 60  # a face's pixels up to which edged points would hide it
 _SHIFT = 4  # OpenCV's drawing takes positions in sixteenths of a pixel
-_LINE, _POINT = (208, 224, 64), (255, 255, 255)
+_LINE, _POINT, _BOX, _EDGE = (208, 224, 64), (255, 255, 255), (96, 96, 240), (32, 32, 32)
 
 
 def draw_keypoints(
@@ -62,9 +64,11 @@ def put_keypoints(
         if lines and len(face) == POINTS:
             contours = [fixed[list(indices)] for indices in CONTOURS.values()]
             cv2.polylines(canvas, contours, False, bgr, max(1, round(extent / 220)), cv2.LINE_AA, _SHIFT)
-        radius = max(1.0, extent / 110)
-        for x, y in fixed.tolist():
-            cv2.circle(canvas, (x, y), round(radius * 2**_SHIFT), _POINT, -1, cv2.LINE_AA, _SHIFT)
+        radius = max(0.5, extent / 110)
+        edged = ((_EDGE, radius + max(0.7, extent / 400)), (_POINT, radius))  # to be seen on white, too
+        for shade, size in edged if extent > _TINY else ((bgr, radius),):
+            for x, y in fixed.tolist():
+                cv2.circle(canvas, (x, y), round(size * 2**_SHIFT), shade, -1, cv2.LINE_AA, _SHIFT)
 
 
 def _checked(color: Sequence[SupportsIndex]) -> tuple[int, ...]:
@@ -83,5 +87,18 @@ def put_boxes(canvas: NDArray[np.uint8], boxes_xyxy: ArrayLike) -> None:
     cv2 = import_cv2()
     for box in np.asarray(boxes_xyxy, np.float64).reshape(-1, 4):
         x0, y0, x1, y1 = np.rint(np.clip(box, -(2**20), 2**20)).astype(int).tolist()
-        width = max(1, round(min(x1 - x0, canvas.shape[1]) / 150))
-        cv2.rectangle(canvas, (x0, y0), (x1, y1), (96, 96, 240), width, cv2.LINE_AA)
+        half = round(min(x1 - x0, canvas.shape[1]) / 300)
+        rim = half + max(1, half)
+        for out in range(-rim, rim + 1):  # OpenCV's own thick lines are off by a pixel
+            cv2.rectangle(canvas, (x0 - out, y0 - out), (x1 + out, y1 + out), _BOX if abs(out) <= half else _EDGE)
+
+
+def put_label(canvas: NDArray[np.uint8], text: str, box_xyxy: ArrayLike) -> None:
+    """Writes ASCII text above a box `(4,)`, finite pixels, in its size, on `(h, w, 3)` uint8 BGR itself."""
+    cv2 = import_cv2()
+    x0, y0, x1, _ = np.clip(np.asarray(box_xyxy, np.float64), -(2**20), 2**20).tolist()
+    scale = min(max(min(x1 - x0, canvas.shape[1]) / 250, 0.35), 4)
+    width = max(1, round(2 * scale))
+    at = max(round(x0), 0), max(round(y0 - 8 * scale), math.ceil(22 * scale) + width + 2)  # on the picture
+    for shade, thickness in ((_EDGE, width + max(2, width)), (_POINT, width)):
+        cv2.putText(canvas, text, at, cv2.FONT_HERSHEY_SIMPLEX, scale, shade, thickness, cv2.LINE_AA)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kp_runtime.draw import put_boxes, put_keypoints
+from kp_runtime.draw import put_boxes, put_keypoints, put_label
 from kp_runtime.effects import Effect
 from kp_runtime.errors import BackendError, ImageError, KpError
 from kp_runtime.frame import Frame, bgr_copy, import_cv2
@@ -182,16 +182,14 @@ class Window:
 
 def draw_tracks(image: Frame | NDArray[np.uint8], tracks: Sequence[Track]) -> NDArray[np.uint8]:
     """Points, the boxes around them and ids on a BGR copy of a `Frame` or a uint8 image: BGR, BGRA or grey."""
-    cv2, canvas = import_cv2(), bgr_copy(image)
+    canvas = bgr_copy(image)
     if not tracks:
         return canvas
     points = np.stack([track.xy for track in tracks])
     boxes = boxes_from_points(points)  # a track's own lags behind a face that moves: it was looked for there
     put_boxes(canvas, boxes)
     for track, box in zip(tracks, boxes, strict=True):
-        x, y = np.rint(np.clip(box[:2], -(2**20), 2**20)).astype(int).tolist()
-        at = max(x, 0), max(y - 6, 16)  # on the picture
-        cv2.putText(canvas, str(track.id), at, cv2.FONT_HERSHEY_SIMPLEX, 0.7, (96, 96, 240), 2, cv2.LINE_AA)
+        put_label(canvas, str(track.id), box)
     put_keypoints(canvas, points)
     return canvas
 

@@ -55,6 +55,10 @@ WORSE = (
 )  # fmt: skip
 """How faces are shown otherwise: by how much of its longer side the box is off, times its size, degrees, a grey patch
 on so much of the box, the noise's standard deviation in grey levels, times the grey levels."""
+_STYLES = (
+    ("#1f77b4", "-"), ("#c05a00", "--"), ("#227a22", ":"), ("#d62728", "-."), ("#9467bd", "-"), ("#444444", "--"),
+)  # fmt: skip
+"""A colour and a dash for each score; the dash tells apart what eyes for two colours see alike."""
 
 
 @dataclass(frozen=True)
@@ -197,11 +201,12 @@ def plot(path: Path, title: str, scores: dict[str, np.ndarray], is_face: np.ndar
     matplotlib.rcParams["svg.hashsalt"] = "kp"
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    for name, score in scores.items():
+    for (color, dashes), (name, score) in zip(_STYLES, scores.items(), strict=False):
         limits = np.sort(score[is_face])[::-1][: 1 + int(0.1 * is_face.sum())]
         given_up = [(score[is_face] > limit).mean() * 100 for limit in limits]
         noticed = [(score[~is_face] > limit).mean() * 100 for limit in limits]
-        axes.step(given_up, noticed, where="post", label=name, linewidth=2 if name in ("both", "own") else 1)
+        axes.step(given_up, noticed, where="post", label=name, color=color, linestyle=dashes,
+                  linewidth=2 if name in ("both", "own") else 1)  # fmt: skip
     axes.set(xlim=(0, 10), ylim=(40, 100.5), xlabel="faces given up, %", ylabel="lost faces noticed, %")
     axes.set_title(title, fontsize=10)
     axes.grid(alpha=0.25)

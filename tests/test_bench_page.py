@@ -107,7 +107,11 @@ def test_the_page_is_whole_and_asks_for_nothing(bench: Bench, tmp_path: Path) ->
     assert not re.search(r"https?:|url\(|@import|//", page)
     assert "prefers-color-scheme: dark" in page
     assert page.index("figure { overflow: visible }") > page.index("overflow-x: auto }", page.index("figure {"))
-    assert page.count("<th") == page.count("<th scope=col")
+    assert page.count("<th") == page.count("<th scope=col") + page.count("<th scope=row")
+    tables = re.findall('<div class=wide tabindex=0 role=region aria-label="[^"]+"><table>(.*?)</table>', page)
+    assert len(tables) == page.count("<table>") > 3
+    for table in tables:  # each row begins with what it is about
+        assert all(row.startswith("<th scope=") for row in re.findall("<tr>(.*?)</tr>", table))
     assert "<th scope=col></th>" not in page
     assert "<th scope=col class=text></th>" not in page
     svgs = SVG.findall(page)
@@ -211,6 +215,18 @@ def test_percentiles_are_marked_where_they_are() -> None:
     assert [word for word in words(svg) if word.startswith("p")] == ["p50", "p95", "p99"]
     bars = [float(r.get("x", "")) for r in elements(svg, "rect")]
     assert min(bars) < marks[0] < max(bars)
+
+
+@pytest.mark.parametrize("longest", [1.001, 1.01, 2, 20, 100, 299, 1000])
+def test_an_axis_always_tells_its_unit(longest: float) -> None:
+    for shortest in np.geomspace(0.02, 900, 60).tolist():
+        spread = np.geomspace(shortest, shortest * longest, 30).tolist()
+        axis = [
+            text
+            for text in words(distribution("a", times_from_turns([spread]), 0))
+            if re.fullmatch("[0-9.]+( ms)?", text)
+        ]
+        assert sum(text.endswith(" ms") for text in axis) == 1, axis
 
 
 def test_samples_that_are_all_alike_are_a_bar() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kp_runtime.draw import draw_keypoints, put_boxes
+from kp_runtime.draw import draw_keypoints, put_boxes, put_label
 from kp_runtime.errors import InputError
 from kp_runtime.frame import Frame
 from kp_train.synthetic import mean_shape
@@ -21,8 +21,43 @@ def test_points_are_where_they_belong(image: np.ndarray) -> None:
     for x, y in np.rint(FACE).astype(int):
         assert drawn[y, x].min() > 120
     touched = np.argwhere((drawn != image).any(axis=2))[:, ::-1]
-    assert (touched.min(axis=0) >= FACE.min(axis=0) - 3).all()
-    assert (touched.max(axis=0) <= FACE.max(axis=0) + 3).all()
+    assert (touched.min(axis=0) >= FACE.min(axis=0) - 4).all()
+    assert (touched.max(axis=0) <= FACE.max(axis=0) + 4).all()
+
+
+@pytest.mark.parametrize("grey", [0, 40, 128, 210, 255])
+@pytest.mark.parametrize("every", [1, 14])
+def test_points_are_seen_on_any_grey(grey: int, every: int) -> None:
+    """Of contrast 3 to 1 or more against the grey or against their own edge, as WCAG asks of graphics."""
+    drawn = draw_keypoints(np.full((240, 200, 3), grey, np.uint8), FACE[::every], lines=False)
+    seen = np.unique(drawn).astype(float)
+    light = np.where(seen <= 10, seen / 3294.6, ((seen / 255 + 0.055) / 1.055) ** 2.4) + 0.05
+    assert light.max() / light.min() > 3
+
+
+def test_points_do_not_hide_a_small_face() -> None:
+    small = (FACE - FACE.mean(axis=0)) * 24 / np.ptp(FACE, axis=0).max() + 30
+    drawn = draw_keypoints(np.zeros((60, 60, 3), np.uint8), small)
+    assert (drawn.max(axis=2) > 100).sum() < 0.55 * 24 * 24
+    on_white = draw_keypoints(np.full((60, 60, 3), 255, np.uint8), small)
+    assert on_white[..., 2].min() < 100  # in the colour of the lines
+
+
+@pytest.mark.parametrize("grey", [0, 140, 255])
+@pytest.mark.parametrize("side", [24, 100, 2000])
+def test_a_label_is_as_large_as_its_box_asks_and_stays_on_the_picture(grey: int, side: int) -> None:
+    blank = np.full((side * 3 // 2, side * 2, 3), grey, np.uint8)
+    heights = []
+    for top in (side * 3 / 4, -side / 2):
+        drawn = blank.copy()
+        put_label(drawn, "7", [side / 2, top, side * 1.5, top + side])
+        rows = np.flatnonzero((drawn != grey).any(axis=(1, 2)))
+        assert drawn.max() > 200
+        assert drawn.min() < 60
+        assert rows[0] > 0
+        heights.append(np.ptp(rows))
+    assert heights[0] == heights[1]
+    assert min(side / 20, 60) < heights[0] < max(side / 5, 16)
 
 
 def test_contours_can_be_left_out_and_coloured(image: np.ndarray) -> None:

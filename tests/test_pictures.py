@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import os
 import shutil
@@ -39,7 +40,7 @@ def test_the_pictures_show_the_faces(source: Source, tmp_path: Path) -> None:
     sheet = cv2.imread(str(worst_faces(result, tmp_path / "p" / "worst.png", most=7, cell=96)))
     assert sheet.shape == (2 * 96, 6 * 96, 3)
     assert np.ptp(sheet[:, 96:].reshape(-1)) > 200
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["curve.png", "worst.png"]
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["curve.png", "worst.csv", "worst.png"]
 
 
 def test_the_curve_is_the_share_of_faces_up_to_each_error(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,12 +49,28 @@ def test_the_curve_is_the_share_of_faces_up_to_each_error(source: Source, monkey
     result = evaluate(oracle(source, ModelSpec("x", SIZE), error_px=2.0), source.faces)
     error_curve(dataclasses.replace(result, errors=np.array([0.04, 0.01, 0.05, 0.02])), "a model", Path("x"))
     curve, *upright = drawn
-    np.testing.assert_allclose(curve.get_xydata(), [[0, 0], [1, 25], [2, 50], [4, 75], [5, 100]])
+    np.testing.assert_allclose(curve.get_xydata(), [[0, 0], [1, 25], [2, 50], [4, 75], [5, 100], [10, 100]])
     assert curve.get_drawstyle() == "steps-post"  # level up to the next error
     np.testing.assert_allclose([line.get_xdata()[0] for line in upright], [8, 100 * result.accuracy.nme])
     drawn.clear()
     error_curve(dataclasses.replace(result, errors=np.array([0.04]), missed=1), "a model", Path("x"))
-    np.testing.assert_allclose(drawn[0].get_xydata(), [[0, 0], [4, 50]])
+    np.testing.assert_allclose(drawn[0].get_xydata(), [[0, 0], [4, 50], [10, 50]])
+
+
+def test_the_curve_counts_the_missed_faces_and_says_that_a_mean_lies_beyond(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("kp_export.pictures._saved", lambda figure, path: drawn.extend(figure.axes))
+    result = evaluate(oracle(source, ModelSpec("x", SIZE), error_px=2.0), source.faces)
+    far = dataclasses.replace(result.accuracy, faces=8, nme=0.2)
+    error_curve(dataclasses.replace(result, missed=6, accuracy=far), "a model", Path("x"))
+    error_curve(result, "a model", Path("x"))
+    missed, found = drawn
+    assert "14 faces, 6 of them missed" in missed.get_title()
+    assert "mean 20.00% →" in [text.get_text() for text in missed.texts]
+    assert "missed" not in found.get_title()
+    assert not any("→" in text.get_text() for text in found.texts)
 
 
 def test_the_worst_faces_come_first_with_green_labels_and_red_predictions(source: Source, tmp_path: Path) -> None:
@@ -73,7 +90,39 @@ def test_the_worst_faces_come_first_with_green_labels_and_red_predictions(source
     assert (green - np.maximum(blue, red) > 60).any()  # labels are seen under predictions
 
 
-def test_the_names_of_the_worst_faces_are_read_on_white(source: Source, tmp_path: Path) -> None:
+def test_the_list_beside_the_sheet_says_which_photo_each_face_is(source: Source, tmp_path: Path) -> None:
+    result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
+    names = [f"a_name_as_long_as_that_of_others_写真_{i}.png" for i in range(len(result.faces))]
+    faces = tuple(
+        dataclasses.replace(face, image=face.image.rename(tmp_path / name))
+        for face, name in zip(result.faces, names, strict=True)
+    )
+    errors = np.linspace(0.01, 0.2, len(faces))
+    worst_faces(dataclasses.replace(result, faces=faces, errors=errors), tmp_path / "worst.png", most=3)
+    with (tmp_path / "worst.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["rank"] for row in rows] == ["1", "2", "3"]
+    assert [Path(row["image"]) for row in rows] == [face.image for face in faces[:-4:-1]]
+    assert [float(row["nme"]) for row in rows] == pytest.approx(errors[:-4:-1], abs=1e-5)
+    box = [float(rows[0][side]) for side in ("x0", "y0", "x1", "y1")]
+    assert box == pytest.approx([*faces[-1].xy.min(axis=0), *faces[-1].xy.max(axis=0)], abs=1e-3)
+
+
+@pytest.mark.parametrize("grey", [0, 110, 140, 170, 255])
+def test_answers_have_a_black_edge_on_any_grey(grey: int, source: Source, tmp_path: Path) -> None:
+    result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
+    plain = tmp_path / "plain.png"
+    cv2.imwrite(str(plain), np.full((SIZE, SIZE), grey, np.uint8))
+    faces = tuple(dataclasses.replace(face, image=plain) for face in result.faces)
+    away = dataclasses.replace(result, faces=faces, predicted=result.predicted - SIZE / 3)  # from the labels
+    sheet = cv2.imread(str(worst_faces(away, tmp_path / "worst.png", most=1))).astype(int)
+    red = (sheet[:, :, 2] - sheet[:, :, :2].max(axis=2)) > 120
+    darkest = cv2.erode(sheet.max(axis=2).astype(np.uint8), np.ones((5, 5), np.uint8))
+    assert red.any()
+    assert (darkest[red] < 100).mean() > 0.9
+
+
+def test_the_numbers_of_the_worst_faces_are_read_on_white(source: Source, tmp_path: Path) -> None:
     result = evaluate(oracle(source, ModelSpec("x", SIZE)), source.faces)
     white = tmp_path / "white.png"
     white.write_bytes(cv2.imencode(".png", np.full((SIZE, SIZE, 3), 255, np.uint8))[1].tobytes())

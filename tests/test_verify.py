@@ -355,7 +355,7 @@ def test_the_page_stands_alone(copied: Path, faces: FaceSet, tmp_path: Path) -> 
     told = {attributes["alt"] for tag, attributes in tags.found if tag == "img"}
     assert len(told) == 24
     assert "title" not in {key for _, attributes in tags.found for key in attributes}  # which a finger does not show
-    assert {attributes.get("scope") for tag, attributes in tags.found if tag == "th"} == {"col"}
+    assert {attributes.get("scope") for tag, attributes in tags.found if tag == "th"} == {"col", "row"}
     for image in images:
         assert image.startswith("data:image/jpeg;base64,")
     encoded = np.frombuffer(base64.b64decode(images[0].partition(",")[2]), np.uint8)
