@@ -165,7 +165,7 @@ def _picture(crop: NDArray[np.uint8], wanted: NDArray[np.float32], got: NDArray[
     scale = CELL / crop.shape[0]
     enlarged = cv2.resize(crop, (CELL, CELL), interpolation=cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA)
     canvas = np.asarray(cv2.cvtColor(enlarged, cv2.COLOR_GRAY2BGR), np.uint8)
-    for xy, color, radius in ((wanted, _GREEN, 3.4), (got, _RED, 2.0)):
+    for xy, color, radius in ((wanted, _GREEN, 4.4), (got, _RED, 2.0)):
         for shade, size in ((_EDGE, radius + 1), (color, radius)):  # edged, to be seen on every grey
             for point in xy:
                 _circle(canvas, point, scale, shade, size, -1)
