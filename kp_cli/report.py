@@ -27,6 +27,7 @@ __all__ = [
     "print_bundle",
     "print_comparison",
     "print_diagnosis",
+    "print_folders",
     "print_groups",
     "print_json",
     "print_parity",
@@ -235,6 +236,21 @@ def print_accuracy(name: str, result: Any) -> None:
         *((f"NME {region}", f"{value:.2%}") for region, value in measured.regions.items()),
     ]
     print_table(name, ("measure", "value"), rows)
+
+
+def print_folders(folders: Sequence[Any]) -> None:
+    """`Folder`s, a line each."""
+    if folders:
+        rows = [
+            (
+                one.folder,
+                one.faces,
+                f"{one.nme:.2%}",
+                "{:.2%} to {:.2%}".format(*ends) if (ends := one.nme_interval) else "",
+            )
+            for one in folders
+        ]
+        print_table("by folder", ("folder", "faces", "NME", "its 95% interval"), rows)
 
 
 def print_groups(more: dict[str, Any]) -> None:

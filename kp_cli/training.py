@@ -32,6 +32,7 @@ from kp_cli.report import (
     is_terminal,
     note,
     print_accuracy,
+    print_folders,
     print_groups,
     print_json,
     print_table,
@@ -333,14 +334,14 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled faces: NME, AUC, failure rate.
 
-    Also by region, face size and turn of the head, and the original project's loss; --out adds
+    Also by region, face size, turn of the head and folder (of 2 to 10), and the original project's loss; --out adds
     pictures: the error curve, the error of each point by turn of the head, the worst faces.
 
     Example: kp eval runs/first --data faces.csv --split person --out out/first
     """
     from kp_export.evaluate import evaluate as measure
     from kp_export.evaluate import held_out_faces, open_model, trained_on
-    from kp_export.robustness import groups, robustness
+    from kp_export.robustness import folders, groups, robustness
     from kp_export.staging import alone
     from kp_runtime.manifest import Manifest
     from kp_train.data import parse_source
@@ -382,10 +383,12 @@ def evaluate(
     }  # fmt: skip
     with shown_before_kept() as raise_lost:
         if as_json:
-            rest = {"model": opened.name, "detector": named, **how}
-            print_json(rest | dataclasses.asdict(result.accuracy) | more | {"pictures": [str(name) for name in names]})
+            rest = {"model": opened.name, "detector": named, **how, **dataclasses.asdict(result.accuracy), **more}
+            by_folder = [dataclasses.asdict(one) for one in folders(result)]
+            print_json(rest | {"folders": by_folder, "pictures": [str(name) for name in names]})
         else:
             print_accuracy(opened.name, result)
+            print_folders(folders(result))
             print_groups(more)
     if record is not None:
         shown = how | (detector_record(named) if named else {})

@@ -1,4 +1,4 @@
-"""How steady a model is: shaken boxes, enlarged and mirrored photos, and faces by turn and size.
+"""How steady a model is: shaken boxes, enlarged and mirrored photos, and faces by turn, size and folder.
 
 All numbers are fractions of the distance of the outer eye corners, as NME is.
 """
@@ -6,6 +6,7 @@ All numbers are fractions of the distance of the outer eye corners, as NME is.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,14 +19,16 @@ from kp_runtime.geometry import boxes_from_points, moved_box
 from kp_runtime.scheme68 import MIRROR, POINTS
 from kp_train.bar import Bar, no_bar
 from kp_train.data import Face, faces_with_frames
-from kp_train.metrics import nme_unit, point_errors
+from kp_train.metrics import interval_over_people, nme_unit, point_errors
 
-__all__ = ["Group", "Robustness", "groups", "robustness", "turns"]
+__all__ = ["Folder", "Group", "Robustness", "folders", "groups", "robustness", "turns"]
 
 JITTER = 0.1
 SHAKES = ((-1, 0, 0), (1, 0, 0), (0, -1, 0), (0, 1, 0), (0, 0, -1), (0, 0, 1), (-1, -1, 1), (1, 1, -1))
 """Directions of the shaken boxes: right, down, and larger."""
 ENLARGED = (2, 4, 8)
+FOLDERS = 10
+"""More folders than these are no data sets: of some collections each person has one."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,16 @@ class Group:
     high: float | None
     faces: int
     nme: float
+
+
+@dataclass(frozen=True)
+class Folder:
+    """NME of the faces whose images lie in a folder, and its 95% interval, None where these are too few people."""
+
+    folder: str
+    faces: int
+    nme: float
+    nme_interval: tuple[float, float] | None
 
 
 def robustness(
@@ -170,3 +183,18 @@ def groups(result: Evaluation) -> list[Group]:
                     )
                 )
     return found
+
+
+def folders(result: Evaluation) -> list[Folder]:
+    """NME by the folder of the images, named from where the paths part; none where all are in one, or in over 10."""
+    found = [face.image.absolute().parent for face in result.faces]
+    if not 1 < len(set(found)) <= FOLDERS:
+        return []
+    common = os.path.commonpath(found)
+    measured = []
+    for folder in sorted(set(found)):
+        inside = [i for i, other in enumerate(found) if other == folder]
+        errors = result.errors[inside]
+        interval = interval_over_people(errors, [result.faces[i].person for i in inside])
+        measured.append(Folder(os.path.relpath(folder, common), len(inside), float(errors.mean()), interval))
+    return measured

@@ -51,6 +51,23 @@ def test_eval_prints_json(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_
     assert "does not say which people" in err
 
 
+def test_data_sets_that_are_measured_together_are_told_apart(
+    capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path
+) -> None:
+    from kp_train.synthetic import write_csv_source
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    data = [write_csv_source(tmp_path / name, people=people) for name, people in (("a", 1), ("b", 2))]
+    words = ("eval", bundle / "model.fp32.onnx", "--data", data[0], "--data", data[1])
+    measured = json.loads(kp(capsys, *words, "--json")[1])
+    told = measured["folders"]
+    assert [(one["folder"][0], one["faces"]) for one in told] == [("a", 2), ("b", 4)]
+    assert sum(one["nme"] * one["faces"] for one in told) / 6 == pytest.approx(measured["nme"])
+    assert f"4  {told[1]['nme']:.2%}" in kp(capsys, *words)[1]
+    assert json.loads(kp(capsys, *words[:4], "--json")[1])["folders"] == []
+
+
 def test_eval_measures_as_is_asked(
     capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

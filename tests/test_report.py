@@ -16,6 +16,7 @@ import pytest
 
 from kp_cli import report
 from kp_export.parity import Parity
+from kp_export.robustness import Folder
 from kp_runtime.bench_compare import CaseComparison, Comparison
 from kp_runtime.bench_results import ColdStart, times_from_turns
 from kp_runtime.errors import InputError
@@ -58,6 +59,16 @@ def test_measures_of_an_evaluation_are_printed_by_their_names(capsys: pytest.Cap
         ["SmoothL1 as the original", "0.00456"],
         ["NME jaw", "4.00%"],
     ]
+    beside = [Folder("helen", 88, 0.0323, (0.0306, 0.0342)), Folder("afw", 3, 0.04, None)]
+    shown = cells(capsys, report.print_folders, beside)
+    assert shown == [
+        ["by folder"],
+        ["folder", "faces", "NME", "its 95% interval"],
+        ["helen", "88", "3.23%", "3.06% to 3.42%"],
+        ["afw", "3", "4.00%"],
+    ]
+    report.print_folders([])
+    assert capsys.readouterr().out == ""
     group = {"by": "turn", "faces": 3, "nme": 0.05}
     steady = {"faces": 5, "nme": 0.03, "jitter_nme": 0.0345, "enlarged": {2: 0.001}, "mirrored": 0.002}
     more = {"groups": [group | {"low": 0.3, "high": 0.5}, group | {"low": 0.5, "high": None}], "robustness": steady}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import cv2
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from kp_export.evaluate import Evaluation, OpenModel, evaluate
-from kp_export.robustness import ENLARGED, SHAKES, _Enlarged, groups, robustness, turns
+from kp_export.robustness import ENLARGED, SHAKES, _Enlarged, folders, groups, robustness, turns
 from kp_runtime.backend import Answer
 from kp_runtime.manifest import Manifest
 from kp_runtime.scheme68 import MIRROR
@@ -158,6 +159,31 @@ def test_own_points_have_no_groups() -> None:
     faces = (Face(Path("a.jpg"), np.array([[20, 20], [40, 20], [30, 40]], np.float32)),)
     result = Evaluation(faces, np.empty(0), np.empty(0), np.array([0.01]), 0, None, None, None)  # type: ignore[arg-type]
     assert groups(result) == []
+
+
+def of_images(*images: str) -> Evaluation:
+    faces = tuple(Face(Path(image), np.zeros((68, 2), np.float32)) for image in images)
+    errors = np.arange(1, len(faces) + 1) / 100
+    return Evaluation(faces, np.empty(0), np.empty(0), errors, 0, None, None, None)  # type: ignore[arg-type]
+
+
+def test_each_folder_has_a_measure_of_its_own() -> None:
+    """Data sets that were measured together, by where their paths part, and who stands behind a number."""
+    many = [f"/data/photos/afw/{i}_1.jpg" for i in range(8)]
+    found = folders(of_images("/data/rows/test/a.png", "/data/photos/b.jpg", *many))
+    assert [dataclasses.astuple(one)[:3] for one in found] == [
+        ("photos", 1, 0.02), ("photos/afw", 8, pytest.approx(0.065)), ("rows/test", 1, 0.01),
+    ]  # fmt: skip
+    one, few = folders(of_images(*many, "/data/photos/helen/a.jpg"))
+    low, high = one.nme_interval or (0, 0)
+    assert 0.01 < low < one.nme < high < 0.08
+    assert few.nme_interval is None
+
+
+def test_one_folder_and_a_folder_a_person_are_no_data_sets() -> None:
+    assert folders(of_images("/data/a.jpg", "/data/b.jpg")) == []
+    assert len(folders(of_images(*(f"/data/{i}/a.jpg" for i in range(10))))) == 10
+    assert folders(of_images(*(f"/data/{i}/a.jpg" for i in range(11)))) == []
 
 
 def test_a_turn_has_a_side_and_needs_no_width() -> None:
